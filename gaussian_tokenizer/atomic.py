@@ -1,0 +1,124 @@
+"""Writes that leave either the old state or the new one, never a mix.
+
+Everything is first written under a hidden temporary name beside its target, flushed to the disk, and only then given
+its name by one rename. A full disk, an exception or a kill before the rename leaves what was there untouched; an
+exception also removes the temporary. Files come in through `atomic_file`, whole folders through `atomic_folder`.
+"""
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a new binary file that becomes `path` when the block ends without an exception.
+
+    To replace several files together, open all of them in one `with`, write them all, and call `flush_to_disk` on
+    each before the block ends: whatever can fail has then failed before the first rename.
+    """
+    path = Path(path)
+    _require_folder(path.parent)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a file name to write to")
+    temporary = _temporary_name(path)
+    try:
+        # Not `tempfile`: its files are private to the user, ours follow the umask like any other file.
+        with open(temporary, "x+b") as file:
+            yield file
+            flush_to_disk(file)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Make a new empty folder that becomes `path` when the block ends without an exception.
+
+    A folder that is already at `path` is replaced whole: on Linux by an atomic exchange; elsewhere by two renames,
+    between which the old folder stands under a hidden name beside it.
+    """
+    path = Path(path)
+    _require_folder(path.parent)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file, expected a folder name to write to")
+    temporary = _temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        if not path.exists():
+            os.rename(temporary, path)
+        elif not _exchange(temporary, path):
+            old = _temporary_name(path)
+            os.rename(path, old)
+            os.rename(temporary, path)
+            os.rename(old, temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+    shutil.rmtree(temporary, ignore_errors=True)  # what stood at `path` before, if anything
+
+
+def flush_to_disk(file: BinaryIO) -> None:
+    """Return only when the bytes written so far are on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder to write into; create it first")
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename lives in the folder's own data. Not every system lets a folder be opened; the rename itself is done.
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _sync_folder(Path(folder))
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step. False where the system or its file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    result = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    return result == 0

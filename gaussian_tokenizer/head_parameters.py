@@ -1,0 +1,209 @@
+"""The numbers that shape and pose a head model: one subject's identity and a sequence of frames.
+
+Names, shapes and units are those of a FLAME parameter file as VHAP and GaussianAvatars write it (`flame_param.npz`:
+uncompressed npz, float32, rotations as axis-angle in radians, translation in metres and applied last). The same names
+serve every head model; only the sizes differ. A file that was read is written back byte for byte: the order of its
+keys, the stored form of `static_offset`, keys we do not use and the compression are remembered in `NpzLayout`.
+"""
+
+import os
+import zipfile
+from dataclasses import dataclass, field, fields, replace
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gaussian_tokenizer.atomic import atomic_file
+
+FRAME_KEYS = {"expr": None, "rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
+REQUIRED_KEYS = ("shape", *FRAME_KEYS)
+OFFSET_KEYS = ("static_offset", "dynamic_offset")
+
+
+@dataclass(frozen=True, eq=False)
+class NpzLayout:
+    """How a parameter file was stored, as far as the tensors do not say it."""
+
+    keys: tuple[str, ...] = (*REQUIRED_KEYS, *OFFSET_KEYS)
+    static_offset_ndim: int = 3  # (1, V, 3); or 2 for (V, 3)
+    compression: int = zipfile.ZIP_STORED
+    other_arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadParameters:
+    """Head parameters of T frames; float32 tensors. S shape size, E expression size, V vertices."""
+
+    shape: Tensor  # (S,)
+    expr: Tensor  # (T, E)
+    rotation: Tensor  # (T, 3) axis-angle, radians, about the root joint
+    neck_pose: Tensor  # (T, 3)
+    jaw_pose: Tensor  # (T, 3)
+    eyes_pose: Tensor  # (T, 6) left, right
+    translation: Tensor  # (T, 3) metres, applied last
+    static_offset: Tensor | None = None  # (V, 3) metres
+    dynamic_offset: Tensor | None = None  # (T, V, 3) metres
+    layout: NpzLayout | None = None
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(value.shape) for name, value in self.tensors().items()}
+        problem = _disagreement(shapes)
+        if problem:
+            raise ValueError(f"head parameters: {problem}")
+        for name, value in self.tensors().items():
+            if value.dtype != torch.float32:
+                raise ValueError(f"head parameters: {name} is {value.dtype}, expected torch.float32")
+
+    @property
+    def num_frames(self) -> int:
+        return self.expr.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by name, without the offsets that are None."""
+        values = {f.name: self.__dict__[f.name] for f in fields(self) if f.name != "layout"}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def frame(self, index: int | slice) -> "HeadParameters":
+        """One frame (as T = 1) or a slice of frames; shape and static offset stay."""
+        if isinstance(index, int):
+            if not -self.num_frames <= index < self.num_frames:
+                raise ValueError(f"frame {index} asked of head parameters that hold {self.num_frames} frames")
+            index = index % self.num_frames
+            index = slice(index, index + 1)
+        per_frame = [*FRAME_KEYS] + (["dynamic_offset"] if self.dynamic_offset is not None else [])
+        return replace(self, layout=None, **{name: self.tensors()[name][index] for name in per_frame})
+
+    def canonical(self, jaw_angle: float = 0.0) -> "HeadParameters":
+        """T = 1: own shape and static offset, zero expression, pose and translation; the jaw opened by `jaw_angle`."""
+        rest = {name: torch.zeros_like(self.tensors()[name][:1]) for name in FRAME_KEYS}
+        rest["jaw_pose"][:, 0] = jaw_angle
+        return replace(self, dynamic_offset=None, layout=None, **rest)
+
+    @classmethod
+    def zeros(cls, shape_size: int, expression_size: int, num_frames: int = 1) -> "HeadParameters":
+        """The mean head at rest, without offsets."""
+        per_frame = {name: torch.zeros(num_frames, size or expression_size) for name, size in FRAME_KEYS.items()}
+        return cls(shape=torch.zeros(shape_size), **per_frame)
+
+    def to(self, device: torch.device | str) -> "HeadParameters":
+        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "HeadParameters":
+        """Read a `flame_param.npz`: of a GaussianAvatars avatar (T frames) or of one VHAP frame (T = 1).
+
+        Raises ValueError with one line that names the file, the key and the row for anything but finite arrays of
+        agreeing shapes; nothing pickled is ever opened.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such head parameter file (flame_param.npz)")
+        arrays, compression = _read_npz(path)
+        missing = [key for key in REQUIRED_KEYS if key not in arrays]
+        if missing:
+            raise ValueError(
+                f"{path}: lacks {', '.join(missing)}; a head parameter file has {', '.join(REQUIRED_KEYS)}"
+            )
+        values = {key: arrays[key] for key in (*REQUIRED_KEYS, *OFFSET_KEYS) if key in arrays}
+        for key, value in values.items():
+            _check_array(path, key, value)
+        stored_ndim = values["static_offset"].ndim if "static_offset" in values else 3
+        if stored_ndim == 3 and "static_offset" in values:
+            if values["static_offset"].shape[0] != 1:
+                raise ValueError(f"{path}: static_offset is {values['static_offset'].shape}, expected (1, V, 3)")
+            values["static_offset"] = values["static_offset"][0]
+        problem = _disagreement({key: value.shape for key, value in values.items()})
+        if problem:
+            raise ValueError(f"{path}: {problem}")
+        other = {key: value for key, value in arrays.items() if key not in values}
+        layout = NpzLayout(tuple(arrays), stored_ndim, compression, other)
+        # In native byte order and contiguous, as torch needs it; a copy, so that the file's buffer is let go.
+        tensors = {key: torch.from_numpy(np.array(value, np.float32, order="C")) for key, value in values.items()}
+        return cls(**tensors, layout=layout)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a `flame_param.npz`, atomically; of parameters that were loaded and not changed, the same bytes."""
+        with atomic_file(path) as file:
+            self.write(file)
+
+    def write(self, file: BinaryIO) -> None:
+        """Write the npz into an open binary file."""
+        layout = self.layout or NpzLayout()
+        arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in self.tensors().items()}
+        if "static_offset" in arrays and layout.static_offset_ndim == 3:
+            arrays["static_offset"] = arrays["static_offset"][None]
+        everything = {**arrays, **layout.other_arrays}
+        ordered = [key for key in layout.keys if key in everything]
+        ordered += [key for key in everything if key not in layout.keys]
+        save = np.savez if layout.compression == zipfile.ZIP_STORED else np.savez_compressed
+        save(file, allow_pickle=False, **{key: everything[key] for key in ordered})
+
+
+def _disagreement(shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """What is wrong with the shapes of a set of parameters, in words; None if nothing is."""
+    if len(shapes["shape"]) != 1:
+        return f"shape is {shapes['shape']}, expected (S,)"
+    if len(shapes["expr"]) != 2 or shapes["expr"][0] == 0:
+        return f"expr is {shapes['expr']}, expected (T, E) with at least one frame"
+    num_frames = shapes["expr"][0]
+    for name, size in FRAME_KEYS.items():
+        if size and shapes[name] != (num_frames, size):
+            return f"{name} is {shapes[name]}, expected ({num_frames}, {size}): expr holds {num_frames} frames"
+    static, dynamic = (shapes.get(name) for name in OFFSET_KEYS)
+    if static is not None and (len(static) != 2 or static[1] != 3):
+        return f"static_offset is {static}, expected (V, 3) or in a file (1, V, 3)"
+    if dynamic is not None and (len(dynamic) != 3 or dynamic[0] != num_frames or dynamic[2] != 3):
+        return f"dynamic_offset is {dynamic}, expected ({num_frames}, V, 3): expr holds {num_frames} frames"
+    if static is not None and dynamic is not None and static[0] != dynamic[1]:
+        return (
+            f"static_offset is of {static[0]} vertices, dynamic_offset of {dynamic[1]}: they must be of one head model"
+        )
+    return None
+
+
+def _check_array(path: Path, key: str, value: np.ndarray) -> None:
+    if value.dtype.kind != "f" or value.dtype.itemsize != 4:
+        raise ValueError(f"{path}: {key} is {value.dtype}, expected float32")
+    finite = np.isfinite(value)
+    if not finite.all():
+        row = np.argwhere(~finite)[0].tolist()
+        raise ValueError(f"{path}: {key} holds {value[tuple(row)]} at index {row}; every value must be finite")
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], int]:
+    """All arrays of an npz in stored order, and the zip compression of the first."""
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            for entry in entries:
+                key = entry.filename.removesuffix(".npy")
+                if key in arrays:
+                    raise ValueError(f"holds {key} twice")
+                arrays[key] = _read_npy(key, archive.read(entry))
+    except MemoryError:
+        raise ValueError(f"{path}: declares more data than fits into memory; the file is damaged") from None
+    # A damaged zip or npy header fails in the standard library's and NumPy's parsers in a dozen ways (BadZipFile,
+    # zlib.error, EOFError, struct.error, NotImplementedError, TokenError ...); to the user all are one.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not a readable npz of plain arrays: {reason}") from error
+    return arrays, entries[0].compress_type if entries else zipfile.ZIP_STORED
+
+
+def _read_npy(key: str, data: bytes) -> np.ndarray:
+    stream = BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(stream)
+    if dtype.hasobject:
+        raise ValueError(f"{key} holds pickled objects, which are never opened; save it as a plain float32 array")
+    expected = dtype.itemsize * int(np.prod(shape, dtype=object))
+    if len(data) - stream.tell() != expected:
+        raise ValueError(f"{key} is cut short: {len(data) - stream.tell()} bytes, expected {expected} for {shape}")
+    array = np.frombuffer(data, dtype, offset=stream.tell()) if dtype.itemsize else np.empty(0, dtype)
+    return array.reshape(shape, order="F" if fortran_order else "C")
