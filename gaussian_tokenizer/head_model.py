@@ -1,0 +1,316 @@
+"""The head model: a triangle mesh with blendshapes, pose correctives and linear blend skinning.
+
+Everything an avatar is anchored to. `HeadParameters` go in, posed vertices and one rigid transform per joint come out,
+differentiable and batched over frames. A head model is made once, by `procedural`, `from_flame` or `from_ict`, and is
+kept as one safetensors file. The formulas are those of SMPL (Loper et al. 2015, eq. 2-10) as FLAME (Li et al. 2017)
+uses them: joints are regressed from the shaped vertices, correctives are linear in the entries of R - I.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.rotations import axis_angle_to_matrix
+
+JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
+FORMAT = "avatar-pointillist head model 1"
+# The tensors that decide where a vertex goes: what the hash covers, in this order.
+GEOMETRY = (
+    "template",
+    "faces",
+    "shape_dirs",
+    "expression_dirs",
+    "pose_dirs",
+    "joint_regressor",
+    "skinning_weights",
+)
+
+
+class PosedHead(NamedTuple):
+    """`vertices` (T, V, 3) metres; `joint_transforms` (T, J, 4, 4) take canonical-rest points to the posed head."""
+
+    vertices: Tensor
+    joint_transforms: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HeadModel:
+    """Tensors of one head model; shapes are checked at construction, `ValueError` if they disagree."""
+
+    name: str
+    template: Tensor  # (V, 3) float32 metres, y up, face towards +z, +x the subject's left
+    faces: Tensor  # (F, 3) int64, counter-clockwise seen from outside
+    shape_dirs: Tensor  # (V, 3, S) metres per unit, a unit being about one standard deviation
+    expression_dirs: Tensor  # (V, 3, E)
+    pose_dirs: Tensor  # (V, 3, 36) row-major entries of R - I of the joints 1..4
+    joint_regressor: Tensor  # (J, V)
+    skinning_weights: Tensor  # (V, J) rows sum to 1
+    parents: tuple[int, ...]
+    expression_names: tuple[str, ...]
+    landmark_faces: Tensor  # (K,) int64, 68 landmarks in Multi-PIE order, or K = 0
+    landmark_barycentrics: Tensor  # (K, 3)
+    regions: Mapping[str, Tensor]  # name -> (V,) bool
+
+    def __post_init__(self) -> None:
+        vertices, joints = self.template.shape[0], len(JOINTS)
+        expected = {
+            "template": (vertices, 3),
+            "faces": (self.faces.shape[0], 3),
+            "shape_dirs": (vertices, 3, self.shape_dirs.shape[-1]),
+            "expression_dirs": (vertices, 3, len(self.expression_names)),
+            "pose_dirs": (vertices, 3, 9 * (joints - 1)),
+            "joint_regressor": (joints, vertices),
+            "skinning_weights": (vertices, joints),
+            "landmark_barycentrics": (self.landmark_faces.shape[0], 3),
+        }
+        found = {field: getattr(self, field) for field in expected}
+        expected |= {f"region {region}": (vertices,) for region in self.regions}
+        found |= {f"region {region}": mask for region, mask in self.regions.items()}
+        for field, shape in expected.items():
+            if tuple(found[field].shape) != shape:
+                raise ValueError(f"head model {self.name!r}: {field} is {tuple(found[field].shape)}, expected {shape}")
+        if len(self.parents) != joints or self.parents[0] != -1:
+            raise ValueError(f"head model {self.name!r}: parents are {self.parents}, expected {joints} with -1 first")
+        if any(not 0 <= parent < joint for joint, parent in enumerate(self.parents) if joint):
+            raise ValueError(f"head model {self.name!r}: parents {self.parents} must come before their children")
+
+    @property
+    def n_vertices(self) -> int:
+        return self.template.shape[0]
+
+    @property
+    def n_faces(self) -> int:
+        return self.faces.shape[0]
+
+    @property
+    def n_shape(self) -> int:
+        return self.shape_dirs.shape[-1]
+
+    @property
+    def n_expression(self) -> int:
+        return self.expression_dirs.shape[-1]
+
+    @property
+    def n_joints(self) -> int:
+        return self.skinning_weights.shape[-1]
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hex digits that name the geometry: equal for equal tensors, whatever the model or its file is called."""
+        digest = hashlib.sha256(repr(self.parents).encode())
+        for field in GEOMETRY:
+            tensor = getattr(self, field)
+            digest.update(f"{field} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def device(self) -> torch.device:
+        return self.template.device
+
+    def to(self, device: torch.device | str) -> "HeadModel":
+        """The same model with every tensor on `device`."""
+        moved = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        regions = {region: mask.to(device) for region, mask in self.regions.items()}
+        return dataclasses.replace(self, **moved, regions=regions)
+
+    def check(self, params: HeadParameters) -> None:
+        """`ValueError` if `params` have another number of shapes, expressions or vertices than this model."""
+        sizes = [("shape", params.shape.shape[-1], self.n_shape), ("expr", params.expr.shape[-1], self.n_expression)]
+        for field, offset in (("static_offset", params.static_offset), ("dynamic_offset", params.dynamic_offset)):
+            if offset is not None:
+                sizes.append((field, offset.shape[-2], self.n_vertices))
+        for field, found, expected in sizes:
+            if found != expected:
+                raise ValueError(
+                    f"head parameters have {field} of size {found}, head model {self.name!r} has {expected}; "
+                    "use the head model the parameters were made with"
+                )
+
+    def shaped(self, params: HeadParameters) -> Tensor:
+        """(T, V, 3): template + own shape + expression + offsets, before any joint turns."""
+        self.check(params)
+        template, shape_dirs = self.template.to(params.expr), self.shape_dirs.to(params.expr)
+        identity = template + shape_dirs @ params.shape.to(params.expr)
+        if params.static_offset is not None:
+            identity = identity + params.static_offset.to(params.expr)
+        directions = self.expression_dirs.to(params.expr).flatten(0, 1)  # (V * 3, E)
+        vertices = identity + (params.expr @ directions.T).unflatten(-1, (-1, 3))
+        if params.dynamic_offset is not None:
+            vertices = vertices + params.dynamic_offset.to(params.expr)
+        return vertices
+
+    def canonical_vertices(self, params: HeadParameters) -> Tensor:
+        """(V, 3): the subject's own shape and static offset, zero expression, zero pose."""
+        return self.shaped(params.canonical())[0]
+
+    def pose(self, params: HeadParameters, pose_correctives: bool = True) -> PosedHead:
+        """Pose every frame of `params`; computed in the dtype and on the device of `params`.
+
+        The translation is applied last and is part of `joint_transforms`, so that
+        vertex = sum_j weight_j * (joint_transform_j applied to the shaped and corrected vertex).
+        """
+        vertices = self.shaped(params)  # (T, V, 3)
+        axis_angles = torch.cat((params.rotation, params.neck_pose, params.jaw_pose, params.eyes_pose), -1)
+        rotations = axis_angle_to_matrix(axis_angles.unflatten(-1, (self.n_joints, 3)).to(vertices))  # (T, J, 3, 3)
+        joints = self.joint_regressor.to(vertices) @ vertices  # (T, J, 3)
+        if pose_correctives:
+            identity = torch.eye(3, dtype=vertices.dtype, device=vertices.device)
+            features = (rotations[:, 1:] - identity).flatten(1)  # (T, 36)
+            directions = self.pose_dirs.to(vertices).flatten(0, 1)  # (V * 3, 36)
+            vertices = vertices + (features @ directions.T).unflatten(-1, (-1, 3))
+
+        world_rotations, world_joints = [rotations[:, 0]], [joints[:, 0]]
+        for joint, parent in enumerate(self.parents[1:], start=1):
+            bone = joints[:, joint] - joints[:, parent]
+            world_joints.append(world_joints[parent] + (world_rotations[parent] @ bone[..., None])[..., 0])
+            world_rotations.append(world_rotations[parent] @ rotations[:, joint])
+        turned = torch.stack(world_rotations, 1)  # (T, J, 3, 3)
+        moved = torch.stack(world_joints, 1) - (turned @ joints[..., None])[..., 0]  # minus the rest joint
+        moved = moved + params.translation.to(vertices)[:, None]
+
+        affine = torch.cat((turned, moved[..., None]), -1)  # (T, J, 3, 4)
+        blended = (self.skinning_weights.to(vertices) @ affine.flatten(2)).unflatten(-1, (3, 4))  # (T, V, 3, 4)
+        posed = (blended[..., :3] @ vertices[..., None])[..., 0] + blended[..., 3]
+        last_row = affine.new_tensor((0.0, 0.0, 0.0, 1.0)).expand(*affine.shape[:2], 1, 4)
+        return PosedHead(posed, torch.cat((affine, last_row), -2))
+
+    def normals(self, vertices: Tensor) -> Tensor:
+        """(..., V, 3) positions -> (..., V, 3) unit normals, the area-weighted mean of the faces around a vertex."""
+        faces = self.faces.to(vertices.device)
+        a, b, c = (vertices[..., faces[:, corner], :] for corner in range(3))
+        face_normals = torch.linalg.cross(b - a, c - a)
+        corners = face_normals.repeat_interleave(3, dim=-2)
+        sums = torch.zeros_like(vertices).index_add(vertices.dim() - 2, faces.flatten(), corners)
+        return torch.nn.functional.normalize(sums, dim=-1, eps=1e-20)
+
+    def landmarks(self, vertices: Tensor) -> Tensor:
+        """(..., V, 3) positions -> (..., K, 3) landmarks."""
+        corners = vertices[..., self.faces[self.landmark_faces].to(vertices.device), :]  # (..., K, 3, 3)
+        return (corners * self.landmark_barycentrics.to(vertices)[..., None]).sum(-2)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically."""
+        tensors = {
+            field.name: value.detach().cpu().contiguous()
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        tensors |= {f"region.{region}": mask.cpu().contiguous() for region, mask in self.regions.items()}
+        strings = {"name": self.name, "parents": self.parents, "expression_names": self.expression_names}
+        # One metadata entry: safetensors does not promise the order of several, and equal models give equal files.
+        content = serialize(tensors, metadata={"head_model": json.dumps({"format": FORMAT} | strings)})
+        with atomic_file(path) as file:
+            file.write(content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "HeadModel":
+        """Read what `save` wrote; `ValueError` naming the file if it is cut, not a head model, or inconsistent."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such head model file")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or convert it again") from error
+        strings = _read_metadata(path, metadata)
+        regions = {
+            key.removeprefix("region."): tensors.pop(key) for key in sorted(tensors) if key.startswith("region.")
+        }
+        expected = {field.name for field in dataclasses.fields(cls)} - {*strings, "regions"}
+        if set(tensors) != expected:
+            missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+            raise ValueError(f"{path}: not a head model, missing tensors {missing}, unknown tensors {unknown}")
+        for key, tensor in tensors.items():
+            wanted = torch.int64 if key in ("faces", "landmark_faces") else torch.float32
+            if tensor.dtype != wanted:
+                raise ValueError(f"{path}: {key} is {tensor.dtype}, expected {wanted}")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{path}: {key} has NaN or Inf")
+        for key, size in (("faces", tensors["template"].shape[0]), ("landmark_faces", tensors["faces"].shape[0])):
+            if tensors[key].numel() and not 0 <= int(tensors[key].min()) <= int(tensors[key].max()) < size:
+                raise ValueError(f"{path}: {key} has an index outside 0..{size - 1}")
+        try:
+            return cls(**tensors, **strings, regions=regions)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def procedural(cls, n_faces: int = 10144) -> "HeadModel":
+        """The built-in head with exactly `n_faces` faces; see `procedural_head`."""
+        from gaussian_tokenizer.procedural_head import build_procedural_head
+
+        return build_procedural_head(n_faces)
+
+    @classmethod
+    def from_flame(cls, path: str | Path, teeth: bool = True, **options: object) -> "HeadModel":
+        """FLAME 2020, 2023 or 2023 Open from its pickle; see `flame.read_flame` for the options."""
+        from gaussian_tokenizer.flame import read_flame
+
+        return read_flame(path, teeth=teeth, **options)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_ict(cls, folder: str | Path, **options: object) -> "HeadModel":
+        """ICT-FaceKit from its upstream folder; see `ict.read_ict` for the options."""
+        from gaussian_tokenizer.ict import read_ict
+
+        return read_ict(folder, **options)  # type: ignore[arg-type]
+
+
+def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict:
+    try:
+        strings = json.loads(metadata["head_model"])
+        if strings.pop("format") != FORMAT:
+            raise ValueError("another format")
+        return {
+            "name": str(strings["name"]),
+            "parents": tuple(int(parent) for parent in strings["parents"]),
+            "expression_names": tuple(str(name) for name in strings["expression_names"]),
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a head model file (no {FORMAT!r} metadata); make one with HeadModel.save"
+        ) from error
+
+
+def load_head(spec: str | Path) -> HeadModel:
+    """The head model `spec` names.
+
+    "procedural" or "procedural:600" (that many faces), a `.safetensors` file written by `HeadModel.save`, a FLAME
+    `.pkl`, or an ICT-FaceKit folder.
+    """
+    kind, _, argument = str(spec).partition(":")
+    if kind == "procedural":
+        if argument and not argument.isdecimal():
+            raise ValueError(f"head {str(spec)!r}: expected a number of faces after the colon, as in 'procedural:600'")
+        return HeadModel.procedural(int(argument)) if argument else HeadModel.procedural()
+    path = Path(spec)
+    if path.is_dir():
+        return HeadModel.from_ict(path)
+    if path.suffix == ".safetensors":
+        return HeadModel.load(path)
+    if path.suffix == ".pkl":
+        return HeadModel.from_flame(path)
+    found = "a file of unknown kind" if path.exists() else "nothing there"
+    raise ValueError(
+        f"head {str(spec)!r}: {found}; expected 'procedural', 'procedural:N', a .safetensors file, "
+        "a FLAME .pkl or an ICT-FaceKit folder"
+    )
