@@ -6,6 +6,7 @@ serve every head model; only the sizes differ. A file that was read is written b
 keys, the stored form of `static_offset`, keys we do not use and the compression are remembered in `NpzLayout`.
 """
 
+import operator
 import os
 import zipfile
 from dataclasses import dataclass, field, fields, replace
@@ -36,7 +37,7 @@ class NpzLayout:
 
 @dataclass(frozen=True, eq=False)
 class HeadParameters:
-    """Head parameters of T frames; float32 tensors. S shape size, E expression size, V vertices."""
+    """Head parameters of T frames; float32 tensors (as stored). S shape size, E expression size, V vertices."""
 
     shape: Tensor  # (S,)
     expr: Tensor  # (T, E)
@@ -55,7 +56,7 @@ class HeadParameters:
         if problem:
             raise ValueError(f"head parameters: {problem}")
         for name, value in self.tensors().items():
-            if value.dtype != torch.float32:
+            if not value.is_floating_point():
                 raise ValueError(f"head parameters: {name} is {value.dtype}, expected torch.float32")
 
     @property
@@ -69,7 +70,8 @@ class HeadParameters:
 
     def frame(self, index: int | slice) -> "HeadParameters":
         """One frame (as T = 1) or a slice of frames; shape and static offset stay."""
-        if isinstance(index, int):
+        if not isinstance(index, slice):
+            index = operator.index(index)
             if not -self.num_frames <= index < self.num_frames:
                 raise ValueError(f"frame {index} asked of head parameters that hold {self.num_frames} frames")
             index = index % self.num_frames
@@ -133,14 +135,17 @@ class HeadParameters:
     def write(self, file: BinaryIO) -> None:
         """Write the npz into an open binary file."""
         layout = self.layout or NpzLayout()
-        arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in self.tensors().items()}
+        arrays = {name: value.detach().cpu().float().contiguous().numpy() for name, value in self.tensors().items()}
         if "static_offset" in arrays and layout.static_offset_ndim == 3:
             arrays["static_offset"] = arrays["static_offset"][None]
         everything = {**arrays, **layout.other_arrays}
         ordered = [key for key in layout.keys if key in everything]
         ordered += [key for key in everything if key not in layout.keys]
-        save = np.savez if layout.compression == zipfile.ZIP_STORED else np.savez_compressed
-        save(file, allow_pickle=False, **{key: everything[key] for key in ordered})
+        # What np.savez does, entry for entry, but free in its key names.
+        with zipfile.ZipFile(file, "w", layout.compression) as archive:
+            for key in ordered:
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, everything[key], allow_pickle=False)
 
 
 def _disagreement(shapes: dict[str, tuple[int, ...]]) -> str | None:

@@ -1,0 +1,364 @@
+"""The avatar: Gaussians, each anchored to a face of a head model, with the head parameters of one subject.
+
+Between files and everything else. Kept as our own safetensors file, or as a GaussianAvatars folder (`point_cloud.ply`
+with `binding_0` and `flame_param.npz`, read and written byte for byte); written as world-space PLY for ordinary splat
+viewers. Positions, scales and rotations stay as stored, relative to the face; the canonical and the posed Gaussians
+are computed from them and the attached head model (formulas: `anchoring`; Qian et al., GaussianAvatars, CVPR 2024).
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from gaussian_tokenizer.anchoring import (
+    face_frames,
+    local_to_world,
+    local_to_world_log_scales,
+    local_to_world_quats,
+    world_to_local,
+)
+from gaussian_tokenizer.atomic import atomic_file, flush_to_disk
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.ply import PlyGaussians, read_gaussian_ply, write_gaussian_ply
+
+FORMAT = "avatar-pointillist gaussian avatar 1"
+PLY_NAME, PARAMETERS_NAME, METADATA_NAME = "point_cloud.ply", "flame_param.npz", "metadata.json"
+SH_DC = 0.28209479177387814  # the constant basis function, 1 / (2 sqrt(pi))
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianAvatar:
+    """N face-anchored Gaussians; what is None is not known (a point cloud may have no colours yet)."""
+
+    positions: Tensor  # (N, 3) float32, face-local, in units of the face scale
+    faces: Tensor  # (N,) int64
+    sh: Tensor | None = None  # (N, K, 3) coefficients, K = (degree + 1)^2
+    opacities: Tensor | None = None  # (N,) logits
+    scales: Tensor | None = None  # (N, 3) natural logs, face-local
+    quats: Tensor | None = None  # (N, 4) wxyz of any length, face-local
+    params: HeadParameters | None = None
+    head_name: str | None = None  # of the head model it was made on
+    head_hash: str | None = None
+    head: HeadModel | None = None  # attached, never saved
+
+    def __post_init__(self) -> None:
+        count = self.positions.shape[0]
+        if count == 0:
+            raise ValueError("an avatar of 0 Gaussians; expected at least one")
+        expected: dict[str, tuple] = {"positions": (count, 3), "faces": (count,), "opacities": (count,)}
+        expected |= {"scales": (count, 3), "quats": (count, 4)}
+        if self.sh is not None:
+            coefficients = self.sh.shape[1] if self.sh.ndim == 3 else 0
+            if coefficients not in (1, 4, 9, 16):
+                raise ValueError(f"sh is {tuple(self.sh.shape)}, expected (N, K, 3) with K of 1, 4, 9 or 16")
+            expected["sh"] = (count, coefficients, 3)
+        for name, value in self.tensors().items():
+            dtype = torch.int64 if name == "faces" else torch.float32
+            if tuple(value.shape) != expected[name] or value.dtype != dtype:
+                raise ValueError(
+                    f"{name} is {tuple(value.shape)} {value.dtype}, expected {expected[name]} {dtype} "
+                    f"for an avatar of {count} Gaussians"
+                )
+
+    def __len__(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def sh_degree(self) -> int | None:
+        return None if self.sh is None else round(self.sh.shape[1] ** 0.5) - 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the Gaussians by name, without those that are None."""
+        names = ("positions", "faces", "sh", "opacities", "scales", "quats")
+        return {name: value for name in names if (value := self.__dict__[name]) is not None}
+
+    def to(self, device: torch.device | str) -> "GaussianAvatar":
+        moved = {name: value.to(device) for name, value in self.tensors().items()}
+        params = None if self.params is None else self.params.to(device)
+        head = None if self.head is None else self.head.to(device)
+        return replace(self, **moved, params=params, head=head)
+
+    def with_head(self, head: HeadModel) -> "GaussianAvatar":
+        """The same avatar with its head model attached; ValueError if it is not the one the avatar was made on."""
+        _check_hash("avatar", self.head_name, self.head_hash, head)
+        wrong = (self.faces < 0) | (self.faces >= head.n_faces)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"Gaussian {row} is bound to face {int(self.faces[row])}, head model {head.name!r} has {head.n_faces} "
+                "faces; attach the head model the avatar was made on"
+            )
+        if self.params is not None:
+            head.check(self.params)
+        return replace(self, head=head, head_name=head.name, head_hash=head.hash)
+
+    def canonical_points(self) -> dict[str, Tensor]:
+        """Points on the canonical head (own shape, no expression, no pose): positions (N, 3) metres, faces (N,)."""
+        head, params = self._head_and_params()
+        frames = face_frames(head.canonical_vertices(params), head.faces)
+        return {"positions": local_to_world(self.positions, self.faces, frames), "faces": self.faces}
+
+    @classmethod
+    def from_points(cls, points: Mapping, params: HeadParameters | None, head: HeadModel) -> "GaussianAvatar":
+        """An avatar of positions only, from `positions` (N, 3) metres on the canonical head and `faces` (N,)."""
+        positions = torch.as_tensor(points["positions"], dtype=torch.float32, device=head.device)
+        faces = torch.as_tensor(points["faces"], dtype=torch.int64, device=head.device)
+        points_as_they_are = cls(positions=positions, faces=faces, params=params).with_head(head)
+        _check_finite("points", {"positions": positions})
+        head, params = points_as_they_are._head_and_params()
+        frames = face_frames(head.canonical_vertices(params), head.faces)
+        flat = frames.scales[faces] <= 1e-9
+        if flat.any():
+            row = int(flat.nonzero()[0])
+            raise ValueError(f"point {row} is bound to face {int(faces[row])}, whose three vertices are one point")
+        return replace(points_as_they_are, positions=world_to_local(positions, faces, frames))
+
+    def posed_gaussians(self, frame: int = 0) -> dict[str, Tensor]:
+        """What a splatter draws, for one frame of the head parameters, in world space (metres).
+
+        Returns positions (N, 3), scales (N, 3) metres, quats (N, 4) unit wxyz, opacities (N,) in (0, 1), sh (N, K, 3)
+        and colors (N, 3) >= 0, the view-independent part of the SH. SH are evaluated with world view directions.
+        """
+        world = self._world(frame)
+        return {
+            "positions": world.positions,
+            "scales": world.scales.exp(),
+            "quats": world.quats,
+            "opacities": world.opacities.sigmoid(),
+            "sh": world.sh,
+            "colors": (world.sh[:, 0] * SH_DC + 0.5).clamp(min=0),
+        }
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, head: HeadModel | None = None, sh_degree: int | None = None
+    ) -> "GaussianAvatar":
+        """Read a `.safetensors` avatar or a GaussianAvatars folder, and attach `head` if one is given.
+
+        A folder holds `point_cloud.ply` (beside it `flame_param.npz`), or `point_cloud/iteration_<N>/` with them, of
+        which the newest N is read; the path of such a PLY does as well. Raises FileNotFoundError, or ValueError with
+        one line that names the file, the property and the row.
+        """
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            avatar = _load_safetensors(path)
+            if sh_degree is not None and avatar.sh_degree not in (None, sh_degree):
+                raise ValueError(f"{path}: colours of SH degree {avatar.sh_degree}, expected {sh_degree}")
+        else:
+            avatar = _load_folder(path, head, sh_degree)
+        if head is None:
+            return avatar
+        try:
+            return avatar.with_head(head)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a `.safetensors` file, or else a GaussianAvatars folder; atomically, either way.
+
+        A folder may exist and keeps its other files. `point_cloud.ply` and `flame_param.npz` that were loaded and not
+        changed are written with the bytes they had; which head model they are of goes to `metadata.json`.
+        """
+        path = Path(path)
+        if path.suffix == ".safetensors":
+            _save_safetensors(self, path)
+        elif path.suffix == ".ply":
+            raise ValueError(
+                f"{path}: an avatar is a folder or a .safetensors file; for a PLY of world-space Gaussians use "
+                "save_world_ply"
+            )
+        else:
+            _save_folder(self, path)
+
+    def save_world_ply(self, path: str | os.PathLike, frame: int = 0) -> None:
+        """Write the Gaussians as posed in `frame` to a PLY that ordinary splat viewers open."""
+        world = self._world(frame)
+        write_gaussian_ply(path, _to_ply(replace(world, faces=self.faces), with_faces=False))
+
+    def _world(self, frame: int) -> "GaussianAvatar":
+        """This avatar with world-space positions, log-scales and unit quaternions in the place of the local ones."""
+        self._require("posing", ("sh", "opacities", "scales", "quats"))
+        head, params = self._head_and_params()
+        vertices = head.pose(params.frame(frame)).vertices[0]
+        frames = face_frames(vertices, head.faces)
+        return replace(
+            self,
+            positions=local_to_world(self.positions, self.faces, frames),
+            scales=local_to_world_log_scales(self.scales, self.faces, frames),
+            quats=local_to_world_quats(self.quats, self.faces, frames),
+        )
+
+    def _head_and_params(self) -> tuple[HeadModel, HeadParameters]:
+        if self.head is None:
+            of = f" ({self.head_name!r})" if self.head_name else ""
+            raise ValueError(f"the avatar has no head model attached; attach the one it was made on{of} by with_head")
+        if self.params is not None:
+            return self.head, self.params
+        return self.head, HeadParameters.zeros(self.head.n_shape, self.head.n_expression).to(self.head.device)
+
+    def _require(self, purpose: str, names: tuple[str, ...]) -> None:
+        missing = [name for name in names if name not in self.tensors()]
+        if missing:
+            raise ValueError(
+                f"{purpose} needs {', '.join(missing)}, which this avatar does not have: it holds points only; "
+                "decode them to Gaussians first, or save a .safetensors file"
+            )
+
+
+def _load_folder(path: Path, head: HeadModel | None, sh_degree: int | None) -> GaussianAvatar:
+    ply_path = _find_ply(path)
+    name, digest = _read_metadata(path if path.is_dir() else path.parent)
+    if head is not None:
+        _check_hash(str(path), name, digest, head)
+    n_faces = None if head is None else head.n_faces
+    gaussians = read_gaussian_ply(ply_path, with_faces=True, sh_degree=sh_degree, n_faces=n_faces)
+    tensors = {field.name: torch.from_numpy(gaussians.__dict__[field.name]) for field in fields(gaussians)}
+    parameters_path = ply_path.with_name(PARAMETERS_NAME)
+    params = HeadParameters.load(parameters_path) if parameters_path.exists() else None
+    return GaussianAvatar(**tensors, params=params, head_name=name, head_hash=digest)
+
+
+def _find_ply(path: Path) -> Path:
+    if path.suffix == ".ply":
+        return path
+    if (path / PLY_NAME).is_file():
+        return path / PLY_NAME
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such avatar; expected a .safetensors file or a folder with {PLY_NAME}")
+    iterations = {}
+    for ply_path in path.glob(f"point_cloud/iteration_*/{PLY_NAME}"):
+        match = re.fullmatch(r"iteration_([0-9]+)", ply_path.parent.name)
+        if match:
+            iterations[int(match[1])] = ply_path
+    if not iterations:
+        raise FileNotFoundError(f"{path}: holds neither {PLY_NAME} nor point_cloud/iteration_<N>/{PLY_NAME}")
+    return iterations[max(iterations)]
+
+
+def _save_folder(avatar: GaussianAvatar, path: Path) -> None:
+    avatar._require(f"writing {PLY_NAME}", ("sh", "opacities", "scales", "quats"))
+    stale = path / PARAMETERS_NAME
+    if avatar.params is None and stale.exists():
+        raise ValueError(f"{stale}: this avatar has no head parameters to replace it with; save to another folder")
+    metadata_path = path / METADATA_NAME
+    metadata = _metadata_content(metadata_path)
+    if avatar.head_hash is not None or metadata is not None:
+        metadata = (metadata or {}) | {"head_name": avatar.head_name, "head_hash": avatar.head_hash}
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file, expected a folder or a name that ends in .safetensors")
+    path.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        files = [stack.enter_context(atomic_file(path / PLY_NAME))]
+        write_gaussian_ply(files[0], _to_ply(avatar, with_faces=True))
+        if avatar.params is not None:
+            files.append(stack.enter_context(atomic_file(path / PARAMETERS_NAME)))
+            avatar.params.write(files[-1])
+        if metadata is not None:
+            files.append(stack.enter_context(atomic_file(metadata_path)))
+            files[-1].write((json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode())
+        # All that can fail has failed before the first of them gets its name.
+        for file in files:
+            flush_to_disk(file)
+
+
+def _to_ply(avatar: GaussianAvatar, with_faces: bool) -> PlyGaussians:
+    arrays = {name: value.detach().cpu().numpy() for name, value in avatar.tensors().items()}
+    faces = arrays.pop("faces")
+    return PlyGaussians(**arrays, faces=faces if with_faces else None)
+
+
+def _save_safetensors(avatar: GaussianAvatar, path: Path) -> None:
+    tensors = avatar.tensors()
+    if avatar.params is not None:
+        tensors |= {f"params.{name}": value for name, value in avatar.params.tensors().items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    about = {"format": FORMAT, "head_name": avatar.head_name, "head_hash": avatar.head_hash}
+    # One metadata entry: safetensors does not promise the order of several, and equal avatars give equal files.
+    content = to_safetensors(tensors, metadata={"gaussian_avatar": json.dumps(about)})
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def _load_safetensors(path: Path) -> GaussianAvatar:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such avatar file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    try:
+        about = json.loads(entries["gaussian_avatar"])
+        if about["format"] != FORMAT:
+            raise ValueError(about["format"])
+        name, digest = _head_identity(about)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: not an avatar file: its metadata does not say {FORMAT!r}") from None
+    _check_finite(str(path), tensors)
+    parameters = {key.removeprefix("params."): tensors.pop(key) for key in list(tensors) if key.startswith("params.")}
+    try:
+        params = HeadParameters(**parameters) if parameters else None
+        avatar = GaussianAvatar(**tensors, params=params, head_name=name, head_hash=digest)
+        if int(avatar.faces.min()) < 0:
+            raise ValueError(f"faces: row {int(avatar.faces.argmin())} is {int(avatar.faces.min())}, expected >= 0")
+    except (ValueError, TypeError, IndexError, KeyError) as error:  # a missing or unknown tensor is a TypeError
+        reason = str(error).replace("GaussianAvatar.__init__()", "tensors of an avatar file:")
+        raise ValueError(f"{path}: {reason}") from None
+    return avatar
+
+
+def _metadata_content(path: Path) -> dict | None:
+    """The JSON object of a metadata file; None if there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _read_metadata(folder: Path) -> tuple[str | None, str | None]:
+    """Name and hash of the head model, as far as the folder says them."""
+    content = _metadata_content(folder / METADATA_NAME)
+    try:
+        return _head_identity(content or {})
+    except TypeError as error:
+        raise ValueError(f"{folder / METADATA_NAME}: {error}") from None
+
+
+def _head_identity(content: dict) -> tuple[str | None, str | None]:
+    name, digest = content.get("head_name"), content.get("head_hash")
+    for key, value in (("head_name", name), ("head_hash", digest)):
+        if not isinstance(value, str | None):
+            raise TypeError(f"{key} is {value!r}, expected a string")
+    return name, digest
+
+
+def _check_hash(what: str, name: str | None, digest: str | None, head: HeadModel) -> None:
+    if digest is not None and digest != head.hash:
+        raise ValueError(
+            f"{what} was made on head model {name!r} (hash {digest}), not on {head.name!r} (hash {head.hash}); "
+            "load the head model it was made on"
+        )
+
+
+def _check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        finite = torch.isfinite(value)
+        if not finite.all():
+            index = (~finite).nonzero()[0].tolist()
+            raise ValueError(f"{what}: {name} of row {index[0] if index else 0} is {value[tuple(index)].item()}")
