@@ -26,7 +26,7 @@ from gaussian_tokenizer.anchoring import (
     local_to_world_quats,
     world_to_local,
 )
-from gaussian_tokenizer.atomic import atomic_file, flush_to_disk
+from gaussian_tokenizer.atomic import atomic_file, atomic_folder, flush_to_disk
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.ply import PlyGaussians, read_gaussian_ply, write_gaussian_ply
@@ -254,17 +254,25 @@ def _save_folder(avatar: GaussianAvatar, path: Path) -> None:
     metadata = _metadata_content(metadata_path)
     if avatar.head_hash is not None or metadata is not None:
         metadata = (metadata or {}) | {"head_name": avatar.head_name, "head_hash": avatar.head_hash}
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: is a file, expected a folder or a name that ends in .safetensors")
-    path.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        if not path.is_dir():
+            raise ValueError(f"{path}: is a file, expected a folder or a name that ends in .safetensors")
+        _write_files(avatar, metadata, path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(path) as folder:
+        _write_files(avatar, metadata, folder)
+
+
+def _write_files(avatar: GaussianAvatar, metadata: dict | None, folder: Path) -> None:
     with ExitStack() as stack:
-        files = [stack.enter_context(atomic_file(path / PLY_NAME))]
+        files = [stack.enter_context(atomic_file(folder / PLY_NAME))]
         write_gaussian_ply(files[0], _to_ply(avatar, with_faces=True))
         if avatar.params is not None:
-            files.append(stack.enter_context(atomic_file(path / PARAMETERS_NAME)))
+            files.append(stack.enter_context(atomic_file(folder / PARAMETERS_NAME)))
             avatar.params.write(files[-1])
         if metadata is not None:
-            files.append(stack.enter_context(atomic_file(metadata_path)))
+            files.append(stack.enter_context(atomic_file(folder / METADATA_NAME)))
             files[-1].write((json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode())
         # All that can fail has failed before the first of them gets its name.
         for file in files:
@@ -280,7 +288,7 @@ def _to_ply(avatar: GaussianAvatar, with_faces: bool) -> PlyGaussians:
 def _save_safetensors(avatar: GaussianAvatar, path: Path) -> None:
     tensors = avatar.tensors()
     if avatar.params is not None:
-        tensors |= {f"params.{name}": value for name, value in avatar.params.tensors().items()}
+        tensors |= {f"params.{name}": value.float() for name, value in avatar.params.tensors().items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     about = {"format": FORMAT, "head_name": avatar.head_name, "head_hash": avatar.head_hash}
     # One metadata entry: safetensors does not promise the order of several, and equal avatars give equal files.
@@ -358,6 +366,8 @@ def _check_hash(what: str, name: str | None, digest: str | None, head: HeadModel
 
 def _check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
+        if value.dtype not in (torch.float32, torch.int64):
+            raise ValueError(f"{what}: {name} is {value.dtype}, expected float32 (faces int64)")
         finite = torch.isfinite(value)
         if not finite.all():
             index = (~finite).nonzero()[0].tolist()

@@ -132,7 +132,8 @@ def _read_header(path: Path, start: bytes) -> tuple[int, list[str], int]:
         raise ValueError(f"{path}: line 2 of the PLY header is not the format line")
     if lines[1].split() != ["format", "binary_little_endian", "1.0"]:
         raise ValueError(
-            f"{path}: PLY of {lines[1]!r}, expected 'format binary_little_endian 1.0'; convert it to little-endian binary"
+            f"{path}: PLY of {lines[1]!r}, expected 'format binary_little_endian 1.0'; "
+            "convert it to binary little-endian"
         )
     for number, line in enumerate(lines[2:], start=3):
         words = line.split()
