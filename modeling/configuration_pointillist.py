@@ -1,0 +1,126 @@
+"""Configuration of the autoregressive point model: the paper's decoder by default.
+
+A `PointillistConfig` says how a canonical point cloud is spelled (`n_bins` levels an axis, `n_faces` faces), how large the
+decoder is, how far it looks back (`sliding_window`), and which frozen or trainable encoders turn a portrait and a head mesh
+into the tokens that cross-attention reads. Sizes: AvatarPointillist supplementary, section D; 1,024 levels, 10,144 faces and
+the 12,000-token window: paper.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Dinov2Config, PreTrainedConfig
+
+
+@strict
+class PointillistConfig(PreTrainedConfig):
+    r"""Configuration of `PointillistForCausalLM`.
+
+    Args:
+        n_bins: quantisation levels an axis; coordinate ids are `[0, n_bins)`.
+        n_faces: faces of the head model; face ids are `[n_bins, n_bins + n_faces)`. Then begin, end, padding.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, head_dim: the decoder.
+        num_key_value_heads: key/value heads of self-attention; fewer than the query heads means grouped queries
+            (default: all, as in the paper).
+        partial_rotary_factor: share of each head that RoPE rotates (0.5 is x-transformers' default, hence the paper's).
+        rope_theta: base wavelength of RoPE.
+        rms_norm_eps: added to the mean square; tiny, because x-transformers' RMSNorm has none.
+        sliding_window: how many tokens, itself included, a token attends to; a multiple of 4.
+        attention_dropout: dropout on attention weights while training.
+        vision_config: a `Dinov2Config` (or dict) for the portrait encoder; default ViT-L/14 as in the paper.
+        use_vision_encoder / freeze_vision_encoder: whether there is a portrait encoder, and whether it is trained.
+        use_point_encoder: whether there is a Perceiver-style encoder of the head mesh.
+        point_latents, point_hidden_size, point_layers, point_attention_heads: its learned queries and size.
+        point_frequencies: octaves of the Fourier embedding; point_extent: metres mapped to [-1, 1].
+        point_centre: metres, subtracted from head vertices before the Fourier embedding.
+    """
+
+    model_type = "avatar_pointillist"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs = {"vision_config": Dinov2Config}
+
+    n_bins: int = 1024
+    n_faces: int = 10144
+    vocab_size: int | None = None
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int = 64
+    hidden_act: str = "gelu"
+    partial_rotary_factor: float = 0.5
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+    sliding_window: int = 12000
+    layer_types: list[str] | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+
+    use_vision_encoder: bool = True
+    freeze_vision_encoder: bool = True
+    vision_config: dict | PreTrainedConfig | None = None
+    use_point_encoder: bool = True
+    point_latents: int = 256
+    point_hidden_size: int = 768
+    point_layers: int = 8
+    point_attention_heads: int = 12
+    point_frequencies: int = 8
+    point_extent: float = 0.2
+    point_centre: list[float] | None = None
+
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        expected = self.n_bins + self.n_faces + 3
+        if self.vocab_size not in (None, expected):
+            raise ValueError(
+                f"vocab_size {self.vocab_size} is not n_bins + n_faces + 3 = {expected} "
+                f"(n_bins {self.n_bins}, n_faces {self.n_faces}); leave vocab_size out"
+            )
+        self.vocab_size = expected
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = expected - 3, expected - 2, expected - 1
+        self.layer_types = ["sliding_attention"] * self.num_hidden_layers
+        if self.point_centre is None:
+            self.point_centre = [0.0, 0.0, 0.0]
+        if self.use_vision_encoder:
+            if self.vision_config is None:
+                self.vision_config = Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518)
+            elif isinstance(self.vision_config, dict):
+                self.vision_config = Dinov2Config(**self.vision_config)
+        else:
+            self.vision_config = None
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Raise `ValueError` where two fields contradict each other."""
+        if self.n_bins < 1 or self.n_faces < 1:
+            raise ValueError(f"n_bins and n_faces must be positive, found {self.n_bins} and {self.n_faces}")
+        if self.sliding_window < 4 or self.sliding_window % 4:
+            raise ValueError(
+                f"sliding_window must be a positive multiple of 4 (whole points of x, y, z, face), found {self.sliding_window}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        rotated = self.head_dim * self.partial_rotary_factor
+        if rotated != int(rotated) or int(rotated) % 2:
+            raise ValueError(
+                f"head_dim {self.head_dim} * partial_rotary_factor {self.partial_rotary_factor} = {rotated} "
+                "must be an even whole number of channels"
+            )
+        if self.point_hidden_size % self.point_attention_heads:
+            raise ValueError(
+                f"point_hidden_size {self.point_hidden_size} is not a multiple of "
+                f"point_attention_heads {self.point_attention_heads}"
+            )
+
+
+__all__ = ["PointillistConfig"]

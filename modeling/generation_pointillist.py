@@ -1,0 +1,330 @@
+"""`generate()` for point clouds: grammar, ring cache, point features and progress around transformers' generation.
+
+`PointillistGenerationMixin` keeps the whole of `GenerationMixin`'s contract (configs, processors, stopping criteria, streamers,
+caches) and replaces its inner loop by one made for sequences of 100,000 tokens: ids and features are written into buffers
+made once, the condition is encoded once, and the cache never moves. Beyond the window it rolls (Meshtron) or, with
+`window_policy="reprefill"`, restarts from the newest half (DeepMesh): past the window these are different models.
+
+Axes: B batch, L tokens, N points, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationMixin, LogitsProcessorList
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .generation_grammar import PointGrammar
+from .generation_ring_cache import RingCache, ring_mask
+
+PROGRESS_FROM = 2_000  # new tokens from which a progress bar is shown unless told otherwise
+STOP_CHECK_EVERY = 16  # tokens between looks at "is every row finished?": each look waits for the device
+
+
+@dataclass
+class PointillistGenerateOutput(GenerateDecoderOnlyOutput):
+    """`generate(..., return_dict_in_generate=True)`: the usual fields and
+
+    point_features: (B, N, 4, D) last hidden states that predicted x, y, z and face of each new point, zero beyond a row's
+    end, if `output_point_features=True`.
+    num_points: (B,) new points in each row.
+    """
+
+    point_features: Tensor | None = None
+    num_points: Tensor | None = None
+
+
+class PointillistGenerationMixin(GenerationMixin):
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config=None,
+        logits_processor: LogitsProcessorList | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        head_vertices: Tensor | None = None,
+        head_normals: Tensor | None = None,
+        condition_embeds: Tensor | None = None,
+        condition_mask: Tensor | None = None,
+        guidance_scale: float | None = None,
+        grammar: bool = True,
+        sorted_points: bool = True,
+        min_points: int = 0,
+        max_points: int | None = None,
+        max_points_per_face: int | None = None,
+        output_point_features: bool = False,
+        window_policy: str = "rolling",
+        progress: bool | None = None,
+        **kwargs,
+    ):
+        """Write point clouds. Everything of `GenerationMixin.generate` works; the arguments below are ours.
+
+        Args:
+            inputs: (B, L) ids of a beginning, padded on the left; default `bos` for each condition.
+            pixel_values, head_vertices, head_normals, condition_embeds, condition_mask: see `forward`.
+            guidance_scale: classifier-free guidance; logits = empty + scale * (condition - empty). None or 1: off.
+            grammar: False lets every token through (`sorted_points` False: only the order).
+            min_points, max_points, max_points_per_face: limits that the grammar keeps, prompt included.
+            output_point_features: also return the hidden states that predicted each point, from the same pass
+                (implies `return_dict_in_generate`).
+            window_policy: "rolling" (default) or "reprefill", see the module docstring.
+            progress: show a progress bar; default: when more than 2,000 tokens may be written.
+
+        Returns:
+            ids (B, L), or `PointillistGenerateOutput` with `return_dict_in_generate=True`.
+        """
+        if window_policy not in ("rolling", "reprefill"):
+            raise ValueError(f'window_policy must be "rolling" or "reprefill", found {window_policy!r}')
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if condition_embeds is None:
+            with torch.no_grad():
+                condition_embeds = self.encode_condition(pixel_values, head_vertices, head_normals)
+        if inputs is None:
+            rows = 1 if condition_embeds is None else len(condition_embeds)
+            inputs = torch.full((rows, 1), self.config.bos_token_id, device=self.device)
+        elif inputs.ndim != 2 or not (inputs == self.config.bos_token_id).any(1).all():
+            raise ValueError(f"a prompt must be (B, L) ids that begin with bos ({self.config.bos_token_id}); found {inputs}")
+        if condition_embeds is None:
+            condition_embeds = self.condition_encoder.or_empty(None, len(inputs), None)
+        if len(condition_embeds) != len(inputs):
+            raise ValueError(f"{len(inputs)} prompts but conditions for {len(condition_embeds)}")
+        if "attention_mask" not in kwargs:
+            kwargs["attention_mask"] = (inputs != self.config.pad_token_id).long()
+        if grammar:
+            limits = PointGrammar(self.config, sorted_points, min_points, max_points, max_points_per_face)
+            logits_processor = LogitsProcessorList([limits, *(logits_processor or [])])
+            if max_points is not None and not {"max_new_tokens", "max_length"} & kwargs.keys():
+                kwargs["max_length"] = 4 * max_points + 2 + int((inputs != self.config.bos_token_id).long().argmin(1).max())
+                kwargs["max_new_tokens"] = None
+        if output_point_features:
+            kwargs["return_dict_in_generate"] = True
+        if condition_mask is not None:
+            kwargs["condition_mask"] = condition_mask
+
+        options = dict(
+            guidance_scale=None if guidance_scale in (None, 1) else float(guidance_scale),
+            output_point_features=output_point_features,
+            window_policy=window_policy,
+        )
+        if self._needs_library_loop(generation_config, kwargs):
+            if options != dict(guidance_scale=None, output_point_features=False, window_policy="rolling"):
+                raise ValueError(
+                    "guidance_scale, output_point_features and window_policy do not combine with beams, custom_generate or "
+                    "the per-step outputs (scores, logits, attentions, hidden states); leave one of the two out"
+                )
+        else:
+            kwargs.update(options, progress=progress, custom_generate=sample_points)
+        return super().generate(
+            inputs,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            condition_embeds=condition_embeds,
+            **kwargs,
+        )
+
+    def _needs_library_loop(self, generation_config, kwargs: dict) -> bool:
+        """Whether something is asked for that only transformers' own loops do."""
+        config = generation_config or self.generation_config
+        per_step = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        return (
+            kwargs.get("custom_generate") is not None
+            or kwargs.get("assistant_model") is not None
+            or (kwargs.get("num_beams", config.num_beams) or 1) > 1
+            or any(kwargs.get(name, getattr(config, name)) for name in per_step)
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """Default and "static": a ring. "dynamic": transformers' own. All beside a cache of the condition's keys and values."""
+        implementation = generation_config.cache_implementation
+        user_cache = model_kwargs.get("past_key_values")
+        if user_cache is None and generation_config.use_cache and implementation in (None, "static"):
+            longest = max(max_cache_length, generation_config.max_cache_len or 0)
+            cache = RingCache(
+                self.config.num_hidden_layers, self.config.sliding_window, longest, static=implementation == "static"
+            )
+            model_kwargs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, EncoderDecoderCache):
+            model_kwargs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """The mask a compiled step is given: a ring has its own; other caches get transformers' windowed mask."""
+        from transformers.masking_utils import create_sliding_window_causal_mask
+
+        cache = past_key_values.self_attention_cache if isinstance(past_key_values, EncoderDecoderCache) else past_key_values
+        if isinstance(cache, RingCache):
+            if inputs_embeds.shape[1] > 1:
+                return attention_mask
+            return ring_mask(cache, attention_mask, inputs_embeds.dtype, inputs_embeds.device)
+        return create_sliding_window_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=kwargs.get("position_ids"),
+        )
+
+
+def sample_points(
+    model,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria,
+    generation_config,
+    synced_gpus: bool = False,
+    streamer=None,
+    guidance_scale: float | None = None,
+    output_point_features: bool = False,
+    window_policy: str = "rolling",
+    progress: bool | None = None,
+    **model_kwargs,
+) -> Tensor | PointillistGenerateOutput:
+    """The decoding loop behind `generate()`: greedy or sampled, one token a step for every row.
+
+    Takes what `GenerationMixin._sample` takes and the options of `PointillistGenerationMixin.generate`.
+    """
+    batch, prompt = input_ids.shape
+    limit, device, config = generation_config.max_length, input_ids.device, model.config
+    ids = torch.full((batch, limit), config.pad_token_id, device=device)
+    ids[:, :prompt] = input_ids
+    if output_point_features:
+        if ((ids[:, :prompt] < config.bos_token_id).sum(1) % 4).any():
+            raise ValueError("output_point_features needs prompts of whole points (a multiple of 4 tokens after bos)")
+        features = model.lm_head.weight.new_zeros(batch, limit - prompt, config.hidden_size)
+    unfinished = torch.ones(batch, dtype=torch.bool, device=device)
+    ends = torch.full((batch,), prompt, device=device)
+
+    steps = DecodingSteps(model, generation_config, model_kwargs, guidance_scale is not None, window_policy)
+    outputs = steps.first(input_ids)
+    shown = limit - prompt > PROGRESS_FROM if progress is None else progress
+    peer_finished = False
+    with tqdm(total=(limit - prompt) // 4, unit="point", desc="generating", disable=not shown) as bar:
+        for column in range(prompt, limit):
+            if not peer_finished:
+                logits = outputs.logits[:, -1].float()
+                if guidance_scale is not None:
+                    guided, empty = logits.chunk(2)
+                    logits = empty + guidance_scale * (guided - empty)
+                scores = logits_processor(ids[:, :column], logits)
+                if generation_config.do_sample:
+                    # The index of the least of exponential clocks with these rates is a sample, without a host round trip.
+                    clocks = torch.empty_like(scores).exponential_().clamp_min(torch.finfo(scores.dtype).tiny)
+                    token = (scores.softmax(-1) / clocks).argmax(-1)
+                else:
+                    token = scores.argmax(-1)
+                ids[:, column] = torch.where(unfinished, token, config.pad_token_id)
+                if output_point_features:
+                    features[:, column - prompt] = outputs.last_hidden_state[:batch, -1] * unfinished[:, None]
+                ends = torch.where(unfinished, column + 1, ends)
+                unfinished = unfinished & ~stopping_criteria(ids[:, : column + 1], None)
+                if streamer is not None:
+                    streamer.put(ids[:, column].cpu())
+                bar.update((column - prompt) % 4 == 3)
+            look = device.type == "cpu" or streamer is not None or (column - prompt) % STOP_CHECK_EVERY == 0
+            peer_finished = peer_finished or (look and not bool(unfinished.any()))
+            if column + 1 == limit or not model._has_unfinished_sequences(peer_finished, synced_gpus, device=device):
+                break
+            outputs = steps.next(ids, column + 1)
+    if streamer is not None:
+        streamer.end()
+
+    last = int(ends.max())
+    ids = ids[:, :last]
+    if not generation_config.return_dict_in_generate:
+        return ids
+    new = ids[:, prompt:]
+    num_points = (new < config.bos_token_id).sum(1) // 4
+    if output_point_features:
+        # Complete points only: a row that stopped in mid-point, or at its end token, leaves up to three positions over.
+        longest = int(num_points.max())
+        features = features[:, : 4 * longest].unflatten(1, (longest, 4))
+        complete = torch.arange(longest, device=device) < num_points[:, None]
+        features = features * complete[:, :, None, None]
+    return PointillistGenerateOutput(
+        sequences=ids,
+        past_key_values=steps.cache,
+        point_features=features if output_point_features else None,
+        num_points=num_points,
+    )
+
+
+class DecodingSteps:
+    """Forward passes of one generation: the prompt, then a token at a time, whatever cache there is.
+
+    With guidance every row runs twice, the second time under the empty condition.
+    """
+
+    def __init__(self, model, generation_config, model_kwargs: dict, guided: bool, window_policy: str):
+        self.model, self.generation_config, self.guided = model, generation_config, guided
+        self.reprefill = window_policy == "reprefill"
+        self.cache = model_kwargs["past_key_values"] if model_kwargs["use_cache"] else None
+        self.kwargs = model_kwargs
+        self.first_column = 0  # column of the oldest token the cache has seen
+        if guided:
+            empty = model.condition_encoder.or_empty(None, 1, None).expand_as(model_kwargs["condition_embeds"])
+            model_kwargs["condition_embeds"] = torch.cat((model_kwargs["condition_embeds"], empty))
+            for name in ("attention_mask", "position_ids", "condition_mask"):
+                if model_kwargs.get(name) is not None:
+                    model_kwargs[name] = torch.cat((model_kwargs[name],) * 2)
+        self.condition = {name: model_kwargs.get(name) for name in ("condition_embeds", "condition_mask")}
+        self.mask = model_kwargs.get("attention_mask")  # (B, prompt) or None where nothing is padded
+
+    def first(self, input_ids: Tensor):
+        """The prompt."""
+        ids = torch.cat((input_ids, input_ids)) if self.guided else input_ids
+        self.prompt = input_ids.shape[1]
+        # Positions count from bos; a row's are its columns less its padding.
+        positions = self.kwargs["position_ids"]
+        self.shift = positions[:, -1:] - (self.prompt - 1)
+        if self.mask is not None:
+            grown = self.mask.new_ones(len(ids), self.generation_config.max_length)
+            grown[:, : self.prompt] = self.mask
+            self.mask = grown
+        outputs = self.model._prefill(ids, self.generation_config, self.kwargs)
+        self.forward = (
+            self.model.get_compiled_call(self.generation_config.compile_config)
+            if self.model._valid_auto_compile_criteria(self.kwargs, self.generation_config)
+            else self.model.__call__
+        )
+        return outputs
+
+    def next(self, ids: Tensor, length: int):
+        """The newest token, at column length - 1."""
+        window = self.model.config.sliding_window
+        if self.cache is None:
+            return self.run(ids, 0, length)
+        if self.reprefill and length - self.first_column > window:
+            self.first_column = length - window // 2 - (length - window // 2 - self.prompt) % 4
+            self.cache.self_attention_cache.reset()
+            return self.run(ids, self.first_column, length)
+        return self.run(ids, length - 1, length)
+
+    def run(self, ids: Tensor, begin: int, length: int):
+        """Columns [begin, length) with the mask that the cache needs for them."""
+        tokens = ids[:, begin:length].contiguous()
+        tokens = torch.cat((tokens, tokens)) if self.guided else tokens
+        mask = None if self.mask is None else self.mask[:, self.first_column : length]
+        if self.cache is not None and self.cache.is_compileable and length - begin == 1:
+            metadata = torch.empty(*tokens.shape, 0, dtype=self.model.dtype, device=ids.device)
+            mask = self.model.create_masks_for_generate(self.model.config, metadata, mask, self.cache)
+        step = self.forward if length - begin == 1 else self.model.__call__
+        return step(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=torch.arange(begin, length, device=ids.device)[None] + self.shift,
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
+            logits_to_keep=1,
+            return_dict=True,
+            **self.condition,
+        )

@@ -1,0 +1,132 @@
+"""A key/value cache for sliding windows that never moves what it holds.
+
+Keys are rotated when written, so attention depends on relative positions alone and their order in memory does not matter:
+token p lives in slot p mod W, and each new token overwrites the one that just left the window. A decoding step writes one row
+and reads W, the least any exact cache can do (`transformers`' own sliding caches copy all W rows every step).
+
+`RingCache` is for one prompt and then one token a step; it serves both `generate()`'s default cache (buffers sliced to what is
+filled) and its static cache (full buffers plus a mask: fixed shapes for `torch.compile`). Window and rolling: Meshtron.
+"""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class RingLayer(CacheLayerMixin):
+    """Keys and values (B, H, W, D) of one layer's last W tokens, token p in slot p mod W."""
+
+    is_compileable = True
+    is_sliding = True
+
+    def __init__(self, capacity: int, static: bool):
+        super().__init__()
+        self.capacity = capacity
+        self.static = static
+        self.length = 0  # tokens seen, for the host
+        self.position: torch.Tensor | None = None  # the same, (1,) on the device: what a compiled step reads
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads, _, _ = key_states.shape
+        self.keys = key_states.new_zeros(batch, heads, self.capacity, key_states.shape[-1])
+        self.values = value_states.new_zeros(batch, heads, self.capacity, value_states.shape[-1])
+        self.position = torch.zeros(1, dtype=torch.long, device=self.device)
+        if not torch.compiler.is_compiling():
+            for buffer in (self.keys, self.values, self.position):
+                torch._dynamo.mark_static_address(buffer)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store new keys and values (B, H, L, D); return those the new tokens may attend to.
+
+        For L = 1 the slots come in ring order; for L > 1 (a prompt) the kept tokens come in time order, then the new ones.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[-2]
+        if new == 1:
+            slot = self.position % self.capacity
+            self.keys.index_copy_(2, slot, key_states)
+            self.values.index_copy_(2, slot, value_states)
+            self.position.add_(1)
+            self.length += 1
+            if self.static:
+                return self.keys, self.values
+            filled = min(self.length, self.capacity)
+            return self.keys[:, :, :filled], self.values[:, :, :filled]
+
+        # A prompt: attend to the previous W - 1 tokens in time order, then overwrite the slots of those that left.
+        kept = min(self.length, self.capacity - 1)
+        old = torch.arange(self.length - kept, self.length, device=self.device) % self.capacity
+        keys = torch.cat((self.keys[:, :, old], key_states), dim=2) if kept else key_states
+        values = torch.cat((self.values[:, :, old], value_states), dim=2) if kept else value_states
+        stored = min(new, self.capacity)
+        slots = torch.arange(self.length + new - stored, self.length + new, device=self.device) % self.capacity
+        self.keys[:, :, slots] = key_states[:, :, -stored:]
+        self.values[:, :, slots] = value_states[:, :, -stored:]
+        self.position.add_(new)
+        self.length += new
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(number of keys, time of the first) for the prompt mask; a single query has its own mask (`ring_mask`)."""
+        kept = min(self.length, self.capacity - 1)
+        return kept + query_length, self.length - kept
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+    def reset(self) -> None:
+        super().reset()
+        self.length = 0
+        if self.position is not None:
+            self.position.zero_()
+
+
+class RingCache(Cache):
+    """A ring for each layer.
+
+    Args:
+        num_layers: layers of the decoder.
+        window: tokens a query attends to, itself included (`config.sliding_window`).
+        max_length: longest sequence that will be written, prompt included; a ring never holds more than it needs.
+        static: fixed shapes for `torch.compile`.
+    """
+
+    def __init__(self, num_layers: int, window: int, max_length: int | None = None, static: bool = False):
+        capacity = window if max_length is None else min(window, max_length)
+        super().__init__(layers=[RingLayer(capacity, static) for _ in range(num_layers)])
+        self.window = window
+        self.static = static
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.static
+
+
+def ring_mask(
+    cache: RingCache, attention_mask: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
+    """Additive mask (B or 1, 1, 1, slots) for the single token that is about to be written, or None where all slots count.
+
+    attention_mask (B, L) marks padding by column, L including the new token.
+    """
+    layer = cache.layers[0]
+    if layer.capacity < cache.window and layer.length >= layer.capacity and not torch.compiler.is_compiling():
+        raise ValueError(
+            f"this cache was made for {layer.capacity} tokens and is full, but the window is {cache.window}: "
+            "make it with a larger max_length"
+        )
+    if attention_mask is None and not cache.static:
+        return None
+    # The new token's column.
+    now = layer.position if layer.is_initialized else torch.zeros(1, dtype=torch.long, device=device)
+    slots = torch.arange(layer.capacity if cache.static else min(layer.length + 1, layer.capacity), device=device)
+    column = now - (now - slots) % layer.capacity  # the latest column written to each slot, the new token included
+    visible = (column >= 0)[None]
+    if attention_mask is not None:
+        visible = visible & attention_mask[:, column.clamp(min=0)].bool()
+    return torch.zeros((), dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]

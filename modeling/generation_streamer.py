@@ -1,0 +1,59 @@
+"""Points as they are written: a streamer that turns tokens of `generate()` into points, one at a time.
+
+`for point in streamer` in one thread while `model.generate(..., streamer=streamer)` runs in another, or give a callback.
+"""
+
+from collections.abc import Callable
+from queue import Queue
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+
+class PointStreamer(BaseStreamer):
+    """Collects four tokens, decodes them, and hands over `{"positions": (1, 3), "faces": (1,)}`.
+
+    Args:
+        tokenizer: the `GaussianTokenizer` that decodes.
+        callback: called with each point; without it, iterate over the streamer.
+        timeout: seconds the iterator waits for the next point before `queue.Empty`; None waits for ever.
+    """
+
+    def __init__(self, tokenizer, callback: Callable[[dict], None] | None = None, timeout: float | None = None):
+        self.tokenizer = tokenizer
+        self.callback = callback
+        self.timeout = timeout
+        self.queue: Queue[dict | None] = Queue()
+        self.pending: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        value = value.reshape(-1, value.shape[-1]) if value.ndim > 1 else value[:, None]
+        if len(value) != 1:
+            raise ValueError(f"PointStreamer follows one sequence, found a batch of {len(value)}: stream them one by one")
+        for token in value[0].tolist():
+            if token >= self.tokenizer.bos_token_id:
+                continue
+            self.pending.append(token)
+            if len(self.pending) == 4:
+                self.emit(self.tokenizer.decode(self.pending))
+                self.pending = []
+
+    def end(self) -> None:
+        self.pending = []
+        if self.callback is None:
+            self.queue.put(None)
+
+    def emit(self, point: dict) -> None:
+        if self.callback is None:
+            self.queue.put(point)
+        else:
+            self.callback(point)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        point = self.queue.get(timeout=self.timeout)
+        if point is None:
+            raise StopIteration
+        return point

@@ -1,0 +1,106 @@
+"""The condition of the point model: a portrait and a head mesh become tokens that cross-attention reads.
+
+The portrait goes through DINOv2 (transformers' `Dinov2Model`), the head mesh through a Perceiver-style encoder: learned queries
+attend to Fourier-embedded vertices and normals, then to each other. Both are projected to the decoder's width and
+concatenated along the token axis (method figure of AvatarPointillist). A learned single token stands for "no condition".
+
+Axes: B batch, V vertices, M condition tokens, D width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import Dinov2Model
+from transformers import initialization as init
+
+from .configuration_pointillist import PointillistConfig
+
+
+class PointEncoder(nn.Module):
+    """Vertices and normals (B, V, 3) -> latents (B, point_latents, point_hidden_size)."""
+
+    def __init__(self, config: PointillistConfig):
+        super().__init__()
+        self.config = config
+        width, heads = config.point_hidden_size, config.point_attention_heads
+        self.latents = nn.Parameter(torch.empty(config.point_latents, width))
+        self.embed = nn.Linear(3 * 2 * config.point_frequencies + 6, width)
+        self.point_norm = nn.LayerNorm(width)
+        self.read = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(config.point_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, vertices: Tensor, normals: Tensor) -> Tensor:
+        if vertices.shape != normals.shape or vertices.shape[-1] != 3 or vertices.ndim != 3:
+            raise ValueError(
+                f"head_vertices and head_normals must both be (B, V, 3), found {tuple(vertices.shape)} and {tuple(normals.shape)}"
+            )
+        dtype = self.latents.dtype
+        centred = vertices.float() - torch.tensor(self.config.point_centre, device=vertices.device)
+        unit = centred / self.config.point_extent
+        octaves = math.pi * 2.0 ** torch.arange(self.config.point_frequencies, device=vertices.device)
+        angles = (unit[..., None] * octaves).flatten(-2)
+        points = self.embed(torch.cat((angles.sin(), angles.cos(), unit, normals.float()), dim=-1).to(dtype))
+        points = self.point_norm(points)
+        latents = self.latents.expand(len(vertices), -1, -1)
+        latents = latents + self.read(latents, points, points, need_weights=False)[0]
+        for block in self.blocks:
+            latents = block(latents)
+        return self.norm(latents)
+
+
+class ConditionEncoder(nn.Module):
+    """Portrait and head mesh -> condition tokens (B, M, D)."""
+
+    def __init__(self, config: PointillistConfig):
+        super().__init__()
+        self.config = config
+        self.empty = nn.Parameter(torch.empty(1, config.hidden_size))
+        if config.use_vision_encoder:
+            self.vision = Dinov2Model(config.vision_config)
+            self.vision.requires_grad_(not config.freeze_vision_encoder)
+            # A parameter that no loss reaches would stall distributed training: portraits are never masked.
+            self.vision.embeddings.mask_token.requires_grad_(False)
+            self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.hidden_size)
+        if config.use_point_encoder:
+            self.points = PointEncoder(config)
+            self.point_proj = nn.Linear(config.point_hidden_size, config.hidden_size)
+
+    def init_weights(self, std: float) -> None:
+        """Fill the parameters that belong to no standard layer."""
+        init.normal_(self.empty, std=std)
+        if self.config.use_point_encoder:
+            init.normal_(self.points.latents, std=std)
+
+    def forward(
+        self, pixel_values: Tensor | None, head_vertices: Tensor | None, head_normals: Tensor | None
+    ) -> Tensor | None:
+        tokens = []
+        if pixel_values is not None:
+            if not self.config.use_vision_encoder:
+                raise ValueError("this model has no portrait encoder (use_vision_encoder is false): leave pixel_values out")
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision_encoder):
+                features = self.vision(pixel_values.to(self.empty.dtype)).last_hidden_state
+            tokens.append(self.vision_proj(features))
+        if head_vertices is not None:
+            if not self.config.use_point_encoder:
+                raise ValueError("this model has no mesh encoder (use_point_encoder is false): leave head_vertices out")
+            if head_normals is None:
+                raise ValueError("head_vertices need head_normals of the same shape; the tokenizer makes both")
+            tokens.append(self.point_proj(self.points(head_vertices, head_normals)))
+        return torch.cat(tokens, dim=1) if tokens else None
+
+    def or_empty(self, condition: Tensor | None, batch: int, drop: Tensor | None) -> Tensor:
+        """The condition, or the learned empty token where there is none or `drop` (B,) says so."""
+        empty = self.empty[None].expand(batch, -1, -1)
+        if condition is None:
+            return empty
+        if drop is None:
+            return condition
+        return torch.where(drop[:, None, None].bool(), empty, condition)

@@ -1,0 +1,360 @@
+"""The autoregressive point model: a causal transformer decoder that writes a canonical point cloud token by token.
+
+In: token ids (B, L) of `GaussianTokenizer` and condition tokens (B, M, D), made once from a portrait and a head mesh.
+Out: logits (B, L, vocabulary) and the last hidden states, of which those that *predict* the four tokens of a point become
+that point's feature in the Gaussian decoder.
+
+Each of the blocks is self-attention with rotary positions and a sliding window, cross-attention to the condition, and a GELU
+feed-forward, every one pre-normalised by RMSNorm: x-transformers' `Decoder(cross_attend=True)`, whose weights load through
+`convert_x_transformers` (AvatarPointillist supplementary, section D).
+
+Axes: B batch, L tokens, M condition tokens, H heads, D width, W window.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_pointillist import PointillistConfig
+from .generation_pointillist import PointillistGenerationMixin
+from .generation_ring_cache import RingCache, ring_mask
+from .modeling_condition import ConditionEncoder
+
+
+@dataclass
+class PointillistOutput(ModelOutput):
+    """What a forward pass returns.
+
+    loss: mean cross-entropy in nats of the tokens that `labels` names, if it was given.
+    logits: (B, L', vocabulary), L' = L or `logits_to_keep`.
+    last_hidden_state: (B, L', D) after the final norm; position t is the feature that predicts token t + 1.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+def rotary_embedding(config: PointillistConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, L, rotated channels) in float32 of positions (B, L)."""
+    channels = int(config.head_dim * config.partial_rotary_factor)
+    exponent = torch.arange(0, channels, 2, device=position_ids.device, dtype=torch.float32) / channels
+    angles = position_ids[:, None, :, None].float() * config.rope_theta**-exponent
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first channels of x (B, H, L, head_dim), channel i paired with i + half; the rest pass unchanged."""
+    rotated, passed = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    rotated = rotated.float()
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated.to(x.dtype), passed), dim=-1)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(q k^T * scaling + mask) v, written out: (B, H, L, d) -> (B, L, H, d) and the weights."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    weights = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.dropout(weights.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class PointillistAttention(nn.Module):
+    """Self-attention (rotary, causal, windowed) or, with `is_cross`, attention to the condition tokens."""
+
+    def __init__(self, config: PointillistConfig, layer_idx: int, is_cross: bool):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_cross = is_cross
+        self.is_causal = not is_cross
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        key_value_heads = config.num_attention_heads if is_cross else config.num_key_value_heads
+        self.num_key_value_groups = config.num_attention_heads // key_value_heads
+        inner, key_value_inner = config.num_attention_heads * config.head_dim, key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_inner, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_inner, bias=False)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, L, H * d) -> (B, H, L, d)"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        condition: Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        query = self.heads(self.q_proj(hidden_states))
+        if self.is_cross:
+            key, value = self.condition_keys_values(condition, cache)
+        else:
+            key, value = self.heads(self.k_proj(hidden_states)), self.heads(self.v_proj(hidden_states))
+            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=None if self.is_cross else self.config.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(-2)), weights
+
+    def condition_keys_values(self, condition: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of the condition, computed once a sequence where there is a cache to keep them."""
+        if cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        key, value = self.heads(self.k_proj(condition)), self.heads(self.v_proj(condition))
+        if cache is not None:
+            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        return key, value
+
+
+class PointillistLayer(GradientCheckpointingLayer):
+    """Self-attention, cross-attention, feed-forward; each normalised before and added after."""
+
+    def __init__(self, config: PointillistConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = PointillistAttention(config, layer_idx, is_cross=False)
+        self.cross_attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.cross_attn = PointillistAttention(config, layer_idx, is_cross=True)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        condition: Tensor,
+        attention_mask: Tensor | None,
+        condition_mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        self_cache = None if past_key_values is None else past_key_values.self_attention_cache
+        x, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, rotary, cache=self_cache, **kwargs)
+        hidden_states = hidden_states + x
+        x, _ = self.cross_attn(
+            self.cross_attn_norm(hidden_states), condition_mask, condition=condition, cache=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + x
+        return hidden_states + self.fc2(self.act(self.fc1(self.mlp_norm(hidden_states))))
+
+
+class PointillistPreTrainedModel(PreTrainedModel):
+    config: PointillistConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PointillistLayer", "Dinov2Layer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": PointillistLayer,
+        "attentions": OutputRecorder(PointillistAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(PointillistAttention, index=1, layer_name="cross_attn"),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ConditionEncoder):
+            module.init_weights(self.config.initializer_range)
+
+
+class PointillistModel(PointillistPreTrainedModel):
+    """The decoder without its head: embeddings, blocks, final norm."""
+
+    def __init__(self, config: PointillistConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(PointillistLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        condition: Tensor | None = None,
+        condition_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> PointillistOutput:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
+
+        if position_ids is None:
+            start = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
+        self_cache = None if past_key_values is None else past_key_values.self_attention_cache
+        if attention_mask is not None and attention_mask.ndim == 4:
+            mask = attention_mask
+        elif isinstance(self_cache, RingCache) and x.shape[1] == 1:
+            mask = ring_mask(self_cache, attention_mask, x.dtype, x.device)
+        else:
+            mask = create_sliding_window_causal_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                past_key_values=self_cache,
+                position_ids=position_ids,
+            )
+        if condition_mask is not None:
+            condition_mask = torch.zeros_like(condition_mask, dtype=x.dtype).masked_fill(
+                ~condition_mask.bool(), torch.finfo(x.dtype).min
+            )[:, None, None]
+
+        rotary = rotary_embedding(self.config, position_ids)
+        for layer in self.layers:
+            x = layer(x, condition, mask, condition_mask, rotary, past_key_values=past_key_values, **kwargs)
+        return PointillistOutput(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+
+
+class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMixin):
+    """The decoder, its vocabulary head and the encoders of its condition.
+
+    The condition comes as `pixel_values` and/or `head_vertices` with `head_normals`, or already encoded as `condition_embeds`;
+    with none of them the learned empty condition is read, which is also what `drop_condition` selects row by row.
+    """
+
+    def __init__(self, config: PointillistConfig):
+        super().__init__(config)
+        self.model = PointillistModel(config)
+        self.condition_encoder = ConditionEncoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self.generation_config.do_sample = True
+        self.generation_config.max_new_tokens = 4 * 32_768 + 1
+
+    def encode_condition(
+        self,
+        pixel_values: Tensor | None = None,
+        head_vertices: Tensor | None = None,
+        head_normals: Tensor | None = None,
+    ) -> Tensor | None:
+        """Condition tokens (B, M, D) of a portrait (B, 3, h, w) and/or a head mesh (B, V, 3) with its normals (B, V, 3)."""
+        return self.condition_encoder(pixel_values, head_vertices, head_normals)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        head_vertices: Tensor | None = None,
+        head_normals: Tensor | None = None,
+        condition_embeds: Tensor | None = None,
+        condition_mask: Tensor | None = None,
+        drop_condition: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> PointillistOutput:
+        """One pass over token ids (B, L).
+
+        Args:
+            input_ids: (B, L) ids of `GaussianTokenizer`, or `inputs_embeds` (B, L, D).
+            attention_mask: (B, L) with 0 on padding; needed for padding on the left only.
+            labels: (B, L) ids, -100 where there is nothing to learn; shifted here.
+            pixel_values: (B, 3, h, w) portrait, ImageNet-normalised. head_vertices, head_normals: (B, V, 3), metres.
+            condition_embeds: (B, M, D) from `encode_condition`; condition_mask: (B, M), 0 on padding.
+            drop_condition: (B,) bool, True for rows that read the empty condition instead (training of guidance).
+            logits_to_keep: keep the last so many positions (0: all), or these positions.
+        """
+        batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
+        if condition_embeds is None:
+            condition_embeds = self.encode_condition(pixel_values, head_vertices, head_normals)
+        condition_embeds = self.condition_encoder.or_empty(condition_embeds, batch, drop_condition)
+        if condition_embeds.shape[0] != batch:
+            raise ValueError(f"condition for {condition_embeds.shape[0]} sequences, but {batch} sequences of tokens")
+
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            condition=condition_embeds,
+            condition_mask=condition_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        hidden = outputs.last_hidden_state[:, kept if isinstance(logits_to_keep, int) else logits_to_keep]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return PointillistOutput(
+            loss=loss,
+            logits=logits,
+            last_hidden_state=hidden,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+    def num_decoder_parameters(self) -> int:
+        """Parameters without the encoders of the condition: what the paper's size speaks of."""
+        return sum(p.numel() for module in (self.model, self.lm_head) for p in module.parameters())
+
+
+__all__ = ["PointillistForCausalLM", "PointillistModel", "PointillistPreTrainedModel"]
