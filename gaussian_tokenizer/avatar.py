@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,7 +84,7 @@ class GaussianAvatar:
         return {name: value for name in names if (value := self.__dict__[name]) is not None}
 
     def to(self, device: torch.device | str) -> "GaussianAvatar":
-        moved = {name: value.to(device) for name, value in self.tensors().items()}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
         params = None if self.params is None else self.params.to(device)
         head = None if self.head is None else self.head.to(device)
         return replace(self, **moved, params=params, head=head)
@@ -131,12 +132,12 @@ class GaussianAvatar:
         """
         world = self._world(frame)
         return {
-            "positions": world.positions,
-            "scales": world.scales.exp(),
-            "quats": world.quats,
-            "opacities": world.opacities.sigmoid(),
-            "sh": world.sh,
-            "colors": (world.sh[:, 0] * SH_DC + 0.5).clamp(min=0),
+            "positions": world["positions"],
+            "scales": world["scales"].exp(),
+            "quats": world["quats"],
+            "opacities": world["opacities"].sigmoid(),
+            "sh": world["sh"],
+            "colors": (world["sh"][:, 0] * SH_DC + 0.5).clamp(min=0),
         }
 
     @classmethod
@@ -182,21 +183,18 @@ class GaussianAvatar:
 
     def save_world_ply(self, path: str | os.PathLike, frame: int = 0) -> None:
         """Write the Gaussians as posed in `frame` to a PLY that ordinary splat viewers open."""
-        world = self._world(frame)
-        write_gaussian_ply(path, _to_ply(replace(world, faces=self.faces), with_faces=False))
+        write_gaussian_ply(path, _to_ply(self._world(frame), with_faces=False))
 
-    def _world(self, frame: int) -> "GaussianAvatar":
-        """This avatar with world-space positions, log-scales and unit quaternions in the place of the local ones."""
-        self._require("posing", ("sh", "opacities", "scales", "quats"))
+    def _world(self, frame: int) -> dict[str, Tensor]:
+        """The tensors with world-space positions, log-scales and unit quaternions in the place of the local ones."""
+        local = self._complete("posing")
         head, params = self._head_and_params()
-        vertices = head.pose(params.frame(frame)).vertices[0]
-        frames = face_frames(vertices, head.faces)
-        return replace(
-            self,
-            positions=local_to_world(self.positions, self.faces, frames),
-            scales=local_to_world_log_scales(self.scales, self.faces, frames),
-            quats=local_to_world_quats(self.quats, self.faces, frames),
-        )
+        frames = face_frames(head.pose(params.frame(frame)).vertices[0], head.faces)
+        return local | {
+            "positions": local_to_world(local["positions"], self.faces, frames),
+            "scales": local_to_world_log_scales(local["scales"], self.faces, frames),
+            "quats": local_to_world_quats(local["quats"], self.faces, frames),
+        }
 
     def _head_and_params(self) -> tuple[HeadModel, HeadParameters]:
         if self.head is None:
@@ -206,13 +204,16 @@ class GaussianAvatar:
             return self.head, self.params
         return self.head, HeadParameters.zeros(self.head.n_shape, self.head.n_expression).to(self.head.device)
 
-    def _require(self, purpose: str, names: tuple[str, ...]) -> None:
-        missing = [name for name in names if name not in self.tensors()]
+    def _complete(self, purpose: str) -> dict[str, Tensor]:
+        """The tensors of an avatar that has all of them."""
+        tensors = self.tensors()
+        missing = [name for name in ("sh", "opacities", "scales", "quats") if name not in tensors]
         if missing:
             raise ValueError(
                 f"{purpose} needs {', '.join(missing)}, which this avatar does not have: it holds points only; "
                 "decode them to Gaussians first, or save a .safetensors file"
             )
+        return tensors
 
 
 def _load_folder(path: Path, head: HeadModel | None, sh_degree: int | None) -> GaussianAvatar:
@@ -222,7 +223,9 @@ def _load_folder(path: Path, head: HeadModel | None, sh_degree: int | None) -> G
         _check_hash(str(path), name, digest, head)
     n_faces = None if head is None else head.n_faces
     gaussians = read_gaussian_ply(ply_path, with_faces=True, sh_degree=sh_degree, n_faces=n_faces)
-    tensors = {field.name: torch.from_numpy(gaussians.__dict__[field.name]) for field in fields(gaussians)}
+    tensors: dict[str, Any] = {
+        field.name: torch.from_numpy(gaussians.__dict__[field.name]) for field in fields(gaussians)
+    }
     parameters_path = ply_path.with_name(PARAMETERS_NAME)
     params = HeadParameters.load(parameters_path) if parameters_path.exists() else None
     return GaussianAvatar(**tensors, params=params, head_name=name, head_hash=digest)
@@ -246,7 +249,7 @@ def _find_ply(path: Path) -> Path:
 
 
 def _save_folder(avatar: GaussianAvatar, path: Path) -> None:
-    avatar._require(f"writing {PLY_NAME}", ("sh", "opacities", "scales", "quats"))
+    gaussians = _to_ply(avatar._complete(f"writing {PLY_NAME}"), with_faces=True)
     stale = path / PARAMETERS_NAME
     if avatar.params is None and stale.exists():
         raise ValueError(f"{stale}: this avatar has no head parameters to replace it with; save to another folder")
@@ -257,20 +260,20 @@ def _save_folder(avatar: GaussianAvatar, path: Path) -> None:
     if path.exists():
         if not path.is_dir():
             raise ValueError(f"{path}: is a file, expected a folder or a name that ends in .safetensors")
-        _write_files(avatar, metadata, path)
+        _write_files(gaussians, avatar.params, metadata, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(path) as folder:
-        _write_files(avatar, metadata, folder)
+        _write_files(gaussians, avatar.params, metadata, folder)
 
 
-def _write_files(avatar: GaussianAvatar, metadata: dict | None, folder: Path) -> None:
+def _write_files(gaussians: PlyGaussians, params: HeadParameters | None, metadata: dict | None, folder: Path) -> None:
     with ExitStack() as stack:
         files = [stack.enter_context(atomic_file(folder / PLY_NAME))]
-        write_gaussian_ply(files[0], _to_ply(avatar, with_faces=True))
-        if avatar.params is not None:
+        write_gaussian_ply(files[0], gaussians)
+        if params is not None:
             files.append(stack.enter_context(atomic_file(folder / PARAMETERS_NAME)))
-            avatar.params.write(files[-1])
+            params.write(files[-1])
         if metadata is not None:
             files.append(stack.enter_context(atomic_file(folder / METADATA_NAME)))
             files[-1].write((json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode())
@@ -279,8 +282,8 @@ def _write_files(avatar: GaussianAvatar, metadata: dict | None, folder: Path) ->
             flush_to_disk(file)
 
 
-def _to_ply(avatar: GaussianAvatar, with_faces: bool) -> PlyGaussians:
-    arrays = {name: value.detach().cpu().numpy() for name, value in avatar.tensors().items()}
+def _to_ply(tensors: dict[str, Tensor], with_faces: bool) -> PlyGaussians:
+    arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
     faces = arrays.pop("faces")
     return PlyGaussians(**arrays, faces=faces if with_faces else None)
 

@@ -12,7 +12,7 @@ import zipfile
 from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -88,11 +88,14 @@ class HeadParameters:
     @classmethod
     def zeros(cls, shape_size: int, expression_size: int, num_frames: int = 1) -> "HeadParameters":
         """The mean head at rest, without offsets."""
-        per_frame = {name: torch.zeros(num_frames, size or expression_size) for name, size in FRAME_KEYS.items()}
+        per_frame: dict[str, Any] = {
+            name: torch.zeros(num_frames, size or expression_size) for name, size in FRAME_KEYS.items()
+        }
         return cls(shape=torch.zeros(shape_size), **per_frame)
 
     def to(self, device: torch.device | str) -> "HeadParameters":
-        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+        return replace(self, **moved)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "HeadParameters":

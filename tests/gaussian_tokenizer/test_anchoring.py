@@ -181,7 +181,7 @@ def test_closest_points_of_each_region_of_a_triangle_computed_by_hand():
     points = torch.tensor(
         [[0.25, 0.25, 5], [-1, -1, 0], [3, -1, 0], [-1, 3, 0], [0.5, -2, 1], [1, 1, 0], [-1, 0.25, 0]]
     )
-    expected = [[0.5, 0.25, 0.25], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0], [0, 0.5, 0.5], [0.8, 0, 0.2]]
+    expected = [[0.5, 0.25, 0.25], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0], [0, 0.5, 0.5], [0.75, 0, 0.25]]
     found = closest_point_barycentrics(points, triangle.expand(len(points), 3, 3))
     torch.testing.assert_close(found, torch.tensor(expected))
 

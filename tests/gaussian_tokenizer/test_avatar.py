@@ -473,3 +473,15 @@ def test_a_world_ply_holds_what_a_viewer_draws(tmp_path):
     np.testing.assert_array_equal(world.sh, avatar.sh.numpy())
     with pytest.raises(ValueError, match=r"world\.ply: lacks property binding_0"):
         GaussianAvatar.load(tmp_path / "world.ply")
+
+
+def test_an_avatar_on_the_built_in_head_goes_to_files_and_back_through_its_points(tmp_path):
+    head = HeadModel.procedural(600)
+    params = random_params(num_frames=2, head=head)
+    avatar = random_avatar(1000, 1, head=head, params=replace(params, static_offset=None, dynamic_offset=None))
+    avatar.with_head(head).save(tmp_path / "a")
+    back = GaussianAvatar.load(tmp_path / "a", head=head)
+    assert torch.equal(back.positions, avatar.positions) and torch.equal(back.params.expr, avatar.params.expr)
+    again = GaussianAvatar.from_points(back.canonical_points(), back.params, head)
+    torch.testing.assert_close(again.positions, avatar.positions, atol=1e-3, rtol=1e-3)
+    assert all(torch.isfinite(value).all() for value in back.posed_gaussians(1).values())
