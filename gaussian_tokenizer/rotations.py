@@ -33,18 +33,17 @@ def matrix_to_quaternion(matrix: Tensor) -> Tensor:
 
     Shepperd's method: of the four ways to write the quaternion, take the one that divides by the largest component.
     """
-    r = matrix
-    trace = r[..., 0, 0] + r[..., 1, 1] + r[..., 2, 2]
+    m00, m01, m02, m10, m11, m12, m20, m21, m22 = matrix.flatten(-2).unbind(-1)
     # Row i is 4 * q_i * q, so the row with the largest diagonal entry 4 * q_i^2 is the safest to normalise.
     rows = torch.stack(
         (
-            torch.stack((1 + trace, r[..., 2, 1] - r[..., 1, 2], r[..., 0, 2] - r[..., 2, 0], r[..., 1, 0] - r[..., 0, 1]), -1),
-            torch.stack((r[..., 2, 1] - r[..., 1, 2], 1 + 2 * r[..., 0, 0] - trace, r[..., 1, 0] + r[..., 0, 1], r[..., 0, 2] + r[..., 2, 0]), -1),
-            torch.stack((r[..., 0, 2] - r[..., 2, 0], r[..., 1, 0] + r[..., 0, 1], 1 + 2 * r[..., 1, 1] - trace, r[..., 2, 1] + r[..., 1, 2]), -1),
-            torch.stack((r[..., 1, 0] - r[..., 0, 1], r[..., 0, 2] + r[..., 2, 0], r[..., 2, 1] + r[..., 1, 2], 1 + 2 * r[..., 2, 2] - trace), -1),
+            torch.stack((1 + m00 + m11 + m22, m21 - m12, m02 - m20, m10 - m01), -1),
+            torch.stack((m21 - m12, 1 + m00 - m11 - m22, m10 + m01, m02 + m20), -1),
+            torch.stack((m02 - m20, m10 + m01, 1 - m00 + m11 - m22, m21 + m12), -1),
+            torch.stack((m10 - m01, m02 + m20, m21 + m12, 1 - m00 - m11 + m22), -1),
         ),
         -2,
-    )  # fmt: skip
+    )
     best = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)
     quaternion = torch.take_along_dim(rows, best[..., None, None], dim=-2).squeeze(-2)
     quaternion = torch.nn.functional.normalize(quaternion, dim=-1)

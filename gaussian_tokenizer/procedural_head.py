@@ -1,0 +1,364 @@
+"""The built-in head model: no download, no licence, recognisably a head, at any resolution from 600 to 40,000 faces.
+
+`procedural_mesh` makes the triangles; here the mesh becomes a `HeadModel`: identity and expression directions from a
+table of smooth local moves, joints, skinning weights, landmarks and regions. All of it is our own modelling; no scan
+and no other model went into it. The number of faces is always exactly what was asked for, the result depends on that
+number only, and coordinates are rounded to 0.1 micrometre so that every machine gets the same bytes and hash.
+
+One unit of an identity direction is one standard deviation of a varied crowd, one unit of an expression the full
+expression. Pose correctives are two: opening the jaw draws the cheeks in, nodding shortens the throat.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_mesh import LEFT_EAR, LEFT_EYE, POCKET, RIGHT_EAR, RIGHT_EYE, SKIN, Mesh, build_mesh
+from gaussian_tokenizer.procedural_surface import EYE_CENTER
+
+JOINT_POSITIONS = {  # millimetres
+    "root": (0.0, -150.0, -22.0),
+    "neck": (0.0, -88.0, -18.0),
+    "jaw": (0.0, -12.0, 10.0),
+    "left_eye": tuple(EYE_CENTER),
+    "right_eye": tuple(EYE_CENTER * (-1, 1, 1)),
+}
+JAW_DROP_DEGREES = 20.0
+
+
+class Move(NamedTuple):
+    """A smooth local displacement in millimetres: weight(p) * (shift + scale * (p - center)).
+
+    The weight is exp(-sum(|p - center| / radii)^4)), flat near the centre; a `center` with x > 0 is mirrored to the
+    other side unless `one_side`.
+    """
+
+    center: tuple[float, float, float]
+    radii: tuple[float, float, float]
+    shift: tuple[float, float, float] = (0, 0, 0)
+    scale: tuple[float, float, float] = (0, 0, 0)
+    one_side: bool = False
+
+
+WIDE = 1e6
+IDENTITY: dict[str, tuple[Move, ...]] = {
+    "head_size": (Move((0, 0, 0), (WIDE, WIDE, WIDE), scale=(0.035, 0.035, 0.035)),),
+    "head_width": (Move((0, 20, 0), (WIDE, 120, WIDE), scale=(0.045, 0, 0)),),
+    "skull_height": (Move((0, 140, -10), (WIDE, 110, WIDE), (0, 7, 0)),),
+    "skull_depth": (Move((0, 40, -105), (WIDE, 90, 100), (0, 0, -6.5)),),
+    "forehead_slope": (Move((0, 95, 75), (75, 48, 70), (0, 0, -5.5)),),
+    "brow_ridge": (Move((24, 39, 86), (24, 11, 20), (0, -0.8, 2.8)), Move((0, 36, 88), (12, 10, 20), (0, 0, 1.2))),
+    "eye_distance": (Move((31, 22, 74), (22, 22, 30), (1.9, 0, 0)),),
+    "eye_size": (Move((31, 22, 70), (23, 21, 24), scale=(0.06, 0.075, 0.05)),),
+    "eye_height": (Move((31, 24, 76), (26, 26, 34), (0, 2.0, 0)),),
+    "nose_length": (Move((0, -23, 106), (21, 17, 26), (0, -3.6, 0.6)),),
+    "nose_width": (Move((12, -21, 97), (12, 14, 18), (2.2, 0, 0)),),
+    "nose_bridge": (Move((0, 4, 98), (11, 17, 20), (0, 0, 3.4)),),
+    "nose_tip": (Move((0, -18, 110), (14, 11, 15), (0, 1.4, 3.4)),),
+    "cheekbones": (Move((56, -2, 46), (24, 20, 34), (3.6, 0, 1.2)),),
+    "cheek_fullness": (Move((46, -34, 58), (24, 24, 34), (3.8, 0, 2.6)),),
+    "jaw_width": (Move((50, -54, 18), (34, 32, 50), (4.8, 0, 0)),),
+    "chin_length": (Move((0, -88, 78), (48, 28, 52), (0, -5.0, 0)),),
+    "chin_forward": (Move((0, -80, 92), (26, 18, 34), (0, 0, 4.5)),),
+    "mouth_width": (Move((24, -47, 88), (14, 13, 20), (2.6, 0, -0.8)),),
+    "mouth_height": (Move((0, -47, 92), (34, 15, 40), (0, 2.2, 0)),),
+    "lip_thickness": (
+        Move((0, -41.5, 97), (21, 4.6, 16), (0, 1.5, 1.6)),
+        Move((0, -54.0, 96), (20, 5.4, 16), (0, -1.7, 1.9)),
+    ),
+    "neck_width": (Move((0, -150, -18), (WIDE, 66, WIDE), scale=(0.085, 0, 0.06)),),
+    "asymmetry": (
+        Move((0, -20, 105), (20, 26, 30), (1.6, 0, 0)),
+        Move((0, -70, 84), (44, 36, 50), (1.6, 0, 0)),
+        Move((31, 22, 76), (24, 22, 30), (0, 0.9, 0), one_side=True),
+    ),
+    "ear_size": (),
+    "ear_protrusion": (),
+}
+MOUTH_CORNER, CORNER_RADII = (25.0, -47.0, 87.0), (17.0, 14.0, 22.0)
+RIGHT_CORNER = (-25.0, -47.0, 87.0)
+EXPRESSIONS: dict[str, tuple[Move, ...]] = {
+    "jaw_drop": (),
+    "lips_part": (),
+    "lids_close_left": (),
+    "lids_close_right": (),
+    "lids_widen": (),
+    "smile_left": (
+        Move(MOUTH_CORNER, CORNER_RADII, (6, 7, -4), one_side=True),
+        Move((36, -16, 78), (19, 17, 24), (1.5, 4, 2.5), one_side=True),
+    ),
+    "smile_right": (
+        Move(RIGHT_CORNER, CORNER_RADII, (-6, 7, -4), one_side=True),
+        Move((-36, -16, 78), (19, 17, 24), (-1.5, 4, 2.5), one_side=True),
+    ),
+    "frown": (Move(MOUTH_CORNER, CORNER_RADII, (0.5, -7, -1)), Move((0, -60, 92), (16, 9, 20), (0, 2, 1.5))),
+    "mouth_wide": (Move(MOUTH_CORNER, (20, 18, 26), (6.5, -1, -3)),),
+    "pucker": (
+        Move(MOUTH_CORNER, (14, 14, 22), (-8.5, 0, 4)),
+        Move((0, -47, 96), (19, 14, 26), (0, 0, 6)),
+    ),
+    "mouth_left": (Move((0, -48, 92), (36, 18, 40), (6, 0, 0)),),
+    "mouth_right": (Move((0, -48, 92), (36, 18, 40), (-6, 0, 0)),),
+    "cheek_puff": (Move((46, -38, 62), (24, 20, 34), (7.5, 0, 4)),),
+    "nose_wrinkle": (
+        Move((12, -18, 98), (13, 15, 20), (0.8, 3.8, 0.5)),
+        Move((12, 34, 88), (13, 10, 20), (-1, -3, 0.6)),
+    ),
+    "brows_up_left": (Move((30, 44, 82), (26, 16, 34), (0, 6.5, 0.6), one_side=True),),
+    "brows_up_right": (Move((-30, 44, 82), (26, 16, 34), (0, 6.5, 0.6), one_side=True),),
+    "brows_inner_up": (Move((0, 44, 90), (22, 15, 26), (0, 6, 0)),),
+    "brows_down": (Move((18, 38, 86), (22, 11, 26), (-2.5, -5, 1)),),
+}
+UPPER_LIP, LOWER_LIP = ((0.0, -43.0, 96.0), (22.0, 10.0, 28.0)), ((0.0, -53.0, 94.0), (24.0, 14.0, 28.0))
+
+
+@functools.lru_cache(maxsize=4)
+def build_procedural_head(n_faces: int = 10144) -> HeadModel:
+    """The procedural head with exactly `n_faces` faces; `ValueError` outside what the topology can do."""
+    mesh = build_mesh(n_faces)
+    p = mesh.vertices
+    weights = _skinning_weights(mesh)
+    shape_dirs = np.stack([_identity(mesh, name, moves) for name, moves in IDENTITY.items()], -1)
+    expression_dirs = np.stack([_expression(mesh, weights, name, moves) for name, moves in EXPRESSIONS.items()], -1)
+    landmarks = _landmark_vertices(mesh)
+    landmark_faces, barycentrics = _vertices_as_face_points(mesh.faces, landmarks)
+    return HeadModel(
+        name="procedural" if n_faces == 10144 else f"procedural:{n_faces}",
+        template=_metres(p),
+        faces=torch.from_numpy(np.ascontiguousarray(mesh.faces)),
+        shape_dirs=_metres(shape_dirs),
+        expression_dirs=_metres(expression_dirs),
+        pose_dirs=_metres(_pose_correctives(mesh)),
+        joint_regressor=_rounded(_joint_regressor(mesh)),
+        skinning_weights=_rounded(weights),
+        parents=(-1, 0, 1, 1, 1),
+        expression_names=tuple(EXPRESSIONS),
+        landmark_faces=torch.from_numpy(landmark_faces),
+        landmark_barycentrics=torch.from_numpy(barycentrics).float(),
+        regions={name: torch.from_numpy(mask) for name, mask in _regions(mesh).items()},
+    )
+
+
+def fit_joint_regressor(vertices: np.ndarray, support: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(V,) weights on `support` (V,) bool that sum to 1 and give `target` (3,): the ones closest to a plain mean."""
+    chosen = vertices[support]
+    equations = np.concatenate((chosen.T, np.ones((1, len(chosen)))))  # (4, n) @ weights = (target, 1)
+    even = np.full(len(chosen), 1 / len(chosen))
+    correction = np.linalg.pinv(equations) @ (np.append(target, 1) - equations @ even)
+    row = np.zeros(len(vertices))
+    row[support] = even + correction
+    return row
+
+
+def smoothstep(x: np.ndarray) -> np.ndarray:
+    """0 below 0, 1 above 1, 3x^2 - 2x^3 between."""
+    x = np.clip(x, 0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def _rounded(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.round(values, 7).astype(np.float32)))
+
+
+def _metres(millimetres: np.ndarray) -> torch.Tensor:
+    return _rounded(millimetres / 1000)
+
+
+def _flat_bump(p: np.ndarray, center: tuple, radii: tuple) -> np.ndarray:
+    squared = (((p - center) / radii) ** 2).sum(-1)
+    return np.exp(-(squared**2))
+
+
+def _displacement(p: np.ndarray, moves: tuple[Move, ...]) -> np.ndarray:
+    """(V, 3) sum of moves at points (V, 3)."""
+    total = np.zeros_like(p)
+    for move in moves:
+        mirrored = move.center[0] > 0 and not move.one_side
+        for flip in ((1, 1, 1), (-1, 1, 1)) if mirrored else ((1, 1, 1),):
+            center = np.multiply(move.center, flip)
+            field = np.multiply(move.shift, flip) + np.multiply(move.scale, p - center)
+            total += _flat_bump(p, tuple(center), move.radii)[:, None] * field
+    return total
+
+
+def _eye_centers(p: np.ndarray) -> np.ndarray:
+    return EYE_CENTER * np.where(p[:, :1] >= 0, (1, 1, 1), (-1, 1, 1))
+
+
+def _identity(mesh: Mesh, name: str, moves: tuple[Move, ...]) -> np.ndarray:
+    p = mesh.vertices
+    ear = (mesh.part == LEFT_EAR) | (mesh.part == RIGHT_EAR)
+    base = np.where(p[:, :1] >= 0, (73.0, 0.0, -4.0), (-73.0, 0.0, -4.0))
+    if name == "ear_size":
+        return ear[:, None] * 0.11 * (p - base)
+    if name == "ear_protrusion":
+        rearward = np.clip(4 - p[:, 2], 0, None)
+        return ear[:, None] * np.stack((0.3 * rearward * np.sign(p[:, 0]), 0 * rearward, 0.08 * rearward), -1)
+    if name == "eye_size":
+        return _displacement(p, moves) * ~ear[:, None]
+    # Eyeballs move as one, and the lids close to them nearly so: neither may cut through the other. So do ears.
+    eye = (mesh.part == LEFT_EYE) | (mesh.part == RIGHT_EYE)
+    centers = _eye_centers(p)
+    along = np.where(eye, 1.0, 0.95 * np.exp(-((np.linalg.norm(p - centers, axis=1) / 21) ** 6)))[:, None]
+    at = np.where(ear[:, None], base + 0.15 * (p - base), p + along * (centers - p))
+    return _displacement(at, moves)
+
+
+def _expression(mesh: Mesh, weights: np.ndarray, name: str, moves: tuple[Move, ...]) -> np.ndarray:
+    p = mesh.vertices
+    if name == "jaw_drop":
+        angle = np.deg2rad(JAW_DROP_DEGREES)
+        arm = p - JOINT_POSITIONS["jaw"]
+        turned = np.stack(
+            (
+                arm[:, 0],
+                np.cos(angle) * arm[:, 1] - np.sin(angle) * arm[:, 2],
+                np.sin(angle) * arm[:, 1] + np.cos(angle) * arm[:, 2],
+            ),
+            -1,
+        )
+        return weights[:, 2:3] * (turned - arm)
+    if name == "lips_part":
+        up = _flat_bump(p, *UPPER_LIP) * (mesh.side > 0) * weights[:, 1]
+        down = _flat_bump(p, *LOWER_LIP) * weights[:, 2]
+        return up[:, None] * np.array((0, 3.5, 0.8)) + down[:, None] * np.array((0, -5.0, 0.5))
+    if name.startswith("lids"):
+        on_side = {"lids_close_left": p[:, 0] > 0, "lids_close_right": p[:, 0] < 0, "lids_widen": True}[name]
+        return _lid_motion(mesh, mesh.travel * on_side * (-0.3 if name == "lids_widen" else 1.0))
+    eye = (mesh.part == LEFT_EYE) | (mesh.part == RIGHT_EYE)
+    return _displacement(p, moves) * ~eye[:, None]
+
+
+def _lid_motion(mesh: Mesh, travel: np.ndarray) -> np.ndarray:
+    """Move up or down by `travel` on a sphere about the eye: closed lids bulge over the eyeball."""
+    arm = mesh.vertices - _eye_centers(mesh.vertices)
+    squared = (arm**2).sum(-1)
+    y = arm[:, 1] + travel
+    z = np.sqrt(np.maximum(squared - arm[:, 0] ** 2 - y**2, 0))
+    z = np.where(z > 0, z, arm[:, 2])
+    return np.stack((0 * y, travel, z - arm[:, 2]), -1) * (travel != 0)[:, None]
+
+
+def _skinning_weights(mesh: Mesh) -> np.ndarray:
+    """(V, 5), rows sum to 1: the head hangs on the neck joint, chin and lower lip on the jaw, eyeballs on the eyes."""
+    p = mesh.vertices
+    weights = np.zeros((len(p), 5))
+    weights[:, 0] = 1 - smoothstep((p[:, 1] + 150) / 75)
+    # Below the plane through the hinge and the mouth line, softly in the cheeks, sharply between the lips.
+    hinge = np.array(JOINT_POSITIONS["jaw"])
+    along = np.array((0, -47.0, 97.0)) - hinge
+    downward = np.array((0, -along[2], along[1])) / np.linalg.norm(along)
+    soft = smoothstep(0.5 + ((p - hinge) @ downward) / 30)
+    between_lips = (1 - smoothstep((np.abs(p[:, 0]) - 9) / 16)) * np.exp(-(((p[:, 1] + 47) / 20) ** 4)) * (p[:, 2] > 45)
+    jaw = soft + between_lips * ((1 - mesh.side) / 2 - soft)
+    jaw *= smoothstep((p[:, 2] - 2) / 38) * smoothstep((p[:, 1] + 128) / 32)
+    weights[:, 2] = jaw * (1 - weights[:, 0])
+    for joint, part in ((3, LEFT_EYE), (4, RIGHT_EYE)):
+        weights[mesh.part == part] = np.eye(5)[joint]
+    for part in (LEFT_EAR, RIGHT_EAR):
+        weights[mesh.part == part] = np.eye(5)[1]
+    weights[:, 1] = 1 - weights[:, [0, 2, 3, 4]].sum(1)
+    return weights
+
+
+def _joint_regressor(mesh: Mesh) -> np.ndarray:
+    p, skin = mesh.vertices, mesh.part == SKIN
+    supports = (
+        skin & (p[:, 1] < -125),
+        skin & (p[:, 1] < -60) & (p[:, 1] > -135) & (p[:, 2] < 55),
+        skin & (np.abs(p[:, 1] + 10) < 35) & (p[:, 2] < 60),
+        mesh.part == LEFT_EYE,
+        mesh.part == RIGHT_EYE,
+    )
+    targets = zip(supports, JOINT_POSITIONS.values(), strict=True)
+    return np.stack([fit_joint_regressor(p, support, np.array(target)) for support, target in targets])
+
+
+def _pose_correctives(mesh: Mesh) -> np.ndarray:
+    """(V, 3, 36) millimetres per unit of the entries of R - I; entry (2, 1) is the sine of a turn about x."""
+    correctives = np.zeros((len(mesh.vertices), 3, 36))
+    skin = (mesh.part == SKIN)[:, None]
+    throat = _displacement(mesh.vertices, (Move((0, -105, 35), (40, 22, 40), (0, 0, -8)),))
+    cheeks = _displacement(mesh.vertices, (Move((48, -34, 50), (24, 24, 34), (-5, 0, -1)),))
+    correctives[:, :, 0 * 9 + 7] = throat * skin
+    correctives[:, :, 1 * 9 + 7] = cheeks * skin
+    return correctives
+
+
+def _regions(mesh: Mesh) -> dict[str, np.ndarray]:
+    """Names -> (V,) bool; a vertex may be in several regions."""
+    p, skin = mesh.vertices, mesh.part == SKIN
+    x, y, z = np.abs(p[:, 0]), p[:, 1], p[:, 2]
+    to_eye = np.linalg.norm(p - _eye_centers(p), axis=1)
+    ears = (mesh.part == LEFT_EAR) | (mesh.part == RIGHT_EAR)
+    # The hairline: high on the forehead, down in front of the ears, low at the nape.
+    hairline = np.interp(z, (-120, -70, -20, 18, 42, 60, 76), (-62, -62, -16, -4, 52, 72, 80))
+    scalp = skin & (y > hairline)
+    neck = skin & (y < np.interp(z, (-120, -70, -20, 20, 50, 90), (-62, -62, -52, -68, -92, -110)))
+    lips = skin & (((x / 26.5) ** 2 + ((y + 48) / np.where(y > -47.4, 6.2, 8.6)) ** 2) < 1) & (z > 60)
+    nose = skin & (x < np.interp(y, (-32, -14, 10, 26), (19, 18, 10, 7))) & (y > -31) & (y < 26) & (z > 80)
+    brows = skin & (x > 8) & (x < 50) & (z > 40) & (np.abs(y - np.interp(x, (8, 28, 50), (36.5, 41.5, 35))) < 5)
+    face = skin & ~scalp & ~neck & (z > 5)
+    beard = face & (y < -27) & ~lips & ~nose & (y < np.interp(x, (0, 24, 40, 75), (-27, -29, -40, -4)))
+    return {
+        "face": face,
+        "scalp": scalp,
+        "beard": beard,
+        "brows": brows,
+        "lips": lips,
+        "eyelids": skin & (to_eye < 17.5) & (np.abs(mesh.travel) >= 0) & (z > 66),
+        "eyes": (mesh.part == LEFT_EYE) | (mesh.part == RIGHT_EYE),
+        "iris": mesh.iris.copy(),
+        "ears": ears,
+        "nose": nose,
+        "neck": neck,
+        "mouth_interior": mesh.part == POCKET,
+    }
+
+
+def _landmark_vertices(mesh: Mesh) -> np.ndarray:
+    """(68,) vertices nearest to where the landmarks of Multi-PIE are; the subject's right side (x < 0) comes first."""
+    jaw = [
+        (-72, 14, 8),
+        (-70, -8, 8),
+        (-66, -28, 14),
+        (-60, -48, 24),
+        (-50, -64, 40),
+        (-38, -76, 58),
+        (-25, -84, 76),
+        (-12, -88, 88),
+    ]
+    brow = [(-49, 34, 62), (-40, 40, 74), (-30, 42, 82), (-20, 40, 88), (-10, 36, 92)]
+    eye = [(-44, 23, 76), (-36, 28, 84), (-26, 28, 84), (-18, 21, 80), (-26, 17, 84), (-36, 17, 84)]
+    upper = [(-25, -47, 86), (-14, -41, 96), (-4, -39, 100)]
+    nose = [(0, 20, 88), (0, 8, 98), (0, -4, 106), (0, -16, 114)]
+    under = [(-14, -25, 98), (-7, -28, 102), (0, -29, 104), (7, -28, 102), (14, -25, 98)]
+    lower = [(14, -56, 94), (6, -58, 97), (0, -59, 98), (-6, -58, 97), (-14, -56, 94)]
+    inner_upper = [(-23, -47, 87), (-8, -47, 97), (0, -47, 98), (8, -47, 97), (23, -47, 87)]
+    inner_lower = [(8, -47, 97), (0, -47, 98), (-8, -47, 97)]
+
+    def mirrored(points: list) -> list:
+        return [(-x, y, z) for x, y, z in points]
+
+    left_eye = [mirrored(eye)[i] for i in (3, 2, 1, 0, 5, 4)]  # inner corner first, over the upper lid
+    targets = [*jaw, (0, -90, 92), *mirrored(jaw)[::-1], *brow, *mirrored(brow)[::-1], *nose, *under, *eye, *left_eye]
+    targets += [*upper, (0, -40, 100), *mirrored(upper)[::-1], *lower, *inner_upper, *inner_lower]
+    below = np.zeros(68, bool)
+    below[[*range(55, 60), *range(65, 68)]] = True
+    chosen = np.zeros(68, np.int64)
+    for index, target in enumerate(targets):
+        distance = ((mesh.vertices - target) ** 2).sum(1)
+        allowed = mesh.part == SKIN
+        if index >= 48:
+            allowed &= (mesh.side <= 0) if below[index] else (mesh.side >= 0)
+        chosen[index] = np.where(allowed, distance, np.inf).argmin()
+    return chosen
+
+
+def _vertices_as_face_points(faces: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A face that has each vertex (K,), and the barycentrics (K, 3) that pick it."""
+    chosen = np.array([np.flatnonzero((faces == vertex).any(1))[0] for vertex in vertices], np.int64)
+    return chosen, (faces[chosen] == vertices[:, None]).astype(np.float64)

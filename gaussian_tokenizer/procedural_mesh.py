@@ -1,0 +1,357 @@
+"""The triangles of the procedural head: where the implicit surface is sampled and what is attached to it.
+
+The skin is one grid, columns around the vertical axis and rows from the crown to the collar, finest in the face. Along
+three cuts of the grid (two eyes, one mouth) the rows above and below part: the lids open around separate eyeballs, the
+lips lead into a pocket. The ears are shells of their own that sink into the skull. Resolution is two numbers, one for
+columns and one for rows; `build_mesh` picks them for a wanted number of faces and makes up the rest, exactly, by
+cutting the longest edges of the skin in two. Millimetres, axes as in `procedural_surface`.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gaussian_tokenizer.procedural_surface import EYE_CENTER, EYE_RADIUS, cast, skin_distance, skin_normal
+
+FEWEST_FACES, MOST_FACES = 600, 40_000
+SKIN, POCKET, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR = range(6)  # values of `Mesh.part`
+
+# Columns: azimuth in degrees from the front (corners of eye and mouth fall on columns) and cells between, finest head.
+AZIMUTHS = (0.0, 12.0, 15.6, 29.0, 62.0, 118.0, 180.0)
+COLUMN_CELLS = (5, 2, 8, 9, 9, 6)
+# Rows: origin of the rays (y, z), their elevation in degrees at the front and at the back, cells up to the next key.
+ROWS = (
+    (20.0, -5.0, 90.0, 90.0, 9),  # crown
+    (20.0, -5.0, 42.0, 44.0, 6),  # hairline
+    (20.0, -5.0, 12.0, 14.0, 7),  # brows
+    (20.0, -5.0, 1.0, 2.0, 10),  # eyes
+    (20.0, -5.0, -24.5, -8.0, 5),  # under the nose
+    (20.0, -5.0, -33.3, -13.0, 8),  # mouth
+    (18.0, -5.0, -46.0, -24.0, 6),  # chin
+    (-2.0, -8.0, -57.0, -26.0, 4),  # under the chin
+    (-32.0, -12.0, -50.0, -22.0, 5),  # throat
+    (-84.0, -17.0, -34.0, -12.0, 4),  # neck
+    (-148.0, -22.0, -24.0, 0.0, 0),  # collar
+)
+EYE_KEY, MOUTH_KEY = 3, 5
+EYE_CUT, MOUTH_CUT = (12.0, 29.0), (-15.6, 15.6)  # azimuths of the corners
+LID_UP, LID_DOWN, LID_TILT = 5.6, 4.4, 0.9  # millimetres the lids open above and below the row, and the outer corner up
+EYE_ANGLES = (9.0, 18.0, 28.5, 40.0, 54.0, 70.0, 88.0, 110.0, 138.0)  # rings of an eyeball, from the pupil back
+IRIS_ANGLE = 28.5
+EAR_BASE = np.array([73.5, 2.0, -9.0])
+
+
+@dataclass
+class Mesh:
+    """A growing mesh. Lists of arrays until `build_mesh` joins them; V vertices, F faces."""
+
+    vertices: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))  # (V, 3) millimetres
+    faces: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))  # (F, 3)
+    part: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (V,)
+    side: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (V,) +1 above the mouth row, -1 below, 0 on it
+    travel: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (V,) millimetres in y that close the lids
+    iris: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (V,)
+
+    def add(
+        self, vertices: np.ndarray, part: int, side: np.ndarray | float = 0, travel: np.ndarray | float = 0
+    ) -> np.ndarray:
+        """Append vertices (..., 3); returns their indices (...)."""
+        shape, start = vertices.shape[:-1], len(self.vertices)
+        count = int(np.prod(shape))
+        self.vertices = np.concatenate((self.vertices, vertices.reshape(-1, 3)))
+        self.part = np.concatenate((self.part, np.full(count, part)))
+        self.side = np.concatenate((self.side, np.broadcast_to(side, shape).ravel()))
+        self.travel = np.concatenate((self.travel, np.broadcast_to(travel, shape).ravel()))
+        self.iris = np.concatenate((self.iris, np.zeros(count, bool)))
+        return np.arange(start, start + count).reshape(shape)
+
+    def add_faces(self, *faces: np.ndarray) -> None:
+        self.faces = np.concatenate((self.faces, *(np.reshape(f, (-1, 3)) for f in faces)))
+
+    def add_quads(self, upper: np.ndarray, lower: np.ndarray) -> None:
+        """Two rows of indices (C,), left to right seen from outside: C - 1 quads, cut along alternating diagonals."""
+        a, b, c, d = upper[:-1], lower[:-1], lower[1:], upper[1:]
+        half = np.arange(len(a)) < len(a) / 2  # diagonals mirrored about the middle, as the head is
+        first = np.where(half[:, None], np.stack((a, b, c), 1), np.stack((a, b, d), 1))
+        second = np.where(half[:, None], np.stack((a, c, d), 1), np.stack((b, c, d), 1))
+        self.add_faces(first, second)
+
+
+def build_mesh(n_faces: int) -> Mesh:
+    """The head with exactly `n_faces` triangles."""
+    column_scale, row_scale = _resolution(n_faces)
+    mesh = Mesh()
+    _add_skin(mesh, column_scale, row_scale)
+    for mirror in (1, -1):
+        _add_eyeball(mesh, column_scale, mirror)
+    for mirror in (1, -1):
+        _add_ear(mesh, column_scale, mirror)
+    _split_edges(mesh, n_faces - len(mesh.faces))
+    return mesh
+
+
+def _resolution(n_faces: int) -> tuple[float, float]:
+    """Scales of columns and rows whose face count falls short of `n_faces` by least; near-equal scales preferred."""
+    if not FEWEST_FACES <= n_faces <= MOST_FACES:
+        raise ValueError(f"procedural head of {n_faces} faces: expected {FEWEST_FACES} to {MOST_FACES}")
+    best = None
+    for column_scale in np.arange(0.14, 2.5, 0.01):
+        for stretch in (1.0, 0.96, 1.04, 0.92, 1.08, 0.88, 1.12):
+            short = n_faces - _count(column_scale, column_scale * stretch)
+            if short >= 0 and (best is None or short < best[0]):
+                best = short, column_scale, column_scale * stretch
+    assert best is not None
+    return best[1], best[2]
+
+
+def _cells(counts: tuple, scale: float) -> list[int]:
+    return [max(1, round(count * scale)) for count in counts]
+
+
+def _columns(scale: float) -> np.ndarray:
+    """Azimuths in degrees from -180 to 180 (the last column repeats the first), symmetric."""
+    half = _between(AZIMUTHS, _cells(COLUMN_CELLS, scale))
+    return np.concatenate((-half[:0:-1], half))
+
+
+def _between(keys: tuple, cells: list[int]) -> np.ndarray:
+    parts = [np.linspace(a, b, n, endpoint=False) for a, b, n in zip(keys, keys[1:], cells, strict=False)]
+    return np.concatenate((*parts, [keys[-1]]))
+
+
+def _pocket_rows(scale: float) -> int:
+    return max(1, round(3 * scale))
+
+
+def _eye_size(scale: float) -> tuple[int, np.ndarray]:
+    """Segments around and ring angles of an eyeball."""
+    rings = EYE_ANGLES if scale > 0.7 else EYE_ANGLES[2::2] if scale > 0.45 else EYE_ANGLES[2::3]
+    return max(6, 2 * round(10 * scale)), np.array(rings)
+
+
+def _ear_size(scale: float) -> tuple[int, int, int]:
+    """Segments around, rings in front, rings behind the rim of an ear."""
+    return max(6, round(26 * scale)), max(1, round(9 * scale)), max(1, round(3 * scale))
+
+
+def _count(column_scale: float, row_scale: float) -> int:
+    """Faces that the scales give, before edges are split."""
+    azimuths = _columns(column_scale)
+    rows = sum(_cells(tuple(key[4] for key in ROWS[:-1]), row_scale))
+    skin = (len(azimuths) - 1) * (2 * rows - 1)
+    eye_cells = int(((azimuths > EYE_CUT[0] - 0.01) & (azimuths < EYE_CUT[1] + 0.01)).sum()) - 1
+    mouth_cells = int(((azimuths > MOUTH_CUT[0] - 0.01) & (azimuths < MOUTH_CUT[1] + 0.01)).sum()) - 1
+    rims = 2 * 2 * 2 * eye_cells
+    pocket = 2 * 2 * mouth_cells * _pocket_rows(column_scale)
+    segments, angles = _eye_size(column_scale)
+    eyes = 2 * 2 * segments * len(angles)
+    around, front, back = _ear_size(column_scale)
+    ears = 2 * around * (2 * (front + back) - 1)
+    return skin + rims + pocket + eyes + ears
+
+
+def _add_skin(mesh: Mesh, column_scale: float, row_scale: float) -> None:
+    azimuths = _columns(column_scale)
+    columns = len(azimuths) - 1
+    cells = _cells(tuple(key[4] for key in ROWS[:-1]), row_scale)
+    starts = np.concatenate(([0], np.cumsum(cells)))
+    keys = np.array([key[:4] for key in ROWS])
+    rows = np.arange(starts[-1] + 1)
+    y, z, front, back = (_smooth_curve(starts, keys[:, i], rows)[:, None] for i in range(4))
+    turn = np.deg2rad(azimuths[:-1])
+    facing = (1 + np.cos(turn)) / 2
+    elevation = np.deg2rad(back + (front - back) * facing)  # (rows, columns)
+    origin = np.stack(np.broadcast_arrays(0.0, y, z + 0 * turn), -1)
+
+    eye_row, mouth_row = starts[EYE_KEY], starts[MOUTH_KEY]
+    opening, tilt, eye_columns = _lid_shape(azimuths[:-1])
+    distance = 88.0  # from the origin of the rays to the lids, turns millimetres into angles
+    fade_up = np.clip((rows - starts[EYE_KEY - 1]) / cells[EYE_KEY - 1], 0, 1) * (rows <= eye_row)
+    fade_down = np.clip((starts[EYE_KEY + 1] - rows) / cells[EYE_KEY], 0, 1) * (rows > eye_row)
+    up, down = LID_UP * opening + tilt, -LID_DOWN * opening + tilt
+    above = elevation + (fade_up[:, None] * up + fade_down[:, None] * down) / distance
+    below_lids = elevation[eye_row] + down / distance
+
+    def surface(angles: np.ndarray, starts_of_rays: np.ndarray) -> np.ndarray:
+        direction = np.stack((np.cos(angles) * np.sin(turn), np.sin(angles), np.cos(angles) * np.cos(turn)), -1)
+        return cast(starts_of_rays.reshape(-1, 3), direction.reshape(-1, 3)).reshape(direction.shape)
+
+    points = surface(above, origin)
+    lower_lids = surface(below_lids[None], origin[eye_row][None])[0]
+    gap = np.where(opening > 0, points[eye_row, :, 1] - lower_lids[:, 1], 0)
+    travel = -0.85 * gap * fade_up[:, None] ** 1.5 + 0.15 * gap * fade_down[:, None] ** 1.5
+    side = np.sign(mouth_row - rows)[:, None] + 0.0 * turn
+
+    crown = mesh.add(points[0, :1], SKIN, 1.0)
+    upper = mesh.add(points[1:], SKIN, side[1:], travel[1:])  # (rows - 1, columns)
+    upper = np.concatenate((np.broadcast_to(crown, (1, columns)), upper))
+    lower = upper.copy()  # the indices that the cells below a row use: other vertices along the cuts
+    mouth_columns = np.flatnonzero((azimuths > MOUTH_CUT[0] - 0.01) & (azimuths < MOUTH_CUT[1] + 0.01))
+    for cut in eye_columns:
+        inside = cut[1:-1]
+        lower[eye_row, inside] = mesh.add(lower_lids[inside], SKIN, 1.0, 0.15 * gap[inside])
+    inside = mouth_columns[1:-1]
+    lower[mouth_row, inside] = mesh.add(points[mouth_row, inside], SKIN, -1.0)
+    mesh.side[upper[mouth_row, inside]] = 1.0
+
+    closed = np.append(np.arange(columns), 0)
+    mesh.add_faces(np.stack((np.broadcast_to(crown, columns), upper[1, closed[:-1]], upper[1, closed[1:]]), 1))
+    for row in rows[1:-1]:
+        mesh.add_quads(lower[row, closed], upper[row + 1, closed])
+    for cut in eye_columns:
+        _add_lid_rims(mesh, upper[eye_row, cut], lower[eye_row, cut])
+    _add_pocket(mesh, upper[mouth_row, mouth_columns], lower[mouth_row, mouth_columns], _pocket_rows(column_scale))
+
+
+def _smooth_curve(knots: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Monotone cubic through (knots, values), by Fritsch and Butland: even rows without overshoot."""
+    step = np.diff(knots)
+    slope = np.diff(values) / step
+    tangent = np.zeros(len(knots))
+    tangent[0], tangent[-1] = slope[0], slope[-1]
+    product = slope[:-1] * slope[1:]
+    inner = product > 0
+    tangent[1:-1][inner] = (2 * product / np.where(inner, slope[:-1] + slope[1:], 1))[inner]
+    cell = np.clip(np.searchsorted(knots, at, side="right") - 1, 0, len(step) - 1)
+    h, t = step[cell], (at - knots[cell]) / step[cell]
+    cubic = (2 * t**3 - 3 * t**2 + 1) * values[cell] + (t**3 - 2 * t**2 + t) * h * tangent[cell]
+    return cubic + (3 * t**2 - 2 * t**3) * values[cell + 1] + (t**3 - t**2) * h * tangent[cell + 1]
+
+
+def _lid_shape(azimuths: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Per column: how far the lids open (0..1), the tilt in millimetres; and the columns of the two cuts."""
+    inner, outer = EYE_CUT
+    u = (np.abs(azimuths) - inner) / (outer - inner)
+    within = (u > -1e-6) & (u < 1 + 1e-6)
+    opening = np.where(within, np.sin(np.pi * np.clip(u, 0, 1) ** 0.9) ** 0.8, 0)
+    opening[np.abs(u) < 1e-6] = opening[np.abs(u - 1) < 1e-6] = 0
+    tilt = np.where(within, LID_TILT * (2 * u - 1), 0)
+    return opening, tilt, [np.flatnonzero(within & (azimuths < 0)), np.flatnonzero(within & (azimuths > 0))]
+
+
+def _add_lid_rims(mesh: Mesh, upper: np.ndarray, lower: np.ndarray) -> None:
+    """The thickness of the lids: from their edges to just inside the eyeball."""
+    rims = []
+    for edge in (upper, lower):
+        points = mesh.vertices[edge]
+        center = EYE_CENTER * np.where(points[:, :1] > 0, (1, 1, 1), (-1, 1, 1))
+        ray = points - center
+        inward = center + ray * (EYE_RADIUS - 1.2) / np.linalg.norm(ray, axis=1, keepdims=True)
+        rims.append(mesh.add(inward, SKIN, 1.0, mesh.travel[edge]))
+    mesh.add_quads(upper, rims[0])
+    mesh.add_quads(rims[1], lower)
+
+
+def _add_pocket(mesh: Mesh, upper: np.ndarray, lower: np.ndarray, rows: int) -> None:
+    """The inside of the mouth: a roof from the upper lip and a floor from the lower, meeting at the back."""
+    lips = mesh.vertices[upper]
+    back = mesh.add(lips * (0.7, 1, 1) - (0, 2, 36), POCKET, 0.0)
+    sheets = []
+    for edge, sign in ((upper, 1.0), (lower, -1.0)):
+        sheet = [edge]
+        for row in range(1, rows):
+            depth = row / rows
+            offset = np.array((0, sign * 9 * np.sin(np.pi * depth**0.7) - 2 * depth, -36 * depth))
+            sheet.append(mesh.add(lips * (1 - 0.3 * depth, 1, 1) + offset, POCKET, sign))
+        sheets.append([*sheet, back])
+    for roof, deeper in itertools.pairwise(sheets[0]):
+        mesh.add_quads(roof, deeper)
+    for floor, deeper in itertools.pairwise(sheets[1]):
+        mesh.add_quads(deeper, floor)
+
+
+def _add_eyeball(mesh: Mesh, scale: float, mirror: int) -> None:
+    """A sphere of rings around the gaze (+z), with a slightly bulging cornea."""
+    segments, angles = _eye_size(scale)
+    part = LEFT_EYE if mirror > 0 else RIGHT_EYE
+    around = 2 * np.pi * np.arange(segments) / segments
+    polar = np.deg2rad(angles)[:, None]
+    radius = EYE_RADIUS + 0.5 * np.clip(np.cos(polar * 90 / 35), 0, 1) * (polar < np.deg2rad(35))
+    rings = np.stack((np.sin(polar) * np.cos(around), np.sin(polar) * np.sin(around), np.cos(polar) + 0 * around), -1)
+    center = EYE_CENTER * (mirror, 1, 1)
+    front = mesh.add(center + [[0, 0, EYE_RADIUS + 0.5]], part)
+    rings = mesh.add(center + radius[..., None] * rings, part)
+    back = mesh.add(center - [[0, 0, EYE_RADIUS]], part)
+    mesh.iris[front] = True
+    mesh.iris[rings[angles <= IRIS_ANGLE + 0.01]] = True
+    _add_rings(mesh, front, rings, back, flip=False)
+
+
+def _add_rings(mesh: Mesh, tip: np.ndarray, rings: np.ndarray, end: np.ndarray | None, flip: bool) -> None:
+    """Close rings of indices (R, C), counter-clockwise around `tip` seen from outside, with a fan at the tip (and end)."""
+    ring = np.concatenate((rings, rings[:, :1]), 1)
+    start = len(mesh.faces)
+    mesh.add_faces(np.stack((np.broadcast_to(tip, ring.shape[1] - 1), ring[0, :-1], ring[0, 1:]), 1))
+    for inner, outer in itertools.pairwise(ring):
+        mesh.add_quads(inner, outer)
+    if end is not None:
+        mesh.add_faces(np.stack((np.broadcast_to(end, ring.shape[1] - 1), ring[-1, 1:], ring[-1, :-1]), 1))
+    if flip:
+        mesh.faces[start:] = mesh.faces[start:, ::-1]
+
+
+def _add_ear(mesh: Mesh, scale: float, mirror: int) -> None:
+    """A shell: from the concha over antihelix and helix to the rim, and behind it back into the skull."""
+    segments, front, back = _ear_size(scale)
+    phi = 2 * np.pi * np.arange(segments) / segments  # 0 towards the back, counter-clockwise seen from outside: up next
+    t = np.concatenate((np.arange(1, front + 1) / front, 1 + np.arange(1, back + 1) / back))[:, None]
+    rearward = 0.5 + 0.5 * np.cos(phi - 0.5)  # the helix is highest behind and above, flat at the lobe and the cheek
+    height = np.interp(t, (0, 0.25, 0.42, 0.56, 0.72, 0.88, 0.96, 1.0), (-3.5, -3.0, 1.5, 2.6, 0.4, 3.2, 3.0, 1.2))
+    reach = np.interp(t, (0, 1, 1.25, 2), (0, 1, 0.97, 0.62))
+    behind = np.interp(t, (1, 1.25, 2), (0, -2.2, -13.0))
+    up = np.sin(phi) * np.where(np.sin(phi) > 0, 30.0, 31.0)
+    rear = np.cos(phi) * (15.5 + 3.5 * np.sin(phi)) + 1.0
+    center = np.array((-5.0, -2.0))  # the concha, (up, rear)
+    a = center[0] + reach * (up - center[0])
+    b = center[1] + reach * (rear - center[1])
+    h = height * (0.25 + 0.75 * rearward) * (t <= 1) + (behind + 1.2 * (0.25 + 0.75 * rearward)) * (t > 1)
+    flare, lean = np.deg2rad(27), np.deg2rad(12)
+    rear_axis = np.array((np.sin(flare), 0, -np.cos(flare)))
+    out_axis = np.array((np.cos(flare), 0, np.sin(flare)))
+    up_axis = np.cos(lean) * np.array((0, 1, 0)) + np.sin(lean) * rear_axis
+    rear_axis = np.cos(lean) * rear_axis - np.sin(lean) * np.array((0, 1, 0))
+
+    def place(a: np.ndarray, b: np.ndarray, h: np.ndarray) -> np.ndarray:
+        local = a[..., None] * up_axis + b[..., None] * rear_axis + h[..., None] * out_axis
+        return (EAR_BASE + local) * (mirror, 1, 1)
+
+    part = LEFT_EAR if mirror > 0 else RIGHT_EAR
+    middle = mesh.add(place(*(np.array([value]) for value in (*center, -3.5))), part)
+    rings = mesh.add(place(a, b, h), part)
+    _add_rings(mesh, middle, rings, None, flip=mirror < 0)
+
+
+def _split_edges(mesh: Mesh, missing: int) -> None:
+    """Cut the longest edges of plain skin until `missing` faces are added: an inner edge gives two, a border edge 1."""
+    while missing > 0:
+        edges = np.sort(mesh.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
+        unique, inverse, counts = np.unique(edges, axis=0, return_inverse=True, return_counts=True)
+        owners = np.argsort(inverse.ravel(), kind="stable") // 3
+        first = np.concatenate(([0], np.cumsum(counts)[:-1]))
+        plain = (mesh.part == SKIN) & (mesh.travel == 0) & (mesh.vertices[:, 2] < 60)
+        wanted = 1 if missing % 2 else 2
+        length = np.linalg.norm(mesh.vertices[unique[:, 0]] - mesh.vertices[unique[:, 1]], axis=1)
+        usable = plain[unique].all(1) & (counts == wanted)
+        # Rounded, so that mirrored edges tie and the choice does not hang on the last bit.
+        order = np.lexsort((np.arange(len(unique)), -np.round(length, 3)))
+        touched: set[int] = set()
+        for edge in order[usable[order]]:
+            faces = owners[first[edge] : first[edge] + wanted]
+            if touched.intersection(faces.tolist()):
+                continue
+            touched.update(faces.tolist())
+            middle = mesh.vertices[unique[edge]].mean(0, keepdims=True)
+            if wanted == 2:
+                for _ in range(4):
+                    middle = middle - skin_distance(middle)[:, None] * skin_normal(middle)
+            new = int(mesh.add(middle, SKIN, mesh.side[unique[edge]].mean())[0])
+            for face in faces:
+                corners = mesh.faces[face]
+                second = corners.copy()
+                corners[corners == unique[edge, 1]] = new
+                second[second == unique[edge, 0]] = new
+                mesh.add_faces(second)
+            missing -= wanted
+            if missing <= 0 or wanted == 1:
+                break

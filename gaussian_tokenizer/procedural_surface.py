@@ -1,0 +1,142 @@
+"""The skin of the procedural head as an implicit surface: smooth unions of ellipsoids and cones.
+
+`skin_distance(p)` is about the signed distance to the skin, `cast` finds where rays from inside leave it. Nothing here
+knows of vertices: `procedural_mesh` decides where the surface is sampled. Sizes are those of an average adult head
+(breadth 155, chin to crown 220, distance of the eye centres 62), all numbers here in millimetres, x to the subject's
+left, y up, z forward. Method: distance functions and polynomial smooth minimum after I. Quilez.
+"""
+
+import numpy as np
+
+EYE_CENTER = np.array([31.0, 22.0, 70.0])  # of the left eye; the right one is its mirror image
+EYE_RADIUS = 12.2
+LID_RADIUS = 14.0
+
+
+def skin_distance(points: np.ndarray) -> np.ndarray:
+    """points (..., 3) -> (...) distance to the skin in millimetres, negative inside (a lower bound outside)."""
+    p = points
+    m = p.copy()  # paired features are modelled on the left (x > 0) and mirrored
+    m[..., 0] = np.sqrt(p[..., 0] ** 2 + 0.25)
+
+    cranium = _ellipsoid(p, (0, 48, -8), (75, 82, 95))
+    forehead = _ellipsoid(p, (0, 58, 22), (62, 52, 65))
+    face = _ellipsoid(p, (0, -14, 26), (58, 82, 62))
+    head = _join(_join(cranium, forehead, 20), face, 24)
+    cheekbone = _ellipsoid(m, (45, -2, 56), (20, 14, 22))
+    temple = _ellipsoid(m, (72, 26, 48), (12, 24, 22))
+    ramus = _cone(m, (57, -4, 2), (52, -50, 12), 13, 12)
+    jaw = _cone(m, (52, -50, 12), (13, -80, 76), 12, 12)
+    head = _join(head, cheekbone, 18)
+    head = _carve(head, temple, 18)
+    head = _join(_join(head, ramus, 22), jaw, 22)
+    hollow = _ellipsoid(m, (56, -40, 66), (14, 26, 20))
+    head = _carve(head, hollow, 16)
+    chin = _join(_ellipsoid(p, (0, -79, 81), (17, 13, 13)), _ellipsoid(m, (9, -82, 79), (10, 9, 10)), 8)
+    head = _join(head, chin, 14)
+    muzzle = _ellipsoid(p, (0, -44, 70), (31, 26, 24))
+    head = _join(head, muzzle, 16)
+    head = _join(head, _neck(p, m), 22)
+
+    brow = _join(_cone(m, (9, 35, 83), (28, 40, 81), 7.5, 7), _cone(m, (28, 40, 81), (46, 36, 66), 7, 5.5), 5)
+    head = _join(head, brow, 10)
+    socket = _ellipsoid(m, (31, 21, 93), (19, 13, 15))
+    head = _carve(head, socket, 9)
+    head = _carve(head, _ellipsoid(m, (15, 20, 92), (6, 10, 8)), 6)  # beside the bridge of the nose
+    lids = np.linalg.norm(m - EYE_CENTER, axis=-1) - LID_RADIUS
+    head = _join(head, lids, 3.5)
+    pouch = _cone(m, (21, 9, 80), (42, 11, 75), 3, 2.5)
+    head = _join(head, pouch, 7)
+    head = _join(head, _nose(p, m), 6)
+    for nostril in (_ellipsoid(m, (5.6, -27.5, 104), (3.0, 3.4, 5.0)),):
+        head = _carve(head, nostril, 2)
+    fold = _cone(m, (19, -24, 97), (30, -44, 91), 2.0, 2.0)
+    head = _carve(head, fold, 7)
+    return _mouth(head, p, m)
+
+
+def cast(origins: np.ndarray, directions: np.ndarray, reach: float = 230.0) -> np.ndarray:
+    """Where rays (N, 3) from inside the head leave the skin for good: (N, 3), found by marching in from outside."""
+    distance = np.full(len(origins), reach)
+    for _ in range(110):
+        distance = distance - 0.75 * skin_distance(origins + distance[:, None] * directions)
+    return origins + distance[:, None] * directions
+
+
+def skin_normal(points: np.ndarray) -> np.ndarray:
+    """points (N, 3) -> (N, 3) unit outward normals by central differences."""
+    steps = 0.5 * np.eye(3)
+    gradient = np.stack([skin_distance(points + step) - skin_distance(points - step) for step in steps], -1)
+    return gradient / np.linalg.norm(gradient, axis=-1, keepdims=True)
+
+
+def _neck(p: np.ndarray, m: np.ndarray) -> np.ndarray:
+    column = _cone(_squash(p, (0.94, 1, 1)), (0, -40, -16), (0, -172, -24), 50, 54)
+    muscle = _cone(m, (58, -28, -22), (14, -168, 28), 9, 9)  # behind the ear to the breast bone
+    trapezius = _cone(m, (22, -20, -62), (52, -185, -46), 18, 34)
+    larynx = _ellipsoid(p, (0, -118, 32), (9, 12, 9))
+    neck = _join(_join(column, muscle, 12), trapezius, 26)
+    return _join(neck, larynx, 12)
+
+
+def _nose(p: np.ndarray, m: np.ndarray) -> np.ndarray:
+    bridge = _join(_cone(p, (0, 22, 81), (0, 2, 93), 5.5, 5.8), _cone(p, (0, 2, 93), (0, -15, 104), 5.8, 7), 6)
+    sides = _cone(m, (6, 12, 80), (9, -18, 92), 5, 6.5)
+    tip = _ellipsoid(p, (0, -17, 106), (9, 8.2, 9.2))
+    wing = _ellipsoid(m, (12, -21.5, 97), (6.2, 6.8, 9.5))
+    septum = _cone(p, (0, -24, 108), (0, -28.5, 96), 3.2, 3.6)
+    nose = _join(_join(bridge, sides, 9), tip, 7)
+    return _join(_join(nose, wing, 3.5), septum, 3)
+
+
+def _mouth(head: np.ndarray, p: np.ndarray, m: np.ndarray) -> np.ndarray:
+    philtrum = _cone(p, (0, -31, 101.5), (0, -37, 102), 2.2, 2.6)
+    head = _carve(head, philtrum, 3)
+    # Each lip is a roll that thins and recedes towards the corner of the mouth.
+    upper = _join(
+        _cone(m, (3.2, -43.0, 95.0), (11, -43.6, 92.5), 4.4, 3.9),
+        _cone(m, (11, -43.6, 92.5), (25, -47, 83), 3.9, 1.6),
+        4,
+    )
+    lower = _join(
+        _cone(m, (0, -52.4, 93.5), (11, -51.6, 91.2), 5.0, 4.4),
+        _cone(m, (11, -51.6, 91.2), (25, -47.5, 83), 4.4, 1.6),
+        4,
+    )
+    head = _join(_join(head, upper, 2.5), lower, 2.5)
+    groove = _cone(m, (0, -61.5, 96.5), (10, -61, 93), 3.5, 3)
+    head = _carve(head, groove, 6)
+    line = _join(
+        _cone(m, (0, -47.4, 99.5), (12, -47.4, 96), 1.2, 1.2), _cone(m, (12, -47.4, 96), (26, -47.2, 86), 1.2, 1), 1
+    )
+    return _carve(head, line, 3)
+
+
+def _ellipsoid(p: np.ndarray, center: tuple, radii: tuple) -> np.ndarray:
+    q = p - np.array(center, float)
+    radii = np.array(radii, float)
+    near = np.linalg.norm(q / radii, axis=-1)
+    return near * (near - 1) / np.maximum(np.linalg.norm(q / radii**2, axis=-1), 1e-9)
+
+
+def _cone(p: np.ndarray, start: tuple, end: tuple, start_radius: float, end_radius: float) -> np.ndarray:
+    """Distance to a ball that moves from `start` to `end` while its radius changes evenly."""
+    start, axis = np.array(start, float), np.subtract(end, start).astype(float)
+    along = np.clip(((p - start) @ axis) / (axis @ axis), 0, 1)
+    distance = np.linalg.norm(p - start - along[..., None] * axis, axis=-1)
+    return distance - (start_radius + along * (end_radius - start_radius))
+
+
+def _squash(p: np.ndarray, factors: tuple) -> np.ndarray:
+    return p / np.array(factors, float)
+
+
+def _join(a: np.ndarray, b: np.ndarray, blend: float) -> np.ndarray:
+    """Smooth union: the surfaces flow into each other within `blend` millimetres."""
+    overlap = np.maximum(blend - np.abs(a - b), 0) / blend
+    return np.minimum(a, b) - overlap * overlap * blend / 4
+
+
+def _carve(a: np.ndarray, b: np.ndarray, blend: float) -> np.ndarray:
+    """Smooth difference: `a` without `b`."""
+    return -_join(-a, b, blend)
