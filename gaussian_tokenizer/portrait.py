@@ -76,7 +76,7 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def project(in_camera: np.ndarray, covariances: np.ndarray, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
-    """Camera-space means (N, 3) and world-space covariances (N, 3, 3) to pixels: means (N, 2), covariances (N, 2, 2)."""
+    """Means (N, 3) in camera space and covariances (N, 3, 3) in world space to pixels: (N, 2) and (N, 2, 2)."""
     x, y, z = in_camera.T
     (fx, _, cx), (_, fy, cy) = camera.K[:2]
     centers = np.stack((fx * x / z + cx, fy * y / z + cy), 1)

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
+
 from gaussian_tokenizer import portrait
 from gaussian_tokenizer.portrait import Camera, look_at, splat, to_uint8
-from scipy.spatial.transform import Rotation
 
 
 def random_gaussians(count: int, seed: int, size: float = 0.03) -> dict[str, np.ndarray]:
