@@ -134,16 +134,21 @@ class Subject:
 
 
 def find_subjects(folder: str | os.PathLike) -> list[Subject]:
-    """Every subject folder directly in `folder`, sorted by folder name. Other folders are passed over."""
+    """Every subject directly in `folder`, sorted by folder name. Folders of other things are passed over."""
+    return [Subject.open(path) for path in find_subject_folders(folder)]
+
+
+def find_subject_folders(folder: str | os.PathLike) -> list[Path]:
+    """The folders `find_subjects` would open; FileNotFoundError with the expected layout if there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected one with {LAYOUT}")
     signs = (PLY_NAME, "point_cloud", PARAMETERS_NAME, METADATA_NAME, TRANSFORMS_NAME)
     paths = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    subjects = [Subject.open(path) for path in paths if any((path / sign).exists() for sign in signs)]
-    if not subjects:
+    found = [path for path in paths if any((path / sign).exists() for sign in signs)]
+    if not found:
         raise FileNotFoundError(f"{folder}: no avatars in its {len(paths)} folders; expected {LAYOUT}")
-    return subjects
+    return found
 
 
 def write_subject(
