@@ -90,7 +90,9 @@ class PointillistConfig(PreTrainedConfig):
             self.point_centre = [0.0, 0.0, 0.0]
         if self.use_vision_encoder:
             if self.vision_config is None:
-                self.vision_config = Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518)
+                self.vision_config = Dinov2Config(
+                    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518
+                )
             elif isinstance(self.vision_config, dict):
                 self.vision_config = Dinov2Config(**self.vision_config)
         else:

@@ -39,7 +39,9 @@ def convert_state_dict(
 
     def take(theirs: str, ours: str, channels: Tensor | None = None, offset: float = 0.0) -> None:
         if theirs not in weights:
-            raise ValueError(f"the x-transformers weights lack {theirs!r}: not a Decoder(cross_attend=True) of this depth?")
+            raise ValueError(
+                f"the x-transformers weights lack {theirs!r}: not a Decoder(cross_attend=True) of this depth?"
+            )
         used.add(theirs)
         converted[ours] = (weights[theirs] if channels is None else weights[theirs][channels]) + offset
 
@@ -86,7 +88,9 @@ def load_x_transformers(
     own = model.state_dict()
     for name, weight in converted.items():
         if own[name].shape != weight.shape:
-            raise ValueError(f"{name}: the config expects {tuple(own[name].shape)}, the weights have {tuple(weight.shape)}")
+            raise ValueError(
+                f"{name}: the config expects {tuple(own[name].shape)}, the weights have {tuple(weight.shape)}"
+            )
     model.load_state_dict(converted, strict=False)
 
 

@@ -30,12 +30,14 @@ class PointGrammar(LogitsProcessor):
         self,
         config: PointillistConfig,
         sorted_points: bool = True,
-        min_points: int = 0,
+        min_points: int = 1,
         max_points: int | None = None,
         max_points_per_face: int | None = None,
     ):
         if min_points < 0 or (max_points is not None and max_points < max(min_points, 1)):
-            raise ValueError(f"need 0 <= min_points <= max_points and max_points >= 1, found {min_points} and {max_points}")
+            raise ValueError(
+                f"need 0 <= min_points <= max_points and max_points >= 1, found {min_points} and {max_points}"
+            )
         if max_points_per_face is not None and max_points_per_face < 1:
             raise ValueError(f"max_points_per_face must be at least 1, found {max_points_per_face}")
         self.n_bins, self.n_faces = config.n_bins, config.n_faces
@@ -46,7 +48,7 @@ class PointGrammar(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """ids (B, L) so far, scores (B, vocabulary) of the next token -> scores with minus infinity on what is not allowed."""
-        batch, length = input_ids.shape
+        length = input_ids.shape[1]
         device = input_ids.device
         start = (input_ids == self.bos).int().argmax(1) + 1  # column after bos
         written = length - start  # tokens after bos

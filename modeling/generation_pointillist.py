@@ -9,6 +9,7 @@ Axes: B batch, L tokens, N points, D width.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers.masking_utils import create_sliding_window_causal_mask
 
 from .generation_grammar import PointGrammar
 from .generation_ring_cache import RingCache, ring_mask
@@ -52,7 +56,7 @@ class PointillistGenerationMixin(GenerationMixin):
         guidance_scale: float | None = None,
         grammar: bool = True,
         sorted_points: bool = True,
-        min_points: int = 0,
+        min_points: int = 1,
         max_points: int | None = None,
         max_points_per_face: int | None = None,
         output_point_features: bool = False,
@@ -86,7 +90,9 @@ class PointillistGenerationMixin(GenerationMixin):
             rows = 1 if condition_embeds is None else len(condition_embeds)
             inputs = torch.full((rows, 1), self.config.bos_token_id, device=self.device)
         elif inputs.ndim != 2 or not (inputs == self.config.bos_token_id).any(1).all():
-            raise ValueError(f"a prompt must be (B, L) ids that begin with bos ({self.config.bos_token_id}); found {inputs}")
+            raise ValueError(
+                f"a prompt must be (B, L) ids that begin with bos ({self.config.bos_token_id}); found {inputs}"
+            )
         if condition_embeds is None:
             condition_embeds = self.condition_encoder.or_empty(None, len(inputs), None)
         if len(condition_embeds) != len(inputs):
@@ -97,7 +103,9 @@ class PointillistGenerationMixin(GenerationMixin):
             limits = PointGrammar(self.config, sorted_points, min_points, max_points, max_points_per_face)
             logits_processor = LogitsProcessorList([limits, *(logits_processor or [])])
             if max_points is not None and not {"max_new_tokens", "max_length"} & kwargs.keys():
-                kwargs["max_length"] = 4 * max_points + 2 + int((inputs != self.config.bos_token_id).long().argmin(1).max())
+                kwargs["max_length"] = (
+                    4 * max_points + 2 + int((inputs != self.config.bos_token_id).long().argmin(1).max())
+                )
                 kwargs["max_new_tokens"] = None
         if output_point_features:
             kwargs["return_dict_in_generate"] = True
@@ -116,7 +124,14 @@ class PointillistGenerationMixin(GenerationMixin):
                     "the per-step outputs (scores, logits, attentions, hidden states); leave one of the two out"
                 )
         else:
-            kwargs.update(options, progress=progress, custom_generate=sample_points)
+            # `GenerationMixin.generate` does not hand these two on to a custom loop.
+            synced_gpus = kwargs.get("synced_gpus")
+            if synced_gpus is None:
+                synced_gpus = torch.distributed.is_initialized() and (
+                    is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
+                )
+            options.update(progress=progress, streamer=kwargs.get("streamer"), synced_gpus=synced_gpus)
+            kwargs["custom_generate"] = partial(sample_points, **options)
         return super().generate(
             inputs,
             generation_config=generation_config,
@@ -159,9 +174,11 @@ class PointillistGenerationMixin(GenerationMixin):
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """The mask a compiled step is given: a ring has its own; other caches get transformers' windowed mask."""
-        from transformers.masking_utils import create_sliding_window_causal_mask
-
-        cache = past_key_values.self_attention_cache if isinstance(past_key_values, EncoderDecoderCache) else past_key_values
+        cache = (
+            past_key_values.self_attention_cache
+            if isinstance(past_key_values, EncoderDecoderCache)
+            else past_key_values
+        )
         if isinstance(cache, RingCache):
             if inputs_embeds.shape[1] > 1:
                 return attention_mask

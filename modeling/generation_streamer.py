@@ -29,7 +29,9 @@ class PointStreamer(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         value = value.reshape(-1, value.shape[-1]) if value.ndim > 1 else value[:, None]
         if len(value) != 1:
-            raise ValueError(f"PointStreamer follows one sequence, found a batch of {len(value)}: stream them one by one")
+            raise ValueError(
+                f"PointStreamer follows one sequence, found a batch of {len(value)}: stream them one by one"
+            )
         for token in value[0].tolist():
             if token >= self.tokenizer.bos_token_id:
                 continue

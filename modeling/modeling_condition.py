@@ -84,7 +84,9 @@ class ConditionEncoder(nn.Module):
         tokens = []
         if pixel_values is not None:
             if not self.config.use_vision_encoder:
-                raise ValueError("this model has no portrait encoder (use_vision_encoder is false): leave pixel_values out")
+                raise ValueError(
+                    "this model has no portrait encoder (use_vision_encoder is false): leave pixel_values out"
+                )
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision_encoder):
                 features = self.vision(pixel_values.to(self.empty.dtype)).last_hidden_state
             tokens.append(self.vision_proj(features))

@@ -1,0 +1,88 @@
+"""The grammar against brute force: a token is allowed exactly if some complete, sorted, permitted point begins with it."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling import PointGrammar, PointillistConfig
+
+CONFIG = PointillistConfig(n_bins=3, n_faces=3, use_vision_encoder=False, use_point_encoder=False)
+
+
+def order(point):
+    x, y, z, face = point
+    return (y, z, x, face)
+
+
+def allowed_by_brute_force(tokens, sorted_points, min_points, max_points, max_points_per_face):
+    """Ids that may follow `tokens` (without bos), by listing every point there is."""
+    n, faces = CONFIG.n_bins, CONFIG.n_faces
+    points = [tuple(tokens[i : i + 4]) for i in range(0, len(tokens) - len(tokens) % 4, 4)]
+    begun = tuple(tokens[4 * len(points) :])
+    candidates = [
+        point
+        for point in product(range(n), range(n), range(n), range(n, n + faces))
+        if point[: len(begun)] == begun
+        and (not sorted_points or not points or order(point) >= order(points[-1]))
+        and (max_points_per_face is None or sum(p[3] == point[3] for p in points) < max_points_per_face)
+        and (max_points is None or len(points) < max_points)
+    ]
+    allowed = {point[len(begun)] for point in candidates}
+    if not begun and (len(points) >= min_points or not candidates):
+        allowed.add(CONFIG.eos_token_id)
+    return allowed
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    sorted_points=st.booleans(),
+    min_points=st.integers(0, 6),
+    max_points=st.one_of(st.none(), st.integers(6, 12)),
+    max_points_per_face=st.one_of(st.none(), st.integers(1, 4)),
+    high_end=st.booleans(),
+)
+def test_allowed_tokens_are_those_of_brute_force(
+    seed, sorted_points, min_points, max_points, max_points_per_face, high_end
+):
+    generator = torch.Generator().manual_seed(seed)
+    limits = (sorted_points, min_points, max_points, max_points_per_face)
+    grammar = PointGrammar(CONFIG, *limits)
+    tokens = []
+    for _ in range(60):
+        scores = torch.zeros(1, CONFIG.vocab_size)
+        masked = grammar(torch.tensor([[CONFIG.bos_token_id, *tokens]]), scores)[0]
+        allowed = masked.isfinite().nonzero().flatten().tolist()
+        assert set(allowed) == allowed_by_brute_force(tokens, *limits), tokens
+        assert allowed, f"dead end after {tokens}"
+        # The upper corner of the cube is where dead ends would be: go there in half of the examples.
+        weights = torch.tensor([3.0**token if high_end and token < CONFIG.n_bins else 1.0 for token in allowed])
+        token = allowed[torch.multinomial(weights, 1, generator=generator).item()]
+        if token == CONFIG.eos_token_id:
+            break
+        tokens.append(token)
+
+
+def test_rows_of_a_padded_batch_are_judged_each_by_its_own_words():
+    config = CONFIG
+    rows = [[config.bos_token_id, 1, 2, 0, 4, 0], [config.bos_token_id, 2], [config.bos_token_id]]
+    length = max(map(len, rows))
+    padded = torch.tensor([[config.pad_token_id] * (length - len(row)) + row for row in rows])
+    together = PointGrammar(config)(padded, torch.zeros(3, config.vocab_size))
+    for row, scores in zip(rows, together):
+        alone = PointGrammar(config)(torch.tensor([row]), torch.zeros(1, config.vocab_size))[0]
+        assert torch.equal(alone, scores)
+
+
+def test_a_finished_row_keeps_one_finite_score():
+    ids = torch.tensor([[CONFIG.bos_token_id, 0, 0, 0, 3, CONFIG.eos_token_id, CONFIG.pad_token_id]])
+    assert PointGrammar(CONFIG)(ids, torch.zeros(1, CONFIG.vocab_size)).isfinite().any()
+
+
+@pytest.mark.parametrize("limits", [dict(min_points=5, max_points=4), dict(min_points=-1), dict(max_points_per_face=0)])
+def test_impossible_limits_are_refused(limits):
+    with pytest.raises(ValueError, match="found"):
+        PointGrammar(CONFIG, **limits)

@@ -1,0 +1,207 @@
+"""generate(): every cache writes the same tokens, within the window and beyond it; features, guidance, streaming, limits."""
+
+from threading import Thread
+
+import pytest
+import torch
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, StaticCache
+
+from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from modeling import PointillistConfig, PointillistForCausalLM, PointStreamer, RingCache
+
+POINTS = 20  # 81 tokens: two and a half windows of 32
+
+
+def greedy(model, condition, **options):
+    return model.generate(condition_embeds=condition, do_sample=False, min_points=POINTS, max_points=POINTS, **options)
+
+
+def test_every_cache_writes_the_same_tokens_far_beyond_the_window(tiny_model, condition):
+    ring = greedy(tiny_model, condition)
+    assert ring.shape == (2, 4 * POINTS + 2)
+    static_cache = StaticCache(config=tiny_model.config, max_cache_len=4 * POINTS + 2)
+    for name, options in {
+        "no cache": dict(use_cache=False),
+        "dynamic": dict(cache_implementation="dynamic"),
+        "transformers' dynamic": dict(past_key_values=DynamicCache(config=tiny_model.config)),
+        "static ring": dict(cache_implementation="static"),
+        "transformers' static": dict(past_key_values=static_cache),
+        "transformers' own loop": dict(return_dict_in_generate=True, output_scores=True),
+    }.items():
+        other = greedy(tiny_model, condition, **options)
+        other = other if isinstance(other, torch.Tensor) else other.sequences
+        assert torch.equal(other, ring), name
+
+
+@pytest.mark.slow
+def test_a_compiled_static_cache_writes_the_same_tokens(tiny_model, condition):
+    compile_config = CompileConfig(fullgraph=True, backend="inductor", mode="default")
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiled = greedy(tiny_model, condition, cache_implementation="static", compile_config=compile_config)
+    assert 0 < counters["stats"]["unique_graphs"] <= 2, "one graph a step would be slower than none"
+    assert torch.equal(compiled, greedy(tiny_model, condition))
+
+
+@torch.no_grad()
+def test_tokens_beyond_the_window_are_those_of_a_banded_full_forward(tiny_model, condition):
+    ids = greedy(tiny_model, condition)
+    full = tiny_model(ids, condition_embeds=condition)  # one pass, banded by the window
+    result = greedy(tiny_model, condition, output_point_features=True)
+    assert torch.equal(result.sequences, ids)
+    predicting = full.last_hidden_state[:, : 4 * POINTS].unflatten(1, (POINTS, 4))
+    torch.testing.assert_close(result.point_features, predicting, atol=2e-5, rtol=1e-4)
+
+
+def test_sampling_is_reproducible_and_rows_end_where_they_like(tiny_model, condition):
+    condition = condition.repeat(4, 1, 1)
+    torch.manual_seed(3)
+    result = tiny_model.generate(condition_embeds=condition, max_points=50, output_point_features=True)
+    torch.manual_seed(3)
+    assert torch.equal(tiny_model.generate(condition_embeds=condition, max_points=50), result.sequences)
+    assert len(set(result.num_points.tolist())) > 1
+    for row, count, features in zip(result.sequences, result.num_points, result.point_features):
+        assert row[0] == tiny_model.config.bos_token_id
+        assert (row[1 : 1 + 4 * count] < tiny_model.config.bos_token_id).all()
+        assert row[1 + 4 * count] == tiny_model.config.eos_token_id
+        assert (row[2 + 4 * count :] == tiny_model.config.pad_token_id).all()
+        assert features[:count].abs().sum((-1, -2)).min() > 0 and not features[count:].any()
+
+
+def test_a_row_is_the_same_alone_and_in_a_batch_of_prompts_of_other_lengths(tiny_model, condition):
+    config = tiny_model.config
+    prompts = [[config.bos_token_id], [config.bos_token_id, 1, 2, 3, 20, 4, 5, 6, 21]]
+    width = max(map(len, prompts))
+    padded = torch.tensor([[config.pad_token_id] * (width - len(p)) + p for p in prompts])
+    options = dict(do_sample=False, min_points=POINTS, max_points=POINTS)
+    together = tiny_model.generate(padded, condition_embeds=condition, **options)
+    static = tiny_model.generate(padded, condition_embeds=condition, cache_implementation="static", **options)
+    assert torch.equal(together, static)
+    for i, prompt in enumerate(prompts):
+        alone = tiny_model.generate(torch.tensor([prompt]), condition_embeds=condition[i : i + 1], **options)[0]
+        written = together[i][width - len(prompt) :][: len(alone)]
+        assert torch.equal(written, alone)
+
+
+def test_guidance_follows_the_formula_and_one_is_off(tiny_model, condition):
+    assert torch.equal(greedy(tiny_model, condition, guidance_scale=1.0), greedy(tiny_model, condition))
+    guided = greedy(tiny_model, condition, guidance_scale=3.0)
+
+    class Combine(LogitsProcessor):
+        """The formula by a separate unconditional pass over the whole prefix."""
+
+        def __call__(self, input_ids, scores):
+            empty = tiny_model(input_ids).logits[:, -1].float()
+            return empty + 3.0 * (scores - empty)
+
+    expected = tiny_model.generate(
+        condition_embeds=condition, do_sample=False, grammar=False, max_new_tokens=24, logits_processor=[Combine()]
+    )
+    ours = tiny_model.generate(
+        condition_embeds=condition, do_sample=False, grammar=False, max_new_tokens=24, guidance_scale=3.0
+    )
+    assert torch.equal(ours, expected)
+    assert not torch.equal(guided, greedy(tiny_model, condition))
+
+
+@torch.no_grad()
+def test_reprefilling_restarts_from_the_newest_half_window(tiny_model, condition):
+    window = tiny_model.config.sliding_window
+    ids = greedy(tiny_model, condition, window_policy="reprefill")
+    assert not torch.equal(ids, greedy(tiny_model, condition))
+    # Replay: the context grows to the window, then falls back to half of it (cut at a whole point), and so on.
+    begin = 0
+    result = greedy(tiny_model, condition, window_policy="reprefill", output_point_features=True)
+    features = result.point_features.flatten(1, 2)
+    for length in range(1, 4 * POINTS + 1):
+        if length - begin > window:
+            begin = length - window // 2 - (length - window // 2 - 1) % 4
+        hidden = tiny_model(ids[:, begin:length], condition_embeds=condition).last_hidden_state[:, -1]
+        torch.testing.assert_close(features[:, length - 1], hidden, atol=2e-5, rtol=1e-4)
+
+
+def test_points_arrive_while_they_are_written(tiny_model, condition):
+    tokenizer = GaussianTokenizer(n_bins=16, n_faces=20, bounds=[[0, 0, 0], [1, 1, 1]])
+    streamer = PointStreamer(tokenizer, timeout=10)
+    thread = Thread(target=greedy, args=(tiny_model, condition[:1]), kwargs=dict(streamer=streamer))
+    thread.start()
+    points = list(streamer)
+    thread.join()
+    whole = tokenizer.decode(greedy(tiny_model, condition[:1])[0])
+    assert len(points) == POINTS
+    for i, point in enumerate(points):
+        assert (point["positions"] == whole["positions"][i]).all() and (point["faces"] == whole["faces"][i]).all()
+
+
+def test_streaming_a_batch_is_refused(tiny_model, condition):
+    streamer = PointStreamer(GaussianTokenizer(n_bins=16, n_faces=20), callback=lambda point: None)
+    with pytest.raises(ValueError, match="one sequence"):
+        greedy(tiny_model, condition, streamer=streamer)
+
+
+def test_limits_hold(tiny_model, condition):
+    torch.manual_seed(0)
+    ids = tiny_model.generate(condition_embeds=condition, min_points=10, max_points=12, max_points_per_face=1)
+    for row in ids:
+        tokens = row[row < tiny_model.config.bos_token_id].tolist()
+        faces = tokens[3::4]
+        assert 10 <= len(faces) <= 12 and len(set(faces)) == len(faces)
+
+
+def test_what_does_not_combine_is_said(tiny_model, condition):
+    with pytest.raises(ValueError, match="do not combine"):
+        greedy(tiny_model, condition, num_beams=2, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="window_policy"):
+        greedy(tiny_model, condition, window_policy="forget")
+    with pytest.raises(ValueError, match="begin with bos"):
+        tiny_model.generate(torch.tensor([[1, 2]]), condition_embeds=condition[:1])
+    with pytest.raises(ValueError, match="whole points"):
+        tiny_model.generate(
+            torch.tensor([[tiny_model.config.bos_token_id, 1]]),
+            condition_embeds=condition[:1],
+            output_point_features=True,
+        )
+
+
+def test_a_cache_that_is_too_short_says_so(tiny_model, condition):
+    cache = RingCache(2, window=32, max_length=8)
+    with pytest.raises(ValueError, match="made for 8 tokens"):
+        greedy(tiny_model, condition, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_ring_takes_a_prompt_in_pieces(tiny_model, condition):
+    """A prompt of any length, in pieces larger and smaller than the window, then single tokens."""
+    ids = torch.randint(0, 36, (2, 110), generator=torch.Generator().manual_seed(0))
+    expected = tiny_model(ids, condition_embeds=condition).logits
+    cache = RingCache(2, window=32)
+    pieces, logits = [5, 1, 40, 20, 1, 1, 35, 1, 6], []
+    outputs_cache = cache
+    for piece in ids.split(pieces, dim=1):
+        outputs = tiny_model(piece, condition_embeds=condition, past_key_values=outputs_cache, use_cache=True)
+        outputs_cache = outputs.past_key_values
+        logits.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_papers_model_trains_a_step_and_generates_on_a_cpu():
+    config = PointillistConfig(use_vision_encoder=False, use_point_encoder=False)
+    torch.manual_seed(0)
+    model = PointillistForCausalLM(config)
+    assert 425.7e6 < model.num_decoder_parameters() < 425.8e6
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(0, config.bos_token_id, (1, 2048))
+    condition = torch.randn(1, 257, 1024)
+    before = model(ids, labels=ids, condition_embeds=condition).loss
+    before.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        after = model(ids, labels=ids, condition_embeds=condition).loss
+    assert after < before
+    written = model.eval().generate(condition_embeds=condition, min_points=16, max_points=16)
+    assert written.shape == (1, 66)
+    assert int((written < config.bos_token_id).sum()) == 64

@@ -1,0 +1,154 @@
+"""The decoder: windowed, causal, the same through every attention implementation, saved and loaded whole."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from modeling import PointillistConfig, PointillistForCausalLM
+
+
+def random_ids(config, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, config.bos_token_id, (batch, length), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def test_a_token_sees_exactly_its_window(tiny_model, condition):
+    window = tiny_model.config.sliding_window
+    tiny_model.model.layers = tiny_model.model.layers[:1]  # one layer: no relaying of older tokens
+    tiny_model.config.num_hidden_layers = 1
+    ids = random_ids(tiny_model.config, 2, 3 * window)
+    base = tiny_model(ids, condition_embeds=condition).logits
+    changed = ids.clone()
+    changed[:, 10] = (changed[:, 10] + 1) % 16
+    moved = (tiny_model(changed, condition_embeds=condition).logits - base).abs().amax((0, 2)) > 1e-5
+    assert moved.nonzero().flatten().tolist() == list(range(10, 10 + window))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_every_attention_implementation_gives_the_same_logits(tiny_model, condition, implementation):
+    ids = random_ids(tiny_model.config, 2, 50)
+    expected = tiny_model(ids, condition_embeds=condition).logits
+    tiny_model.set_attn_implementation(implementation)
+    torch.testing.assert_close(tiny_model(ids, condition_embeds=condition).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_on_the_left_changes_nothing(tiny_model, condition):
+    config = tiny_model.config
+    ids = random_ids(config, 2, 9)
+    padded = torch.cat((torch.full((2, 3), config.pad_token_id), ids), 1)
+    mask = (padded != config.pad_token_id).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with_padding = tiny_model(padded, attention_mask=mask, position_ids=positions, condition_embeds=condition).logits
+    torch.testing.assert_close(
+        with_padding[:, 3:], tiny_model(ids, condition_embeds=condition).logits, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_gradients_reach_every_trainable_parameter_and_checkpointing_keeps_them():
+    config = PointillistConfig(
+        n_bins=16, n_faces=20, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        sliding_window=32, freeze_vision_encoder=False, point_latents=8, point_hidden_size=32, point_layers=1,
+        point_attention_heads=4,
+        vision_config=dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=3, image_size=28, patch_size=14),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = PointillistForCausalLM(config).train()
+    batch = dict(
+        input_ids=random_ids(config, 2, 32),
+        labels=random_ids(config, 2, 32),
+        pixel_values=torch.randn(2, 3, 28, 28),
+        head_vertices=torch.randn(2, 30, 3) * 0.1,
+        head_normals=torch.randn(2, 30, 3),
+        drop_condition=torch.tensor([True, False]),
+    )
+    model(**batch).loss.backward()
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert [n for n, p in trainable.items() if p.grad is None or not p.grad.abs().sum()] == []
+    expected = {n: p.grad.clone() for n, p in trainable.items()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(**batch).loss.backward()
+    for name, p in trainable.items():
+        torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_next_token(tiny_model, condition):
+    ids = random_ids(tiny_model.config, 2, 20)
+    labels = ids.clone()
+    labels[:, :5] = -100
+    output = tiny_model(ids, condition_embeds=condition, labels=labels)
+    log_probabilities = output.logits.double().log_softmax(-1)
+    terms = [-log_probabilities[b, t - 1, ids[b, t]] for b in range(2) for t in range(5, 20)]
+    torch.testing.assert_close(output.loss.double(), torch.stack(terms).mean(), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_dropped_rows_read_the_empty_condition(tiny_model, condition):
+    ids = random_ids(tiny_model.config, 2, 12)
+    empty = tiny_model(ids).logits
+    mixed = tiny_model(ids, condition_embeds=condition, drop_condition=torch.tensor([True, False])).logits
+    torch.testing.assert_close(mixed[0], empty[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mixed[1], tiny_model(ids, condition_embeds=condition).logits[1])
+    assert (mixed[1] - empty[1]).abs().max() > 1e-2
+
+
+def test_a_saved_model_loads_through_auto_classes_with_the_same_logits(tiny_model, condition, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is PointillistForCausalLM
+    assert loaded.generation_config.do_sample and loaded.generation_config.max_new_tokens == 4 * 32768 + 1
+    ids = random_ids(tiny_model.config, 2, 20)
+    with torch.no_grad():
+        assert torch.equal(
+            loaded(ids, condition_embeds=condition).logits, tiny_model(ids, condition_embeds=condition).logits
+        )
+
+
+def test_a_pushed_folder_loads_where_the_toolkit_is_not_installed(tiny_model, condition, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    torch.save(condition, tmp_path / "condition.pt")
+    program = f"""
+import sys, importlib.util
+sys.path = [p for p in sys.path if p]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+assert importlib.util.find_spec("modeling") is None, "the toolkit is importable: this test shows nothing"
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+condition = torch.load({str(tmp_path / "condition.pt")!r}, weights_only=True)
+ids = model.generate(condition_embeds=condition, do_sample=False, min_points=6, max_points=6)
+print(ids.tolist())
+"""
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HOME": str(tmp_path),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    here = tiny_model.generate(condition_embeds=condition, do_sample=False, min_points=6, max_points=6)
+    assert result.stdout.strip().splitlines()[-1] == str(here.tolist())
+
+
+def test_a_folder_without_weights_is_named(tiny_config, tmp_path):
+    tiny_config.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=str(tmp_path)):
+        PointillistForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_mesh_without_normals_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="head_normals"):
+        tiny_model.encode_condition(head_vertices=torch.zeros(1, 4, 3))
+
+
+def test_a_condition_for_another_batch_size_is_refused(tiny_model, condition):
+    with pytest.raises(ValueError, match="2 sequences, but 3"):
+        tiny_model(random_ids(tiny_model.config, 3, 8), condition_embeds=condition)
