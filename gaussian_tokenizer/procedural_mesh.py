@@ -18,7 +18,7 @@ FEWEST_FACES, MOST_FACES = 600, 40_000
 SKIN, POCKET, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR = range(6)  # values of `Mesh.part`
 
 # Columns: azimuth in degrees from the front (corners of eye and mouth fall on columns) and cells between, finest head.
-AZIMUTHS = (0.0, 12.0, 15.6, 29.0, 62.0, 118.0, 180.0)
+AZIMUTHS = (0.0, 11.6, 15.6, 30.0, 62.0, 118.0, 180.0)
 COLUMN_CELLS = (5, 2, 8, 9, 9, 6)
 # Rows: origin of the rays (y, z), their elevation in degrees at the front and at the back, cells up to the next key.
 ROWS = (
@@ -35,8 +35,9 @@ ROWS = (
     (-148.0, -22.0, -24.0, 0.0, 0),  # collar
 )
 EYE_KEY, MOUTH_KEY = 3, 5
-EYE_CUT, MOUTH_CUT = (12.0, 29.0), (-15.6, 15.6)  # azimuths of the corners
-LID_UP, LID_DOWN, LID_TILT = 5.6, 4.4, 0.9  # millimetres the lids open above and below the row, and the outer corner up
+EYE_CUT, MOUTH_CUT = (11.6, 30.0), (-15.6, 15.6)  # azimuths of the corners
+LID_UP, LID_DOWN, LID_TILT = 6.0, 4.6, 0.8  # millimetres the lids open above and below the row, and the outer corner up
+MOUTH_BEND = 4.3  # millimetres that the mouth row comes down at the corners
 EYE_ANGLES = (9.0, 18.0, 28.5, 40.0, 54.0, 70.0, 88.0, 110.0, 138.0)  # rings of an eyeball, from the pupil back
 IRIS_ANGLE = 28.5
 EAR_BASE = np.array([73.5, 2.0, -9.0])
@@ -171,6 +172,10 @@ def _add_skin(mesh: Mesh, column_scale: float, row_scale: float) -> None:
     fade_down = np.clip((starts[EYE_KEY + 1] - rows) / cells[EYE_KEY], 0, 1) * (rows > eye_row)
     up, down = LID_UP * opening + tilt, -LID_DOWN * opening + tilt
     above = elevation + (fade_up[:, None] * up + fade_down[:, None] * down) / distance
+    # A cone meets the rounded mouth in a curve that rises to the corners; bend the rows there to make it level.
+    x = azimuths[:-1] / MOUTH_CUT[1]
+    near_mouth = np.interp(rows, starts[[MOUTH_KEY - 1, MOUTH_KEY, MOUTH_KEY + 1]], (0, 1, 0))
+    above -= MOUTH_BEND * near_mouth[:, None] * x**2 * np.exp(1 - x**2) / distance
     below_lids = elevation[eye_row] + down / distance
 
     def surface(angles: np.ndarray, starts_of_rays: np.ndarray) -> np.ndarray:
@@ -270,16 +275,16 @@ def _add_eyeball(mesh: Mesh, scale: float, mirror: int) -> None:
     radius = EYE_RADIUS + 0.5 * np.clip(np.cos(polar * 90 / 35), 0, 1) * (polar < np.deg2rad(35))
     rings = np.stack((np.sin(polar) * np.cos(around), np.sin(polar) * np.sin(around), np.cos(polar) + 0 * around), -1)
     center = EYE_CENTER * (mirror, 1, 1)
-    front = mesh.add(center + [[0, 0, EYE_RADIUS + 0.5]], part)
+    front = mesh.add(np.array([center + (0, 0, EYE_RADIUS + 0.5)]), part)
     rings = mesh.add(center + radius[..., None] * rings, part)
-    back = mesh.add(center - [[0, 0, EYE_RADIUS]], part)
+    back = mesh.add(np.array([center - (0, 0, EYE_RADIUS)]), part)
     mesh.iris[front] = True
     mesh.iris[rings[angles <= IRIS_ANGLE + 0.01]] = True
     _add_rings(mesh, front, rings, back, flip=False)
 
 
 def _add_rings(mesh: Mesh, tip: np.ndarray, rings: np.ndarray, end: np.ndarray | None, flip: bool) -> None:
-    """Close rings of indices (R, C), counter-clockwise around `tip` seen from outside, with a fan at the tip (and end)."""
+    """Close rings of indices (R, C), counter-clockwise around `tip` from outside, with a fan at the tip (and end)."""
     ring = np.concatenate((rings, rings[:, :1]), 1)
     start = len(mesh.faces)
     mesh.add_faces(np.stack((np.broadcast_to(tip, ring.shape[1] - 1), ring[0, :-1], ring[0, 1:]), 1))

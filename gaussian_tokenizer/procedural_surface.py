@@ -23,22 +23,22 @@ def skin_distance(points: np.ndarray) -> np.ndarray:
     forehead = _ellipsoid(p, (0, 58, 22), (62, 52, 65))
     face = _ellipsoid(p, (0, -14, 26), (58, 82, 62))
     head = _join(_join(cranium, forehead, 20), face, 24)
-    cheekbone = _ellipsoid(m, (45, -2, 56), (20, 14, 22))
-    temple = _ellipsoid(m, (72, 26, 48), (12, 24, 22))
-    ramus = _cone(m, (57, -4, 2), (52, -50, 12), 13, 12)
-    jaw = _cone(m, (52, -50, 12), (13, -80, 76), 12, 12)
-    head = _join(head, cheekbone, 18)
+    cheekbone = _ellipsoid(m, (42, -4, 53), (21, 17, 24))
+    temple = _ellipsoid(m, (76, 28, 50), (12, 24, 22))
+    ramus = _cone(m, (54, -4, 0), (44, -50, 12), 12, 10)
+    jaw = _cone(m, (44, -50, 12), (12, -80, 75), 10, 11)
+    head = _join(head, cheekbone, 26)
     head = _carve(head, temple, 18)
     head = _join(_join(head, ramus, 22), jaw, 22)
-    hollow = _ellipsoid(m, (56, -40, 66), (14, 26, 20))
-    head = _carve(head, hollow, 16)
+    cheek = _ellipsoid(m, (35, -28, 49), (19, 30, 26))
+    head = _join(head, cheek, 24)
     chin = _join(_ellipsoid(p, (0, -79, 81), (17, 13, 13)), _ellipsoid(m, (9, -82, 79), (10, 9, 10)), 8)
     head = _join(head, chin, 14)
-    muzzle = _ellipsoid(p, (0, -44, 70), (31, 26, 24))
+    muzzle = _ellipsoid(p, (0, -42, 68), (30, 28, 28))
     head = _join(head, muzzle, 16)
     head = _join(head, _neck(p, m), 22)
 
-    brow = _join(_cone(m, (9, 35, 83), (28, 40, 81), 7.5, 7), _cone(m, (28, 40, 81), (46, 36, 66), 7, 5.5), 5)
+    brow = _join(_cone(m, (9, 38, 82), (28, 42.5, 80), 6.5, 6.5), _cone(m, (28, 42.5, 80), (47, 38, 65), 6.5, 5.5), 5)
     head = _join(head, brow, 10)
     socket = _ellipsoid(m, (31, 21, 93), (19, 13, 15))
     head = _carve(head, socket, 9)
@@ -48,9 +48,9 @@ def skin_distance(points: np.ndarray) -> np.ndarray:
     pouch = _cone(m, (21, 9, 80), (42, 11, 75), 3, 2.5)
     head = _join(head, pouch, 7)
     head = _join(head, _nose(p, m), 6)
-    for nostril in (_ellipsoid(m, (5.6, -27.5, 104), (3.0, 3.4, 5.0)),):
-        head = _carve(head, nostril, 2)
-    fold = _cone(m, (19, -24, 97), (30, -44, 91), 2.0, 2.0)
+    nostril = _ellipsoid(m, (5.6, -28, 104), (2.8, 3.0, 4.6))
+    head = _carve(head, nostril, 2)
+    fold = _cone(m, (20, -25, 98), (31, -44, 92), 1.5, 1.5)
     head = _carve(head, fold, 7)
     return _mouth(head, p, m)
 
@@ -71,43 +71,43 @@ def skin_normal(points: np.ndarray) -> np.ndarray:
 
 
 def _neck(p: np.ndarray, m: np.ndarray) -> np.ndarray:
-    column = _cone(_squash(p, (0.94, 1, 1)), (0, -40, -16), (0, -172, -24), 50, 54)
-    muscle = _cone(m, (58, -28, -22), (14, -168, 28), 9, 9)  # behind the ear to the breast bone
-    trapezius = _cone(m, (22, -20, -62), (52, -185, -46), 18, 34)
-    larynx = _ellipsoid(p, (0, -118, 32), (9, 12, 9))
+    column = _cone(_squash(p, (0.94, 1, 1)), (0, -40, -12), (0, -172, -22), 47, 51)
+    muscle = _cone(m, (54, -34, -22), (15, -168, 27), 8, 7)  # behind the ear to the breast bone
+    trapezius = _cone(m, (20, -20, -52), (38, -190, -50), 14, 26)
+    larynx = _ellipsoid(p, (0, -120, 30), (9, 12, 8))
     neck = _join(_join(column, muscle, 12), trapezius, 26)
     return _join(neck, larynx, 12)
 
 
 def _nose(p: np.ndarray, m: np.ndarray) -> np.ndarray:
     bridge = _join(_cone(p, (0, 22, 81), (0, 2, 93), 5.5, 5.8), _cone(p, (0, 2, 93), (0, -15, 104), 5.8, 7), 6)
-    sides = _cone(m, (6, 12, 80), (9, -18, 92), 5, 6.5)
+    sides = _cone(m, (4, 12, 80), (7.5, -18, 93), 5, 6.5)
     tip = _ellipsoid(p, (0, -17, 106), (9, 8.2, 9.2))
-    wing = _ellipsoid(m, (12, -21.5, 97), (6.2, 6.8, 9.5))
+    wing = _ellipsoid(m, (11.5, -21.5, 97), (6.2, 6.8, 10))
     septum = _cone(p, (0, -24, 108), (0, -28.5, 96), 3.2, 3.6)
     nose = _join(_join(bridge, sides, 9), tip, 7)
-    return _join(_join(nose, wing, 3.5), septum, 3)
+    return _join(_join(nose, wing, 5), septum, 4)
 
 
 def _mouth(head: np.ndarray, p: np.ndarray, m: np.ndarray) -> np.ndarray:
-    philtrum = _cone(p, (0, -31, 101.5), (0, -37, 102), 2.2, 2.6)
+    philtrum = _cone(p, (0, -31, 103), (0, -37, 103), 2.0, 2.4)
     head = _carve(head, philtrum, 3)
     # Each lip is a roll that thins and recedes towards the corner of the mouth.
     upper = _join(
-        _cone(m, (3.2, -43.0, 95.0), (11, -43.6, 92.5), 4.4, 3.9),
-        _cone(m, (11, -43.6, 92.5), (25, -47, 83), 3.9, 1.6),
+        _cone(m, (3.4, -42.6, 94.2), (11, -43.4, 91.8), 5.0, 4.4),
+        _cone(m, (11, -43.4, 91.8), (25, -47, 81), 4.4, 2),
         4,
     )
     lower = _join(
-        _cone(m, (0, -52.4, 93.5), (11, -51.6, 91.2), 5.0, 4.4),
-        _cone(m, (11, -51.6, 91.2), (25, -47.5, 83), 4.4, 1.6),
+        _cone(m, (0, -53.2, 92.3), (11, -52.4, 90.0), 5.8, 5.0),
+        _cone(m, (11, -52.4, 90.0), (25, -47.5, 81), 5.0, 2),
         4,
     )
-    head = _join(_join(head, upper, 2.5), lower, 2.5)
-    groove = _cone(m, (0, -61.5, 96.5), (10, -61, 93), 3.5, 3)
+    head = _join(_join(head, upper, 4), lower, 4)
+    groove = _cone(m, (0, -63, 96.5), (10, -62.5, 93), 3.5, 3)
     head = _carve(head, groove, 6)
     line = _join(
-        _cone(m, (0, -47.4, 99.5), (12, -47.4, 96), 1.2, 1.2), _cone(m, (12, -47.4, 96), (26, -47.2, 86), 1.2, 1), 1
+        _cone(m, (0, -47.6, 99), (12, -47.6, 96), 0.7, 0.7), _cone(m, (12, -47.6, 96), (26, -47.4, 85), 0.7, 0.7), 1
     )
     return _carve(head, line, 3)
 
