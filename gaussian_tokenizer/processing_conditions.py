@@ -1,0 +1,103 @@
+"""Conditions of the model as arrays: portraits to pixels, head meshes to normals.
+
+An image of any PIL mode, dtype or orientation becomes RGB on white, is fitted whole into a square and normalised with
+the statistics DINOv2 was trained with. Normals are area-weighted: the sum of the face cross products at each vertex.
+Used by processing_gaussian_tokenizer.py, and saved with it beside the checkpoints: third-party imports only.
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+IMAGE_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)  # ImageNet
+IMAGE_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+
+
+def pixel_values(images: Any, size: int) -> np.ndarray:
+    """One image or B of them -> (B, 3, S, S) float32, normalised.
+
+    An image is a PIL image, an image file, or an array or tensor (H, W), (H, W, C) or (C, H, W). It is centred whole
+    on a white square: nothing is cropped, nothing is stretched.
+    """
+    is_stack = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    batch = list(images) if is_stack or isinstance(images, (list, tuple)) else [images]
+    if not batch:
+        raise ValueError("an empty list of images; expected at least one")
+    pixels: np.ndarray = np.empty((len(batch), size, size, 3), dtype=np.float32)
+    for index, image in enumerate(batch):
+        try:
+            rgb = _rgb_on_white(image)
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:
+            raise ValueError(f"image {index} cannot be read: {error}") from error
+        scale = size / max(rgb.size)
+        width, height = (max(1, round(side * scale)) for side in rgb.size)
+        square = Image.new("RGB", (size, size), "white")
+        resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        square.paste(resized, ((size - width) // 2, (size - height) // 2))
+        pixels[index] = np.asarray(square)
+    pixels = (pixels / 255 - IMAGE_MEAN) / IMAGE_STD
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Vertices (V, 3), faces (F, 3) -> unit area-weighted normals (V, 3); zero where no face with an area touches."""
+    corners = vertices.astype(np.float64)[faces]
+    face_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    weights = np.repeat(face_normals, 3, axis=0)
+    normals = np.stack([np.bincount(faces.ravel(), weights[:, axis], len(vertices)) for axis in range(3)], axis=1)
+    return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
+
+
+def as_array(values: Any, name: str) -> np.ndarray:
+    """Tensor on any device, array or nested list -> array; `name` is what the error calls it."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} are not an array: {error}") from error
+
+
+def _rgb_on_white(image: Any) -> Image.Image:
+    """PIL image, file, array or tensor -> PIL "RGB", upright, transparency composited on white."""
+    if isinstance(image, (str, os.PathLike)):
+        image = Image.open(image)
+    if not isinstance(image, Image.Image):
+        image = _image_from_array(as_array(image, "image"))
+    image = ImageOps.exif_transpose(image)
+    if 0 in image.size:
+        raise ValueError(f"its size is {image.size}")
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit files; PIL would clip instead of scaling
+        values = np.asarray(image)
+        image = _image_from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _image_from_array(values: np.ndarray) -> Image.Image:
+    """(H, W), (H, W, C) or (C, H, W), C = 1 to 4: uint8, uint16, bool, or floats in [0, 1]."""
+    if values.ndim == 3 and values.shape[2] not in (1, 2, 3, 4) and values.shape[0] in (1, 2, 3, 4):
+        values = values.transpose(1, 2, 0)
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    if values.size == 0 or not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (2, 3, 4))):
+        raise ValueError(f"an array of shape {values.shape}; expected (H, W), (H, W, C) or (C, H, W), C from 1 to 4")
+    if values.dtype.kind == "f":
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError(f"float values from {values.min()} to {values.max()}; expected [0, 1], or uint8")
+        values = values * 255
+    elif values.dtype == np.uint16:
+        values = values / 257
+    elif values.dtype == np.bool_:
+        values = values * 255.0
+    elif values.dtype != np.uint8:
+        raise ValueError(f"an array of {values.dtype}; expected uint8, uint16, or floats in [0, 1]")
+    return Image.fromarray(np.ascontiguousarray(np.rint(values).astype(np.uint8)))
