@@ -1,0 +1,43 @@
+# make help lists the targets. Everything installs itself into .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# Models and data are never fetched by tests or demo: a hub that is out of reach must not matter.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast check format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED) ## virtual environment in .venv with the pinned versions of constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# torch first: with it in place nothing else pulls another build of it
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed]'
+	touch $@
+
+demo: $(INSTALLED) ## synthetic heads -> tokens -> corpus -> training -> new point clouds, in outputs/demo (10 minutes, CPU)
+	$(BIN)/python -m training.demo --output_dir outputs/demo
+
+test: $(INSTALLED) ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED) ## tests that take seconds
+	$(BIN)/python -m pytest -m "not slow and not distributed"
+
+check: $(INSTALLED) ## ruff lint, format and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## rewrite to the house format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove the environment and outputs
+	rm -rf .venv outputs build *.egg-info

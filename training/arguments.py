@@ -1,0 +1,181 @@
+"""Arguments of the pre-training script: a YAML file for the run, any field of it again on the command line.
+
+Three dataclasses, read by `HfArgumentParser`: the model, the data, and transformers' `TrainingArguments` with defaults of the
+paper. A field that no class knows is refused with the nearest name there is.
+"""
+
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import Dinov2Config, HfArgumentParser, TrainingArguments
+
+from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from modeling import PointillistConfig
+
+
+@dataclass
+class ModelArguments:
+    """The model; defaults are the paper's."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "checkpoint folder or Hub id to go on from; its sizes hold"}
+    )
+    hidden_size: int = field(default=1024, metadata={"help": "width of the decoder"})
+    intermediate_size: int = field(default=4096, metadata={"help": "width of the feed-forward"})
+    num_hidden_layers: int = field(default=24, metadata={"help": "blocks of the decoder"})
+    num_attention_heads: int = field(default=16, metadata={"help": "heads of each attention"})
+    num_key_value_heads: int | None = field(default=None, metadata={"help": "fewer key/value heads (default: all)"})
+    head_dim: int = field(default=64, metadata={"help": "channels of a head"})
+    partial_rotary_factor: float = field(default=0.5, metadata={"help": "share of a head that RoPE rotates"})
+    rope_theta: float = field(default=10000.0, metadata={"help": "base wavelength of RoPE"})
+    sliding_window: int = field(
+        default=12000, metadata={"help": "tokens a token attends to, and tokens in a training window"}
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention"}
+    )
+    use_vision_encoder: bool = field(default=True, metadata={"help": "read a portrait"})
+    vision_model: str | None = field(
+        default=None, metadata={"help": "pre-trained DINOv2: folder or id such as facebook/dinov2-large"}
+    )
+    freeze_vision_encoder: bool | None = field(
+        default=None, metadata={"help": "keep the portrait encoder as it is (default: yes if --vision_model is given)"}
+    )
+    vision_hidden_size: int = field(default=1024, metadata={"help": "portrait encoder, without --vision_model"})
+    vision_num_layers: int = field(default=24, metadata={"help": "the same"})
+    vision_num_heads: int = field(default=16, metadata={"help": "the same"})
+    vision_patch_size: int = field(default=14, metadata={"help": "the same, pixels"})
+    use_point_encoder: bool = field(default=True, metadata={"help": "read the head mesh"})
+    point_latents: int = field(default=256, metadata={"help": "tokens that describe the head mesh"})
+    point_hidden_size: int = field(default=768, metadata={"help": "width of the mesh encoder"})
+    point_layers: int = field(default=8, metadata={"help": "blocks of the mesh encoder"})
+    point_attention_heads: int = field(default=12, metadata={"help": "heads of the mesh encoder"})
+
+    def config(self, tokenizer: GaussianTokenizer) -> PointillistConfig:
+        """The configuration of a new model for this tokenizer's vocabulary."""
+        vision = None
+        if self.use_vision_encoder:
+            vision = (
+                Dinov2Config.from_pretrained(self.vision_model)
+                if self.vision_model
+                else Dinov2Config(
+                    hidden_size=self.vision_hidden_size,
+                    num_hidden_layers=self.vision_num_layers,
+                    num_attention_heads=self.vision_num_heads,
+                    patch_size=self.vision_patch_size,
+                    image_size=tokenizer.image_size,
+                )
+            )
+        frozen = bool(self.vision_model) if self.freeze_vision_encoder is None else self.freeze_vision_encoder
+        own = {f.name for f in fields(self)} & {f.name for f in fields(PointillistConfig)}
+        lower, upper = tokenizer.bounds
+        return PointillistConfig(
+            n_bins=tokenizer.n_bins,
+            n_faces=tokenizer.n_faces,
+            vision_config=vision,
+            point_centre=[(a + b) / 2 for a, b in zip(lower, upper)],
+            point_extent=max(b - a for a, b in zip(lower, upper)) / 2,
+            **({name: getattr(self, name) for name in own} | {"freeze_vision_encoder": frozen}),
+        )
+
+
+@dataclass
+class DataArguments:
+    """The corpus."""
+
+    corpus: str = field(metadata={"help": "folder made by `python -m gaussian_tokenizer.build_corpus`"})
+    condition_dropout: float = field(
+        default=0.1, metadata={"help": "share of windows learned without condition, for guidance"}
+    )
+    eval_split: str = field(default="validation", metadata={"help": "held-out split"})
+    max_eval_avatars: int | None = field(default=None, metadata={"help": "look at so many held-out avatars at most"})
+
+
+@dataclass
+class PretrainArguments(TrainingArguments):
+    """transformers' TrainingArguments with the paper's defaults (AdamW, 1e-4, 50,000 steps, batch 4, bf16)."""
+
+    output_dir: str = field(
+        default="outputs/pretrain", metadata={"help": "where checkpoints and the model are written"}
+    )
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 1000
+    max_steps: int = 50_000
+    per_device_train_batch_size: int = 4
+    per_device_eval_batch_size: int = 4
+    eval_strategy: str = "steps"
+    eval_steps: float = 1000
+    save_steps: float = 1000
+    save_total_limit: int | None = 3
+    logging_steps: float = 10
+    report_to: str = "none"
+    remove_unused_columns: bool = False
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of a process (default: all cores shared among the processes)"}
+    )
+
+    def __post_init__(self):
+        on_cpu = self.use_cpu or not torch.cuda.is_available()
+        if on_cpu:
+            if self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                self.ddp_backend = "gloo"
+            # `accelerate launch` gives every process one thread unless told otherwise.
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            torch.set_num_threads(self.num_threads or max(1, (os.cpu_count() or 1) // processes))
+        super().__post_init__()
+
+
+def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
+    """`[run.yaml] [--field value ...]` -> one instance of each dataclass; the command line wins over the file."""
+    parser = HfArgumentParser(classes, description=description, usage="%(prog)s [config.yaml] [--field value ...]")
+    parser.add_argument(
+        "config", nargs="?", help="YAML file of fields; every one can be given again on the command line"
+    )
+    if argv and not argv[0].startswith("-"):
+        path = Path(argv[0])
+        known = {action.dest for action in parser._actions} - {"help", "config"}
+        settings = read_yaml(path)
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise ValueError(f"{path}: no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        for action in parser._actions:
+            if action.dest in settings:
+                action.required = False
+                value = settings[action.dest]
+                action.default = (
+                    str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+                )
+                parser._defaults.pop(action.dest, None)
+    *parsed, rest = parser.parse_args_into_dataclasses(argv)
+    del rest
+    return tuple(parsed)
+
+
+def read_yaml(path: Path) -> dict:
+    """A mapping from a YAML file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file; those of the toolkit lie in training/configs/")
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected fields and values, found {type(content).__name__}")
+    return content
+
+
+def exit_on_user_error(main) -> None:
+    """Run `main`; what a user can mend is said in one line instead of a traceback."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("POINTILLIST_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

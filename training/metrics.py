@@ -1,0 +1,106 @@
+"""How well the next token is predicted, slot by slot, and how fast it is learned.
+
+Slots are x, y, z and b (face); the end token stands where an x could, so it is counted there. Negative log-likelihoods are in
+nats a token. Two baselines stand beside them: `uniform` knows the grammar only, `unigram` also how often each token occurs in
+its slot in the training split (counts plus one).
+"""
+
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.windows import AvatarRows
+
+SLOTS = ("x", "y", "z", "b")
+
+# Dense bf16 peak of common accelerators in FLOP/s (vendors' data sheets), by a part of the name torch reports.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "L40": 181e12, "4090": 165e12, "B200": 2250e12,
+}  # fmt: skip
+
+
+def slot_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (B, L, vocabulary) and labels (B, L), -100 where nothing counts -> (B, 3, 4): NLL, hits and tokens of a row and slot.
+
+    Window positions are counted from a point border, so position t >= 1 holds slot (t - 1) mod 4.
+    """
+    targets = labels[:, 1:]
+    nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    counted = (targets != -100).double()
+    hits = (logits[:, :-1].argmax(-1) == targets).double() * counted
+    slots = torch.arange(targets.shape[1], device=targets.device) % 4
+    sums = torch.stack((nll.view_as(targets).double() * counted, hits, counted), dim=1)  # (B, 3, L - 1)
+    return sums.new_zeros(len(sums), 3, 4).index_add_(2, slots, sums)
+
+
+def slot_metrics(sums: Tensor, prefix: str) -> dict[str, float]:
+    """Sums (3, 4) -> `{prefix}nll`, `{prefix}perplexity`, `{prefix}accuracy`, overall and for each slot."""
+    nll, hits, counted = sums.double().cpu()
+    metrics = {}
+    for name, part in {"": slice(None), **{f"_{slot}": slice(i, i + 1) for i, slot in enumerate(SLOTS)}}.items():
+        tokens = counted[part].sum().clamp(min=1)
+        mean = float(nll[part].sum() / tokens)
+        metrics[f"{prefix}nll{name}"] = mean
+        metrics[f"{prefix}perplexity{name}"] = math.exp(min(mean, 700.0))
+        metrics[f"{prefix}accuracy{name}"] = float(hits[part].sum() / tokens)
+    return metrics
+
+
+def baselines(train: AvatarRows, heldout: AvatarRows) -> dict[str, float]:
+    """`unigram_nll` and `uniform_nll` of the held-out split in nats a token, end tokens included."""
+    tokenizer = train.tokenizer
+    counts = np.zeros((4, tokenizer.vocab_size))
+    for row in range(len(train)):
+        add_counts(counts, train.sentence(row))
+    expected = np.zeros_like(counts)
+    for row in range(len(heldout)):
+        add_counts(expected, heldout.sentence(row))
+    coordinates = np.arange(tokenizer.vocab_size) < tokenizer.n_bins
+    faces = ~coordinates & (np.arange(tokenizer.vocab_size) < tokenizer.n_bins + tokenizer.n_faces)
+    possible = np.stack([coordinates] * 3 + [faces])
+    possible[0, tokenizer.eos_token_id] = True
+    smoothed = (counts + 1) * possible
+    probability = smoothed / smoothed.sum(1, keepdims=True)
+    uniform = possible / possible.sum(1, keepdims=True)
+    total = expected.sum()
+    return {
+        "unigram_nll": float(-(expected * np.log(np.where(possible, probability, 1))).sum() / total),
+        "uniform_nll": float(-(expected * np.log(np.where(possible, uniform, 1))).sum() / total),
+    }
+
+
+def add_counts(counts: np.ndarray, sentence: np.ndarray) -> None:
+    """Count the tokens after bos into (4, vocabulary), in place."""
+    tokens = sentence[1:]
+    np.add.at(counts, (np.arange(len(tokens)) % 4, tokens), 1)
+
+
+def flops_per_token(config, num_parameters: int, window: int, condition_tokens: int) -> float:
+    """Training FLOPs (forward and backward) a token: 6 a weight, and 12 a layer, head channel and token attended to.
+
+    A token of a window attends to half of it on average (Kaplan et al. 2020, PaLM appendix B).
+    """
+    inner = config.num_attention_heads * config.head_dim
+    weights = num_parameters - config.vocab_size * config.hidden_size  # the embedding is a look-up
+    return 6 * weights + 12 * config.num_hidden_layers * inner * (window / 2 + condition_tokens)
+
+
+def peak_flops(device: torch.device) -> float:
+    """FLOP/s the device can do: the data sheet of a known accelerator, else a float32 matrix product measured here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, flops in PEAK_FLOPS.items():
+            if part in name:
+                return flops
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(8):
+        begin = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - begin)
+    return 2 * 1024**3 / best

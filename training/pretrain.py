@@ -1,0 +1,143 @@
+"""Pre-train the autoregressive point model on a corpus of tokenised avatars.
+
+    accelerate launch training/pretrain.py training/configs/debug.yaml --corpus CORPUS                 # seconds on a CPU
+    accelerate launch training/pretrain.py training/configs/small.yaml --corpus CORPUS --bf16 true     # one GPU
+    accelerate launch --config_file accelerate_config.yaml training/pretrain.py training/configs/paper.yaml --corpus CORPUS
+    ... --resume_from_checkpoint true                                                                  # go on exactly
+
+Every field of the YAML file can be given again on the command line. The output folder holds a model that
+`AutoModelForCausalLM.from_pretrained` opens, its tokenizer, a model card and `training_report.json`.
+"""
+
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import Dinov2Model, set_seed
+
+from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.corpus import Corpus, load_corpus
+from modeling import PointillistForCausalLM
+from training.arguments import DataArguments, ModelArguments, PretrainArguments, exit_on_user_error, parse_arguments
+from training.metrics import baselines
+from training.model_card import model_card
+from training.trainer import PointillistTrainer, checkpoint_to_resume
+from training.windows import AvatarRows, EvaluationWindows, TrainWindows, collate_windows
+
+
+def main() -> None:
+    model_arguments, data, arguments = parse_arguments(
+        sys.argv[1:], ModelArguments, DataArguments, PretrainArguments, description=__doc__.split("\n\n")[0]
+    )
+    checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, arguments.output_dir)
+    set_seed(arguments.seed)
+    corpus = load_corpus(data.corpus)
+    model = build_model(model_arguments, corpus)
+    config = model.config
+
+    rows = {
+        split: AvatarRows(corpus, split, config.use_vision_encoder, config.use_point_encoder)
+        for split in ("train", data.eval_split)
+    }
+    windows_a_step = (
+        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
+    )
+    train = TrainWindows(
+        rows["train"],
+        config.sliding_window,
+        arguments.max_steps * windows_a_step,
+        arguments.seed,
+        data.condition_dropout,
+    )
+    heldout = EvaluationWindows(rows[data.eval_split], config.sliding_window)
+    if data.max_eval_avatars is not None:
+        heldout.items = [item for item in heldout.items if item[0] < data.max_eval_avatars]
+
+    trainer = PointillistTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=heldout,
+        data_collator=partial(collate_windows, pad_token_id=config.pad_token_id),
+        processing_class=corpus.tokenizer,
+    )
+    if trainer.is_world_process_zero():
+        print(
+            f"{model.num_decoder_parameters() / 1e6:.1f} M parameters in the decoder, {model.num_parameters() / 1e6:.1f} M in all; "
+            f"{len(rows['train'])} avatars, {int(rows['train'].lengths.sum()):,} tokens; "
+            + (
+                f"going on from {checkpoint}"
+                if checkpoint
+                else f"{arguments.max_steps} steps of {windows_a_step} windows"
+            ),
+            flush=True,
+        )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    save(trainer, model, corpus, rows, data, metrics)
+
+
+def build_model(arguments: ModelArguments, corpus: Corpus) -> PointillistForCausalLM:
+    """A new model for the corpus' vocabulary, or the checkpoint that `--model` names."""
+    tokenizer = corpus.tokenizer
+    if arguments.model is None:
+        config = arguments.config(tokenizer)
+        config._attn_implementation = arguments.attn_implementation
+        model = PointillistForCausalLM(config)
+        if arguments.use_vision_encoder and arguments.vision_model:
+            model.condition_encoder.vision.load_state_dict(
+                Dinov2Model.from_pretrained(arguments.vision_model).state_dict()
+            )
+        return model
+    model = PointillistForCausalLM.from_pretrained(
+        arguments.model, attn_implementation=arguments.attn_implementation, dtype=torch.float32
+    )
+    if (model.config.n_bins, model.config.n_faces) != (tokenizer.n_bins, tokenizer.n_faces):
+        raise ValueError(
+            f"{arguments.model} spells points with {model.config.n_bins} levels and {model.config.n_faces} faces, the corpus "
+            f"{corpus.path} with {tokenizer.n_bins} and {tokenizer.n_faces}; build the corpus with the model's tokenizer"
+        )
+    return model
+
+
+def save(trainer: PointillistTrainer, model, corpus: Corpus, rows: dict, data: DataArguments, metrics: dict) -> None:
+    """Model, tokenizer, card and report into the output folder: written beside it first, then moved in file by file."""
+    output = Path(trainer.args.output_dir)
+    staging = output / ".model.partial"
+    trainer.save_model(str(staging), _internal_call=True)
+    if not trainer.is_world_process_zero():
+        return
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    report = {
+        "num_subjects": sum(len(r) for r in rows.values()),
+        "num_tokens": int(sum(r.lengths.sum() for r in rows.values())),
+        "num_parameters": model.num_decoder_parameters(),
+        "steps": trainer.state.global_step,
+        "train_loss_first": losses[0] if losses else None,
+        "train_loss_last": losses[-1] if losses else None,
+        "heldout_nll": metrics["eval_nll"],
+        **baselines(rows["train"], rows[data.eval_split]),
+        **{name.replace("eval_", "heldout_"): value for name, value in metrics.items() if name.startswith("eval_")},
+    }
+    (staging / "README.md").write_text(model_card(model.config, corpus, report, trainer.args))
+    (staging / "training_report.json").write_text(json.dumps(report, indent=2))
+    with atomic_file(output / "training_log.json") as file:
+        file.write(json.dumps(history, indent=1).encode())
+    for path in sorted(staging.iterdir()):
+        path.replace(output / path.name)
+    shutil.rmtree(staging)
+    print(
+        f"held-out NLL {report['heldout_nll']:.3f} nats a token (unigram {report['unigram_nll']:.3f}, "
+        f"uniform {report['uniform_nll']:.3f}); model in {output}"
+    )
+    if trainer.args.push_to_hub:
+        model.push_to_hub(trainer.args.hub_model_id or output.name, private=trainer.args.hub_private_repo)
+        corpus.tokenizer.push_to_hub(trainer.args.hub_model_id or output.name)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

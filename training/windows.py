@@ -1,0 +1,153 @@
+"""Training windows: the corpus as an endless, exactly repeatable row of batches.
+
+A sentence may be ten times the attention window long, so the model is trained on windows of `sliding_window` tokens cut at
+point borders (truncated training: Meshtron). Item i of `TrainWindows` depends on the seed and on i alone, so a resumed run,
+or one on another number of workers, sees the same data. Windows that would hang over an end of the sentence are moved inside:
+every token is then seen equally often, the beginning and the end of a sentence like its middle.
+
+`EvaluationWindows` visits every held-out token once, each with at least half a window of context where there is that much.
+Axes: B batch, L tokens, V vertices.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from gaussian_tokenizer.corpus import Corpus
+
+
+class AvatarRows:
+    """Random access to the sentences and conditions of one split of a corpus."""
+
+    def __init__(self, corpus: Corpus, split: str, use_images: bool, use_heads: bool):
+        self.tokenizer = corpus.tokenizer
+        self.avatars = corpus.avatars(split).with_format("numpy")
+        self.frames, self.frame_rows = None, {}
+        if use_images:
+            self.frames = corpus.frames(split).select_columns(["image"])
+            self.frame_rows = corpus.frame_rows(split)
+            without = [avatar_id for avatar_id, rows in self.frame_rows.items() if not rows]
+            if without:
+                raise ValueError(
+                    f"{corpus.path}: {len(without)} avatars of {split!r} have no pictures, first {without[0]!r}, but the model "
+                    "reads a portrait; build the corpus with frames, or train with --use_vision_encoder false"
+                )
+        self.use_heads = use_heads
+        # A point has four tokens, a sentence a beginning and an end.
+        self.lengths = 4 * np.asarray(self.avatars["num_points"], dtype=np.int64) + 2
+
+    def __len__(self) -> int:
+        return len(self.avatars)
+
+    def sentence(self, row: int) -> np.ndarray:
+        """Token ids (L,) int64."""
+        return np.asarray(self.avatars[row]["input_ids"]).astype(np.int64)
+
+    def condition(self, row: int, pick: np.random.Generator | None) -> dict[str, Any]:
+        """Portrait (one of the subject's pictures, the first if `pick` is None) and canonical head mesh."""
+        avatar = self.avatars[row]
+        condition: dict[str, Any] = {}
+        if self.frames is not None:
+            rows = self.frame_rows[str(avatar["avatar_id"])]
+            chosen = rows[0] if pick is None else rows[int(pick.integers(len(rows)))]
+            condition["pixel_values"] = self.tokenizer(images=self.frames[chosen]["image"])["pixel_values"][0]
+        if self.use_heads:
+            condition["head_vertices"] = np.asarray(avatar["head_vertices"], np.float32)
+            condition["head_normals"] = np.asarray(avatar["head_normals"], np.float32)
+        return condition
+
+
+class TrainWindows(Dataset):
+    """`num_items` windows; in each epoch every avatar once, in an order of its own.
+
+    Args:
+        rows: the split.
+        window: tokens in a window, a multiple of 4.
+        num_items: how many windows the run will read.
+        seed: of order, cut, picture and dropped conditions.
+        condition_dropout: share of windows that are learned without their condition, for guidance.
+    """
+
+    def __init__(self, rows: AvatarRows, window: int, num_items: int, seed: int, condition_dropout: float):
+        if window % 4 or window < 4:
+            raise ValueError(f"window must be a positive multiple of 4 (whole points), found {window}")
+        self.rows, self.window, self.num_items = rows, window, num_items
+        self.seed, self.condition_dropout = seed, condition_dropout
+        self.order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        epoch, position = divmod(index, len(self.rows))
+        if self.order[0] != epoch:
+            self.order = (epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.rows)))
+        row = int(self.order[1][position])
+        random = np.random.default_rng((self.seed, 1, index))
+        ids = self.rows.sentence(row)
+        start = window_start(len(ids), self.window, random)
+        ids = ids[start : start + self.window]
+        return {
+            "input_ids": ids,
+            "labels": ids,
+            "drop_condition": random.random() < self.condition_dropout,
+            **self.rows.condition(row, random),
+        }
+
+
+def window_start(length: int, window: int, random: np.random.Generator) -> int:
+    """A start at a point border, drawn so that every token of the sentence is covered equally often."""
+    last = max(0, -(-(length - window) // 4) * 4)
+    start = 4 * int(random.integers(-(window // 4) + 1, -(-length // 4)))
+    return min(max(start, 0), last)
+
+
+class EvaluationWindows(Dataset):
+    """Windows that together predict each token of the split once.
+
+    A window after the first starts half a window earlier and counts its newer half only (labels -100 elsewhere).
+    """
+
+    def __init__(self, rows: AvatarRows, window: int):
+        self.rows, self.window = rows, window
+        self.items = []
+        for row, length in enumerate(rows.lengths):
+            self.items.append((row, 0, 0))
+            counted = window
+            while counted < length:
+                start = counted - window // 2 - (counted - window // 2) % 4
+                self.items.append((row, start, counted - start))
+                counted = start + window
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, start, known = self.items[index]
+        ids = self.rows.sentence(row)[start : start + self.window]
+        labels = ids.copy()
+        labels[:known] = -100
+        return {"input_ids": ids, "labels": labels, "drop_condition": False, **self.rows.condition(row, None)}
+
+
+def collate_windows(items: list[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Stack windows (B, L), padded on the right; padding comes after everything it could disturb, so there is no mask."""
+    length = max(len(item["input_ids"]) for item in items)
+    input_ids = torch.full((len(items), length), pad_token_id)
+    labels = torch.full((len(items), length), -100)
+    for i, item in enumerate(items):
+        input_ids[i, : len(item["input_ids"])] = torch.from_numpy(item["input_ids"])
+        labels[i, : len(item["labels"])] = torch.from_numpy(item["labels"])
+    labels[:, 0] = -100  # nothing predicts the first token
+    batch = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "drop_condition": torch.tensor([item["drop_condition"] for item in items]),
+    }
+    for name in ("pixel_values", "head_vertices", "head_normals"):
+        if name in items[0]:
+            batch[name] = torch.from_numpy(np.stack([item[name] for item in items]))
+    return batch
