@@ -1,0 +1,211 @@
+"""What goes where in a corpus: usable subjects, tokenizer, split, shards and the manifest. No file is written here.
+
+All of it follows from the surveys, the head model and the settings; ids are ranked by a seeded hash, so neither the
+order of folders nor that of processes matters.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import torch
+
+from gaussian_tokenizer.corpus import CONFIGURATIONS, FORMAT, SPLITS, tokenizer_fingerprint
+from gaussian_tokenizer.corpus_shards import Rows, ShardPlan, Survey
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.processing_gaussian_tokenizer import DEFAULT_BOUNDS, GaussianTokenizer
+
+FIT_MARGIN = 0.05  # of the longest edge of the box around all points
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What decides the bytes of a corpus, besides the subjects and the head model."""
+
+    n_bins: int = 1024
+    bounds: str | Sequence[Sequence[float]] = "fit"  # "fit", "default" or [[lo x, y, z], [hi x, y, z]] in metres
+    image_size: int = 224  # of the tokenizer's pixel_values
+    val_fraction: float = 0.05
+    num_validation: int | None = None  # overrides val_fraction
+    num_test: int = 0
+    seed: int = 0
+    shard_size: int = 256 * 10**6  # bytes before compression, about
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bounds, str) and self.bounds not in ("fit", "default"):
+            raise ValueError(f"bounds are {self.bounds!r}; expected fit, default or two corners of x, y, z in metres")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction is {self.val_fraction}; expected a part of the subjects, 0 <= it < 1")
+        if self.shard_size < 1 or min(self.num_validation or 0, self.num_test) < 0:
+            raise ValueError(
+                f"shard_size={self.shard_size}, num_validation={self.num_validation}, num_test={self.num_test}: "
+                "expected a size of at least 1 byte and counts of 0 or more"
+            )
+
+
+def sort_out(
+    surveys: list[Survey], skip_bad: bool, avatars: Path, max_points: int | None = None
+) -> tuple[list[Survey], list[dict[str, str]]]:
+    """Usable subjects, and the others with their reasons; ValueError that lists those unless they may be skipped."""
+    ids = Counter(survey.avatar_id for survey in surveys)
+    good, bad = [], []
+    for survey in surveys:
+        problem = survey.problem
+        if problem is None and ids[survey.avatar_id] > 1:
+            problem = f"{ids[survey.avatar_id]} folders have the avatar_id {survey.avatar_id!r}; give each its own"
+        if problem is None and max_points is not None and survey.num_points > max_points:
+            problem = f"{survey.num_points} points, the tokenizer's max_points is {max_points}"
+        if problem is None:
+            good.append(survey)
+        else:
+            # Where the subjects lie is no business of a corpus.
+            bad.append({"folder": survey.path.name, "reason": problem.replace(f"{avatars}{os.sep}", "")})
+    if bad and not (skip_bad and good):
+        lines = "\n".join(f"  {entry['folder']}: {entry['reason']}" for entry in bad)
+        advice = "mend or remove them" + (", or leave them out with --skip_bad" if good else "")
+        raise ValueError(
+            f"{len(bad)} of {len(surveys)} subjects in {avatars} cannot be used; {advice}; no corpus was written:\n"
+            f"{lines}"
+        )
+    return good, bad
+
+
+def split_subjects(subjects: list[Survey], settings: BuildSettings) -> dict[str, list[Survey]]:
+    """Subjects by split, in the order of a seeded hash of their ids: few change sides when subjects are added."""
+
+    def rank(survey: Survey) -> bytes:
+        return hashlib.sha256(f"{settings.seed}:{survey.avatar_id}".encode()).digest()
+
+    ordered = sorted(subjects, key=rank)
+    validation = settings.num_validation
+    if validation is None:
+        enough = settings.val_fraction > 0 and len(ordered) > settings.num_test + 1
+        validation = max(1, round(settings.val_fraction * len(ordered))) if enough else 0
+    held_out = validation + settings.num_test
+    if held_out >= len(ordered):
+        raise ValueError(
+            f"{validation} validation and {settings.num_test} test subjects of {len(ordered)} leave none to train on; "
+            "lower --num_validation, --val_fraction or --num_test"
+        )
+    parts = ordered[held_out:], ordered[:validation], ordered[validation:held_out]
+    return {name: part for name, part in zip(SPLITS, parts) if part}
+
+
+def check_tokenizer(tokenizer: GaussianTokenizer, head: HeadModel) -> None:
+    if tokenizer.n_faces != head.n_faces:
+        raise ValueError(
+            f"the tokenizer is of {tokenizer.n_faces} faces, head model {head.name!r} has {head.n_faces}; give the "
+            "tokenizer and the head model that belong together"
+        )
+    if tokenizer.head_hash not in (None, head.hash):
+        raise ValueError(
+            f"the tokenizer is of head model {tokenizer.head_name!r} (hash {tokenizer.head_hash}), not of "
+            f"{head.name!r} (hash {head.hash}); give the tokenizer and the head model that belong together"
+        )
+
+
+def make_tokenizer(subjects: list[Survey], head: HeadModel, settings: BuildSettings) -> GaussianTokenizer:
+    bounds = DEFAULT_BOUNDS if isinstance(settings.bounds, str) else settings.bounds
+    tokenizer = GaussianTokenizer(
+        n_bins=settings.n_bins,
+        n_faces=head.n_faces,
+        bounds=bounds,
+        image_size=settings.image_size,
+        head_name=head.name,
+        head_hash=head.hash,
+    )
+    if settings.bounds == "fit":
+        corners = torch.tensor([corner for survey in subjects for corner in (survey.lo, survey.hi)])
+        tokenizer.fit({"positions": corners, "faces": torch.zeros(len(corners), dtype=torch.int64)}, FIT_MARGIN)
+    return tokenizer
+
+
+def plan_shards(
+    split: dict[str, list[Survey]],
+    tokenizer: GaussianTokenizer,
+    settings: BuildSettings,
+    head: HeadModel,
+    static_offset: bool,
+) -> list[ShardPlan]:
+    basis = [FORMAT, versions(), tokenizer_fingerprint(tokenizer), head.hash, static_offset]
+    plans = []
+    for configuration in CONFIGURATIONS:
+        for name, subjects in split.items():
+            if configuration == "avatars":
+                costs = [(Rows(s.path, s.digest), 8 * s.num_points + 18 * head.n_vertices) for s in subjects]
+            else:
+                costs = [(Rows(s.path, s.digest, i, i + 1), n) for s in subjects for i, n in enumerate(s.image_sizes)]
+            shards = _group(costs, settings.shard_size)
+            for number, rows in enumerate(shards):
+                file = f"{configuration}/{name}-{number:05d}-of-{len(shards):05d}.parquet"
+                content = [*basis, file, [(row.path.name, row.digest, row.start, row.stop) for row in rows]]
+                key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+                plans.append(ShardPlan(file, configuration, name, tuple(rows), key))
+    return plans
+
+
+def _group(costs: list[tuple[Rows, int]], limit: int) -> list[list[Rows]]:
+    """Consecutive rows to shards of about `limit` bytes; frames of one avatar in one shard become one `Rows`."""
+    shards: list[list[Rows]] = []
+    size = limit
+    for rows, cost in costs:
+        if size + cost > limit and size > 0:
+            shards.append([])
+            size = 0
+        size += cost
+        last = shards[-1][-1] if shards[-1] else None
+        if last is not None and last.path == rows.path and last.stop == rows.start:
+            shards[-1][-1] = Rows(last.path, last.digest, last.start, rows.stop)
+        else:
+            shards[-1].append(rows)
+    return shards
+
+
+def make_manifest(
+    split: dict[str, list[Survey]],
+    shards: list[dict[str, Any]],
+    bad: list[dict[str, str]],
+    tokenizer: GaussianTokenizer,
+    head: HeadModel,
+    settings: BuildSettings,
+) -> dict[str, Any]:
+    splits = {}
+    for name, subjects in split.items():
+        own = [shard for shard in shards if shard["split"] == name]
+        points = sum(shard["num_points"] for shard in own)
+        splits[name] = {
+            "subjects": len(subjects),
+            "frames": sum(shard["rows"] for shard in own if shard["configuration"] == "frames"),
+            "num_points": points,
+            "num_tokens": 4 * points + 2 * len(subjects),
+            "num_out_of_bounds": sum(shard["num_out_of_bounds"] for shard in own),
+        }
+    entry = ("file", "configuration", "split", "rows", "bytes", "sha256")
+    return {
+        "format": FORMAT,
+        "versions": versions(),
+        "head": {"name": head.name, "hash": head.hash, "n_vertices": head.n_vertices, "n_faces": head.n_faces},
+        "tokenizer": {
+            "fingerprint": tokenizer_fingerprint(tokenizer),
+            "n_bins": tokenizer.n_bins,
+            "vocab_size": tokenizer.vocab_size,
+            "bounds": tokenizer.bounds,
+        },
+        "seed": settings.seed,
+        "splits": splits,
+        "skipped": bad,
+        "shards": [{name: shard[name] for name in entry} for shard in shards],
+    }
+
+
+def versions() -> dict[str, str]:
+    """What besides our own code writes the bytes."""
+    return {"datasets": datasets.__version__, "pyarrow": pyarrow.__version__}
