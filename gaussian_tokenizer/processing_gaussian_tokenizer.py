@@ -25,7 +25,7 @@ from .processing_conditions import as_array, pixel_values, vertex_normals
 
 SLOTS = ("x", "y", "z", "face")
 DEFAULT_BOUNDS = ((-0.3, -0.3, -0.3), (0.3, 0.3, 0.3))  # metres: a head with hair and neck about the origin
-BLOCK = 16384  # points quantised or unpacked at a time: the temporaries stay in the cache, so the time stays linear
+BLOCK = 8192  # points worked on at a time: the temporaries stay in the cache, so the time stays linear
 
 
 class GaussianTokenizer(ProcessorMixin):
@@ -75,7 +75,15 @@ class GaussianTokenizer(ProcessorMixin):
                 f"n_bins={n_bins} and n_faces={n_faces} need 3 x {self._coordinate_bits} + {self._face_bits} bits a "
                 "point; at most 63 fit a sorting key, and at most 2**32 ids a vocabulary: lower n_bins"
             )
+        self._sorting_axes = ["xyz".index(axis) for axis in axis_order]
         self._id_dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+        # Lowest id of each slot and the span above it, once a token of a block: numpy is several times slower where it
+        # has to repeat a row of four by itself.
+        last_bin = self.n_bins - 1
+        self._slot_limits = (
+            _per_token([0, 0, 0, self.n_bins], self._id_dtype),
+            _per_token([last_bin, last_bin, last_bin, self.n_faces - 1], self._id_dtype),
+        )
         self._set_bounds(bounds)
 
     @property
@@ -156,7 +164,7 @@ class GaussianTokenizer(ProcessorMixin):
         warning says what was wrong, and `dropped` counts the ids left out (0 for a clean sequence).
         """
         _one_of("errors", errors, ("strict", "truncate"))
-        ids = _integer_ids(ids)
+        ids = self._integer_ids(ids)
         body, start = self._strip(ids)
         decoded = self._dequantise(body)
         dropped = 0
@@ -298,7 +306,7 @@ class GaussianTokenizer(ProcessorMixin):
                 for rank, axis in enumerate(self._sorting_axes):
                     column = positions[rows, axis].astype(np.float64)
                     inside &= bool(column.min() >= self._lo[axis] and column.max() <= self._hi[axis])
-                    bins = self._quantise(column, axis)
+                    bins = self._quantise(column, self._lo[axis], self._hi[axis])
                     if rank == 0:
                         key[:] = bins
                     else:
@@ -314,10 +322,10 @@ class GaussianTokenizer(ProcessorMixin):
         overshoot = np.maximum(self._lo - exact, exact - self._hi).max(axis=1)
         return keys, int((overshoot > 0).sum()), float(overshoot.max())
 
-    def _quantise(self, column: np.ndarray, axis: int) -> np.ndarray:
+    def _quantise(self, column: np.ndarray, lo: np.float64, hi: np.float64) -> np.ndarray:
         """Metres (N,) float64, overwritten -> bins (N,) int64. In the order of the formula, to round as it does."""
-        column -= self._lo[axis]
-        column /= self._hi[axis] - self._lo[axis]
+        column -= lo
+        column /= hi - lo
         column *= self.n_bins
         # Clamped to values of one sign, for which the conversion is the floor.
         np.clip(column, 0, self.n_bins - 1, out=column)
@@ -342,6 +350,19 @@ class GaussianTokenizer(ProcessorMixin):
 
     # ---- ids -> points
 
+    def _integer_ids(self, ids: Any) -> np.ndarray:
+        """Ids (L,) of any integer type that can hold the whole vocabulary."""
+        array = as_array(ids, "ids")
+        if array.ndim != 1:
+            raise ValueError(f"ids have the shape {array.shape}; expected (L,). For a batch use batch_decode")
+        if array.size == 0:
+            return np.empty(0, dtype=self._id_dtype)
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"ids are {array.dtype}, the first is {array[0]!r}; expected integers")
+        if np.iinfo(array.dtype).max < self.vocab_size or not array.dtype.isnative:
+            return array.astype(np.int64)
+        return array
+
     def _strip(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """Ids without padding, bos and a final eos, and the position of the first one kept."""
         start, end = 0, len(ids)
@@ -359,25 +380,24 @@ class GaussianTokenizer(ProcessorMixin):
         """Ids (4N,) -> positions (N, 3) and faces (N,), or None where an id is not of its slot or a point is cut."""
         if len(body) % 4:
             return None
-        points = body.reshape(-1, 4)
-        positions = np.empty((len(points), 3), dtype=np.float32)
-        faces = np.empty(len(points), dtype=np.int64)
-        for start in range(0, len(points), BLOCK):
+        unsigned = body.view(f"u{body.itemsize}")
+        lowest, span = (limit.astype(unsigned.dtype, copy=False) for limit in self._slot_limits)
+        scale, offset = self._slot_metres
+        positions = np.empty((len(body) // 4, 3), dtype=np.float32)
+        faces = np.empty(len(body) // 4, dtype=np.int64)
+        for start in range(0, len(faces), BLOCK):
             rows = slice(start, start + BLOCK)
-            columns = np.ascontiguousarray(points[rows].T)
-            low, high = columns.min(axis=1), columns.max(axis=1)
-            if low.min() < 0 or high[:3].max() >= self.n_bins or low[3] < self.n_bins or high[3] >= self.bos_token_id:
+            tokens = unsigned[4 * start : 4 * (start + BLOCK)]
+            values = tokens - lowest[: len(tokens)]  # unsigned: what is too low wraps round and is too high
+            if (values > span[: len(tokens)]).any():
                 return None
+            metres = values.astype(np.float32)  # as in _set_bounds, which checks this arithmetic for every bin
+            metres *= scale[: len(tokens)]
+            metres += offset[: len(tokens)]
             for axis in range(3):
-                positions[rows, axis] = self._centre(columns[axis], axis)
-            np.subtract(columns[3], self.n_bins, out=faces[rows], dtype=np.int64, casting="unsafe")
+                positions[rows, axis] = metres[axis::4]
+            faces[rows] = values[3::4]
         return positions, faces
-
-    def _centre(self, bins: np.ndarray, axis: int) -> np.ndarray:
-        """Bins (N,) -> the metres of their centres (N,) float64."""
-        centres = bins * self._width[axis]
-        centres += self._first_centre[axis]
-        return centres
 
     def _first_problem(self, body: np.ndarray, start: int) -> tuple[int, str]:
         """The number of whole points before the first id that does not fit, and a sentence about it."""
@@ -435,21 +455,22 @@ class GaussianTokenizer(ProcessorMixin):
         except (TypeError, ValueError):
             raise ValueError(f"bounds are {bounds!r}; expected [[lo x, y, z], [hi x, y, z]] in metres") from None
         with np.errstate(all="ignore"):
-            if not (np.isfinite(hi - lo).all() and (lo < hi).all()):
+            width = (hi - lo) / self.n_bins
+            if not (np.isfinite(width).all() and (lo < hi).all()):
                 raise ValueError(f"bounds are {bounds!r}; expected finite numbers with lo < hi on every axis")
-            self._lo, self._hi, self._width = lo, hi, (hi - lo) / self.n_bins
-            self._first_centre = lo + self._width / 2
+            scale, offset = width.astype(np.float32), (lo + width / 2).astype(np.float32)
             bins = np.arange(self.n_bins)
             for axis, name in enumerate("xyz"):
-                # What makes encode(decode(ids)) == ids: a float32 centre must fall back into its own bin.
-                centres = self._centre(bins, axis).astype(np.float32)
-                if not np.array_equal(self._quantise(centres.astype(np.float64), axis), bins):
+                # What makes encode(decode(ids)) == ids: a decoded centre must fall back into its own bin.
+                centres = bins.astype(np.float32) * scale[axis] + offset[axis]
+                if not np.array_equal(self._quantise(centres.astype(np.float64), lo[axis], hi[axis]), bins):
                     raise ValueError(
                         f"float32 cannot tell {self.n_bins} bins apart between {lo[axis]} and {hi[axis]} on axis "
                         f"{name}: widen the bounds, move them towards zero or lower n_bins"
                     )
         self.bounds = [lo.tolist(), hi.tolist()]
-        self._sorting_axes = ["xyz".index(axis) for axis in self.axis_order]
+        self._lo, self._hi = lo, hi
+        self._slot_metres = _per_token([*scale, 0], np.float32), _per_token([*offset, 0], np.float32)
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
@@ -495,15 +516,8 @@ class GaussianTokenizer(ProcessorMixin):
         return settings, kwargs
 
 
-def _integer_ids(ids: Any) -> np.ndarray:
-    array = as_array(ids, "ids")
-    if array.ndim != 1:
-        raise ValueError(f"ids have the shape {array.shape}; expected (L,). For a batch use batch_decode")
-    if array.size == 0:
-        return array.astype(np.int64)
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"ids are {array.dtype}, the first is {array[0]!r}; expected integers")
-    return array
+def _per_token(slots: list, dtype: Any) -> np.ndarray:
+    return np.tile(np.array(slots, dtype=dtype), BLOCK)
 
 
 def _is_batch(items: Any) -> bool:

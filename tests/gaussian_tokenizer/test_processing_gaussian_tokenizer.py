@@ -89,7 +89,7 @@ def test_encoding_the_decoded_ids_gives_the_same_ids_in_every_configuration(toke
     assert tokenizer(tokenizer.decode(ids), on_out_of_bounds="raise")["input_ids"].tolist() == ids
 
 
-@pytest.mark.parametrize("n_points", [1, 16384, 40000])
+@pytest.mark.parametrize("n_points", [1, 8192, 8193, 40000])
 def test_a_decoded_point_is_at_most_half_a_bin_away_and_keeps_its_face(n_points):
     tokenizer = GaussianTokenizer(bounds=[[-0.3, -0.4, -0.2], [0.3, 0.5, 0.25]])
     points = cloud(n_points, lo=-0.2, hi=0.25)
@@ -97,7 +97,7 @@ def test_a_decoded_point_is_at_most_half_a_bin_away_and_keeps_its_face(n_points)
     decoded = tokenizer.decode(encoded["input_ids"])
     lo, hi = np.array(tokenizer.bounds)
     error = np.abs(decoded["positions"].astype(np.float64) - points["positions"][encoded["order"]])
-    assert (error <= (hi - lo) / tokenizer.n_bins / 2 + 3e-8).all()  # 3e-8: half a float32 step at 0.5 m
+    assert (error <= (hi - lo) / tokenizer.n_bins / 2 + 1e-7).all()  # 1e-7: float32 rounding
     assert (decoded["faces"] == points["faces"][encoded["order"]]).all()
     assert decoded["positions"].dtype == np.float32 and decoded["faces"].dtype == np.int64
 
@@ -264,6 +264,16 @@ def test_malformed_ids_name_the_position_and_truncation_keeps_the_points_before_
 def test_what_is_no_sequence_of_integers_is_refused(ids, message):
     with pytest.raises(ValueError, match=message):
         GaussianTokenizer().decode(ids)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint32, np.int64, np.uint64, ">i8", ">u2"])
+def test_every_integer_type_of_ids_gives_the_same_points(dtype):
+    tokenizer = GaussianTokenizer(n_bins=100, n_faces=100)  # int8 holds the ids below, not the vocabulary
+    ids = np.array([1, 2, 99, 102, 99, 0, 5, 101], dtype=np.int64)
+    assert tokenizer.decode(ids.astype(dtype))["faces"].tolist() == [2, 1]
+    with pytest.raises(ValueError, match="position 3"):
+        tokenizer.decode(np.array([1, 2, 99, 99], dtype=dtype))
+    assert tokenizer.decode(np.repeat(ids, 2).astype(dtype)[::2])["faces"].tolist() == [2, 1]
 
 
 def test_padding_on_either_side_and_an_empty_cloud_are_decoded():
@@ -446,12 +456,13 @@ def test_fit_refuses_a_senseless_margin(margin):
         GaussianTokenizer().fit([cloud(3)], margin=margin)
 
 
-def test_fit_refuses_nothing_a_single_spot_and_nan_and_leaves_the_bounds():
+def test_fit_refuses_what_gives_no_box_and_leaves_the_bounds():
     tokenizer = GaussianTokenizer()
     before = tokenizer.bounds
     nan = {"positions": np.full((2, 3), np.nan), "faces": np.zeros(2, int)}
     spot = {"positions": np.zeros((2, 3)), "faces": np.zeros(2, int)}
-    for avatars, message in (([], "no avatars"), (nan, "finite"), (spot, "lo < hi")):
+    far = {"positions": np.array([[1e6, 0, 0], [1e6 + 1, 1, 1]], dtype=np.float64), "faces": np.zeros(2, int)}
+    for avatars, message in (([], "no avatars"), (nan, "finite"), (spot, "lo < hi"), (far, "float32 cannot tell")):
         with pytest.raises(ValueError, match=message):
             tokenizer.fit(avatars)
     assert tokenizer.bounds == before and tokenizer(cloud(3), on_out_of_bounds="raise")["num_out_of_bounds"] == 0
