@@ -15,6 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from gaussian_tokenizer.head_building import (
+    above_hairline,
+    below_jaw,
+    fit_joint_regressor,
+    in_beard,
+    rounded,
+    smoothstep,
+    vertices_as_face_points,
+)
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.procedural_mesh import LEFT_EAR, LEFT_EYE, POCKET, RIGHT_EAR, RIGHT_EYE, SKIN, Mesh, build_mesh
 from gaussian_tokenizer.procedural_surface import EYE_CENTER
@@ -52,7 +61,7 @@ IDENTITY: dict[str, tuple[Move, ...]] = {
     "forehead_slope": (Move((0, 95, 75), (75, 48, 70), (0, 0, -5.5)),),
     "brow_ridge": (Move((24, 39, 86), (24, 11, 20), (0, -0.8, 2.8)), Move((0, 36, 88), (12, 10, 20), (0, 0, 1.2))),
     "eye_distance": (Move((31, 22, 74), (22, 22, 30), (1.9, 0, 0)),),
-    "eye_size": (Move((31, 22, 70), (23, 21, 24), scale=(0.06, 0.075, 0.05)),),
+    "eye_size": (Move((31, 22, 70), (23, 21, 24), scale=(0.07, 0.085, 0.06)),),
     "eye_height": (Move((31, 24, 76), (26, 26, 34), (0, 2.0, 0)),),
     "nose_length": (Move((0, -23, 106), (21, 17, 26), (0, -3.6, 0.6)),),
     "nose_width": (Move((12, -21, 97), (12, 14, 18), (2.2, 0, 0)),),
@@ -115,7 +124,7 @@ EXPRESSIONS: dict[str, tuple[Move, ...]] = {
 UPPER_LIP, LOWER_LIP = ((0.0, -43.0, 96.0), (22.0, 10.0, 28.0)), ((0.0, -53.0, 94.0), (24.0, 14.0, 28.0))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def build_procedural_head(n_faces: int = 10144) -> HeadModel:
     """The procedural head with exactly `n_faces` faces; `ValueError` outside what the topology can do."""
     mesh = build_mesh(n_faces)
@@ -124,7 +133,7 @@ def build_procedural_head(n_faces: int = 10144) -> HeadModel:
     shape_dirs = np.stack([_identity(mesh, name, moves) for name, moves in IDENTITY.items()], -1)
     expression_dirs = np.stack([_expression(mesh, weights, name, moves) for name, moves in EXPRESSIONS.items()], -1)
     landmarks = _landmark_vertices(mesh)
-    landmark_faces, barycentrics = _vertices_as_face_points(mesh.faces, landmarks)
+    landmark_faces, barycentrics = vertices_as_face_points(mesh.faces, landmarks)
     return HeadModel(
         name="procedural" if n_faces == 10144 else f"procedural:{n_faces}",
         template=_metres(p),
@@ -132,8 +141,8 @@ def build_procedural_head(n_faces: int = 10144) -> HeadModel:
         shape_dirs=_metres(shape_dirs),
         expression_dirs=_metres(expression_dirs),
         pose_dirs=_metres(_pose_correctives(mesh)),
-        joint_regressor=_rounded(_joint_regressor(mesh)),
-        skinning_weights=_rounded(weights),
+        joint_regressor=rounded(_joint_regressor(mesh)),
+        skinning_weights=rounded(weights),
         parents=(-1, 0, 1, 1, 1),
         expression_names=tuple(EXPRESSIONS),
         landmark_faces=torch.from_numpy(landmark_faces),
@@ -142,29 +151,8 @@ def build_procedural_head(n_faces: int = 10144) -> HeadModel:
     )
 
 
-def fit_joint_regressor(vertices: np.ndarray, support: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(V,) weights on `support` (V,) bool that sum to 1 and give `target` (3,): the ones closest to a plain mean."""
-    chosen = vertices[support]
-    equations = np.concatenate((chosen.T, np.ones((1, len(chosen)))))  # (4, n) @ weights = (target, 1)
-    even = np.full(len(chosen), 1 / len(chosen))
-    correction = np.linalg.pinv(equations) @ (np.append(target, 1) - equations @ even)
-    row = np.zeros(len(vertices))
-    row[support] = even + correction
-    return row
-
-
-def smoothstep(x: np.ndarray) -> np.ndarray:
-    """0 below 0, 1 above 1, 3x^2 - 2x^3 between."""
-    x = np.clip(x, 0, 1)
-    return x * x * (3 - 2 * x)
-
-
-def _rounded(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.round(values, 7).astype(np.float32)))
-
-
 def _metres(millimetres: np.ndarray) -> torch.Tensor:
-    return _rounded(millimetres / 1000)
+    return rounded(millimetres / 1000)
 
 
 def _flat_bump(p: np.ndarray, center: tuple, radii: tuple) -> np.ndarray:
@@ -294,22 +282,20 @@ def _regions(mesh: Mesh) -> dict[str, np.ndarray]:
     x, y, z = np.abs(p[:, 0]), p[:, 1], p[:, 2]
     to_eye = np.linalg.norm(p - _eye_centers(p), axis=1)
     ears = (mesh.part == LEFT_EAR) | (mesh.part == RIGHT_EAR)
-    # The hairline: high on the forehead, down in front of the ears, low at the nape.
-    hairline = np.interp(z, (-120, -70, -20, 18, 42, 60, 76), (-62, -62, -16, -4, 52, 72, 80))
-    scalp = skin & (y > hairline)
-    neck = skin & (y < np.interp(z, (-120, -70, -20, 20, 50, 90), (-62, -62, -52, -68, -92, -110)))
+    scalp = skin & above_hairline(p / 1000)
+    neck = skin & below_jaw(p / 1000)
     lips = skin & (((x / 26.5) ** 2 + ((y + 48) / np.where(y > -47.4, 6.2, 8.6)) ** 2) < 1) & (z > 60)
     nose = skin & (x < np.interp(y, (-32, -14, 10, 26), (19, 18, 10, 7))) & (y > -31) & (y < 26) & (z > 80)
     brows = skin & (x > 8) & (x < 50) & (z > 40) & (np.abs(y - np.interp(x, (8, 28, 50), (36.5, 41.5, 35))) < 5)
     face = skin & ~scalp & ~neck & (z > 5)
-    beard = face & (y < -27) & ~lips & ~nose & (y < np.interp(x, (0, 24, 40, 75), (-27, -29, -40, -4)))
+    beard = face & in_beard(p / 1000) & ~lips & ~nose
     return {
         "face": face,
         "scalp": scalp,
         "beard": beard,
         "brows": brows,
         "lips": lips,
-        "eyelids": skin & (to_eye < 17.5) & (np.abs(mesh.travel) >= 0) & (z > 66),
+        "eyelids": skin & (to_eye < 17.5) & (z > 66),
         "eyes": (mesh.part == LEFT_EYE) | (mesh.part == RIGHT_EYE),
         "iris": mesh.iris.copy(),
         "ears": ears,
@@ -356,9 +342,3 @@ def _landmark_vertices(mesh: Mesh) -> np.ndarray:
             allowed &= (mesh.side <= 0) if below[index] else (mesh.side >= 0)
         chosen[index] = np.where(allowed, distance, np.inf).argmin()
     return chosen
-
-
-def _vertices_as_face_points(faces: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A face that has each vertex (K,), and the barycentrics (K, 3) that pick it."""
-    chosen = np.array([np.flatnonzero((faces == vertex).any(1))[0] for vertex in vertices], np.int64)
-    return chosen, (faces[chosen] == vertices[:, None]).astype(np.float64)

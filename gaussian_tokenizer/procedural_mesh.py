@@ -144,7 +144,7 @@ def _count(column_scale: float, row_scale: float) -> int:
     eye_cells = int(((azimuths > EYE_CUT[0] - 0.01) & (azimuths < EYE_CUT[1] + 0.01)).sum()) - 1
     mouth_cells = int(((azimuths > MOUTH_CUT[0] - 0.01) & (azimuths < MOUTH_CUT[1] + 0.01)).sum()) - 1
     rims = 2 * 2 * 2 * eye_cells
-    pocket = 2 * 2 * mouth_cells * _pocket_rows(column_scale)
+    pocket = (2 * 2 * mouth_cells) * _pocket_rows(column_scale) + 2 * 2 * (_pocket_rows(column_scale) - 1)
     segments, angles = _eye_size(column_scale)
     eyes = 2 * 2 * segments * len(angles)
     around, front, back = _ear_size(column_scale)
@@ -264,6 +264,22 @@ def _add_pocket(mesh: Mesh, upper: np.ndarray, lower: np.ndarray, rows: int) -> 
         mesh.add_quads(roof, deeper)
     for floor, deeper in itertools.pairwise(sheets[1]):
         mesh.add_quads(deeper, floor)
+    # The cheeks: between roof and floor, from the corner of the mouth to the back.
+    for end in (0, -1):
+        roof, floor = (np.array([row[end] for row in sheet]) for sheet in sheets)
+        start = len(mesh.faces)
+        mesh.add_faces(
+            *(
+                np.stack((a, b, c))
+                for a, b, c in (
+                    *zip(roof[:-1], floor[1:], roof[1:], strict=True),
+                    *zip(roof[:-1], floor[:-1], floor[1:], strict=True),
+                )
+                if len({a, b, c}) == 3
+            )
+        )
+        if end == -1:
+            mesh.faces[start:] = mesh.faces[start:, ::-1]
 
 
 def _add_eyeball(mesh: Mesh, scale: float, mirror: int) -> None:
@@ -275,9 +291,10 @@ def _add_eyeball(mesh: Mesh, scale: float, mirror: int) -> None:
     radius = EYE_RADIUS + 0.5 * np.clip(np.cos(polar * 90 / 35), 0, 1) * (polar < np.deg2rad(35))
     rings = np.stack((np.sin(polar) * np.cos(around), np.sin(polar) * np.sin(around), np.cos(polar) + 0 * around), -1)
     center = EYE_CENTER * (mirror, 1, 1)
-    front = mesh.add(np.array([center + (0, 0, EYE_RADIUS + 0.5)]), part)
+    tip = np.array((0, 0, EYE_RADIUS + 0.5))
+    front = mesh.add((center + tip)[None], part)
     rings = mesh.add(center + radius[..., None] * rings, part)
-    back = mesh.add(np.array([center - (0, 0, EYE_RADIUS)]), part)
+    back = mesh.add((center - (0, 0, EYE_RADIUS))[None], part)
     mesh.iris[front] = True
     mesh.iris[rings[angles <= IRIS_ANGLE + 0.01]] = True
     _add_rings(mesh, front, rings, back, flip=False)

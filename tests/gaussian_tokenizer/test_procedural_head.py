@@ -1,0 +1,159 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial import cKDTree
+
+from gaussian_tokenizer.head_model import JOINTS, HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.procedural_head import build_procedural_head
+
+REGIONS = {
+    "face", "scalp", "beard", "brows", "lips", "eyelids", "eyes", "iris", "ears", "nose", "neck", "mouth_interior"
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def head() -> HeadModel:
+    return HeadModel.procedural()
+
+
+def expression(head: HeadModel, **weights: float) -> torch.Tensor:
+    params = HeadParameters.zeros(head.n_shape, head.n_expression)
+    for name, weight in weights.items():
+        params.expr[0, head.expression_names.index(name)] = weight
+    return head.shaped(params)[0]
+
+
+@pytest.mark.parametrize("n_faces", [600, 601, 1313, 4000, 10144])
+def test_any_number_of_faces_is_met_exactly(n_faces):
+    assert HeadModel.procedural(n_faces).n_faces == n_faces
+
+
+@pytest.mark.parametrize("n_faces", [0, 599, 40_001])
+def test_numbers_of_faces_out_of_reach_are_refused(n_faces):
+    with pytest.raises(ValueError, match=f"{n_faces} faces: expected 600 to 40000"):
+        HeadModel.procedural(n_faces)
+
+
+@pytest.mark.parametrize("n_faces", [600, 2500, 10144])
+def test_the_mesh_is_oriented_without_degenerate_faces_or_unused_vertices(n_faces):
+    head = HeadModel.procedural(n_faces)
+    a, b, c = (head.template[head.faces[:, corner]].double() for corner in range(3))
+    assert (torch.linalg.cross(b - a, c - a).norm(dim=-1) / 2).min() > 1e-8  # 0.01 square millimetres
+    directed = Counter(map(tuple, head.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).tolist()))
+    assert max(directed.values()) == 1  # no edge is used twice in the same direction
+    assert set(head.faces.unique().tolist()) == set(range(head.n_vertices))
+    volume = (a * torch.linalg.cross(b, c)).sum(-1).sum() / 6
+    assert 0.003 < volume < 0.008  # litres of an adult head and neck, positive: faces look outward
+
+
+def test_the_head_has_the_size_of_a_head(head):
+    eyes = head.joint_regressor[3:] @ head.template
+    assert 0.060 < (eyes[0, 0] - eyes[1, 0]) < 0.064
+    skull = head.template[head.regions["scalp"]]
+    size = skull.amax(0) - skull.amin(0)
+    assert 0.14 < size[0] < 0.165 and size[2] > size[0]  # longer than broad
+    assert head.template[:, 1].max() - head.landmarks(head.template)[8, 1] == pytest.approx(0.22, abs=0.015)
+
+
+def test_building_twice_gives_the_same_bytes():
+    assert build_procedural_head.__wrapped__(900).hash == HeadModel.procedural(900).hash
+
+
+def test_the_template_is_symmetric(head):
+    distance, _ = cKDTree(head.template.numpy()).query(head.template.numpy() * (-1, 1, 1))
+    assert np.quantile(distance, 0.97) < 1e-4
+
+
+def test_skinning_weights_are_a_partition_and_joints_sit_where_they_turn(head):
+    torch.testing.assert_close(head.skinning_weights.sum(1), torch.ones(head.n_vertices), atol=1e-5, rtol=0)
+    assert head.skinning_weights.min() >= 0
+    torch.testing.assert_close(head.joint_regressor.sum(1), torch.ones(5), atol=1e-4, rtol=0)
+    joints = dict(zip(JOINTS, (head.joint_regressor @ head.template).tolist(), strict=True))
+    assert joints["root"][1] < joints["neck"][1] < joints["jaw"][1] < joints["left_eye"][1]
+    assert joints["left_eye"][0] > 0 > joints["right_eye"][0]
+
+
+def test_eyeballs_turn_in_place(head):
+    params = HeadParameters.zeros(head.n_shape, head.n_expression)
+    rest = head.shaped(params)[0]
+    params.eyes_pose[0] = torch.tensor([0.0, 0.4, 0.0, 0.0, 0.4, 0.0])
+    turned = head.pose(params).vertices[0]
+    left = head.skinning_weights[:, 3] == 1
+    center = head.joint_regressor[3] @ rest
+    before, after = (rest[left] - center).norm(dim=-1), (turned[left] - center).norm(dim=-1)
+    assert (before - after).abs().max() < 1e-5
+    assert turned[left & head.regions["iris"]][:, 0].mean() > rest[left & head.regions["iris"]][:, 0].mean() + 3e-3
+    assert (turned - rest)[~head.regions["eyes"]].abs().max() < 1e-6
+
+
+def test_identities_move_eyeballs_as_a_whole_and_leave_the_lids_outside_them(head):
+    left = head.skinning_weights[:, 3] == 1
+    lids = head.regions["eyelids"] & (head.template[:, 0] > 0)
+    for identity in range(head.n_shape):
+        for sign in (-2.5, 2.5):
+            shaped = head.template + sign * head.shape_dirs[:, :, identity]
+            center = head.joint_regressor[3] @ shaped
+            radius = (shaped[left] - center).norm(dim=-1)
+            before = (head.template[left] - head.joint_regressor[3] @ head.template).norm(dim=-1)
+            ratio = radius / before
+            assert ratio.max() - ratio.min() < 0.08  # only eye_size changes an eyeball at all, and it stays round
+            outside = (shaped[lids] - center).norm(dim=-1) - 0.0122 * ratio.mean()
+            at_rest = (head.template[lids] - head.joint_regressor[3] @ head.template).norm(dim=-1) - 0.0122
+            assert (outside - at_rest)[at_rest > 1e-3].min() > -1.5e-3, identity
+
+
+def test_the_jaw_takes_the_chin_and_the_lower_lip_but_not_the_upper(head):
+    params = HeadParameters.zeros(head.n_shape, head.n_expression)
+    rest = head.landmarks(head.shaped(params)[0])
+    params.jaw_pose[0, 0] = 0.3
+    moved = head.landmarks(head.pose(params).vertices[0]) - rest
+    assert moved[8, 1] < -0.01 and moved[66, 1] < -0.01  # chin, lower lip
+    assert moved[62].norm() < 2e-3 and moved[30].norm() < 1e-3  # upper lip, tip of the nose
+
+
+def test_there_are_identities_and_expressions_enough_and_none_is_empty(head):
+    assert head.n_shape >= 16 and head.n_expression >= 12
+    assert len(set(head.expression_names)) == head.n_expression
+    assert (head.shape_dirs.norm(dim=1).amax(0) > 5e-4).all()
+    assert (head.expression_dirs.norm(dim=1).amax(0) > 1e-3).all()
+
+
+def test_expressions_do_what_their_names_say(head):
+    rest = head.landmarks(head.template)
+    smile = head.landmarks(expression(head, smile_left=1)) - rest
+    assert smile[54, 1] > 3e-3 and smile[54, 0] > 2e-3 and smile[48].norm() < 5e-4  # the left corner, it alone
+    brows = head.landmarks(expression(head, brows_up_right=1)) - rest
+    assert brows[19, 1] > 3e-3 and brows[24].norm() < 5e-4
+    closed = head.landmarks(expression(head, lids_close_left=1))
+    gap = (rest[[43, 44]] - rest[[47, 46]])[:, 1].mean()
+    assert (closed[[43, 44]] - closed[[47, 46]])[:, 1].mean().abs() < 0.25 * gap
+    assert head.landmarks(expression(head, jaw_drop=1))[8, 1] < rest[8, 1] - 0.02
+    pucker = head.landmarks(expression(head, pucker=1))
+    assert pucker[54, 0] - pucker[48, 0] < rest[54, 0] - rest[48, 0] - 0.01
+
+
+def test_landmarks_follow_the_multi_pie_order(head):
+    points = head.landmarks(head.template)
+    assert points.shape == (68, 3)
+    assert points[0, 0] < 0 < points[16, 0]  # the subject's right first
+    assert points[[36, 39, 42, 45], 0].tolist() == sorted(points[[36, 39, 42, 45], 0].tolist())
+    assert points[27, 1] > points[30, 1] > points[51, 1] > points[57, 1] > points[8, 1]
+    mirrored = points[[16, 45, 54, 26, 35]] * torch.tensor([-1.0, 1.0, 1.0])
+    torch.testing.assert_close(points[[0, 36, 48, 17, 31]], mirrored, atol=1.5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("n_faces", [600, 10144])
+def test_every_region_exists_and_lies_where_it_should(n_faces):
+    head = HeadModel.procedural(n_faces)
+    assert set(head.regions) == REGIONS
+    means = {name: head.template[mask].mean(0) for name, mask in head.regions.items()}
+    for name, mask in head.regions.items():
+        assert mask.any(), name
+        assert abs(means[name][0]) < 5e-3, name
+    heights = [float(means[name][1]) for name in ("scalp", "brows", "eyes", "lips", "neck")]
+    assert heights == sorted(heights, reverse=True)
+    assert not (head.regions["iris"] & ~head.regions["eyes"]).any()
+    assert not (head.regions["scalp"] & head.regions["face"]).any()
