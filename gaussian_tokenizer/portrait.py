@@ -15,7 +15,7 @@ import numpy as np
 LOW_PASS = 0.3  # pixel^2, added to the diagonal of every projected covariance
 MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # a contribution below is left out, one above is cut
 NEAR = 0.01  # metres
-PAIRS_AT_ONCE = 1_500_000  # bounds the memory to about 200 MB
+PAIRS_AT_ONCE = 60_000  # what stays in a processor's cache; more is slower
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,27 +123,31 @@ def _composite(drawn: _Drawn, top: int, bottom: int, width: int) -> tuple[np.nda
     inside = np.flatnonzero(last > first)
     left, columns = drawn.boxes[inside, 0], drawn.boxes[inside, 1] - drawn.boxes[inside, 0]
     counts = columns * (last - first)[inside]
-    # Pair k of a Gaussian is pixel (k // columns, k % columns) of its box.
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    row, column = np.divmod(within, np.repeat(columns, counts))
-    row += np.repeat(first[inside], counts)
-    column += np.repeat(left, counts)
-    owner = np.repeat(inside, counts)
-    dx, dy = (column + 0.5) - drawn.centers[owner, 0], (row + 0.5) - drawn.centers[owner, 1]
-    xx, xy, yy = drawn.conics[owner].T
-    alpha = np.minimum(MAX_ALPHA, drawn.opacities[owner] * np.exp(-0.5 * (xx * dx * dx + yy * dy * dy) - xy * dx * dy))
+    # Pair k of a Gaussian is pixel (k // columns, k % columns) of its box. 32 bits: a band has few pairs.
+    owner = np.repeat(np.arange(len(inside), dtype=np.int32), counts)
+    within = np.arange(len(owner), dtype=np.int32) - (np.cumsum(counts) - counts).astype(np.int32)[owner]
+    row = within // columns.astype(np.int32)[owner]
+    column = within - row * columns.astype(np.int32)[owner]
+    row += (first[inside] - top).astype(np.int32)[owner]
+    column += left.astype(np.int32)[owner]
+    centers = drawn.centers[inside] - (0.5, top + 0.5)
+    dx, dy = column - centers[owner, 0], row - centers[owner, 1]
+    xx, xy, yy = (np.array((-0.5, -1.0, -0.5)) * drawn.conics[inside]).T
+    exponent = dx * (xx[owner] * dx + xy[owner] * dy) + yy[owner] * (dy * dy)
+    alpha = np.minimum(MAX_ALPHA, drawn.opacities[inside][owner] * np.exp(exponent))
     kept = np.flatnonzero(alpha >= MIN_ALPHA)
-    pixel = ((row[kept] - top) * width + column[kept]).astype(np.uint16 if n_pixels <= 65536 else np.int64)
-    order = kept[np.argsort(pixel, kind="stable")]  # within a pixel still front to back
-    pixel, alpha, owner = (row[order] - top) * width + column[order], alpha[order], owner[order]
+    pixel = (row[kept] * width + column[kept]).astype(np.uint16)
+    order = np.argsort(pixel, kind="stable")  # within a pixel still front to back
+    pixel, kept = pixel[order], kept[order]
+    alpha, colors = alpha[kept], drawn.colors[inside][owner[kept]]
 
     log_transmittance = np.cumsum(np.log1p(-alpha))
     before = np.concatenate(([0.0], log_transmittance))[:-1]
-    starts = np.flatnonzero(np.diff(pixel, prepend=-1))
+    starts = np.flatnonzero(np.diff(pixel.astype(np.int32), prepend=-1))
     lengths = np.diff(starts, append=len(pixel))
     weights = alpha * np.exp(before - np.repeat(before[starts], lengths))
-    colors = np.stack([np.bincount(pixel, weights * drawn.colors[owner, c], n_pixels) for c in range(3)], 1)
-    return colors, np.bincount(pixel, weights, n_pixels)
+    premultiplied = [np.bincount(pixel, weights * colors[:, channel], n_pixels) for channel in range(3)]
+    return np.stack(premultiplied, 1), np.bincount(pixel, weights, n_pixels)
 
 
 def _covariances(scales: np.ndarray, quats: np.ndarray) -> np.ndarray:

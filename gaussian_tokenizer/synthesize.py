@@ -1,0 +1,167 @@
+"""Write synthetic subjects as avatar folders: what a corpus is built from where there are no captured people.
+
+    python -m gaussian_tokenizer.synthesize --num_subjects 200 --head procedural:600 --output subjects --num_proc 2
+
+Each subject (see `synthetic`) becomes a folder in the layout of GaussianAvatars and VHAP (see `subject`): the avatar,
+its head parameters, and portraits drawn by `portrait` with their cameras. A folder appears whole or not at all. Run
+again, the command keeps what is finished and makes the rest; the number of processes does not change a byte.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from gaussian_tokenizer.avatar import METADATA_NAME
+from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.parallel import runner
+from gaussian_tokenizer.portrait import splat, to_uint8
+from gaussian_tokenizer.subject import Frame, write_subject
+from gaussian_tokenizer.synthetic import SyntheticSubject, portrait_camera, portrait_gaussians, synthesize_subject
+
+LICENCE, CONSENT = "CC0-1.0", "synthetic, no person"
+MAX_VIEWS = 12
+DEGREES_BETWEEN_VIEWS = 30.0
+PIXELS_BETWEEN_POINTS = 2.0  # in a portrait
+
+
+def synthesize(
+    output: str | Path,
+    num_subjects: int,
+    head: str = "procedural:600",
+    num_proc: int = 1,
+    seed: int = 0,
+    image_size: int = 128,
+    views: int = 1,
+    num_points: int | None = None,
+) -> list[Path]:
+    """Make the folders `synthetic-<seed>-<index>` in `output` that are not there yet; returns all of them.
+
+    `head` as for `load_head`, `num_points` as for `synthesize_subject`. ValueError if a folder of that name is there
+    and was not made by the same command (then nothing is written).
+    """
+    for name, value, low, high in (
+        ("num_subjects", num_subjects, 1, 1_000_000),
+        ("num_proc", num_proc, 1, 1024),
+        ("seed", seed, 0, 2**63 - 1),
+        ("image_size", image_size, 16, 2048),
+        ("views", views, 1, MAX_VIEWS),
+        ("num_points", 1 if num_points is None else num_points, 1, 1_000_000),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}, expected {low} to {high}")
+    output, model = Path(output), load_head(head)
+    output.mkdir(parents=True, exist_ok=True)
+    recipe = {"seed": seed, "num_points": num_points, "image_size": image_size, "views": views}
+    folders = [output / f"synthetic-{seed}-{index:06d}" for index in range(num_subjects)]
+    missing = [index for index, folder in enumerate(folders) if not _is_finished(folder, recipe, model)]
+    _remove_leftovers(output, {folders[index].name for index in missing})
+    with TemporaryDirectory() as temporary:
+        head_file = Path(temporary) / "head.safetensors"
+        model.save(head_file)
+        jobs = [(folders[index], index, recipe) for index in missing]
+        with runner(max(1, min(num_proc, len(jobs))), model, head_file) as run:
+            run(_write, jobs, "synthesize", progress=True, done=num_subjects - len(jobs))
+    return folders
+
+
+def render_frames(subject: SyntheticSubject, image_size: int, views: int) -> list[Frame]:
+    """Portraits of a subject at rest: camera 0 from the front, then 30 degrees to its left, to its right, 60, ..."""
+    frames = []
+    gaussians = None
+    for number in range(views):
+        azimuth = DEGREES_BETWEEN_VIEWS * ((number + 1) // 2) * (1 if number % 2 else -1)
+        camera = portrait_camera(subject.head, image_size, azimuth)
+        (fx, _, cx), (_, fy, cy) = camera.K[:2].tolist()
+        if gaussians is None:
+            gaussians = portrait_gaussians(subject, spacing=PIXELS_BETWEEN_POINTS / fx)  # a metre from the camera
+        frames.append(
+            Frame(
+                timestep=0,
+                camera=number,
+                viewmat=camera.viewmat,
+                fx=fx,
+                fy=fy,
+                cx=cx,
+                cy=cy,
+                width=image_size,
+                height=image_size,
+                image=to_uint8(splat(gaussians, camera)[0]),
+                params=subject.params,
+            )
+        )
+    return frames
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gaussian_tokenizer.synthesize",
+        description="Write synthetic subjects (avatars with portraits) as GaussianAvatars folders.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--num_subjects", type=int, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder to put the subjects' folders in")
+    parser.add_argument(
+        "--head",
+        default="procedural:600",
+        help="procedural[:faces], a .safetensors head model, a FLAME .pkl or an ICT-FaceKit folder",
+    )
+    parser.add_argument("--num_proc", type=int, default=1, help="processes; the result does not depend on it")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other people")
+    parser.add_argument("--image_size", type=int, default=128, help="pixels, both sides of a portrait")
+    parser.add_argument("--views", type=int, default=1, help=f"portraits a subject, 1 (front) to {MAX_VIEWS}")
+    parser.add_argument(
+        "--num_points",
+        type=int,
+        help="Gaussians of an average subject; by default 400 on 600 faces, 26,000 on 10,144 or more",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        folders = synthesize(**vars(options))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"{len(folders)} subjects in {options.output}")
+
+
+def _write(folder: Path, index: int, recipe: dict, head: HeadModel) -> None:
+    subject = synthesize_subject(head, (recipe["seed"], index), recipe["num_points"])
+    metadata = {
+        "avatar_id": folder.name,
+        "licence": LICENCE,
+        "consent": CONSENT,
+        "hair_style": subject.looks.hair_style,
+        "beard_style": subject.looks.beard_style,
+        "recipe": recipe,
+    }
+    write_subject(folder, subject.avatar, render_frames(subject, recipe["image_size"], recipe["views"]), metadata)
+
+
+def _is_finished(folder: Path, recipe: dict, head: HeadModel) -> bool:
+    if not folder.exists():
+        return False
+    try:
+        metadata = json.loads((folder / METADATA_NAME).read_text(encoding="utf-8"))
+        found = {"recipe": metadata["recipe"], "head_hash": metadata["head_hash"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder}: is there, but no synthetic subject; choose another output folder") from None
+    expected = {"recipe": recipe, "head_hash": head.hash}
+    if found != expected:
+        raise ValueError(
+            f"{folder}: made with {found}, asked for {expected}; choose another output folder or remove it"
+        )
+    return True
+
+
+def _remove_leftovers(output: Path, names: set[str]) -> None:
+    """Temporary folders of subjects that a killed run left unfinished."""
+    for path in output.glob(".synthetic-*.tmp"):
+        match = re.fullmatch(r"\.(.+)\.[0-9a-f]+\.tmp", path.name)
+        if match and match[1] in names:
+            shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Which faces of a head carry points, and how many: the part of a synthetic subject that is the same for everybody.
+
+Every face belongs to one zone (skin, nose, lips, hair, ...), found from the regions of the head model; a zone that a
+head does not have is absent. Points are dense where detail is. A face carries none, or 4 to 15 (the bounds of the
+paper's fit); the occupied faces of a zone are the first of a farthest-point order, evenly spread for any number of
+them. Nothing here is random or depends on the person, besides which hair and beard there is: two subjects have their
+points on the same faces at the same barycentric coordinates, and differ in where those faces are.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from gaussian_tokenizer.head_model import HeadModel
+
+MIN_POINTS_PER_FACE, MAX_POINTS_PER_FACE = 4, 15
+# zone: (points per area relative to plain skin, points on an occupied face of average size). A later zone wins.
+ZONES = {
+    "skin": (1.6, 4),
+    "neck": (1.0, 4),
+    "ears": (1.0, 4),
+    "nose": (3.0, 4),
+    "scalp": (1.1, 4),
+    "beard": (1.6, 4),
+    "brows": (5.0, 6),
+    "eyelids": (4.0, 4),
+    "lips": (8.0, 7),
+    "eyes": (4.0, 4),
+    "iris": (14.0, 6),
+}
+HAIR = {"bald": ZONES["scalp"], "short": (1.45, 8), "curly": (1.6, 11), "long": (1.75, 13)}
+BEARD = {"none": ZONES["beard"], "stubble": (2.0, 6), "short": (2.5, 8), "full": (3.0, 11)}
+# The subject that has exactly the number of points asked for: between the extremes, not a person of its own.
+REFERENCE = {"scalp": 1.43, "beard": 2.3}
+# How much denser than plain skin, where every face carries points.
+DENSER = {"brows": 3, "eyelids": 3, "lips": 4, "eyes": 4, "iris": 9, "beard": 1.5}
+DENSER_HAIR = {"bald": 1, "short": 1.5, "curly": 2.5, "long": 3}
+LOOKING_FORWARD = 0.35  # faces of an eyeball whose normal has a smaller z are behind the lids
+FULL_HEAD_POINTS = 26_000
+
+
+@dataclass(frozen=True, eq=False)
+class FaceLayout:
+    """Zones of the faces of one head model."""
+
+    zones: tuple[str, ...]  # names, those of `ZONES`
+    zone: np.ndarray  # (F,) index into `zones`; -1 on faces that never carry a point
+    areas: np.ndarray  # (F,) m^2, of the template
+    order: dict[str, np.ndarray]  # zone -> its faces, spatially even from the first to the last
+
+    @property
+    def n_faces(self) -> int:
+        return len(self.zone)
+
+    def zone_area(self, zone: str) -> float:
+        return float(self.areas[self.order[zone]].sum())
+
+
+@functools.lru_cache(maxsize=4)
+def face_layout(head: HeadModel) -> FaceLayout:
+    """The zones of `head`. Only the region `eyes` hides faces (turned away), and `mouth_interior` all of its own."""
+    faces, template = head.faces.cpu().numpy(), head.template.cpu().numpy().astype(np.float64)
+    corners = template[faces]
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    double_areas = np.linalg.norm(normals, axis=1)
+    names = tuple(ZONES)
+    zone = np.zeros(len(faces), np.int64)
+    for index, name in enumerate(names):
+        if name in head.regions:
+            zone[_faces_of(head.regions[name].cpu().numpy(), faces)] = index
+    eyeball = np.isin(zone, [names.index("eyes"), names.index("iris")])
+    zone[eyeball & (normals[:, 2] < LOOKING_FORWARD * double_areas)] = -1
+    if "mouth_interior" in head.regions:
+        zone[_faces_of(head.regions["mouth_interior"].cpu().numpy(), faces)] = -1
+    zone[double_areas <= 0] = -1
+    centers = corners.mean(1)
+    order = {name: _farthest_point_order(centers, np.flatnonzero(zone == index)) for index, name in enumerate(names)}
+    return FaceLayout(names, zone, double_areas / 2, order)
+
+
+def default_num_points(n_faces: int) -> int:
+    """400 points on 600 faces, 26,000 (the paper's size) on FLAME's 10,144 and above; a power law between."""
+    return min(FULL_HEAD_POINTS, round(400 * (n_faces / 600) ** 1.476))
+
+
+def sparse_counts(layout: FaceLayout, num_points: int, hair: str, beard: str) -> np.ndarray:
+    """Points on every face (F,), each 0 or 4..15; about `num_points` in total, more with much hair, fewer without."""
+    chosen = ZONES | {"scalp": HAIR[hair], "beard": BEARD[beard]}
+    reference = sum(REFERENCE.get(zone, ZONES[zone][0]) * layout.zone_area(zone) for zone in layout.zones)
+    counts = np.zeros(layout.n_faces, np.int64)
+    for zone, (density, per_face) in chosen.items():
+        faces = layout.order[zone]
+        if len(faces) == 0:
+            continue
+        wanted = num_points * density * layout.zone_area(zone) / reference
+        # A zone too small for its points fills its faces up.
+        mean = max(float(per_face), wanted / len(faces))
+        relative = np.sqrt(layout.areas[faces] / layout.areas[faces].mean())
+        on_face = np.clip(np.round(mean * relative), MIN_POINTS_PER_FACE, MAX_POINTS_PER_FACE).astype(np.int64)
+        # Whole faces, as near to the wanted number as they come; at least two, for zones with a left and a right.
+        occupied = max(2, int(np.searchsorted(np.cumsum(on_face) - on_face / 2, wanted)))
+        counts[faces[:occupied]] = on_face[:occupied]
+    return counts
+
+
+def dense_counts(layout: FaceLayout, spacing: float, hair: str) -> np.ndarray:
+    """Points on every face (F,) for a closed surface: one per `spacing`^2 (m^2), more where detail or hair is."""
+    more = np.array([DENSER.get(zone, 1.0) for zone in layout.zones])
+    more[layout.zones.index("scalp")] = DENSER_HAIR[hair]
+    counts = np.maximum(1, np.round(layout.areas * more[layout.zone] / spacing**2)).astype(np.int64)
+    return np.where(layout.zone >= 0, counts, 0)
+
+
+def points_of_faces(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts (F,) -> faces (N,), index of each point on its face (N,), barycentrics (N, 3).
+
+    The k-th point of any face has the same barycentrics: Roberts' R2 sequence from the centroid, folded onto a triangle.
+    """
+    faces = np.repeat(np.arange(len(counts)), counts)
+    index = np.arange(len(faces)) - np.repeat(np.cumsum(counts) - counts, counts)
+    u, v = (1 / 3 + index * 0.7548776662466927) % 1, (1 / 3 + index * 0.5698402909980532) % 1
+    folded = u + v > 1
+    u, v = np.where(folded, 1 - u, u), np.where(folded, 1 - v, v)
+    return faces, index, np.stack((u, v, 1 - u - v), 1)
+
+
+def _faces_of(mask: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """Faces with at least two corners in a region; of a region too small to have any, those with one."""
+    corners = mask[faces].sum(1)
+    return np.flatnonzero(corners >= (2 if (corners >= 2).any() else 1))
+
+
+def _farthest_point_order(points: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """`chosen` indices, from the middle-most on always the one farthest from those before (Gonzalez 1985)."""
+    if len(chosen) == 0:
+        return chosen
+    points = points[chosen]
+    distance = np.full(len(points), np.inf)
+    order = np.zeros(len(points), np.int64)
+    order[0] = np.linalg.norm(points - points.mean(0), axis=1).argmin()
+    for step in range(1, len(points)):
+        distance = np.minimum(distance, ((points - points[order[step - 1]]) ** 2).sum(1))
+        distance[order[step - 1]] = -1
+        order[step] = distance.argmax()
+    return chosen[order]

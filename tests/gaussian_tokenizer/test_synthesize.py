@@ -1,0 +1,124 @@
+"""The command that writes synthetic subjects: what it writes can be read, and running it again is safe."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.subject import find_subjects
+from gaussian_tokenizer.synthesize import main, synthesize
+from gaussian_tokenizer.synthetic import portrait_camera, synthesize_subject
+
+HEAD = "procedural:600"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("subjects")
+    synthesize(folder, 3, HEAD, image_size=32, views=3, seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head() -> HeadModel:
+    return load_head(HEAD)
+
+
+def test_what_is_written_reads_as_the_same_avatars(written, head):
+    subjects = find_subjects(written)
+    assert [subject.avatar_id for subject in subjects] == [f"synthetic-5-{index:06d}" for index in range(3)]
+    for index, subject in enumerate(subjects):
+        expected = synthesize_subject(head, (5, index)).avatar
+        avatar = GaussianAvatar.load(subject.path, head)
+        for name, tensor in expected.tensors().items():
+            assert torch.equal(avatar.tensors()[name], tensor), name
+        assert torch.equal(avatar.params.shape, expected.params.shape)
+        assert subject.licence == "CC0-1.0"
+        assert subject.consent == "synthetic, no person"
+        assert subject.metadata["head_hash"] == head.hash
+
+
+def test_frames_hold_the_portraits_their_cameras_and_the_head_parameters(written, head):
+    subject = find_subjects(written)[1]
+    frames = subject.frames()
+    assert [(frame.timestep, frame.camera) for frame in frames] == [(0, 0), (0, 1), (0, 2)]
+    for frame, azimuth in zip(frames, (0, 30, -30), strict=True):
+        camera = portrait_camera(head, 32, azimuth)
+        np.testing.assert_allclose(frame.viewmat, camera.viewmat, atol=1e-12)
+        np.testing.assert_allclose(frame.K, camera.K)
+        assert torch.equal(frame.load_params().shape, subject.load_avatar(head).params.shape)
+        image = np.asarray(Image.open(frame.image))
+        assert image.shape == (32, 32, 3)
+        assert image.min() < 200  # a head
+        assert image[0, 0].min() > 240  # on white
+
+
+@pytest.mark.distributed
+def test_the_number_of_processes_changes_no_byte(written, tmp_path):
+    synthesize(tmp_path / "two", 3, HEAD, num_proc=2, image_size=32, views=3, seed=5)
+    assert hashes(tmp_path / "two") == hashes(written)
+
+
+def test_a_second_run_keeps_what_is_finished_and_makes_the_rest(written, tmp_path):
+    folder = tmp_path / "subjects"
+    shutil.copytree(written, folder)
+    shutil.rmtree(folder / "synthetic-5-000001")
+    (folder / ".synthetic-5-000001.00ff00ff00ff.tmp").mkdir()  # of a run that was killed
+    kept = (folder / "synthetic-5-000000" / "point_cloud.ply").stat()
+    synthesize(folder, 3, HEAD, image_size=32, views=3, seed=5)
+    assert (folder / "synthetic-5-000000" / "point_cloud.ply").stat() == kept
+    assert hashes(folder) == hashes(written)
+    assert not list(folder.glob(".*"))
+
+
+def test_a_folder_of_another_recipe_is_refused_before_anything_is_written(written):
+    before = hashes(written)
+    for changed in ({"image_size": 48}, {"views": 1}, {"num_points": 300}, {"head": "procedural:700"}):
+        arguments = {"head": HEAD, "image_size": 32, "views": 3, "seed": 5} | changed
+        with pytest.raises(ValueError, match=r"synthetic-5-000000.*choose another output folder"):
+            synthesize(written, 4, **arguments)
+    assert hashes(written) == before
+
+
+def test_a_folder_that_is_no_synthetic_subject_is_left_alone(tmp_path):
+    (tmp_path / "synthetic-0-000000").mkdir()
+    (tmp_path / "synthetic-0-000000" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no synthetic subject"):
+        synthesize(tmp_path, 1, HEAD)
+    assert (tmp_path / "synthetic-0-000000" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_subjects", 0), ("num_proc", 0), ("seed", -1), ("image_size", 4), ("views", 13)]
+)
+def test_a_number_out_of_range_is_named(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected"):
+        synthesize(tmp_path / "out", **({"num_subjects": 1} | {name: value}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--num_subjects", "1", "--head", "nowhere.safetensors", "--output", str(tmp_path / "out")])
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "nowhere.safetensors" in error
+    assert error.count("\n") == 1
+
+
+def test_the_command_writes_subjects(tmp_path, capsys):
+    main(["--num_subjects", "1", "--output", str(tmp_path / "out"), "--image_size", "16", "--num_points", "200"])
+    assert "1 subjects in" in capsys.readouterr().out
+    assert len(find_subjects(tmp_path / "out")) == 1

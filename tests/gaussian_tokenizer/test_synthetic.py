@@ -1,0 +1,163 @@
+"""Synthetic subjects: the same for a seed, different people for different seeds, Gaussians where they belong."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from gaussian_tokenizer.anchoring import closest_point_barycentrics
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.portrait import splat
+from gaussian_tokenizer.rotations import quaternion_to_matrix
+from gaussian_tokenizer.synthetic import (
+    SHAPE_LIMIT,
+    SyntheticSubject,
+    portrait_camera,
+    portrait_gaussians,
+    synthesize_subject,
+)
+
+
+@pytest.fixture(scope="module")
+def head() -> HeadModel:
+    return HeadModel.procedural(600)
+
+
+@pytest.fixture(scope="module")
+def crowd(head) -> list[SyntheticSubject]:
+    return [synthesize_subject(head, (7, index)) for index in range(60)]
+
+
+def with_hair(crowd: list[SyntheticSubject], style: str) -> SyntheticSubject:
+    return next(subject for subject in crowd if subject.looks.hair_style == style)
+
+
+def lifts(subject: SyntheticSubject, region: str) -> np.ndarray:
+    """Distance of the points bound to faces of a region from those faces, metres."""
+    head = subject.head
+    points = subject.avatar.canonical_points()
+    chosen = head.regions[region][head.faces].all(1)[points["faces"]]
+    positions, faces = points["positions"][chosen].double(), points["faces"][chosen]
+    triangles = head.canonical_vertices(subject.params).double()[head.faces[faces]]
+    feet = torch.einsum("nc,nci->ni", closest_point_barycentrics(positions, triangles), triangles)
+    return (positions - feet).norm(dim=1).numpy()
+
+
+def portrait(subject: SyntheticSubject, size: int = 48) -> np.ndarray:
+    camera = portrait_camera(subject.head, size)
+    return splat(portrait_gaussians(subject, 2 / camera.K[0, 0]), camera)[0]
+
+
+def test_a_seed_gives_the_same_subject_again_and_another_seed_another(head):
+    first, again, other = (synthesize_subject(head, seed).avatar for seed in (3, 3, 4))
+    for name, tensor in first.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name]), name
+    assert torch.equal(first.params.shape, again.params.shape)
+    assert not torch.equal(first.params.shape, other.params.shape)
+
+
+def test_a_seed_looks_alike_on_any_head_model(head):
+    small, large = (synthesize_subject(model, 5).looks for model in (head, HeadModel.procedural(1200)))
+    for field in dataclasses.fields(small):
+        np.testing.assert_array_equal(getattr(small, field.name), getattr(large, field.name))
+
+
+def test_shapes_are_standard_normal_within_limits(crowd):
+    shapes = torch.stack([subject.params.shape for subject in crowd])
+    assert shapes.abs().max() <= SHAPE_LIMIT
+    assert abs(shapes.mean()) < 0.1
+    assert 0.85 < shapes.std() < 1.1
+
+
+def test_a_subject_is_a_complete_avatar_that_survives_its_file(head, crowd, tmp_path):
+    avatar = crowd[0].avatar
+    assert set(avatar.tensors()) == {"positions", "faces", "sh", "opacities", "scales", "quats"}
+    assert avatar.sh_degree == 0
+    assert avatar.head_hash == head.hash
+    avatar.save(tmp_path / "subject")
+    loaded = GaussianAvatar.load(tmp_path / "subject", head)
+    for name, tensor in avatar.tensors().items():
+        assert torch.equal(tensor, loaded.tensors()[name]), name
+    colors = loaded.posed_gaussians()["colors"]
+    assert 0 <= colors.min() < colors.max() <= 1.0001
+
+
+def test_hair_stands_off_the_scalp_and_skin_does_not(crowd):
+    bald, short, curly = (lifts(with_hair(crowd, style), "scalp") for style in ("bald", "short", "curly"))
+    # A rounded surface bulges over the flat triangles of a head of 600 faces.
+    assert bald.max() < 0.012
+    assert short.mean() > bald.mean() + 0.002
+    assert curly.mean() > short.mean() + 0.005
+    assert curly.max() < 0.09
+
+
+def test_long_hair_falls_below_the_scalp(head, crowd):
+    subject = with_hair(crowd, "long")
+    scalp = head.regions["scalp"]
+    lowest = head.canonical_vertices(subject.params)[scalp][:, 1].min()
+    points = subject.avatar.canonical_points()
+    hair = points["positions"][scalp[head.faces].all(1)[points["faces"]]]
+    assert hair[:, 1].min() < lowest - 0.02
+
+
+def test_a_full_beard_stands_off_the_chin_with_more_points_than_none(crowd):
+    full, none = (next(s for s in crowd if s.looks.beard_style == style) for style in ("full", "none"))
+    assert lifts(full, "beard").mean() > lifts(none, "beard").mean() + 0.004
+    assert len(lifts(full, "beard")) > len(lifts(none, "beard"))
+
+
+def test_gaussians_on_the_skin_lie_flat_on_it(head, crowd):
+    bald = with_hair(crowd, "bald").avatar
+    normals = head.normals(head.canonical_vertices(bald.params))[head.faces].mean(1)[bald.faces]
+    gaussians = bald.posed_gaussians()
+    thin = gaussians["scales"].argmin(1)
+    axes = quaternion_to_matrix(gaussians["quats"])[torch.arange(len(thin)), :, thin]
+    scalp = head.regions["scalp"][head.faces].all(1)[bald.faces]
+    assert (axes[scalp] * torch.nn.functional.normalize(normals[scalp], dim=1)).sum(1).abs().min() > 0.85
+    assert (gaussians["scales"].amin(1) < 0.5 * gaussians["scales"].amax(1))[scalp].all()
+
+
+def test_num_points_is_obeyed_and_nonsense_refused(head):
+    assert 1700 < len(synthesize_subject(head, 0, num_points=2000).avatar) < 2300
+    with pytest.raises(ValueError, match="0 points"):
+        synthesize_subject(head, 0, num_points=0)
+
+
+def test_a_head_without_regions_gives_a_bald_subject(head):
+    subject = synthesize_subject(dataclasses.replace(head, regions={}), 3)
+    assert 300 <= len(subject.avatar) <= 500
+    assert np.isfinite(portrait(subject)).all()
+
+
+def test_the_portrait_is_a_closed_head_on_white(head, crowd):
+    camera = portrait_camera(head, 48)
+    for subject in crowd[:6]:
+        _, alpha = splat(portrait_gaussians(subject, 2 / camera.K[0, 0]), camera)
+        assert alpha[16:34, 19:29].min() > 0.97
+        assert max(alpha[-6:, 0].max(), alpha[-6:, -1].max()) < 0.9
+    np.testing.assert_allclose(portrait(crowd[0])[-1, 0], 1, atol=0.2)
+
+
+def test_the_portrait_shows_skin_and_hair_in_their_colours(crowd):
+    subject = with_hair(crowd, "bald")
+    forehead = portrait(subject)[11:14, 22:26].mean((0, 1))
+    tint = forehead / forehead.sum() - subject.looks.skin / subject.looks.skin.sum()
+    assert np.abs(tint).max() < 0.05
+    subject = with_hair(crowd, "curly")
+    top = portrait(subject)[8:11, 22:26].mean((0, 1))
+    assert np.linalg.norm(top - subject.looks.hair) < np.linalg.norm(top - subject.looks.skin)
+
+
+def test_portraits_of_different_people_differ(crowd):
+    images = [portrait(subject) for subject in crowd[:8]]
+    distances = [np.abs(a - b).mean() for i, a in enumerate(images) for b in images[:i]]
+    assert min(distances) > 0.01
+
+
+def test_the_camera_turns_to_the_subjects_left(head):
+    camera = portrait_camera(head, 64, azimuth=30)
+    center = -camera.viewmat[:3, :3].T @ camera.viewmat[:3, 3]
+    assert center[0] > 0.4
+    assert center[2] > 0.7
