@@ -255,7 +255,7 @@ def _dense_from_sparse(state: object, rows_first: bool = False) -> np.ndarray:
     shape = state["_shape"] if "_shape" in state else state["shape"]
     lines, width = (int(size) for size in (shape if rows_first else reversed(shape)))
     data, indices, starts = (_dense(state[key]) for key in ("data", "indices", "indptr"))
-    counts = np.diff(starts.astype(np.int64))
+    counts: np.ndarray = np.diff(starts.astype(np.int64))
     consistent = (
         data.shape == indices.shape == (int(counts.sum()),) and counts.shape == (lines,) and (counts >= 0).all()
     )

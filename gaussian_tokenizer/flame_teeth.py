@@ -127,19 +127,19 @@ def _mouth_arcs(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np
     """The upper and the lower arc of the most forward border, both with the two corners at their ends."""
     directed = {(int(a), int(b)) for face in faces for a, b in zip(face, np.roll(face, -1), strict=True)}
     follows = {a: b for a, b in directed if (b, a) not in directed}
-    loops = []
+    loops: list[np.ndarray] = []
     while follows:
-        loop = [min(follows)]
-        while (following := follows.pop(loop[-1], None)) is not None and following != loop[0]:
-            loop.append(following)
-        loops.append(np.array(loop))
-    loops = [loop for loop in loops if len(loop) >= 2 * RING]
+        border = [min(follows)]
+        while (following := follows.pop(border[-1], None)) is not None and following != border[0]:
+            border.append(following)
+        if len(border) >= 2 * RING:
+            loops.append(np.array(border))
     if len(loops) < 2:
         raise ValueError(f"found {len(loops)} borders of {2 * RING} or more edges, expected the mouth and the neck")
-    loop = max(loops, key=lambda loop: vertices[loop, 2].mean())
-    right, left = vertices[loop, 0].argmin(), vertices[loop, 0].argmax()
+    loop = max(loops, key=lambda one: float(vertices[one, 2].mean()))
+    right, left = int(vertices[loop, 0].argmin()), int(vertices[loop, 0].argmax())
     loop = np.roll(loop, -right)
     split = (left - right) % len(loop)
     arcs = [loop[: split + 1], np.append(loop[split:], loop[0])]
-    arcs.sort(key=lambda arc: vertices[arc, 1].mean())
+    arcs.sort(key=lambda arc: float(vertices[arc, 1].mean()))
     return arcs[1], arcs[0]

@@ -128,7 +128,7 @@ class HeadModel:
             if isinstance(value := getattr(self, field.name), Tensor)
         }
         regions = {region: mask.to(device) for region, mask in self.regions.items()}
-        return dataclasses.replace(self, **moved, regions=regions)
+        return dataclasses.replace(self, **moved, regions=regions)  # type: ignore[arg-type]
 
     def check(self, params: HeadParameters) -> None:
         """`ValueError` if `params` have another number of shapes, expressions or vertices than this model."""

@@ -114,16 +114,16 @@ def _mouth(head: np.ndarray, p: np.ndarray, m: np.ndarray) -> np.ndarray:
 
 def _ellipsoid(p: np.ndarray, center: tuple, radii: tuple) -> np.ndarray:
     q = p - np.array(center, float)
-    radii = np.array(radii, float)
-    near = np.linalg.norm(q / radii, axis=-1)
-    return near * (near - 1) / np.maximum(np.linalg.norm(q / radii**2, axis=-1), 1e-9)
+    size = np.array(radii, float)
+    near = np.linalg.norm(q / size, axis=-1)
+    return near * (near - 1) / np.maximum(np.linalg.norm(q / size**2, axis=-1), 1e-9)
 
 
 def _cone(p: np.ndarray, start: tuple, end: tuple, start_radius: float, end_radius: float) -> np.ndarray:
     """Distance to a ball that moves from `start` to `end` while its radius changes evenly."""
-    start, axis = np.array(start, float), np.subtract(end, start).astype(float)
-    along = np.clip(((p - start) @ axis) / (axis @ axis), 0, 1)
-    distance = np.linalg.norm(p - start - along[..., None] * axis, axis=-1)
+    arm, axis = p - np.array(start, float), np.subtract(end, start).astype(float)
+    along = np.clip((arm @ axis) / (axis @ axis), 0, 1)
+    distance = np.linalg.norm(arm - along[..., None] * axis, axis=-1)
     return distance - (start_radius + along * (end_radius - start_radius))
 
 
