@@ -346,6 +346,7 @@ def _add_ear(mesh: Mesh, scale: float, mirror: int) -> None:
 
 def _split_edges(mesh: Mesh, missing: int) -> None:
     """Cut the longest edges of plain skin until `missing` faces are added: an inner edge gives two, a border edge 1."""
+    inner: list[int] = []
     while missing > 0:
         edges = np.sort(mesh.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
         unique, inverse, counts = np.unique(edges, axis=0, return_inverse=True, return_counts=True)
@@ -364,9 +365,6 @@ def _split_edges(mesh: Mesh, missing: int) -> None:
                 continue
             touched.update(faces.tolist())
             middle = mesh.vertices[unique[edge]].mean(0, keepdims=True)
-            if wanted == 2:
-                for _ in range(4):
-                    middle = middle - skin_distance(middle)[:, None] * skin_normal(middle)
             new = int(mesh.add(middle, SKIN, mesh.side[unique[edge]].mean())[0])
             for face in faces:
                 corners = mesh.faces[face]
@@ -375,5 +373,9 @@ def _split_edges(mesh: Mesh, missing: int) -> None:
                 second[second == unique[edge, 0]] = new
                 mesh.add_faces(second)
             missing -= wanted
+            if wanted == 2:
+                inner.append(new)
             if missing <= 0 or wanted == 1:
                 break
+    for _ in range(4):  # the new vertices go from the middle of their edge to the skin
+        mesh.vertices[inner] -= skin_distance(mesh.vertices[inner])[:, None] * skin_normal(mesh.vertices[inner])

@@ -58,8 +58,11 @@ def skin_distance(points: np.ndarray) -> np.ndarray:
 def cast(origins: np.ndarray, directions: np.ndarray, reach: float = 230.0) -> np.ndarray:
     """Where rays (N, 3) from inside the head leave the skin for good: (N, 3), found by marching in from outside."""
     distance = np.full(len(origins), reach)
+    moving = np.arange(len(origins))
     for _ in range(110):
-        distance = distance - 0.75 * skin_distance(origins + distance[:, None] * directions)
+        step = 0.75 * skin_distance(origins[moving] + distance[moving, None] * directions[moving])
+        distance[moving] -= step
+        moving = moving[np.abs(step) > 1e-6]
     return origins + distance[:, None] * directions
 
 
