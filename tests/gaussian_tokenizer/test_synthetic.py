@@ -119,6 +119,20 @@ def test_gaussians_on_the_skin_lie_flat_on_it(head, crowd):
     assert (gaussians["scales"].amin(1) < 0.5 * gaussians["scales"].amax(1))[scalp].all()
 
 
+def test_gaussians_are_about_as_wide_as_they_are_apart(head, crowd):
+    bald = with_hair(crowd, "bald").avatar
+    scalp = head.regions["scalp"][head.faces].all(1)
+    triangles = head.template[head.faces[scalp]]
+    area = (
+        torch.linalg.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0]).norm(dim=1).sum() / 2
+    )
+    on_scalp = scalp[bald.faces]
+    spacing = (area / on_scalp.sum()).sqrt()
+    widths = bald.posed_gaussians()["scales"].amax(1)[on_scalp]
+    assert (widths > 0.6 * spacing).all()
+    assert (widths < 1.2 * spacing).all()
+
+
 def test_num_points_is_obeyed_and_nonsense_refused(head):
     assert 1700 < len(synthesize_subject(head, 0, num_points=2000).avatar) < 2300
     with pytest.raises(ValueError, match="0 points"):
