@@ -55,7 +55,7 @@ def make_avatar(seed, count, offset=False):
 def make_subject(folder, seed, count=60, cameras=2, offset=False, **metadata):
     avatar = make_avatar(seed, count, offset)
     viewmat = np.diag([1.0, -1.0, -1.0, 1.0])
-    viewmat[2, 3] = 1 + 0.1 * seed
+    viewmat[:3, 3] = 0.1, 0.2, 1 + 0.1 * seed
     frames = []
     for timestep in range(2):
         for camera in range(cameras):
