@@ -4,9 +4,9 @@
     python benchmarks/tokenizer.py --sizes 1000 27000 --rounds 5
 
 Rows: plain NumPy (the formula, one lexsort), ours, NumPy's stable argsort of as many int64 keys, and a copy of the
-points in memory. All rows of a size are timed in turns and the fastest turn counts, as in timeit: the rest is the machine
-doing something else. Targets: at 27,000 points encode takes at most 2 x the argsort and decode a third of encode; both
-are linear to the largest size (time ~ points ** exponent; a sort alone has 1.03, fresh memory pages add some).
+points in memory. Times are processor time of the one thread; all rows of a size are timed in turns and the fastest turn
+counts, as in timeit. Targets: at 27,000 points encode takes at most 2 x the argsort and decode a third of encode; both
+are linear to the largest size (time ~ points ** exponent; a sort alone has 1.08, fresh memory pages add some).
 """
 
 import os
@@ -66,9 +66,9 @@ def measure(tokenizer: GaussianTokenizer, n_points: int, rounds: int) -> list[di
         for _ in range(rounds):
             for name, call in calls.items():
                 call()  # not timed: so that no row pays for the memory of the row before it
-                start = time.perf_counter()
+                start = time.thread_time()
                 call()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.thread_time() - start)
     best = {name: min(values) for name, values in seconds.items()}
     return [
         {
