@@ -1,0 +1,1 @@
+"""Scripts that train the models of the AvatarPointillist toolkit, and what they share."""

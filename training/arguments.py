@@ -126,6 +126,7 @@ class PretrainArguments(TrainingArguments):
     def __post_init__(self):
         on_cpu = self.use_cpu or not torch.cuda.is_available()
         if on_cpu:
+            self.dataloader_pin_memory = False
             if self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 self.ddp_backend = "gloo"
             # `accelerate launch` gives every process one thread unless told otherwise.

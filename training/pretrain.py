@@ -62,7 +62,6 @@ def main() -> None:
         train_dataset=train,
         eval_dataset=heldout,
         data_collator=partial(collate_windows, pad_token_id=config.pad_token_id),
-        processing_class=corpus.tokenizer,
     )
     if trainer.is_world_process_zero():
         print(

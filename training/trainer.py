@@ -88,6 +88,15 @@ class PointillistTrainer(Trainer):
         self.last_log = time.perf_counter()
         return metrics
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Weights and configuration, and the tokenizer beside them.
+
+        (As a `processing_class` Trainer would take it for a processor of text and look for a tokenizer inside it.)
+        """
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self.train_dataset.rows.tokenizer.save_pretrained(output_dir or self.args.output_dir)
+
     def _save_checkpoint(self, model, trial):
         """Trainer's checkpoint, then the mark that it is whole, and only then older ones are removed."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

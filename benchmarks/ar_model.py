@@ -1,0 +1,202 @@
+"""Speed of the point model beside x-transformers, the library the paper used, and beside what the memory allows.
+
+    python benchmarks/ar_model.py --size small            # a CPU, two or three minutes
+    python benchmarks/ar_model.py --size paper --dtype bfloat16 --device cuda
+    python benchmarks/ar_model.py --size paper --skip training --new_tokens 8      # the paper's size on a CPU: long
+
+Training: one step (forward, backward) on a full window. Generation: tokens after a prompt that fills the window, so that every
+step attends to all of it; the cost of the prompt is taken off. Both models have the same weights and write the same tokens,
+greedily. Rows are timed in turns in one run; the best of the rounds counts.
+
+The limit of generation is the time to read the weights and the window's keys and values once a token from memory, at the
+bandwidth measured in the same run (a sum over a large array).
+"""
+
+import argparse
+import math
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from report import markdown_table, write_report
+from transformers.generation import GenerationMixin
+from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+
+from modeling import PointillistConfig, PointillistForCausalLM
+from modeling.convert_x_transformers import load_x_transformers
+
+SIZES = {
+    "debug": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, sliding_window=256),
+    "small": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, sliding_window=4000),
+    "paper": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, sliding_window=12000),
+}
+CONDITION_TOKENS = 257
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--new_tokens", type=int, default=32, help="generated tokens that are timed")
+    parser.add_argument("--train_tokens", type=int, help="tokens in the training window (default: 2,048 or the window)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--skip", choices=["training", "generation"], help="leave one half out")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    bench = Bench(arguments)
+    rows = []
+    if arguments.skip != "training":
+        rows += bench.training()
+    if arguments.skip != "generation":
+        rows += bench.generation()
+    print(markdown_table(rows))
+    path = write_report(
+        f"ar_model_{arguments.size}_{bench.device.type}_{arguments.dtype}",
+        rows,
+        size=SIZES[arguments.size],
+        dtype=arguments.dtype,
+        threads=torch.get_num_threads(),
+        parameters=bench.ours.num_decoder_parameters(),
+    )
+    print(f"\nwritten: {path}")
+
+
+class Bench:
+    """The same weights in both libraries, and the data they are timed on."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.device, self.dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+        self.rounds, self.new_tokens = arguments.rounds, arguments.new_tokens
+        size = SIZES[arguments.size]
+        self.config = PointillistConfig(
+            **size, intermediate_size=4 * size["hidden_size"], use_vision_encoder=False, use_point_encoder=False
+        )
+        torch.manual_seed(0)
+        self.theirs = TransformerWrapper(
+            num_tokens=self.config.vocab_size,
+            max_seq_len=self.config.sliding_window,
+            use_abs_pos_emb=False,
+            attn_layers=Decoder(
+                dim=size["hidden_size"],
+                depth=size["num_hidden_layers"],
+                heads=size["num_attention_heads"],
+                attn_dim_head=self.config.head_dim,
+                cross_attend=True,
+                rotary_pos_emb=True,
+                use_rmsnorm=True,
+                attn_flash=True,
+            ),
+        )
+        self.ours = PointillistForCausalLM(self.config)
+        load_x_transformers(self.ours, self.theirs.state_dict())
+        self.theirs.to(self.device, self.dtype)
+        self.ours.to(self.device, self.dtype)
+        self.wrapper = AutoregressiveWrapper(self.theirs, pad_value=self.config.pad_token_id)
+        self.train_tokens = arguments.train_tokens or min(2048, self.config.sliding_window)
+        self.condition = torch.randn(1, CONDITION_TOKENS, size["hidden_size"], device=self.device, dtype=self.dtype)
+        self.window = torch.randint(0, self.config.bos_token_id, (1, self.config.sliding_window), device=self.device)
+        self.window[0, 0] = self.config.bos_token_id
+
+    def training(self) -> list[dict]:
+        ids = self.window[:, : self.train_tokens]
+        # AutoregressiveWrapper drops the last token of its input and predicts the rest: give both the same targets.
+        calls = {
+            "x-transformers": lambda: self.wrapper(ids, context=self.condition).backward(),
+            "ours": lambda: self.ours(
+                ids, labels=ids, condition_embeds=self.condition, use_cache=False
+            ).loss.backward(),
+        }
+        self.theirs.train()
+        self.ours.train()
+        seconds = self.time_in_turns(calls)
+        return [
+            row("training", name, self.train_tokens / s, seconds["x-transformers"] / s) for name, s in seconds.items()
+        ]
+
+    def generation(self) -> list[dict]:
+        self.theirs.eval()
+        self.ours.eval()
+
+        def theirs(n: int) -> torch.Tensor:
+            return self.wrapper.generate(self.window, n, temperature=0.0, cache_kv=True, context=self.condition)
+
+        def ours(n: int, **options) -> torch.Tensor:
+            ids = self.ours.generate(
+                self.window,
+                condition_embeds=self.condition,
+                do_sample=False,
+                max_new_tokens=n,
+                min_new_tokens=n,
+                progress=False,
+                **{"grammar": False, **options},
+            )
+            return ids[:, self.window.shape[1] :]
+
+        generators: dict[str, Callable[[int], torch.Tensor]] = {
+            "x-transformers": theirs,
+            "transformers eager, dynamic cache": lambda n: ours(
+                n, cache_implementation="dynamic", custom_generate=GenerationMixin._sample
+            ),
+            "ours": ours,
+            "ours, grammar": lambda n: ours(n, grammar=True),
+        }
+        if self.device.type == "cuda":
+            generators["ours, static cache, compiled"] = lambda n: ours(n, cache_implementation="static")
+        calls = {}
+        for name, generate in generators.items():
+            calls[name, 1] = lambda generate=generate: generate(1)
+            calls[name, 1 + self.new_tokens] = lambda generate=generate: generate(1 + self.new_tokens)
+        with torch.no_grad():
+            seconds = self.time_in_turns(calls)
+        steps = {name: seconds[name, 1 + self.new_tokens] - seconds[name, 1] for name in generators}
+        base = steps["x-transformers"]
+        rows = [row("generation", name, self.new_tokens / s, base / s) for name, s in steps.items()]
+        limit = memory_bandwidth(self.device) / self.bytes_a_token()
+        return [*rows, row("generation", "limit: memory bandwidth", limit, limit * base / self.new_tokens)]
+
+    def bytes_a_token(self) -> int:
+        """Weights but the embedding, keys and values of the window and of the condition."""
+        config = self.config
+        inner = config.num_attention_heads * config.head_dim
+        weights = self.ours.num_decoder_parameters() - config.vocab_size * config.hidden_size
+        cache = 2 * config.num_hidden_layers * inner * (config.sliding_window + CONDITION_TOKENS)
+        return (weights + cache) * self.dtype.itemsize
+
+    def time_in_turns(self, calls: dict) -> dict:
+        """Best seconds of each call; every round runs all of them, after one round to warm up."""
+        best = dict.fromkeys(calls, math.inf)
+        for turn in range(self.rounds + 1):
+            for name, call in calls.items():
+                self.synchronize()
+                begin = time.perf_counter()
+                call()
+                self.synchronize()
+                if turn:
+                    best[name] = min(best[name], time.perf_counter() - begin)
+            print(f"round {turn} of {self.rounds}" + (" (warm-up)" if not turn else ""), flush=True)
+        return best
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def row(task: str, name: str, speed: float, ratio: float) -> dict:
+    return {"task": task, "row": name, "tokens/s": speed, "x x-transformers": ratio}
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a sum over 512 MiB reads, best of five."""
+    array = torch.ones(2**27, device=device)
+    best = math.inf
+    for _ in range(5):
+        begin = time.perf_counter()
+        float(array.sum())
+        best = min(best, time.perf_counter() - begin)
+    return array.nbytes / best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Write the point cloud of a portrait from the command line.
+
+    python -m modeling.generate --model outputs/demo/model --head procedural:600 --portrait portrait.png --output_dir outputs/me
+
+A portrait photograph and a head mesh go in; `points.safetensors` (positions, faces, ids), a world-space `points.ply` that any
+viewer opens, and `points.png` come out. The head's shape is its mean unless `--params flame_param.npz` gives it.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import save as safetensors_bytes
+from transformers import set_seed
+
+from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+
+from .modeling_pointillist import PointillistForCausalLM
+from .point_pictures import draw_comparison
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", required=True, help="folder or Hub id of a PointillistForCausalLM with its tokenizer"
+    )
+    parser.add_argument(
+        "--head", required=True, help="head model: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder"
+    )
+    parser.add_argument("--portrait", type=Path, help="picture of the person, face in the middle")
+    parser.add_argument("--params", type=Path, help="flame_param.npz with the person's shape (default: the mean head)")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--max_points", type=int, default=30_000, help="write no more points than this")
+    parser.add_argument("--max_points_per_face", type=int, help="close a face that carries so many")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="above 1: follow the condition more closely")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+
+    model = PointillistForCausalLM.from_pretrained(arguments.model).to(arguments.device).eval()
+    tokenizer = GaussianTokenizer.from_pretrained(arguments.model)
+    head = load_head(arguments.head)
+    check_head(tokenizer, head, arguments.head)
+    params = HeadParameters.load(arguments.params) if arguments.params else None
+    portrait = open_portrait(arguments.portrait) if arguments.portrait else None
+
+    set_seed(arguments.seed)
+    ids = model.generate(
+        **condition(model, tokenizer, head, portrait, params),
+        max_points=arguments.max_points,
+        max_points_per_face=arguments.max_points_per_face,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=0,
+        guidance_scale=arguments.guidance_scale,
+        progress=True,
+    )[0].cpu()
+    points = tokenizer.decode(ids)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    save_points(arguments.output_dir, points, ids.numpy())
+    draw_comparison(arguments.output_dir / "points.png", [("portrait", portrait, {"generated": points["positions"]})])
+    print(f"{len(points['faces']):,} points in {arguments.output_dir}: points.safetensors, points.ply, points.png")
+
+
+def check_head(tokenizer: GaussianTokenizer, head: HeadModel, name: str) -> None:
+    """Raise `ValueError` unless the tokenizer's faces are this head's."""
+    if tokenizer.n_faces != head.n_faces or tokenizer.head_hash not in (None, head.hash):
+        raise ValueError(
+            f"the model writes points on the faces of head model {tokenizer.head_name!r} ({tokenizer.n_faces} faces, hash "
+            f"{tokenizer.head_hash}), but --head {name} has {head.n_faces} faces and hash {head.hash}; give that head model"
+        )
+
+
+def open_portrait(path: Path) -> Image.Image:
+    """An image file, whole."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such picture") from None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: not a picture that can be read ({error})") from None
+    return image
+
+
+def condition(
+    model: PointillistForCausalLM,
+    tokenizer: GaussianTokenizer,
+    head: HeadModel,
+    portrait: Image.Image | None,
+    params: HeadParameters | None,
+) -> dict[str, torch.Tensor]:
+    """What `generate` reads of a portrait and a head, as far as this model has encoders for it."""
+    inputs = {}
+    if portrait is not None and model.config.use_vision_encoder:
+        inputs.update(tokenizer(images=portrait, return_tensors="pt"))
+    if model.config.use_point_encoder:
+        vertices = head.template if params is None else head.canonical_vertices(params)
+        inputs.update(tokenizer(head_vertices=vertices, head_faces=head.faces, return_tensors="pt"))
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def save_points(folder: Path, points: dict[str, np.ndarray], ids: np.ndarray) -> None:
+    """`points.safetensors` and `points.ply` (x, y, z, face; ASCII-free, for viewers of point clouds)."""
+    with atomic_file(folder / "points.safetensors") as file:
+        file.write(safetensors_bytes({**points, "input_ids": ids}))
+    rows = np.zeros(len(points["faces"]), dtype=[("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("face", "<i4")])
+    rows["x"], rows["y"], rows["z"] = points["positions"].T
+    rows["face"] = points["faces"]
+    fields = "".join(f"property {'int' if name == 'face' else 'float'} {name}\n" for name in rows.dtype.names)
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{fields}end_header\n"
+    with atomic_file(folder / "points.ply") as file:
+        file.write(header.encode() + rows.tobytes())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Pictures of point clouds: front, three-quarter and profile, coloured by the order in which the points were written.
+
+In: clouds (N, 3) in metres, y up, the face towards +z, and the portraits they were made for. Out: PNG files.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+VIEWS = {"front": 0.0, "three-quarter": 45.0, "profile": 90.0}
+
+
+def view(positions: np.ndarray, azimuth: float) -> tuple[np.ndarray, np.ndarray]:
+    """Turn a cloud (N, 3) by `azimuth` degrees about y: image coordinates (N, 2) in metres and depth (N,), large is near."""
+    angle = np.radians(azimuth)
+    x, y, z = np.asarray(positions, np.float64).T
+    return np.stack((x * np.cos(angle) - z * np.sin(angle), y), axis=1), x * np.sin(angle) + z * np.cos(angle)
+
+
+def draw_cloud(axes, positions: np.ndarray, azimuth: float, limits: np.ndarray, size: float) -> None:
+    """Scatter one view on matplotlib axes, near points over far ones, early points dark and late ones bright."""
+    order = np.linspace(0, 1, max(len(positions), 1))[: len(positions)]
+    image, depth = view(positions, azimuth)
+    back_to_front = np.argsort(depth)
+    axes.scatter(
+        *image[back_to_front].T,
+        c=order[back_to_front],
+        cmap="viridis",
+        vmin=0,
+        vmax=1,
+        s=size,
+        linewidths=0,
+        rasterized=True,
+    )
+    axes.set_xlim(-limits[0], limits[0])
+    axes.set_ylim(limits[1], limits[2])
+    axes.set_aspect("equal")
+    axes.axis("off")
+
+
+def draw_comparison(
+    path: str | Path,
+    rows: Sequence[tuple[str, Image.Image | None, dict[str, np.ndarray]]],
+    azimuths: dict[str, float] | None = None,
+) -> None:
+    """One row a subject: its portrait, then each of its named clouds in each view, all at one scale.
+
+    Args:
+        rows: (label, portrait or None, {name: positions (N, 3)}); the same names in every row.
+        azimuths: view names and degrees.
+    """
+    azimuths = azimuths or VIEWS
+    clouds = [cloud for _, _, named in rows for cloud in named.values() if len(cloud)]
+    everything = np.concatenate(clouds) if clouds else np.zeros((1, 3))
+    reach = 1.05 * max(float(np.abs(everything[:, [0, 2]]).max()), 1e-3)
+    middle, half = (everything[:, 1].max() + everything[:, 1].min()) / 2, np.ptp(everything[:, 1]) / 2 * 1.05 + 1e-3
+    limits = np.array([reach, middle - half, middle + half])
+    names = list(rows[0][2])
+    columns = 1 + len(names) * len(azimuths)
+    figure = Figure(figsize=(1.5 * columns, 1.5 * half / reach * len(rows) + 0.4), dpi=110, layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (label, portrait, named) in zip(grid, rows):
+        if portrait is not None:
+            line[0].imshow(portrait)
+        line[0].axis("off")
+        line[0].set_title(label, fontsize=7)
+        for i, (name, positions) in enumerate(named.items()):
+            for j, (view_name, azimuth) in enumerate(azimuths.items()):
+                axes = line[1 + i * len(azimuths) + j]
+                size = min(9.0, 2500 / max(len(positions), 1))
+                draw_cloud(axes, positions, azimuth, limits, size)
+                axes.set_title(f"{name}, {len(positions):,} points" if j == 0 else view_name, fontsize=7)
+    figure.savefig(path)
