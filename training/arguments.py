@@ -7,6 +7,8 @@ paper. A field that no class knows is refused with the nearest name there is.
 import difflib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -60,17 +62,17 @@ class ModelArguments:
         """The configuration of a new model for this tokenizer's vocabulary."""
         vision = None
         if self.use_vision_encoder:
-            vision = (
-                Dinov2Config.from_pretrained(self.vision_model)
-                if self.vision_model
-                else Dinov2Config(
+            if self.vision_model:
+                with flag_named("--vision_model", self.vision_model):
+                    vision = Dinov2Config.from_pretrained(self.vision_model)
+            else:
+                vision = Dinov2Config(
                     hidden_size=self.vision_hidden_size,
                     num_hidden_layers=self.vision_num_layers,
                     num_attention_heads=self.vision_num_heads,
                     patch_size=self.vision_patch_size,
                     image_size=tokenizer.image_size,
                 )
-            )
         frozen = bool(self.vision_model) if self.freeze_vision_encoder is None else self.freeze_vision_encoder
         own = {f.name for f in fields(self)} & {f.name for f in fields(PointillistConfig)}
         lower, upper = tokenizer.bounds
@@ -129,6 +131,9 @@ class PretrainArguments(TrainingArguments):
             self.dataloader_pin_memory = False
             if self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 self.ddp_backend = "gloo"
+            # DeepSpeed finds the CPU itself; for the rest accelerate must be told, else every process trains on its own.
+            if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+                self.use_cpu = True
             # `accelerate launch` gives every process one thread unless told otherwise.
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(self.num_threads or max(1, (os.cpu_count() or 1) // processes))
@@ -166,10 +171,26 @@ def read_yaml(path: Path) -> dict:
     """A mapping from a YAML file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file; those of the toolkit lie in training/configs/")
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected fields and values, found {type(content).__name__}")
     return content
+
+
+@contextmanager
+def flag_named(flag: str, value: str) -> Iterator[None]:
+    """What transformers raises for a model that is not there becomes one line with the flag that asked for it."""
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{flag} {value}: no such model here, neither as a folder with config.json and model.safetensors nor in the "
+            f"cache of the Hub; correct it, or download it while online (HF_HUB_OFFLINE=0) ({reason})"
+        ) from error
 
 
 def exit_on_user_error(main) -> None:

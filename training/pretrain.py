@@ -16,15 +16,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import create_repo, upload_folder
 from transformers import Dinov2Model, set_seed
 
-from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.corpus import Corpus, load_corpus
 from modeling import PointillistForCausalLM
-from training.arguments import DataArguments, ModelArguments, PretrainArguments, exit_on_user_error, parse_arguments
+from training.arguments import (
+    DataArguments,
+    ModelArguments,
+    PretrainArguments,
+    exit_on_user_error,
+    flag_named,
+    parse_arguments,
+)
 from training.metrics import baselines
 from training.model_card import model_card
-from training.trainer import PointillistTrainer, checkpoint_to_resume
+from training.trainer import PointillistTrainer, checkpoint_to_resume, removed_if_disk_is_full
 from training.windows import AvatarRows, EvaluationWindows, TrainWindows, collate_windows
 
 
@@ -87,13 +94,14 @@ def build_model(arguments: ModelArguments, corpus: Corpus) -> PointillistForCaus
         config._attn_implementation = arguments.attn_implementation
         model = PointillistForCausalLM(config)
         if arguments.use_vision_encoder and arguments.vision_model:
-            model.condition_encoder.vision.load_state_dict(
-                Dinov2Model.from_pretrained(arguments.vision_model).state_dict()
-            )
+            with flag_named("--vision_model", arguments.vision_model):
+                vision = Dinov2Model.from_pretrained(arguments.vision_model)
+            model.condition_encoder.vision.load_state_dict(vision.state_dict())
         return model
-    model = PointillistForCausalLM.from_pretrained(
-        arguments.model, attn_implementation=arguments.attn_implementation, dtype=torch.float32
-    )
+    with flag_named("--model", arguments.model):
+        model = PointillistForCausalLM.from_pretrained(
+            arguments.model, attn_implementation=arguments.attn_implementation, dtype=torch.float32
+        )
     if (model.config.n_bins, model.config.n_faces) != (tokenizer.n_bins, tokenizer.n_faces):
         raise ValueError(
             f"{arguments.model} spells points with {model.config.n_bins} levels and {model.config.n_faces} faces, the corpus "
@@ -106,36 +114,29 @@ def save(trainer: PointillistTrainer, model, corpus: Corpus, rows: dict, data: D
     """Model, tokenizer, card and report into the output folder: written beside it first, then moved in file by file."""
     output = Path(trainer.args.output_dir)
     staging = output / ".model.partial"
-    trainer.save_model(str(staging), _internal_call=True)
-    if not trainer.is_world_process_zero():
-        return
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    report = {
-        "num_subjects": sum(len(r) for r in rows.values()),
-        "num_tokens": int(sum(r.lengths.sum() for r in rows.values())),
-        "num_parameters": model.num_decoder_parameters(),
-        "steps": trainer.state.global_step,
-        "train_loss_first": losses[0] if losses else None,
-        "train_loss_last": losses[-1] if losses else None,
-        "heldout_nll": metrics["eval_nll"],
-        **baselines(rows["train"], rows[data.eval_split]),
-        **{name.replace("eval_", "heldout_"): value for name, value in metrics.items() if name.startswith("eval_")},
-    }
-    (staging / "README.md").write_text(model_card(model.config, corpus, report, trainer.args))
-    (staging / "training_report.json").write_text(json.dumps(report, indent=2))
-    with atomic_file(output / "training_log.json") as file:
-        file.write(json.dumps(history, indent=1).encode())
-    for path in sorted(staging.iterdir()):
-        path.replace(output / path.name)
-    shutil.rmtree(staging)
+    with removed_if_disk_is_full(staging):
+        if trainer.is_world_process_zero():
+            shutil.rmtree(staging, ignore_errors=True)  # what a killed run may have left
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(staging), _internal_call=True)
+        if not trainer.is_world_process_zero():
+            return
+        report = training_report(trainer, model, rows, data, metrics)
+        (staging / "README.md").write_text(model_card(model.config, corpus, report, trainer.args))
+        (staging / "training_report.json").write_text(json.dumps(report, indent=2))
+        (staging / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+        for path in sorted(staging.iterdir()):
+            path.replace(output / path.name)
+        shutil.rmtree(staging)
     print(
         f"held-out NLL {report['heldout_nll']:.3f} nats a token (unigram {report['unigram_nll']:.3f}, "
         f"uniform {report['uniform_nll']:.3f}); model in {output}"
     )
     if trainer.args.push_to_hub:
-        model.push_to_hub(trainer.args.hub_model_id or output.name, private=trainer.args.hub_private_repo)
-        corpus.tokenizer.push_to_hub(trainer.args.hub_model_id or output.name)
+        name, token = trainer.args.hub_model_id or output.name, trainer.args.hub_token
+        repository = create_repo(name, private=trainer.args.hub_private_repo, exist_ok=True, token=token).repo_id
+        ignored = ["checkpoint-*", "training_args.bin"]
+        upload_folder(repo_id=repository, folder_path=output, ignore_patterns=ignored, token=token)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -102,35 +104,52 @@ class PointillistTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # what a killed run may have left
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                arguments = {k: v for k, v in self.args.to_sanitized_dict().items() if "token" not in k}
-                with atomic_file(folder / "training_arguments.json") as file:
-                    file.write(json.dumps(arguments, indent=2, sort_keys=True).encode())
-                with atomic_file(folder / COMPLETE) as file:
-                    file.write(b"")
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if not disk_is_full(error):
-                raise
-            shutil.rmtree(folder, ignore_errors=True)
-            raise ValueError(
-                f"the disk is full: {folder} could not be written and was removed ({error}). Earlier checkpoints are whole; "
-                "free space, or lower --save_total_limit, and go on with --resume_from_checkpoint true"
-            ) from error
+            with removed_if_disk_is_full(folder):
+                if self.args.should_save:
+                    shutil.rmtree(folder, ignore_errors=True)  # what a killed run may have left
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    arguments = {k: v for k, v in self.args.to_sanitized_dict().items() if "token" not in k}
+                    with atomic_file(folder / "training_arguments.json") as file:
+                        file.write(json.dumps(arguments, indent=2, sort_keys=True).encode())
+                    with atomic_file(folder / COMPLETE) as file:
+                        file.write(b"")
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
 
+@contextmanager
+def removed_if_disk_is_full(folder: Path) -> Iterator[None]:
+    """While `folder` is written: a full disk removes it and becomes a `ValueError` that says how to go on."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not disk_is_full(error):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ValueError(
+            f"the disk is full: {folder} could not be written and was removed ({error}). Earlier checkpoints are whole; "
+            "free space, or lower --save_total_limit, and go on with --resume_from_checkpoint true"
+        ) from error
+
+
 def disk_is_full(error: BaseException) -> bool:
     """Whether an error of any of the writers (Python, safetensors, torch.save) means: no space left."""
-    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or any(
-        text in str(error) for text in ("No space left", "StorageFull", "Disk quota exceeded", "os error 28")
+    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) or any(
+        text in str(error)
+        # torch.save says where its zip writer stopped, not why.
+        for text in (
+            "No space left",
+            "StorageFull",
+            "Disk quota exceeded",
+            "os error 28",
+            "inline_container",
+            "iostream",
+        )
     )
 
 

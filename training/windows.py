@@ -3,7 +3,7 @@
 A sentence may be ten times the attention window long, so the model is trained on windows of `sliding_window` tokens cut at
 point borders (truncated training: Meshtron). Item i of `TrainWindows` depends on the seed and on i alone, so a resumed run,
 or one on another number of workers, sees the same data. Windows that would hang over an end of the sentence are moved inside:
-every token is then seen equally often, the beginning and the end of a sentence like its middle.
+its beginning and its end are then seen as often as its middle, and the tokens next to them up to three times as often.
 
 `EvaluationWindows` visits every held-out token once, each with at least half a window of context where there is that much.
 Axes: B batch, L tokens, V vertices.
@@ -27,7 +27,6 @@ class AvatarRows:
         self.avatars = corpus.avatars(split).with_format("numpy")
         self.frames, self.frame_rows = None, {}
         if use_images:
-            self.frames = corpus.frames(split).select_columns(["image"])
             self.frame_rows = corpus.frame_rows(split)
             without = [avatar_id for avatar_id, rows in self.frame_rows.items() if not rows]
             if without:
@@ -35,6 +34,7 @@ class AvatarRows:
                     f"{corpus.path}: {len(without)} avatars of {split!r} have no pictures, first {without[0]!r}, but the model "
                     "reads a portrait; build the corpus with frames, or train with --use_vision_encoder false"
                 )
+            self.frames = corpus.frames(split).select_columns(["image"])
         self.use_heads = use_heads
         # A point has four tokens, a sentence a beginning and an end.
         self.lengths = 4 * np.asarray(self.avatars["num_points"], dtype=np.int64) + 2
@@ -99,7 +99,10 @@ class TrainWindows(Dataset):
 
 
 def window_start(length: int, window: int, random: np.random.Generator) -> int:
-    """A start at a point border, drawn so that every token of the sentence is covered equally often."""
+    """A start at a point border, drawn so that no token is covered less often than one in the middle of a long sentence.
+
+    (Whole windows cannot do more: what covers the first token covers all of the first window.)
+    """
     last = max(0, -(-(length - window) // 4) * 4)
     start = 4 * int(random.integers(-(window // 4) + 1, -(-length // 4)))
     return min(max(start, 0), last)

@@ -1,0 +1,171 @@
+"""Windows: the same item whatever was read before it, cut between points, every token learned and counted."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from gaussian_tokenizer.corpus import load_corpus
+from gaussian_tokenizer.corpus_builder import build
+from gaussian_tokenizer.corpus_plan import BuildSettings
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.synthetic import synthesize_subject
+from training.windows import AvatarRows, EvaluationWindows, TrainWindows, collate_windows, window_start
+
+
+class Sentences:
+    """Sentences of given lengths whose ids are their positions: what windows read of `AvatarRows`, without a corpus."""
+
+    def __init__(self, *lengths):
+        self.lengths = np.array(lengths)
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def sentence(self, row):
+        return np.arange(self.lengths[row])
+
+    def condition(self, row, pick):
+        return {}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert np.array_equal(np.asarray(a[name]), np.asarray(b[name])), name
+
+
+def test_an_item_depends_on_the_seed_and_its_number_only(train_rows):
+    windows = TrainWindows(train_rows, 64, 24, seed=3, condition_dropout=0.5)
+    again = TrainWindows(train_rows, 64, 24, seed=3, condition_dropout=0.5)
+    forwards = [windows[i] for i in range(24)]
+    for i in np.random.default_rng(0).permutation(24):
+        same(again[int(i)], forwards[i])
+    other = TrainWindows(train_rows, 64, 24, seed=4, condition_dropout=0.5)
+    assert any(not np.array_equal(other[i]["input_ids"], forwards[i]["input_ids"]) for i in range(24))
+
+
+def test_workers_read_the_same_items(train_rows):
+    windows = TrainWindows(train_rows, 64, 8, seed=0, condition_dropout=0.5)
+    loader = DataLoader(windows, batch_size=None, num_workers=2, collate_fn=lambda item: item)
+    for i, item in enumerate(loader):
+        same(item, windows[i])
+
+
+def test_an_epoch_visits_every_avatar_once_in_an_order_of_its_own(train_rows):
+    windows = TrainWindows(train_rows, 64, 24, seed=0, condition_dropout=0.0)
+    n = len(train_rows)
+    heads = [windows[i]["head_vertices"].tobytes() for i in range(3 * n)]
+    assert len(set(heads)) == n
+    assert all(set(heads[k * n : (k + 1) * n]) == set(heads) for k in range(3))
+    assert heads[:n] != heads[n : 2 * n]
+
+
+def test_windows_are_whole_points_of_the_sentence(train_rows):
+    windows = TrainWindows(train_rows, 64, 40, seed=0, condition_dropout=0.0)
+    tokenizer = train_rows.tokenizer
+    for i in range(40):
+        ids = windows[i]["input_ids"]
+        assert len(ids) in (64, 62)  # the last window of a sentence ends at eos, after a multiple of four and two more
+        faces = (ids >= tokenizer.n_bins) & (ids < tokenizer.n_bins + tokenizer.n_faces)
+        assert (np.flatnonzero(faces) % 4 == 0).all()
+        assert (ids[0] == tokenizer.bos_token_id) != bool(faces[0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_condition_is_dropped_in_the_asked_share_of_windows(share):
+    windows = TrainWindows(Sentences(6), 4, 2000, seed=0, condition_dropout=share)
+    dropped = np.mean([windows[i]["drop_condition"] for i in range(2000)])
+    assert abs(dropped - share) <= 5 * np.sqrt(share * (1 - share) / 2000)
+
+
+@pytest.mark.parametrize("window", [0, 3, 6, 126, -4])
+def test_a_window_that_is_not_whole_points_is_refused(window):
+    with pytest.raises(ValueError, match=rf"multiple of 4 .*found {window}"):
+        TrainWindows(Sentences(100), window, 10, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("length", "window"), [(402, 64), (90, 64), (66, 64), (130, 64), (1602, 512), (14, 64), (402, 4)]
+)
+def test_no_token_is_seen_less_often_than_one_in_the_middle_nor_more_than_three_times_as_often(length, window):
+    random = np.random.default_rng(0)
+    draws = 20_000
+    starts = np.array([window_start(length, window, random) for _ in range(draws)])
+    assert (starts % 4 == 0).all() and starts.min() == 0
+    assert starts.max() + window >= length  # the end token is reached
+    seen = np.zeros(length)
+    for start, count in zip(*np.unique(starts, return_counts=True)):
+        seen[start : start + window] += count
+    # What the middle of a long sentence gets: window / 4 of the starts before clamping.
+    share = draws * (window // 4) / ((window // 4 - 1) + -(-length // 4))
+    noise = 5 * np.sqrt(share)
+    assert seen.min() >= share - noise
+    assert seen.max() <= 3 * share + noise
+    if length > window:
+        assert abs(seen[0] - share) <= noise and abs(seen[-1] - share) <= noise
+    # A window away from both ends all tokens are alike.
+    assert (abs(seen[window : length - window - 4] - share) <= noise).all()
+
+
+@pytest.mark.parametrize("window", [8, 12, 64, 100])
+def test_evaluation_predicts_every_token_once_with_half_a_window_of_context(window):
+    lengths = (2, 6, 10, 14, 62, 66, 70, 98, 102, 106, 130, 1002)
+    windows = EvaluationWindows(Sentences(*lengths), window)
+    counted = [np.zeros(length, int) for length in lengths]
+    for (row, start, _), item in zip(windows.items, (windows[i] for i in range(len(windows)))):
+        assert start % 4 == 0
+        assert len(item["input_ids"]) <= window
+        labels = item["labels"]
+        for t in np.flatnonzero(labels != -100):
+            if t == 0:
+                assert start == 0
+                continue
+            assert labels[t] == item["input_ids"][t] == start + t
+            counted[row][start + t] += 1
+            assert start == 0 or t >= window // 2
+    assert all((count[1:] == 1).all() for count in counted)
+
+
+def test_a_batch_is_padded_on_the_right_and_padding_is_not_learned():
+    items = [
+        {"input_ids": np.arange(8), "labels": np.arange(8), "drop_condition": True},
+        {"input_ids": np.arange(5), "labels": np.array([-100, -100, 2, 3, 4]), "drop_condition": False},
+    ]
+    batch = collate_windows(items, pad_token_id=99)
+    assert batch["input_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 99, 99, 99]]
+    assert batch["labels"].tolist() == [[-100, 1, 2, 3, 4, 5, 6, 7], [-100, -100, 2, 3, 4, -100, -100, -100]]
+    assert batch["drop_condition"].tolist() == [True, False]
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+def test_a_batch_carries_the_conditions_of_its_rows(train_rows):
+    windows = TrainWindows(train_rows, 64, 3, seed=0, condition_dropout=0.0)
+    items = [windows[i] for i in range(3)]
+    batch = collate_windows(items, 0)
+    assert batch["pixel_values"].shape == (3, 3, 56, 56)
+    assert batch["head_vertices"].shape == batch["head_normals"].shape
+    assert torch.equal(batch["head_vertices"][1], torch.from_numpy(items[1]["head_vertices"]))
+    assert torch.allclose(batch["head_normals"].norm(dim=-1), torch.ones(()), atol=1e-2)
+
+
+def test_the_portrait_of_a_window_is_one_of_its_subject(train_rows, corpus):
+    windows = TrainWindows(train_rows, 64, 8, seed=0, condition_dropout=0.0)
+    avatars, frames = corpus.avatars("train").with_format("numpy"), corpus.frames("train")
+    for i in range(8):
+        item = windows[i]
+        row = next(r for r in range(8) if np.array_equal(avatars[r]["head_vertices"], item["head_vertices"]))
+        picture = frames[corpus.frame_rows("train")[str(avatars[row]["avatar_id"])][0]]["image"]
+        expected = corpus.tokenizer(images=picture)["pixel_values"][0]
+        assert np.array_equal(item["pixel_values"], expected)
+
+
+def test_avatars_without_pictures_are_refused_where_the_model_reads_a_portrait(tmp_path):
+    head = HeadModel.procedural(600)
+    for i in range(3):
+        synthesize_subject(head, i, 20).avatar.save(tmp_path / "avatars" / f"a{i}")
+    build(tmp_path / "avatars", head, tmp_path / "corpus", BuildSettings(num_validation=1), progress=False)
+    corpus = load_corpus(tmp_path / "corpus")
+    with pytest.raises(ValueError, match=r"2 avatars of 'train' have no pictures.*--use_vision_encoder false"):
+        AvatarRows(corpus, "train", use_images=True, use_heads=True)
+    assert len(AvatarRows(corpus, "train", use_images=False, use_heads=True)) == 2
