@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Dinov2Config, HfArgumentParser, TrainingArguments
 
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
@@ -197,7 +198,9 @@ def exit_on_user_error(main) -> None:
     """Run `main`; what a user can mend is said in one line instead of a traceback."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, StrictDataclassError) as error:
         if os.environ.get("POINTILLIST_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        # The configuration's own words, without the name of the validator around them.
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+        sys.exit(f"error: {cause}")

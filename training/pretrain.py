@@ -139,5 +139,21 @@ def save(trainer: PointillistTrainer, model, corpus: Corpus, rows: dict, data: D
         upload_folder(repo_id=repository, folder_path=output, ignore_patterns=ignored, token=token)
 
 
+def training_report(trainer: PointillistTrainer, model, rows: dict, data: DataArguments, metrics: dict) -> dict:
+    """What `training_report.json` holds."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "num_subjects": sum(len(r) for r in rows.values()),
+        "num_tokens": int(sum(r.lengths.sum() for r in rows.values())),
+        "num_parameters": model.num_decoder_parameters(),
+        "steps": trainer.state.global_step,
+        "train_loss_first": losses[0] if losses else None,
+        "train_loss_last": losses[-1] if losses else None,
+        "heldout_nll": metrics["eval_nll"],
+        **baselines(rows["train"], rows[data.eval_split]),
+        **{name.replace("eval_", "heldout_"): value for name, value in metrics.items() if name.startswith("eval_")},
+    }
+
+
 if __name__ == "__main__":
     exit_on_user_error(main)
