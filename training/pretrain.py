@@ -82,7 +82,8 @@ def main() -> None:
             flush=True,
         )
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate()
+    last = [entry for entry in trainer.state.log_history if "eval_nll" in entry]
+    metrics = last[-1] if last and last[-1]["step"] == trainer.state.global_step else trainer.evaluate()
     save(trainer, model, corpus, rows, data, metrics)
 
 

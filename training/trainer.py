@@ -99,6 +99,21 @@ class PointillistTrainer(Trainer):
         if self.args.should_save:
             self.train_dataset.rows.tokenizer.save_pretrained(output_dir or self.args.output_dir)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Weights by `from_pretrained`: checkpoints hold DINOv2 under its published names, which Trainer would pass over."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        model = self.model if model is None else model
+        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
+
+    def _load_best_model(self):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _save_checkpoint(self, model, trial):
         """Trainer's checkpoint, then the mark that it is whole, and only then older ones are removed."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
