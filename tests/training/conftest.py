@@ -38,7 +38,11 @@ def train_rows(corpus) -> AvatarRows:
 
 
 class Launcher:
-    """Starts `training/pretrain.py`: `arguments` after the configuration, `processes` "one", "ddp", "zero2" or "zero3"."""
+    """Starts `training/pretrain.py` with `arguments` after the configuration.
+
+    `processes`: "one" by `accelerate launch`, "python" for one without a launcher, or two by torchrun ("ddp") or under
+    DeepSpeed ("zero2", "zero3").
+    """
 
     def __init__(self, corpus: Path, cache: Path):
         self.corpus, self.cache = corpus, cache
@@ -50,6 +54,8 @@ class Launcher:
                 free.bind(("", 0))
                 port = free.getsockname()[1]
             prefix = [binaries / "torchrun", "--nproc_per_node", "2", "--master_port", str(port)]
+        elif processes == "python":
+            prefix = [sys.executable]
         elif processes == "one":
             prefix = [binaries / "accelerate", "launch", "--num_processes", "1", "--num_machines", "1"]
             prefix += ["--mixed_precision", "no", "--dynamo_backend", "no"]

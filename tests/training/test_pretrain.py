@@ -1,8 +1,8 @@
 """The training script as users run it: what it leaves, the same losses however it is spread or interrupted, and its errors."""
 
+import contextlib
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import huggingface_hub
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -47,7 +48,7 @@ def losses(output: Path) -> list[float]:
 
 
 def kill_and_resume(launcher, output: Path, seed: int, *arguments: str, processes: str = "one") -> None:
-    """Start a run, kill its whole process group at a random moment after the first checkpoint, run it to the end."""
+    """Start a run, kill all of its processes at a random moment after the first checkpoint, run it to the end."""
     process = launcher.start(output, *SETTINGS, *arguments, processes=processes)
     deadline = time.monotonic() + 600
     while not (output / f"checkpoint-{SAVE_EVERY}" / COMPLETE).exists():
@@ -56,9 +57,13 @@ def kill_and_resume(launcher, output: Path, seed: int, *arguments: str, processe
         ).read_text()
         time.sleep(0.005)
     time.sleep(random.Random(seed).uniform(0, 0.6))
-    os.killpg(process.pid, signal.SIGKILL)
+    # Not the process group: launchers of several processes give each a session of its own.
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGKILL)
     process.wait()
-    # The whole group is gone before the next run touches the folder.
+    psutil.wait_procs(family, timeout=60)
     assert not (output / "training_report.json").exists(), "the run was over before it was killed"
     printed = launcher.run(output, *SETTINGS, *arguments, "--resume_from_checkpoint", "true", processes=processes)
     assert re.search(r"going on from \S+checkpoint-\d+", printed)
@@ -142,7 +147,7 @@ def test_a_checkpoint_explains_itself(reference):
 
 
 def test_a_killed_run_goes_on_with_the_same_losses_bit_for_bit(launcher, reference, tmp_path):
-    kill_and_resume(launcher, tmp_path / "run", seed=int(time.time()))
+    kill_and_resume(launcher, tmp_path / "run", seed=int(time.time()), processes="python")
     assert history(tmp_path / "run") == history(reference)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
 
@@ -164,7 +169,7 @@ def test_a_checkpoint_that_a_killed_save_left_is_passed_over_and_replaced(launch
     (half / "left_behind").write_bytes(b"")
     (output / ".model.partial").mkdir()
     (output / ".model.partial" / "left_behind").write_bytes(b"")
-    printed = launcher.run(output, *SETTINGS, "--resume_from_checkpoint", "true")
+    printed = launcher.run(output, *SETTINGS, "--resume_from_checkpoint", "true", processes="python")
     assert re.search(r"going on from \S+checkpoint-15\b", printed)
     assert history(output) == history(reference)
     assert (half / COMPLETE).exists()
