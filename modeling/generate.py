@@ -34,18 +34,27 @@ def main() -> None:
     )
     parser.add_argument("--portrait", type=Path, help="picture of the person, face in the middle")
     parser.add_argument("--params", type=Path, help="flame_param.npz with the person's shape (default: the mean head)")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for points.safetensors, .ply and .png")
     parser.add_argument("--max_points", type=int, default=30_000, help="write no more points than this")
     parser.add_argument("--max_points_per_face", type=int, help="close a face that carries so many")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="below 1: likelier tokens are preferred more")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="choose among the likeliest tokens of this total probability"
+    )
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="above 1: follow the condition more closely")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another cloud")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     arguments = parser.parse_args()
+    try:
+        write_cloud(arguments)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {' '.join(str(error).split())}\n")
 
-    model = PointillistForCausalLM.from_pretrained(arguments.model).to(arguments.device).eval()
-    tokenizer = GaussianTokenizer.from_pretrained(arguments.model)
+
+def write_cloud(arguments: argparse.Namespace) -> None:
+    """Everything between the command line and the files."""
+    model, tokenizer = open_model(arguments.model)
+    model = model.to(arguments.device)
     head = load_head(arguments.head)
     check_head(tokenizer, head, arguments.head)
     params = HeadParameters.load(arguments.params) if arguments.params else None
@@ -58,7 +67,6 @@ def main() -> None:
         max_points_per_face=arguments.max_points_per_face,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
-        top_k=0,
         guidance_scale=arguments.guidance_scale,
         progress=True,
     )[0].cpu()
@@ -67,6 +75,17 @@ def main() -> None:
     save_points(arguments.output_dir, points, ids.numpy())
     draw_comparison(arguments.output_dir / "points.png", [("portrait", portrait, {"generated": points["positions"]})])
     print(f"{len(points['faces']):,} points in {arguments.output_dir}: points.safetensors, points.ply, points.png")
+
+
+def open_model(name: str) -> tuple[PointillistForCausalLM, GaussianTokenizer]:
+    """Model and tokenizer of a folder or Hub id."""
+    try:
+        return PointillistForCausalLM.from_pretrained(name).eval(), GaussianTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"--model {name}: no model with its tokenizer here, neither as a folder with config.json, model.safetensors and "
+            f"processor_config.json nor in the cache of the Hub ({error})"
+        ) from error
 
 
 def check_head(tokenizer: GaussianTokenizer, head: HeadModel, name: str) -> None:

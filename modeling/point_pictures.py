@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 VIEWS = {"front": 0.0, "three-quarter": 45.0, "profile": 90.0}
@@ -52,11 +51,15 @@ def draw_comparison(
         rows: (label, portrait or None, {name: positions (N, 3)}); the same names in every row.
         azimuths: view names and degrees.
     """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('pictures of point clouds need matplotlib: pip install "avatar-pointillist[demo]"') from None
     azimuths = azimuths or VIEWS
     clouds = [cloud for _, _, named in rows for cloud in named.values() if len(cloud)]
     everything = np.concatenate(clouds) if clouds else np.zeros((1, 3))
     reach = 1.05 * max(float(np.abs(everything[:, [0, 2]]).max()), 1e-3)
-    middle, half = (everything[:, 1].max() + everything[:, 1].min()) / 2, np.ptp(everything[:, 1]) / 2 * 1.05 + 1e-3
+    middle, half = (everything[:, 1].max() + everything[:, 1].min()) / 2, max(1.05 * np.ptp(everything[:, 1]) / 2, reach)
     limits = np.array([reach, middle - half, middle + half])
     names = list(rows[0][2])
     columns = 1 + len(names) * len(azimuths)
@@ -64,7 +67,7 @@ def draw_comparison(
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for line, (label, portrait, named) in zip(grid, rows):
         if portrait is not None:
-            line[0].imshow(portrait)
+            line[0].imshow(portrait.convert("RGBA"))  # grey and palette pictures too
         line[0].axis("off")
         line[0].set_title(label, fontsize=7)
         for i, (name, positions) in enumerate(named.items()):

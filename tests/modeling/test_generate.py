@@ -1,0 +1,145 @@
+"""The command that writes a cloud for a portrait: what it leaves, which pictures it takes, what it says of mistakes."""
+
+import sys
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from plyfile import PlyData
+from safetensors.numpy import load_file
+from transformers import Dinov2Config
+
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from modeling import PointillistConfig, PointillistForCausalLM, generate
+
+HEAD = HeadModel.procedural(600)
+
+
+def save_model(folder, head_hash=HEAD.hash):
+    torch.manual_seed(0)
+    tokenizer = GaussianTokenizer(
+        n_bins=32, n_faces=HEAD.n_faces, image_size=28, head_name=HEAD.name, head_hash=head_hash
+    )
+    config = PointillistConfig(
+        n_bins=32, n_faces=HEAD.n_faces, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        head_dim=16, sliding_window=64, point_latents=4, point_hidden_size=16, point_layers=1, point_attention_heads=2,
+        vision_config=Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14),
+        initializer_range=0.5,
+    )  # fmt: skip
+    PointillistForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def command(model, monkeypatch, tmp_path, capsys):
+    """Run the command in this process; returns the ids it wrote, or its one line of error."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def run(*arguments, output="out", **flags):
+        flags = {"model": model, "head": "procedural:600", "max_points": 6, "device": "cpu"} | flags
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        words += [*arguments, "--output_dir", tmp_path / output]
+        monkeypatch.setattr(sys, "argv", ["generate", *(str(word) for word in words)])
+        try:
+            generate.main()
+        except SystemExit as error:
+            assert error.code == 1
+            assert not (tmp_path / output).exists()
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            return line
+        return load_file(tmp_path / output / "points.safetensors")["input_ids"]
+
+    return run
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """Save noise as a picture of a mode and a format."""
+
+    def save(mode="RGB", suffix="png", seed=0, size=(40, 30)):
+        noise = np.random.default_rng(seed).integers(0, 256, (*size, 4), dtype=np.uint8)
+        path = tmp_path / f"portrait-{mode.replace(';', '')}-{seed}.{suffix}"
+        Image.fromarray(noise, "RGBA").convert(mode).save(path)
+        return path
+
+    return save
+
+
+def test_it_leaves_points_a_ply_that_opens_and_a_picture(command, picture, tmp_path):
+    ids = command(portrait=picture())
+    points = load_file(tmp_path / "out" / "points.safetensors")
+    again = GaussianTokenizer(n_bins=32, n_faces=HEAD.n_faces).decode(ids)
+    assert 1 <= len(points["faces"]) <= 6
+    assert np.array_equal(again["faces"], points["faces"])
+    vertices = PlyData.read(tmp_path / "out" / "points.ply")["vertex"]
+    assert np.array_equal(np.stack([vertices[axis] for axis in "xyz"], 1), points["positions"])
+    assert np.array_equal(vertices["face"], points["faces"])
+    assert min(Image.open(tmp_path / "out" / "points.png").size) > 50
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"points.safetensors", "points.ply", "points.png"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("RGBA", "png"), ("LA", "png"), ("L", "png"), ("P", "gif"), ("1", "png"), ("CMYK", "jpg"), ("L", "jpg")],
+)
+def test_pictures_of_every_kind_are_read(command, picture, mode, suffix):
+    assert len(command(portrait=picture(mode, suffix))) > 4
+
+
+def test_the_same_seed_writes_the_same_cloud_and_another_seed_another(command, picture):
+    portrait = picture()
+    first = command(portrait=portrait, seed=1)
+    assert np.array_equal(command(portrait=portrait, seed=1), first)
+    assert not np.array_equal(command(portrait=portrait, seed=2), first)
+
+
+def test_the_portrait_and_the_shape_of_the_head_decide(command, picture, tmp_path):
+    params = HeadParameters.zeros(HEAD.n_shape, HEAD.n_expression)
+    params.shape[:] = 3.0
+    params.save(tmp_path / "flame_param.npz")
+    portrait = picture()
+    clouds = [
+        command(portrait=portrait, temperature=0.05),
+        command(portrait=picture(seed=1), temperature=0.05),
+        command(portrait=portrait, temperature=0.05, params=tmp_path / "flame_param.npz"),
+        command(temperature=0.05),
+    ]
+    assert len({cloud.tobytes() for cloud in clouds}) == 4
+
+
+def test_a_picture_that_is_not_there_or_not_one_is_named(command, tmp_path):
+    assert "nobody.png: no such picture" in command(portrait=tmp_path / "nobody.png")
+    (tmp_path / "text.png").write_text("hello")
+    assert "text.png: not a picture" in command(portrait=tmp_path / "text.png")
+    Image.new("RGB", (200, 200), "red").save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
+    assert "cut.png: not a picture" in command(portrait=tmp_path / "cut.png")
+
+
+def test_a_head_that_is_not_the_models_is_refused(command, tmp_path):
+    line = command(head="procedural:1200")
+    assert "600 faces" not in line.split("--head")[1] and f"{HEAD.n_faces} faces" in line
+    other = save_model(tmp_path / "other", head_hash="0" * 16)
+    assert "hash 0000000000000000" in command(model=other)
+    assert len(command(model=save_model(tmp_path / "unknown", head_hash=None))) > 4
+
+
+def test_files_that_are_not_there_are_named(command, tmp_path):
+    assert "--model some/repo: no model" in command(model="some/repo")
+    assert "nobody.npz" in command(params=tmp_path / "nobody.npz")
+    assert "nobody.safetensors" in command(head=tmp_path / "nobody.safetensors")
+
+
+def test_settings_out_of_range_are_said(command):
+    assert "max_points" in command(max_points=0)
+    assert "max_points_per_face" in command(max_points_per_face=0)
