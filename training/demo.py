@@ -143,9 +143,10 @@ def judge(tokenizer: GaussianTokenizer, ids: np.ndarray) -> tuple[dict, int]:
     """Points of a generated sentence, and how many of its tokens are not what the tokenizer would have written."""
     points = tokenizer.decode(ids, errors="truncate")
     invalid = int(points.pop("dropped"))
-    again = tokenizer(points)["input_ids"].astype(np.int64) if len(points["faces"]) else np.zeros(0, np.int64)
-    kept = ids[: len(again)]
-    return points, invalid + int((kept != again[: len(kept)]).sum())
+    if len(points["faces"]):
+        again = tokenizer(points)["input_ids"].astype(np.int64)[: 1 + 4 * len(points["faces"])]
+        invalid += int((ids[: len(again)] != again).sum())
+    return points, invalid
 
 
 def chamfer(a: np.ndarray, b: np.ndarray) -> float:
