@@ -76,7 +76,7 @@ class ConditionEncoder(nn.Module):
         """Fill the parameters that belong to no standard layer."""
         init.normal_(self.empty, std=std)
         if self.config.use_point_encoder:
-            init.normal_(self.points.latents, std=std)
+            init.normal_(self.points.latents)  # of unit size: queries that begin alike stay alike for long
 
     def forward(
         self, pixel_values: Tensor | None, head_vertices: Tensor | None, head_normals: Tensor | None

@@ -277,6 +277,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         self.generation_config.do_sample = True
+        self.generation_config.top_k = 0  # transformers would keep the 50 likeliest
         self.generation_config.max_new_tokens = 4 * 32_768 + 1
 
     def encode_condition(

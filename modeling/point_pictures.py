@@ -59,7 +59,10 @@ def draw_comparison(
     clouds = [cloud for _, _, named in rows for cloud in named.values() if len(cloud)]
     everything = np.concatenate(clouds) if clouds else np.zeros((1, 3))
     reach = 1.05 * max(float(np.abs(everything[:, [0, 2]]).max()), 1e-3)
-    middle, half = (everything[:, 1].max() + everything[:, 1].min()) / 2, max(1.05 * np.ptp(everything[:, 1]) / 2, reach)
+    middle, half = (
+        (everything[:, 1].max() + everything[:, 1].min()) / 2,
+        max(1.05 * np.ptp(everything[:, 1]) / 2, reach),
+    )
     limits = np.array([reach, middle - half, middle + half])
     names = list(rows[0][2])
     columns = 1 + len(names) * len(azimuths)
