@@ -66,6 +66,12 @@ def test_numbers_are_numbers_however_yaml_reads_them(config, text):
     assert (training.save_steps, training.warmup_steps) == (5, 3)
 
 
+def test_a_whole_number_where_a_fraction_is_meant_is_a_float(config):
+    model, data, training = parse(config("corpus: a\nlearning_rate: 1\nrope_theta: 500\ncondition_dropout: 0\n"))
+    for value in (training.learning_rate, model.rope_theta, data.condition_dropout):
+        assert isinstance(value, float)
+
+
 @pytest.mark.parametrize(("word", "value"), [("true", True), ("false", False), ("True", True), ("no", False)])
 def test_a_flag_means_what_it_says_in_the_file_and_on_the_command_line(config, word, value):
     names = ("freeze_vision_encoder", "use_point_encoder")

@@ -49,14 +49,16 @@ def losses(output: Path) -> list[float]:
 
 def kill_and_resume(launcher, output: Path, seed: int, *arguments: str, processes: str = "one") -> None:
     """Start a run, kill all of its processes at a random moment after the first checkpoint, run it to the end."""
+    moment = random.Random(seed)
+    begun = moment.choice(range(SAVE_EVERY, STEPS - 1, SAVE_EVERY))  # the save after which, or during which, it dies
     process = launcher.start(output, *SETTINGS, *arguments, processes=processes)
     deadline = time.monotonic() + 600
-    while not (output / f"checkpoint-{SAVE_EVERY}" / COMPLETE).exists():
-        assert process.poll() is None and time.monotonic() < deadline, output.with_name(
-            f"{output.name}.log"
-        ).read_text()
-        time.sleep(0.005)
-    time.sleep(random.Random(seed).uniform(0, 0.6))
+    for sign in (output / f"checkpoint-{SAVE_EVERY}" / COMPLETE, output / f"checkpoint-{begun}"):
+        while not sign.exists():
+            running = process.poll() is None and time.monotonic() < deadline
+            assert running, output.with_name(f"{output.name}.log").read_text()
+            time.sleep(0.002)
+    time.sleep(moment.uniform(0, 0.15))
     # Not the process group: launchers of several processes give each a session of its own.
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
@@ -64,7 +66,7 @@ def kill_and_resume(launcher, output: Path, seed: int, *arguments: str, processe
             member.send_signal(signal.SIGKILL)
     process.wait()
     psutil.wait_procs(family, timeout=60)
-    assert not (output / "training_report.json").exists(), "the run was over before it was killed"
+    assert not (output / "training_report.json").exists(), f"over before it was killed, moment {seed}"
     printed = launcher.run(output, *SETTINGS, *arguments, "--resume_from_checkpoint", "true", processes=processes)
     assert re.search(r"going on from \S+checkpoint-\d+", printed)
 

@@ -61,6 +61,12 @@ def test_an_epoch_visits_every_avatar_once_in_an_order_of_its_own(train_rows):
     assert heads[:n] != heads[n : 2 * n]
 
 
+def test_the_cuts_of_an_epoch_differ():
+    windows = TrainWindows(Sentences(*[802] * 50), 64, 100, seed=0, condition_dropout=0.0)
+    starts = [int(windows[i]["input_ids"][0]) for i in range(100)]
+    assert len(set(starts[:50])) > 20 and len(set(starts[50:])) > 20 and starts[:50] != starts[50:]
+
+
 def test_windows_are_whole_points_of_the_sentence(train_rows):
     windows = TrainWindows(train_rows, 64, 40, seed=0, condition_dropout=0.0)
     tokenizer = train_rows.tokenizer
