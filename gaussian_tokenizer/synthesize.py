@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Write synthetic subjects (avatars with portraits) as GaussianAvatars folders.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--num_subjects", type=int, required=True)
+    parser.add_argument("--num_subjects", type=int, required=True, help="how many people to make")
     parser.add_argument("--output", type=Path, required=True, help="folder to put the subjects' folders in")
     parser.add_argument(
         "--head",

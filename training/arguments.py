@@ -7,7 +7,7 @@ paper. A field that no class knows is refused with the nearest name there is.
 import difflib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -32,7 +32,9 @@ class ModelArguments:
     intermediate_size: int = field(default=4096, metadata={"help": "width of the feed-forward"})
     num_hidden_layers: int = field(default=24, metadata={"help": "blocks of the decoder"})
     num_attention_heads: int = field(default=16, metadata={"help": "heads of each attention"})
-    num_key_value_heads: int | None = field(default=None, metadata={"help": "fewer key/value heads (default: all)"})
+    num_key_value_heads: int | None = field(
+        default=None, metadata={"help": "key/value heads; left out, as many as heads"}
+    )
     head_dim: int = field(default=64, metadata={"help": "channels of a head"})
     partial_rotary_factor: float = field(default=0.5, metadata={"help": "share of a head that RoPE rotates"})
     rope_theta: float = field(default=10000.0, metadata={"help": "base wavelength of RoPE"})
@@ -47,12 +49,18 @@ class ModelArguments:
         default=None, metadata={"help": "pre-trained DINOv2: folder or id such as facebook/dinov2-large"}
     )
     freeze_vision_encoder: bool | None = field(
-        default=None, metadata={"help": "keep the portrait encoder as it is (default: yes if --vision_model is given)"}
+        default=None, metadata={"help": "keep the portrait encoder as it is; left out, yes if --vision_model is given"}
     )
-    vision_hidden_size: int = field(default=1024, metadata={"help": "portrait encoder, without --vision_model"})
-    vision_num_layers: int = field(default=24, metadata={"help": "the same"})
-    vision_num_heads: int = field(default=16, metadata={"help": "the same"})
-    vision_patch_size: int = field(default=14, metadata={"help": "the same, pixels"})
+    vision_hidden_size: int = field(
+        default=1024, metadata={"help": "width of the portrait encoder, without --vision_model"}
+    )
+    vision_num_layers: int = field(
+        default=24, metadata={"help": "blocks of the portrait encoder, without --vision_model"}
+    )
+    vision_num_heads: int = field(
+        default=16, metadata={"help": "heads of the portrait encoder, without --vision_model"}
+    )
+    vision_patch_size: int = field(default=14, metadata={"help": "pixels of a patch, without --vision_model"})
     use_point_encoder: bool = field(default=True, metadata={"help": "read the head mesh"})
     point_latents: int = field(default=256, metadata={"help": "tokens that describe the head mesh"})
     point_hidden_size: int = field(default=768, metadata={"help": "width of the mesh encoder"})
@@ -123,7 +131,7 @@ class PretrainArguments(TrainingArguments):
     report_to: str = "none"
     remove_unused_columns: bool = False
     num_threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of a process (default: all cores shared among the processes)"}
+        default=None, metadata={"help": "CPU threads of a process; left out, all cores shared among the processes"}
     )
 
     def __post_init__(self):
@@ -153,8 +161,7 @@ def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
         settings = read_yaml(path)
         for name in settings:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                raise ValueError(f"{path}: no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                raise ValueError(f"{path}: no field {name!r}{nearest(name, known)}")
         for action in parser._actions:
             if action.dest in settings:
                 action.required = False
@@ -163,9 +170,18 @@ def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
                     str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
                 )
                 parser._defaults.pop(action.dest, None)
-    *parsed, rest = parser.parse_args_into_dataclasses(argv)
-    del rest
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and not any(known.startswith(flag) for known in parser._option_string_actions):
+            raise ValueError(f"no field {flag}{nearest(flag, parser._option_string_actions)}; --help lists all")
+    *parsed, _config = parser.parse_args_into_dataclasses(argv)
     return tuple(parsed)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A suggestion for a misspelt name, or nothing."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def read_yaml(path: Path) -> dict:

@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=112, help="pixels of a portrait, a multiple of 14")
     parser.add_argument("--seed", type=int, default=0)
     arguments, training = parser.parse_known_args()
+    if arguments.num_heldout < 2:
+        raise ValueError(f"--num_heldout must be at least 2, found {arguments.num_heldout}: one subject has no others")
     begin = time.perf_counter()
     output, processes = arguments.output_dir, str(os.cpu_count() or 1)
     # Waiting threads sleep instead of spinning: on a machine that does something else too, training is then several times faster.

@@ -39,6 +39,10 @@ def main() -> None:
     model_arguments, data, arguments = parse_arguments(
         sys.argv[1:], ModelArguments, DataArguments, PretrainArguments, description=__doc__.split("\n\n")[0]
     )
+    if arguments.max_steps < 1:
+        raise ValueError(
+            f"--max_steps must say how long to train, found {arguments.max_steps} (epochs are not counted)"
+        )
     checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, arguments.output_dir)
     set_seed(arguments.seed)
     corpus = load_corpus(data.corpus)
