@@ -5,6 +5,8 @@ INSTALLED := .venv/.installed
 # Models and data are never fetched by tests or demo: a hub that is out of reach must not matter.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# One thread a process: small matrices gain nothing from more, and two processes of two threads wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast check format clean
@@ -24,11 +26,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## synthetic heads -> tokens -> corpus -> training -> new point clouds, in outputs/demo (10 minutes, CPU)
 	$(BIN)/python -m training.demo --output_dir outputs/demo
 
-test: $(INSTALLED) ## all tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## all tests, two at a time (about ten minutes on two cores)
+	$(PYTEST)
 
 test-fast: $(INSTALLED) ## tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not distributed"
+	$(PYTEST) -m "not slow and not distributed"
 
 check: $(INSTALLED) ## ruff lint, format and mypy
 	$(BIN)/ruff check
