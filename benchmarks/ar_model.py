@@ -4,12 +4,12 @@
     python benchmarks/ar_model.py --size paper --dtype bfloat16 --device cuda
     python benchmarks/ar_model.py --size paper --skip training --new_tokens 8      # the paper's size on a CPU: long
 
-Training: one step (forward, backward) on a full window. Generation: tokens after a prompt that fills the window, so that every
-step attends to all of it; the cost of the prompt is taken off. Both models have the same weights and write the same tokens,
-greedily. Rows are timed in turns in one run; the best of the rounds counts.
+Training: one step (forward, backward) on a window. Generation: tokens after a prompt that fills the window, so that every step
+attends to all of it; the clock runs from the first new token to the last, so the prompt does not count. Both models have the
+same weights and write the same tokens, greedily. Rows are timed in turns in one run; the best of the rounds counts.
 
 The limit of generation is the time to read the weights and the window's keys and values once a token from memory, at the
-bandwidth measured in the same run (a sum over a large array).
+bandwidth measured in the same run (a matrix-vector product over a large array; caches of the processor can beat it).
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 from report import markdown_table, write_report
-from transformers.generation import GenerationMixin
+from transformers.generation.streamers import BaseStreamer
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
 from modeling import PointillistConfig, PointillistForCausalLM
@@ -119,42 +119,50 @@ class Bench:
         self.theirs.eval()
         self.ours.eval()
 
-        def theirs(n: int) -> torch.Tensor:
-            return self.wrapper.generate(self.window, n, temperature=0.0, cache_kv=True, context=self.condition)
+        clock = Clock(self.device)
+        self.theirs.to_logits.register_forward_hook(lambda *_: clock.put(None))
 
-        def ours(n: int, **options) -> torch.Tensor:
-            ids = self.ours.generate(
+        def theirs() -> None:
+            self.wrapper.generate(
+                self.window, 1 + self.new_tokens, temperature=0.0, cache_kv=True, context=self.condition
+            )
+
+        def ours(**options) -> None:
+            self.ours.generate(
                 self.window,
                 condition_embeds=self.condition,
                 do_sample=False,
-                max_new_tokens=n,
-                min_new_tokens=n,
+                max_new_tokens=1 + self.new_tokens,
+                min_new_tokens=1 + self.new_tokens,
                 progress=False,
+                streamer=clock,
                 **{"grammar": False, **options},
             )
-            return ids[:, self.window.shape[1] :]
 
-        generators: dict[str, Callable[[int], torch.Tensor]] = {
+        generators: dict[str, Callable[[], None]] = {
             "x-transformers": theirs,
-            "transformers eager, dynamic cache": lambda n: ours(
-                n, cache_implementation="dynamic", custom_generate=GenerationMixin._sample
+            "transformers eager, dynamic cache": lambda: ours(
+                cache_implementation="dynamic", output_logits=True, return_dict_in_generate=True
             ),
             "ours": ours,
-            "ours, grammar": lambda n: ours(n, grammar=True),
+            "ours, grammar": lambda: ours(grammar=True),
         }
         if self.device.type == "cuda":
-            generators["ours, static cache, compiled"] = lambda n: ours(n, cache_implementation="static")
-        calls = {}
-        for name, generate in generators.items():
-            calls[name, 1] = lambda generate=generate: generate(1)
-            calls[name, 1 + self.new_tokens] = lambda generate=generate: generate(1 + self.new_tokens)
-        with torch.no_grad():
-            seconds = self.time_in_turns(calls)
-        steps = {name: seconds[name, 1 + self.new_tokens] - seconds[name, 1] for name in generators}
+            generators["ours, static cache, compiled"] = lambda: ours(cache_implementation="static")
+        steps = dict.fromkeys(generators, math.inf)
+        for turn in range(self.rounds + 1):
+            for name, generate in generators.items():
+                clock.ticks.clear()
+                with torch.no_grad():
+                    generate()
+                if turn:  # the first round warms up
+                    ticks = clock.ticks[-1 - self.new_tokens :]
+                    steps[name] = min(steps[name], (ticks[-1] - ticks[0]) / self.new_tokens)
+            print(f"round {turn} of {self.rounds}" + (" (warm-up)" if not turn else ""), flush=True)
         base = steps["x-transformers"]
-        rows = [row("generation", name, self.new_tokens / s, base / s) for name, s in steps.items()]
+        rows = [row("generation", name, 1 / s, base / s) for name, s in steps.items()]
         limit = memory_bandwidth(self.device) / self.bytes_a_token()
-        return [*rows, row("generation", "limit: memory bandwidth", limit, limit * base / self.new_tokens)]
+        return [*rows, row("generation", "limit: memory bandwidth", limit, limit * base)]
 
     def bytes_a_token(self) -> int:
         """Weights but the embedding, keys and values of the window and of the condition."""
@@ -183,19 +191,36 @@ class Bench:
             torch.cuda.synchronize()
 
 
+class Clock(BaseStreamer):
+    """Notes the time of every token."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.ticks: list[float] = []
+
+    def put(self, value) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ticks.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 def row(task: str, name: str, speed: float, ratio: float) -> dict:
     return {"task": task, "row": name, "tokens/s": speed, "x x-transformers": ratio}
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a sum over 512 MiB reads, best of five."""
-    array = torch.ones(2**27, device=device)
+    """Bytes a second that a matrix-vector product over 512 MiB reads, best of ten."""
+    matrix = torch.ones(2**14, 2**13, device=device)
+    vector = torch.ones(2**13, device=device)
     best = math.inf
-    for _ in range(5):
+    for _ in range(10):
         begin = time.perf_counter()
-        float(array.sum())
+        float((matrix @ vector)[0])
         best = min(best, time.perf_counter() - begin)
-    return array.nbytes / best
+    return matrix.nbytes / best
 
 
 if __name__ == "__main__":
