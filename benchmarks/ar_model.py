@@ -4,9 +4,9 @@
     python benchmarks/ar_model.py --size paper --dtype bfloat16 --device cuda
     python benchmarks/ar_model.py --size paper --skip training --new_tokens 8      # the paper's size on a CPU: long
 
-Training: one step (forward, backward) on a window. Generation: tokens after a prompt that fills the window, so that every step
-attends to all of it; the clock runs from the first new token to the last, so the prompt does not count. Both models have the
-same weights and write the same tokens, greedily. Rows are timed in turns in one run; the best of the rounds counts.
+Training: forward and backward on 2,048 tokens (--train_tokens). Generation: tokens after a prompt that fills the window, so that
+every step attends to all of it; the clock runs from the first new token to the last, so the prompt does not count. Both models
+have the same weights; the tokens are chosen greedily. Rows are timed in turns in one run; the best of the rounds counts.
 
 The limit of generation is the time to read the weights and the window's keys and values once a token from memory, at the
 bandwidth measured in the same run (a matrix-vector product over a large array; caches of the processor can beat it).
@@ -133,7 +133,6 @@ class Bench:
                 condition_embeds=self.condition,
                 do_sample=False,
                 max_new_tokens=1 + self.new_tokens,
-                min_new_tokens=1 + self.new_tokens,
                 progress=False,
                 streamer=clock,
                 **{"grammar": False, **options},
@@ -141,11 +140,11 @@ class Bench:
 
         generators: dict[str, Callable[[], None]] = {
             "x-transformers": theirs,
-            "transformers eager, dynamic cache": lambda: ours(
+            "transformers' loop, dynamic cache": lambda: ours(
                 cache_implementation="dynamic", output_logits=True, return_dict_in_generate=True
             ),
             "ours": ours,
-            "ours, grammar": lambda: ours(grammar=True),
+            "ours, grammar": lambda: ours(grammar=True, min_points=self.new_tokens + self.config.sliding_window),
         }
         if self.device.type == "cuda":
             generators["ours, static cache, compiled"] = lambda: ours(cache_implementation="static")

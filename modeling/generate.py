@@ -7,6 +7,7 @@ viewer opens, and `points.png` come out. The head's shape is its mean unless `--
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,15 @@ def condition(
     params: HeadParameters | None,
 ) -> dict[str, torch.Tensor]:
     """What `generate` reads of a portrait and a head, as far as this model has encoders for it."""
+    if portrait is None and model.config.use_vision_encoder:
+        print(
+            "note: without --portrait the model reads the head mesh alone, which it was not trained for",
+            file=sys.stderr,
+        )
+    if portrait is not None and not model.config.use_vision_encoder:
+        raise ValueError("this model reads no portrait (use_vision_encoder is false): leave --portrait out")
+    if params is not None and not model.config.use_point_encoder:
+        raise ValueError("this model reads no head mesh (use_point_encoder is false): leave --params out")
     inputs: dict[str, torch.Tensor] = {}
     if portrait is not None and model.config.use_vision_encoder:
         inputs.update(tokenizer(images=portrait, return_tensors="pt"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationMixin, LogitsProcessorList
@@ -23,6 +24,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from .generation_grammar import PointGrammar
 from .generation_ring_cache import RingCache, ring_mask
+from .generation_streamer import PointStreamer  # noqa: F401  (so that it travels with a checkpoint)
 
 PROGRESS_FROM = 2_000  # new tokens from which a progress bar is shown unless told otherwise
 STOP_CHECK_EVERY = 16  # tokens between looks at "is every row finished?": each look waits for the device
@@ -93,13 +95,25 @@ class PointillistGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"a prompt must be (B, L) ids that begin with bos ({self.config.bos_token_id}); found {inputs}"
             )
+        if ((inputs == self.config.bos_token_id).cumsum(1).bool() & (inputs > self.config.bos_token_id)).any():
+            raise ValueError(
+                "a prompt must not hold eos or padding after bos: cut the end token off, and pad on the left"
+            )
         if condition_embeds is None:
             condition_embeds = self.condition_encoder.or_empty(None, len(inputs), None)
         if len(condition_embeds) != len(inputs):
             raise ValueError(f"{len(inputs)} prompts but conditions for {len(condition_embeds)}")
         if "attention_mask" not in kwargs:
             kwargs["attention_mask"] = (inputs != self.config.pad_token_id).long()
+        if not grammar and (min_points, max_points, max_points_per_face) != (1, None, None):
+            raise ValueError(
+                "min_points, max_points and max_points_per_face are kept by the grammar: leave grammar=True"
+            )
         if grammar:
+            if {"min_length", "min_new_tokens"} & kwargs.keys():
+                raise ValueError(
+                    "with the grammar a length is a number of points: give min_points instead of min_new_tokens"
+                )
             limits = PointGrammar(self.config, sorted_points, min_points, max_points, max_points_per_face)
             logits_processor = LogitsProcessorList([limits, *(logits_processor or [])])
             if max_points is not None and not {"max_new_tokens", "max_length"} & kwargs.keys():
@@ -180,7 +194,7 @@ class PointillistGenerationMixin(GenerationMixin):
             else past_key_values
         )
         if isinstance(cache, RingCache):
-            if inputs_embeds.shape[1] > 1:
+            if inputs_embeds.shape[1] > 1 or "flash" in config._attn_implementation:
                 return attention_mask
             return ring_mask(cache, attention_mask, inputs_embeds.dtype, inputs_embeds.device)
         return create_sliding_window_causal_mask(
@@ -214,9 +228,9 @@ def sample_points(
     limit, device, config = generation_config.max_length, input_ids.device, model.config
     ids = torch.full((batch, limit), config.pad_token_id, device=device)
     ids[:, :prompt] = input_ids
+    if (output_point_features or window_policy == "reprefill") and ((input_ids < config.bos_token_id).sum(1) % 4).any():
+        raise ValueError("point features and reprefill need prompts of whole points (a multiple of 4 tokens after bos)")
     if output_point_features:
-        if ((ids[:, :prompt] < config.bos_token_id).sum(1) % 4).any():
-            raise ValueError("output_point_features needs prompts of whole points (a multiple of 4 tokens after bos)")
         features = model.lm_head.weight.new_zeros(batch, limit - prompt, config.hidden_size)
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)
     ends = torch.full((batch,), prompt, device=device)
@@ -264,7 +278,7 @@ def sample_points(
     if output_point_features:
         # Complete points only: a row that stopped in mid-point, or at its end token, leaves up to three positions over.
         longest = int(num_points.max())
-        features = features[:, : 4 * longest].unflatten(1, (longest, 4))
+        features = rearrange(features[:, : 4 * longest], "b (n t) d -> b n t d", t=4)
         complete = torch.arange(longest, device=device) < num_points[:, None]
         features = features * complete[:, :, None, None]
     return PointillistGenerateOutput(
@@ -285,6 +299,8 @@ class DecodingSteps:
         self.model, self.generation_config, self.guided = model, generation_config, guided
         self.reprefill = window_policy == "reprefill"
         self.cache = model_kwargs["past_key_values"] if model_kwargs["use_cache"] else None
+        if self.reprefill and self.cache is None:
+            raise ValueError('window_policy="reprefill" refills a cache: leave use_cache=True')
         self.kwargs = model_kwargs
         self.first_column = 0  # column of the oldest token the cache has seen
         if guided:
@@ -321,7 +337,8 @@ class DecodingSteps:
         if self.cache is None:
             return self.run(ids, 0, length)
         if self.reprefill and length - self.first_column > window:
-            self.first_column = length - window // 2 - (length - window // 2 - self.prompt) % 4
+            begin = length - window // 2
+            self.first_column = begin - (begin - self.prompt + 1) % 4  # a face, as the windows of training begin
             self.cache.self_attention_cache.reset()
             return self.run(ids, self.first_column, length)
         return self.run(ids, length - 1, length)

@@ -10,6 +10,7 @@ Axes: B batch, V vertices, M condition tokens, D width.
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import Dinov2Model
 from transformers import initialization as init
@@ -45,7 +46,7 @@ class PointEncoder(nn.Module):
         centred = vertices.float() - torch.tensor(self.config.point_centre, device=vertices.device)
         unit = centred / self.config.point_extent
         octaves = math.pi * 2.0 ** torch.arange(self.config.point_frequencies, device=vertices.device)
-        angles = (unit[..., None] * octaves).flatten(-2)
+        angles = rearrange(unit[..., None] * octaves, "b v axis octave -> b v (axis octave)")
         points = self.embed(torch.cat((angles.sin(), angles.cos(), unit, normals.float()), dim=-1).to(dtype))
         points = self.point_norm(points)
         latents = self.latents.expand(len(vertices), -1, -1)
@@ -63,14 +64,17 @@ class ConditionEncoder(nn.Module):
         self.config = config
         self.empty = nn.Parameter(torch.empty(1, config.hidden_size))
         if config.use_vision_encoder:
-            self.vision = Dinov2Model(config.vision_config)
-            self.vision.requires_grad_(not config.freeze_vision_encoder)
-            # A parameter that no loss reaches would stall distributed training: portraits are never masked.
-            self.vision.embeddings.mask_token.requires_grad_(False)
+            self.use_vision(Dinov2Model(config.vision_config))
             self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.hidden_size)
         if config.use_point_encoder:
             self.points = PointEncoder(config)
             self.point_proj = nn.Linear(config.point_hidden_size, config.hidden_size)
+
+    def use_vision(self, vision: Dinov2Model) -> None:
+        """Take this portrait encoder, frozen if the configuration says so."""
+        self.vision = vision.requires_grad_(not self.config.freeze_vision_encoder)
+        # A parameter that no loss reaches would stall distributed training: portraits are never masked.
+        self.vision.embeddings.mask_token.requires_grad_(False)
 
     def init_weights(self, std: float) -> None:
         """Fill the parameters that belong to no standard layer."""

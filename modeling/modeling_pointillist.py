@@ -240,10 +240,13 @@ class PointillistModel(PointillistPreTrainedModel):
             start = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
         self_cache = None if past_key_values is None else past_key_values.self_attention_cache
+        flash = "flash" in self.config._attn_implementation
         if attention_mask is not None and attention_mask.ndim == 4:
             mask = attention_mask
         elif isinstance(self_cache, RingCache) and x.shape[1] == 1:
             mask = ring_mask(self_cache, attention_mask, x.dtype, x.device)
+            if flash and mask is not None:  # flash attention reads (B, slots), true where visible
+                mask = (mask[:, 0, 0] == 0).expand(len(x), -1)
         else:
             mask = create_sliding_window_causal_mask(
                 config=self.config,
@@ -253,9 +256,13 @@ class PointillistModel(PointillistPreTrainedModel):
                 position_ids=position_ids,
             )
         if condition_mask is not None:
-            condition_mask = torch.zeros_like(condition_mask, dtype=x.dtype).masked_fill(
-                ~condition_mask.bool(), torch.finfo(x.dtype).min
-            )[:, None, None]
+            if flash:
+                raise ValueError('condition_mask does not work with flash attention: use attn_implementation="sdpa"')
+            condition_mask = (
+                torch.zeros_like(condition_mask, dtype=x.dtype)
+                .masked_fill(~condition_mask.bool(), torch.finfo(x.dtype).min)[:, None, None]
+                .expand(-1, 1, x.shape[1], -1)
+            )
 
         rotary = rotary_embedding(self.config, position_ids)
         for layer in self.layers:

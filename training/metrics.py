@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.trainer_pt_utils import get_model_param_count
 
+from modeling import PointillistForCausalLM
 from training.windows import AvatarRows
 
 SLOTS = ("x", "y", "z", "b")
@@ -79,7 +81,12 @@ def add_counts(counts: np.ndarray, sentence: np.ndarray) -> None:
     np.add.at(counts, (np.arange(len(tokens)) % 4, tokens), 1)
 
 
-def flops_per_token(config, num_parameters: int, window: int, condition_tokens: int) -> float:
+def decoder_parameters(model: PointillistForCausalLM) -> int:
+    """`num_decoder_parameters`, also where ZeRO-3 leaves each process a piece of every weight."""
+    return sum(get_model_param_count(module) for module in (model.model, model.lm_head))
+
+
+def flops_per_token(config, num_parameters: int, window: float, condition_tokens: int) -> float:
     """Training FLOPs (forward and backward) a token: 6 a weight, and 12 a layer, head channel and token attended to.
 
     A token of a window attends to half of it on average (Kaplan et al. 2020, PaLM appendix B).

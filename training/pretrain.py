@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import create_repo, upload_folder
 from transformers import Dinov2Model, set_seed
+from transformers.trainer_pt_utils import get_model_param_count
 
+from gaussian_tokenizer.atomic import flush_to_disk
 from gaussian_tokenizer.corpus import Corpus, load_corpus
 from modeling import PointillistForCausalLM
 from training.arguments import (
@@ -29,7 +31,7 @@ from training.arguments import (
     flag_named,
     parse_arguments,
 )
-from training.metrics import baselines
+from training.metrics import baselines, decoder_parameters
 from training.model_card import model_card
 from training.trainer import PointillistTrainer, checkpoint_to_resume, removed_if_disk_is_full
 from training.windows import AvatarRows, EvaluationWindows, TrainWindows, collate_windows
@@ -53,9 +55,7 @@ def main() -> None:
         split: AvatarRows(corpus, split, config.use_vision_encoder, config.use_point_encoder)
         for split in ("train", data.eval_split)
     }
-    windows_a_step = (
-        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
-    )
+    windows_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
     train = TrainWindows(
         rows["train"],
         config.sliding_window,
@@ -76,7 +76,8 @@ def main() -> None:
     )
     if trainer.is_world_process_zero():
         print(
-            f"{model.num_decoder_parameters() / 1e6:.1f} M parameters in the decoder, {model.num_parameters() / 1e6:.1f} M in all; "
+            f"{decoder_parameters(model) / 1e6:.1f} M parameters in the decoder, "
+            f"{get_model_param_count(model) / 1e6:.1f} M in all; "
             f"{len(rows['train'])} avatars, {int(rows['train'].lengths.sum()):,} tokens; "
             + (
                 f"going on from {checkpoint}"
@@ -100,8 +101,9 @@ def build_model(arguments: ModelArguments, corpus: Corpus) -> PointillistForCaus
         model = PointillistForCausalLM(config)
         if arguments.use_vision_encoder and arguments.vision_model:
             with flag_named("--vision_model", arguments.vision_model):
-                vision = Dinov2Model.from_pretrained(arguments.vision_model)
-            model.condition_encoder.vision.load_state_dict(vision.state_dict())
+                vision = Dinov2Model.from_pretrained(arguments.vision_model, dtype=torch.float32)
+            # The module itself, not a copy of its weights: under ZeRO-3 each process holds only a piece of them.
+            model.condition_encoder.use_vision(vision)
         return model
     with flag_named("--model", arguments.model):
         model = PointillistForCausalLM.from_pretrained(
@@ -130,7 +132,12 @@ def save(trainer: PointillistTrainer, model, corpus: Corpus, rows: dict, data: D
         (staging / "README.md").write_text(model_card(model.config, corpus, report, trainer.args))
         (staging / "training_report.json").write_text(json.dumps(report, indent=2))
         (staging / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-        for path in sorted(staging.iterdir()):
+        # Old weights go first and new ones come last: a folder without weights does not load, so no mix is taken for a model.
+        for stale in [*output.glob("model*.safetensors"), *output.glob("model.safetensors.index.json")]:
+            stale.unlink()
+        for path in sorted(staging.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
+            with open(path, "rb") as file:
+                flush_to_disk(file)
             path.replace(output / path.name)
         shutil.rmtree(staging)
     print(
@@ -150,7 +157,7 @@ def training_report(trainer: PointillistTrainer, model, rows: dict, data: DataAr
     return {
         "num_subjects": sum(len(r) for r in rows.values()),
         "num_tokens": int(sum(r.lengths.sum() for r in rows.values())),
-        "num_parameters": model.num_decoder_parameters(),
+        "num_parameters": decoder_parameters(model),
         "steps": trainer.state.global_step,
         "train_loss_first": losses[0] if losses else None,
         "train_loss_last": losses[-1] if losses else None,

@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from gaussian_tokenizer.atomic import atomic_file
-from training.metrics import flops_per_token, peak_flops, slot_metrics, slot_sums
+from training.metrics import decoder_parameters, flops_per_token, peak_flops, slot_metrics, slot_sums
 
 COMPLETE = "COMPLETE"
 
@@ -36,7 +36,8 @@ class PointillistTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.tokens_since_log, self.last_log = 0, time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
-        self.num_decoder_parameters = model.num_decoder_parameters()
+        self.num_decoder_parameters = decoder_parameters(model)
+        self.context = min(self.train_dataset.window, float(self.train_dataset.rows.lengths.mean()))
         self.peak = peak_flops(self.args.device)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -52,7 +53,7 @@ class PointillistTrainer(Trainer):
             speed = self.tokens_since_log * self.args.world_size / (now - self.last_log)
             model = self.accelerator.unwrap_model(self.model)
             flops = flops_per_token(
-                model.config, self.num_decoder_parameters, self.train_dataset.window, self.num_condition_tokens()
+                model.config, self.num_decoder_parameters, self.context, self.num_condition_tokens()
             )
             logs["tokens_per_second"] = round(speed, 1)
             logs["mfu"] = round(speed * flops / (self.peak * self.args.world_size), 4)
@@ -113,6 +114,9 @@ class PointillistTrainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Nothing: the finished folder is uploaded once, without Trainer's arguments, which hold the token of the Hub."""
 
     def _save_checkpoint(self, model, trial):
         """Trainer's checkpoint, then the mark that it is whole, and only then older ones are removed."""

@@ -121,7 +121,7 @@ class EvaluationWindows(Dataset):
             self.items.append((row, 0, 0))
             counted = window
             while counted < length:
-                start = counted - window // 2 - (counted - window // 2) % 4
+                start = max(counted - window // 2 - (counted - window // 2) % 4, counted - window + 4)
                 self.items.append((row, start, counted - start))
                 counted = start + window
 

@@ -117,7 +117,8 @@ def test_reprefilling_restarts_from_the_newest_half_window(tiny_model, condition
     features = result.point_features.flatten(1, 2)
     for length in range(1, 4 * POINTS + 1):
         if length - begin > window:
-            begin = length - window // 2 - (length - window // 2 - 1) % 4
+            begin = length - window // 2
+            begin -= begin % 4  # bos or a face, as in training
         hidden = tiny_model(ids[:, begin:length], condition_embeds=condition).last_hidden_state[:, -1]
         torch.testing.assert_close(features[:, length - 1], hidden, atol=2e-5, rtol=1e-4)
 
@@ -157,6 +158,15 @@ def test_what_does_not_combine_is_said(tiny_model, condition):
         greedy(tiny_model, condition, window_policy="forget")
     with pytest.raises(ValueError, match="begin with bos"):
         tiny_model.generate(torch.tensor([[1, 2]]), condition_embeds=condition[:1])
+    bos, eos = tiny_model.config.bos_token_id, tiny_model.config.eos_token_id
+    with pytest.raises(ValueError, match="cut the end token off"):
+        tiny_model.generate(torch.tensor([[bos, 1, 1, 1, 17, eos]]), condition_embeds=condition[:1])
+    with pytest.raises(ValueError, match="grammar=True"):
+        greedy(tiny_model, condition, grammar=False)
+    with pytest.raises(ValueError, match="min_points instead"):
+        greedy(tiny_model, condition, min_new_tokens=9)
+    with pytest.raises(ValueError, match="use_cache=True"):
+        greedy(tiny_model, condition, window_policy="reprefill", use_cache=False)
     with pytest.raises(ValueError, match="whole points"):
         tiny_model.generate(
             torch.tensor([[tiny_model.config.bos_token_id, 1]]),
