@@ -46,7 +46,7 @@ class PointEncoder(nn.Module):
         centred = vertices.float() - torch.tensor(self.config.point_centre, device=vertices.device)
         unit = centred / self.config.point_extent
         octaves = math.pi * 2.0 ** torch.arange(self.config.point_frequencies, device=vertices.device)
-        angles = rearrange(unit[..., None] * octaves, "b v axis octave -> b v (axis octave)")
+        angles = rearrange(unit[..., None] * octaves, "b v xyz octave -> b v (xyz octave)")
         points = self.embed(torch.cat((angles.sin(), angles.cos(), unit, normals.float()), dim=-1).to(dtype))
         points = self.point_norm(points)
         latents = self.latents.expand(len(vertices), -1, -1)

@@ -38,6 +38,9 @@ class ModelArguments:
     head_dim: int = field(default=64, metadata={"help": "channels of a head"})
     partial_rotary_factor: float = field(default=0.5, metadata={"help": "share of a head that RoPE rotates"})
     rope_theta: float = field(default=10000.0, metadata={"help": "base wavelength of RoPE"})
+    initializer_range: float = field(
+        default=0.02, metadata={"help": "standard deviation of new weights; more if narrow"}
+    )
     sliding_window: int = field(
         default=12000, metadata={"help": "tokens a token attends to, and tokens in a training window"}
     )
