@@ -37,11 +37,12 @@ def synthesize(
     image_size: int = 128,
     views: int = 1,
     num_points: int | None = None,
+    identity_scale: float = 1.0,
 ) -> list[Path]:
     """Make the folders `synthetic-<seed>-<index>` in `output` that are not there yet; returns all of them.
 
-    `head` as for `load_head`, `num_points` as for `synthesize_subject`. ValueError if a folder of that name is there
-    and was not made by the same command (then nothing is written).
+    `head` as for `load_head`, `num_points` and `identity_scale` as for `synthesize_subject`. ValueError if a folder of
+    that name is there and was not made by the same command (then nothing is written).
     """
     for name, value, low, high in (
         ("num_subjects", num_subjects, 1, 1_000_000),
@@ -50,12 +51,19 @@ def synthesize(
         ("image_size", image_size, 16, 2048),
         ("views", views, 1, MAX_VIEWS),
         ("num_points", 1 if num_points is None else num_points, 1, 1_000_000),
+        ("identity_scale", identity_scale, 0, 10),
     ):
         if not low <= value <= high:
             raise ValueError(f"{name} is {value}, expected {low} to {high}")
     output, model = Path(output), load_head(head)
     output.mkdir(parents=True, exist_ok=True)
-    recipe = {"seed": seed, "num_points": num_points, "image_size": image_size, "views": views}
+    recipe = {
+        "seed": seed,
+        "num_points": num_points,
+        "image_size": image_size,
+        "views": views,
+        "identity_scale": identity_scale,
+    }
     folders = [output / f"synthetic-{seed}-{index:06d}" for index in range(num_subjects)]
     missing = [index for index, folder in enumerate(folders) if not _is_finished(folder, recipe, model)]
     _remove_leftovers(output, {folders[index].name for index in missing})
@@ -118,6 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         help="Gaussians of an average subject; by default 400 on 600 faces, 26,000 on 10,144 or more",
     )
+    parser.add_argument(
+        "--identity_scale", type=float, default=1.0, help="how much heads differ: 1 a crowd, 2 caricatures"
+    )
     options = parser.parse_args(arguments)
     try:
         folders = synthesize(**vars(options))
@@ -127,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _write(folder: Path, index: int, recipe: dict, head: HeadModel) -> None:
-    subject = synthesize_subject(head, (recipe["seed"], index), recipe["num_points"])
+    subject = synthesize_subject(head, (recipe["seed"], index), recipe["num_points"], recipe["identity_scale"])
     metadata = {
         "avatar_id": folder.name,
         "licence": LICENCE,

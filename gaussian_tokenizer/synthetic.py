@@ -50,19 +50,21 @@ class SyntheticSubject:
     avatar: GaussianAvatar
 
 
-def synthesize_subject(head: HeadModel, seed: int | Sequence[int], num_points: int | None = None) -> SyntheticSubject:
+def synthesize_subject(
+    head: HeadModel, seed: int | Sequence[int], num_points: int | None = None, identity_scale: float = 1.0
+) -> SyntheticSubject:
     """The subject of `seed` on `head`, the same for the same arguments.
 
     `num_points` is the number of Gaussians of a subject with average hair and beard (None: by the number of faces of
     the head, see `default_num_points`); the subject's own is up to a sixth more or less. Regions that the head lacks
-    (no `scalp`: no hair) are left out.
+    (no `scalp`: no hair) are left out. `identity_scale` multiplies the identity: 1 is a crowd, 2 a crowd of caricatures.
     """
     if num_points is not None and num_points < 1:
         raise ValueError(f"{num_points} points asked for; expected at least 1")
     rng = np.random.default_rng(seed)
     looks = draw_looks(rng)
     # After the looks, so that one seed looks alike on head models with any number of shape directions.
-    shape = np.clip(rng.standard_normal(head.n_shape), -SHAPE_LIMIT, SHAPE_LIMIT)
+    shape = identity_scale * np.clip(rng.standard_normal(head.n_shape), -SHAPE_LIMIT, SHAPE_LIMIT)
     params = HeadParameters.zeros(head.n_shape, head.n_expression)
     params.shape.copy_(torch.from_numpy(shape))
     layout = face_layout(head)

@@ -49,7 +49,9 @@ class PointEncoder(nn.Module):
         angles = rearrange(unit[..., None] * octaves, "b v xyz octave -> b v (xyz octave)")
         points = self.embed(torch.cat((angles.sin(), angles.cos(), unit, normals.float()), dim=-1).to(dtype))
         points = self.point_norm(points)
-        latents = self.latents.expand(len(vertices), -1, -1)
+        # Each query starts from a vertex of its own, evenly spaced: a mean over all vertices hardly tells heads apart.
+        spread = torch.arange(len(self.latents), device=vertices.device) * points.shape[1] // len(self.latents)
+        latents = self.latents + points[:, spread]
         latents = latents + self.read(latents, points, points, need_weights=False)[0]
         for block in self.blocks:
             latents = block(latents)
@@ -63,6 +65,7 @@ class ConditionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.empty = nn.Parameter(torch.empty(1, config.hidden_size))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.use_vision_encoder:
             self.use_vision(Dinov2Model(config.vision_config))
             self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.hidden_size)
@@ -80,7 +83,7 @@ class ConditionEncoder(nn.Module):
         """Fill the parameters that belong to no standard layer."""
         init.normal_(self.empty, std=std)
         if self.config.use_point_encoder:
-            init.normal_(self.points.latents)  # of unit size: queries that begin alike stay alike for long
+            init.normal_(self.points.latents)  # the size of the vertices' embeddings they are added to
 
     def forward(
         self, pixel_values: Tensor | None, head_vertices: Tensor | None, head_normals: Tensor | None
@@ -100,7 +103,7 @@ class ConditionEncoder(nn.Module):
             if head_normals is None:
                 raise ValueError("head_vertices need head_normals of the same shape; the tokenizer makes both")
             tokens.append(self.point_proj(self.points(head_vertices, head_normals)))
-        return torch.cat(tokens, dim=1) if tokens else None
+        return self.norm(torch.cat(tokens, dim=1)) if tokens else None
 
     def or_empty(self, condition: Tensor | None, batch: int, drop: Tensor | None) -> Tensor:
         """The condition, or the learned empty token where there is none or `drop` (B,) says so."""

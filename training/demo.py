@@ -27,7 +27,8 @@ from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistForCausalLM
 from modeling.point_pictures import draw_comparison
 from training.arguments import exit_on_user_error
-from training.windows import AvatarRows
+from training.metrics import slot_metrics, slot_sums
+from training.windows import AvatarRows, EvaluationWindows, collate_windows
 
 # A point sampled too high skips all that would have come before it, and the sorted order never goes back: prefer likely tokens.
 SAMPLING = dict(temperature=0.7, top_p=0.9)
@@ -41,6 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--num_subjects", type=int, default=272)
     parser.add_argument("--num_points", type=int, default=160, help="points of an average subject, about")
+    parser.add_argument("--identity_scale", type=float, default=2.5, help="how much heads differ; 1 is a crowd's")
     parser.add_argument("--num_heldout", type=int, default=16, help="of them, kept from training")
     parser.add_argument("--num_generated", type=int, default=8, help="held-out subjects to generate")
     parser.add_argument("--config", default="training/configs/demo.yaml", help="of training/pretrain.py")
@@ -58,7 +60,7 @@ def main() -> None:
 
     run("1/4 synthetic subjects", [
         sys.executable, "-m", "gaussian_tokenizer.synthesize", "--num_subjects", str(arguments.num_subjects),
-        "--num_points", str(arguments.num_points),
+        "--num_points", str(arguments.num_points), "--identity_scale", str(arguments.identity_scale),
         "--head", arguments.head, "--image_size", str(arguments.image_size), "--seed", str(arguments.seed),
         "--output", str(output / "avatars"), "--num_proc", processes,
     ])  # fmt: skip
@@ -79,6 +81,7 @@ def main() -> None:
 
     report = json.loads((output / "model" / "training_report.json").read_text())
     own, others = (np.mean([g[key] for g in generated]) for key in ("chamfer_own", "chamfer_others"))
+    report["heldout_nll_other_condition"] = nll_of_another(model, corpus)
     report.update(
         generated=generated,
         mean_chamfer_own=float(own),
@@ -89,7 +92,8 @@ def main() -> None:
     with atomic_file(output / "report.json") as file:
         file.write(json.dumps(report, indent=2).encode())
     print(
-        f"\nheld-out NLL {report['heldout_nll']:.3f} nats a token (unigram {report['unigram_nll']:.3f}, uniform "
+        f"\nheld-out NLL {report['heldout_nll']:.3f} nats a token, with another subject's portrait and mesh "
+        f"{report['heldout_nll_other_condition']:.3f} (unigram {report['unigram_nll']:.3f}, uniform "
         f"{report['uniform_nll']:.3f}); invalid tokens {sum(g['invalid_tokens'] for g in generated)}; mean chamfer distance to "
         f"the own subject {own * 1000:.2f} mm, to the others {others * 1000:.2f} mm; {report['seconds'] / 60:.1f} minutes\n"
         f"look at {output / 'pictures' / 'generated.png'}; figures in {output / 'report.json'}"
@@ -148,6 +152,22 @@ def generate(model: PointillistForCausalLM, corpus: Corpus, count: int, seed: in
     for name, *row in drawn:
         draw_comparison(pictures / f"{name}.png", [(name, *row)])
     return results
+
+
+@torch.no_grad()
+def nll_of_another(model: PointillistForCausalLM, corpus: Corpus) -> float:
+    """Held-out NLL where each subject is read under the next one's condition: what the condition is worth."""
+    config = model.config
+    windows = EvaluationWindows(
+        AvatarRows(corpus, "validation", config.use_vision_encoder, config.use_point_encoder), config.sliding_window
+    )
+    sums = torch.zeros(3, 4, dtype=torch.double)
+    for i, (row, _, _) in enumerate(windows.items):
+        item = windows[i] | windows.rows.condition((row + 1) % len(windows.rows), None)
+        batch = collate_windows([item], config.pad_token_id)
+        labels = batch.pop("labels")
+        sums += slot_sums(model(**batch).logits, labels).sum(0)
+    return slot_metrics(sums, "")["nll"]
 
 
 def judge(tokenizer: GaussianTokenizer, ids: np.ndarray) -> tuple[dict, int]:
