@@ -10,17 +10,14 @@ Every field of the YAML file can be given again on the command line. The output 
 """
 
 import json
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import create_repo, upload_folder
 from transformers import Dinov2Model, set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
-from gaussian_tokenizer.atomic import flush_to_disk
 from gaussian_tokenizer.corpus import Corpus, load_corpus
 from modeling import PointillistForCausalLM
 from training.arguments import (
@@ -31,9 +28,10 @@ from training.arguments import (
     flag_named,
     parse_arguments,
 )
+from training.exact_trainer import checkpoint_to_resume
 from training.metrics import baselines, decoder_parameters
 from training.model_card import model_card
-from training.trainer import PointillistTrainer, checkpoint_to_resume, removed_if_disk_is_full
+from training.trainer import PointillistTrainer
 from training.windows import AvatarRows, EvaluationWindows, TrainWindows, collate_windows
 
 
@@ -118,37 +116,19 @@ def build_model(arguments: ModelArguments, corpus: Corpus) -> PointillistForCaus
 
 
 def save(trainer: PointillistTrainer, model, corpus: Corpus, rows: dict, data: DataArguments, metrics: dict) -> None:
-    """Model, tokenizer, card and report into the output folder: written beside it first, then moved in file by file."""
-    output = Path(trainer.args.output_dir)
-    staging = output / ".model.partial"
-    with removed_if_disk_is_full(staging):
-        if trainer.is_world_process_zero():
-            shutil.rmtree(staging, ignore_errors=True)  # what a killed run may have left
-        trainer.accelerator.wait_for_everyone()
-        trainer.save_model(str(staging), _internal_call=True)
-        if not trainer.is_world_process_zero():
-            return
+    """Model, tokenizer, card and report into the output folder."""
+
+    def write_more(folder: Path) -> None:
         report = training_report(trainer, model, rows, data, metrics)
-        (staging / "README.md").write_text(model_card(model.config, corpus, report, trainer.args))
-        (staging / "training_report.json").write_text(json.dumps(report, indent=2))
-        (staging / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-        # Old weights go first and new ones come last: a folder without weights does not load, so no mix is taken for a model.
-        for stale in [*output.glob("model*.safetensors"), *output.glob("model.safetensors.index.json")]:
-            stale.unlink()
-        for path in sorted(staging.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
-            with open(path, "rb") as file:
-                flush_to_disk(file)
-            path.replace(output / path.name)
-        shutil.rmtree(staging)
-    print(
-        f"held-out NLL {report['heldout_nll']:.3f} nats a token (unigram {report['unigram_nll']:.3f}, "
-        f"uniform {report['uniform_nll']:.3f}); model in {output}"
-    )
-    if trainer.args.push_to_hub:
-        name, token = trainer.args.hub_model_id or output.name, trainer.args.hub_token
-        repository = create_repo(name, private=trainer.args.hub_private_repo, exist_ok=True, token=token).repo_id
-        ignored = ["checkpoint-*", "training_args.bin"]
-        upload_folder(repo_id=repository, folder_path=output, ignore_patterns=ignored, token=token)
+        (folder / "README.md").write_text(model_card(model.config, corpus, report, trainer.args))
+        (folder / "training_report.json").write_text(json.dumps(report, indent=2))
+        (folder / "training_log.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+        print(
+            f"held-out NLL {report['heldout_nll']:.3f} nats a token (unigram {report['unigram_nll']:.3f}, "
+            f"uniform {report['uniform_nll']:.3f}); model in {trainer.args.output_dir}"
+        )
+
+    trainer.save_finished(write_more)
 
 
 def training_report(trainer: PointillistTrainer, model, rows: dict, data: DataArguments, metrics: dict) -> dict:

@@ -23,7 +23,7 @@ from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.head_model import HeadModel
 from training import pretrain
 from training.arguments import exit_on_user_error
-from training.trainer import COMPLETE
+from training.exact_trainer import COMPLETE
 
 STEPS, SAVE_EVERY = 16, 3
 # A checkpoint every third step, so that a kill falls before, into and after one.

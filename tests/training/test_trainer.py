@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from modeling import PointillistConfig, PointillistForCausalLM
+from training import exact_trainer
 from training import trainer as trainer_module
 from training.arguments import PretrainArguments
+from training.exact_trainer import COMPLETE, checkpoint_to_resume, disk_is_full
 from training.metrics import slot_metrics
-from training.trainer import COMPLETE, PointillistTrainer, checkpoint_to_resume, disk_is_full
+from training.trainer import PointillistTrainer
 from training.windows import AvatarRows, EvaluationWindows, TrainWindows, collate_windows
 
 
@@ -171,13 +173,13 @@ def test_a_checkpoint_by_name_must_be_there_and_whole(tmp_path):
 def test_older_checkpoints_go_only_after_the_new_one_is_whole(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(max_steps=3, save_total_limit=1)
     marks = []
-    original = trainer_module.rotate_checkpoints
+    original = exact_trainer.rotate_checkpoints
 
     def spy(folder, *arguments):
         marks.append(sorted(path.parent.name for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")))
         original(folder, *arguments)
 
-    monkeypatch.setattr(trainer_module, "rotate_checkpoints", spy)
+    monkeypatch.setattr(exact_trainer, "rotate_checkpoints", spy)
     trainer.train()
     assert marks == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
