@@ -3,7 +3,7 @@
 Between files and everything else. Kept as our own safetensors file, or as a GaussianAvatars folder (`point_cloud.ply`
 with `binding_0` and `flame_param.npz`, read and written byte for byte); written as world-space PLY for ordinary splat
 viewers. Positions, scales and rotations stay as stored, relative to the face; the canonical and the posed Gaussians
-are computed from them and the attached head model (formulas: `anchoring`; Qian et al., GaussianAvatars, CVPR 2024).
+are computed from them and the attached head model (formulas: `anchoring` and `animation`).
 """
 
 import json
@@ -21,20 +21,25 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from gaussian_tokenizer.anchoring import (
+    FaceFrames,
     face_frames,
     local_to_world,
-    local_to_world_log_scales,
-    local_to_world_quats,
     world_to_local,
+    world_to_local_log_scales,
+    world_to_local_quats,
 )
+from gaussian_tokenizer.animation import METHODS, Local, Placed, drive, ride_on_faces, skin
 from gaussian_tokenizer.atomic import atomic_file, atomic_folder, flush_to_disk
+from gaussian_tokenizer.export import save_ply
+from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.ply import PlyGaussians, read_gaussian_ply, write_gaussian_ply
 
 FORMAT = "avatar-pointillist gaussian avatar 1"
 PLY_NAME, PARAMETERS_NAME, METADATA_NAME = "point_cloud.ply", "flame_param.npz", "metadata.json"
-SH_DC = 0.28209479177387814  # the constant basis function, 1 / (2 sqrt(pi))
+MIN_SCALE = 1e-9  # metres; what is smaller has no finite logarithm to store
+MAX_OPACITY = 1 - 1e-6  # and 1e-6 the least, for the same reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +112,7 @@ class GaussianAvatar:
         """Points on the canonical head (own shape, no expression, no pose): positions (N, 3) metres, faces (N,)."""
         head, params = self._head_and_params()
         frames = face_frames(head.canonical_vertices(params), head.faces)
-        return {"positions": local_to_world(self.positions, self.faces, frames), "faces": self.faces}
+        return {"positions": local_to_world(self.positions.to(frames.centers), self.faces, frames), "faces": self.faces}
 
     @classmethod
     def from_points(cls, points: Mapping, params: HeadParameters | None, head: HeadModel) -> "GaussianAvatar":
@@ -116,29 +121,73 @@ class GaussianAvatar:
         faces = torch.as_tensor(points["faces"], dtype=torch.int64, device=head.device)
         points_as_they_are = cls(positions=positions, faces=faces, params=params).with_head(head)
         _check_finite("points", {"positions": positions})
-        head, params = points_as_they_are._head_and_params()
-        frames = face_frames(head.canonical_vertices(params), head.faces)
-        flat = frames.scales[faces] <= 1e-9
-        if flat.any():
-            row = int(flat.nonzero()[0])
-            raise ValueError(f"point {row} is bound to face {int(faces[row])}, whose three vertices are one point")
-        return replace(points_as_they_are, positions=world_to_local(positions, faces, frames))
+        frames = points_as_they_are._canonical_frames()
+        local = world_to_local(positions.to(frames.centers), faces, frames)
+        return replace(points_as_they_are, positions=local.float())
 
-    def posed_gaussians(self, frame: int = 0) -> dict[str, Tensor]:
-        """What a splatter draws, for one frame of the head parameters, in world space (metres).
+    @classmethod
+    @torch.no_grad()
+    def from_gaussians(
+        cls, gaussians: Gaussians, faces: Tensor, params: HeadParameters | None, head: HeadModel
+    ) -> "GaussianAvatar":
+        """An avatar of Gaussians on the canonical head (T = 1), as a network predicts them; `faces` (N,).
 
-        Returns positions (N, 3), scales (N, 3) metres, quats (N, 4) unit wxyz, opacities (N,) in (0, 1), sh (N, K, 3)
-        and colors (N, 3) >= 0, the view-independent part of the SH. SH are evaluated with world view directions.
+        The inverse of `canonical_gaussians`. Detached and kept as float32; opacities of 0 and 1 become 1e-6 and
+        1 - 1e-6, because an avatar stores logits. Raises ValueError for more frames, NaN, or a face without area.
         """
-        world = self._world(frame)
-        return {
-            "positions": world["positions"],
-            "scales": world["scales"].exp(),
-            "quats": world["quats"],
-            "opacities": world["opacities"].sigmoid(),
-            "sh": world["sh"],
-            "colors": (world["sh"][:, 0] * SH_DC + 0.5).clamp(min=0),
-        }
+        if gaussians.num_frames != 1:
+            raise ValueError(f"an avatar is made of 1 frame of canonical Gaussians, found {gaussians.num_frames}")
+        gaussians.check_finite()
+        gaussians = gaussians.to(head.device, torch.float32)
+        points = {"positions": gaussians.positions[0], "faces": faces}
+        avatar = cls.from_points(points, params, head)
+        frames = avatar._canonical_frames()
+        log_scales = gaussians.scales[0].clamp(min=MIN_SCALE).log()
+        return replace(
+            avatar,
+            sh=gaussians.sh.detach(),
+            opacities=gaussians.opacities.clamp(1 - MAX_OPACITY, MAX_OPACITY).logit(),
+            scales=world_to_local_log_scales(log_scales, avatar.faces, frames).float(),
+            quats=world_to_local_quats(gaussians.quats[0].to(frames.centers), avatar.faces, frames).float(),
+        )
+
+    def canonical_gaussians(self) -> Gaussians:
+        """The Gaussians on the canonical head (own shape, no expression, no pose), T = 1."""
+        tensors = self._complete("posing")
+        head, params = self._head_and_params()
+        vertices = head.canonical_vertices(params)[None]
+        placed = ride_on_faces(_local(tensors, vertices), vertices, head.faces)
+        return _gaussians(placed, tensors)
+
+    def posed(
+        self,
+        params: HeadParameters | None = None,
+        method: str = "lbs",
+        pose_correctives: bool = True,
+        rotate_covariances: bool = True,
+    ) -> Gaussians:
+        """What a splatter draws, in every frame of `params` (None: the avatar's own), in world space.
+
+        `method` "lbs" is linear blend skinning with interpolated weights and blendshapes (the paper), "face_frames"
+        lets positions, sizes and rotations follow the faces (GaussianAvatars). `params` may be another subject's
+        motion: the avatar keeps its own shape and static offset. `rotate_covariances=False` leaves the rotations of
+        "lbs" as they are at rest; with `pose_correctives=False` that is what LAM draws. Computed in the dtype of
+        `params`, with gradients to them and to the tensors of the avatar. SH are not turned: they are evaluated in
+        world directions. Raises ValueError for an avatar without colours or a motion of another head model.
+        """
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} of posing; expected {' or '.join(METHODS)}")
+        tensors = self._complete("posing")
+        head, own = self._head_and_params()
+        motion = (own if params is None else params).to(self.positions.device)
+        driven = drive(own, motion, head)
+        local = _local(tensors, driven.expr)
+        if method == "lbs":
+            placed = skin(local, driven, head, pose_correctives, rotate_covariances)
+        else:
+            vertices = head.pose(driven, pose_correctives).vertices
+            placed = ride_on_faces(local, vertices, head.faces.to(self.faces.device))
+        return _gaussians(placed, tensors)
 
     @classmethod
     def load(
@@ -181,20 +230,24 @@ class GaussianAvatar:
         else:
             _save_folder(self, path)
 
-    def save_world_ply(self, path: str | os.PathLike, frame: int = 0) -> None:
-        """Write the Gaussians as posed in `frame` to a PLY that ordinary splat viewers open."""
-        write_gaussian_ply(path, _to_ply(self._world(frame), with_faces=False))
+    def save_world_ply(self, path: str | os.PathLike, frame: int | None = 0, method: str = "lbs") -> None:
+        """Write the Gaussians as posed in `frame` (None: in canonical pose) to a PLY that ordinary viewers open."""
+        if frame is None:
+            save_ply(path, self.canonical_gaussians())
+            return
+        self._complete("posing")  # before a head is asked for
+        _, params = self._head_and_params()
+        save_ply(path, self.posed(params.frame(frame), method))
 
-    def _world(self, frame: int) -> dict[str, Tensor]:
-        """The tensors with world-space positions, log-scales and unit quaternions in the place of the local ones."""
-        local = self._complete("posing")
+    def _canonical_frames(self) -> FaceFrames:
+        """The frames of all faces of the canonical head; ValueError if a point is bound to a face that is one point."""
         head, params = self._head_and_params()
-        frames = face_frames(head.pose(params.frame(frame)).vertices[0], head.faces)
-        return local | {
-            "positions": local_to_world(local["positions"], self.faces, frames),
-            "scales": local_to_world_log_scales(local["scales"], self.faces, frames),
-            "quats": local_to_world_quats(local["quats"], self.faces, frames),
-        }
+        frames = face_frames(head.canonical_vertices(params), head.faces)
+        flat = frames.scales[self.faces] <= 1e-9
+        if flat.any():
+            row = int(flat.nonzero()[0])
+            raise ValueError(f"point {row} is bound to face {int(self.faces[row])}, whose three vertices are one point")
+        return frames
 
     def _head_and_params(self) -> tuple[HeadModel, HeadParameters]:
         if self.head is None:
@@ -214,6 +267,16 @@ class GaussianAvatar:
                 "decode them to Gaussians first, or save a .safetensors file"
             )
         return tensors
+
+
+def _local(tensors: dict[str, Tensor], like: Tensor) -> Local:
+    positions, scales, quats = (tensors[name].to(like) for name in ("positions", "scales", "quats"))
+    return Local(positions, scales, quats, tensors["faces"])
+
+
+def _gaussians(placed: Placed, tensors: dict[str, Tensor]) -> Gaussians:
+    opacities, sh = tensors["opacities"].to(placed.positions).sigmoid(), tensors["sh"].to(placed.positions)
+    return Gaussians(placed.positions, placed.scales, placed.quats, opacities, sh)
 
 
 def _load_folder(path: Path, head: HeadModel | None, sh_degree: int | None) -> GaussianAvatar:

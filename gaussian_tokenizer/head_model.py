@@ -39,10 +39,14 @@ GEOMETRY = (
 
 
 class PosedHead(NamedTuple):
-    """`vertices` (T, V, 3) metres; `joint_transforms` (T, J, 4, 4) take canonical-rest points to the posed head."""
+    """`vertices` (T, V, 3) metres; `joint_transforms` (T, J, 4, 4) take rest points to the posed head.
+
+    `rest_vertices` (T, V, 3) are the vertices they act on: shaped, with expression, offsets and pose correctives.
+    """
 
     vertices: Tensor
     joint_transforms: Tensor
+    rest_vertices: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +193,7 @@ class HeadModel:
         blended = (self.skinning_weights.to(vertices) @ affine.flatten(2)).unflatten(-1, (3, 4))  # (T, V, 3, 4)
         posed = (blended[..., :3] @ vertices[..., None])[..., 0] + blended[..., 3]
         last_row = affine.new_tensor((0.0, 0.0, 0.0, 1.0)).expand(*affine.shape[:2], 1, 4)
-        return PosedHead(posed, torch.cat((affine, last_row), -2))
+        return PosedHead(posed, torch.cat((affine, last_row), -2), vertices)
 
     def normals(self, vertices: Tensor) -> Tensor:
         """(..., V, 3) positions -> (..., V, 3) unit normals, the area-weighted mean of the faces around a vertex."""

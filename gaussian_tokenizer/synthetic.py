@@ -18,7 +18,8 @@ from gaussian_tokenizer.anchoring import (
     world_to_local_log_scales,
     world_to_local_quats,
 )
-from gaussian_tokenizer.avatar import SH_DC, GaussianAvatar
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.gaussians import SH_DC
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.portrait import Camera, look_at

@@ -4,7 +4,7 @@ from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
 
 from gaussian_tokenizer.corpus import Corpus
-from modeling import PointillistConfig
+from modeling import GaussianDecoderConfig, PointillistConfig
 
 SLOTS = {"x": "x", "y": "y", "z": "z", "b": "face"}
 
@@ -67,4 +67,39 @@ points = tokenizer.decode(model.generate(**inputs)[0])  # positions (N, 3) metre
 ```
 
 A generated head shows no real person unless it was asked to: do not make one of somebody who has not agreed to it.
+"""
+
+
+def decoder_card(config: GaussianDecoderConfig, corpus: Corpus, report: dict, arguments: TrainingArguments) -> str:
+    """The same for a Gaussian decoder."""
+    facts = {
+        "decoder": f"{config.num_hidden_layers} joint-attention blocks, width {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, {report['num_parameters'] / 1e6:.1f} M parameters",
+        "reads": config.mode,
+        "training data": f"{corpus.path.name}; licences and consent in its card",
+        "training": f"{report['steps']} steps, learning rate {arguments.learning_rate}, "
+        f"{arguments.per_device_train_batch_size} subjects a device, {arguments.world_size} devices",
+        "held-out frames": f"PSNR {report['heldout_psnr']:.2f} dB, SSIM {report['heldout_ssim']:.3f} (from true points)",
+    }
+    table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
+    header = ModelCardData(
+        library_name="transformers",
+        tags=["avatar-pointillist", "gaussian-splatting", "3d", "avatars"],
+        pipeline_tag="image-to-3d",
+    ).to_yaml()
+    return f"""---
+{header}
+---
+
+# Gaussian decoder for avatars
+
+Gives the points that the autoregressive point model wrote their colour, opacity, scale, rotation and offset, from a portrait.
+An open implementation of the Gaussian decoder of AvatarPointillist (CVPR 2026).
+
+| | |
+|---|---|
+{table}
+
+Use it with its point model, tokenizer and head model as an `AvatarPipeline`. A generated head shows no real person unless it was
+asked to: do not make one of somebody who has not agreed to it.
 """

@@ -353,7 +353,7 @@ def test_without_a_head_the_error_says_how_to_attach_one():
     with pytest.raises(ValueError, match="attach the one it was made on by with_head"):
         random_avatar().canonical_points()
     with pytest.raises(ValueError, match=r"made on \('tiny'\) by with_head"):
-        replace(random_avatar(), head_name="tiny").posed_gaussians()
+        replace(random_avatar(), head_name="tiny").posed()
 
 
 def test_an_empty_avatar_is_refused():
@@ -418,56 +418,91 @@ def test_from_points_refuses_what_no_avatar_can_hold():
 
 
 @pytest.mark.parametrize("frame", [0, 2, -1])
-def test_posed_gaussians_follow_the_published_formulas(frame):
+def test_gaussians_that_ride_on_faces_follow_the_published_formulas(frame):
     avatar = random_avatar().with_head(HEAD)
-    posed = avatar.posed_gaussians(frame)
+    posed = avatar.posed(method="face_frames").frames(frame)
     vertices = HEAD.pose(avatar.params).vertices[frame].double().numpy()
     for n in range(len(avatar)):
         center, rotation, scale = frame_of_face(vertices, HEAD.faces[avatar.faces[n]])
         expected = scale * rotation @ avatar.positions[n].double().numpy() + center
-        np.testing.assert_allclose(posed["positions"][n], expected, atol=2e-6)
-        np.testing.assert_allclose(posed["scales"][n], scale * np.exp(avatar.scales[n].numpy()), rtol=1e-4)
+        np.testing.assert_allclose(posed.positions[0, n], expected, atol=2e-6)
+        np.testing.assert_allclose(posed.scales[0, n], scale * np.exp(avatar.scales[n].numpy()), rtol=1e-4)
         turned = Rotation.from_matrix(rotation) * Rotation.from_quat(avatar.quats[n].numpy(), scalar_first=True)
-        found = Rotation.from_quat(posed["quats"][n].numpy(), scalar_first=True)
+        found = Rotation.from_quat(posed.quats[0, n].numpy(), scalar_first=True)
         assert (turned.inv() * found).magnitude() < 1e-3
-    np.testing.assert_allclose(posed["opacities"], 1 / (1 + np.exp(-avatar.opacities.numpy())), rtol=1e-5)
-    assert torch.equal(posed["sh"], avatar.sh)
+    np.testing.assert_allclose(posed.opacities, 1 / (1 + np.exp(-avatar.opacities.numpy())), rtol=1e-5)
+    assert torch.equal(posed.sh, avatar.sh)
     expected = np.maximum(0, 0.5 + 0.28209479177387814 * avatar.sh[:, 0].numpy())
-    np.testing.assert_allclose(posed["colors"], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_posing_is_differentiable():
-    avatar = random_avatar().with_head(HEAD)
-    leaves = [
-        avatar.positions.requires_grad_(),
-        avatar.scales.requires_grad_(),
-        avatar.params.jaw_pose.requires_grad_(),
-    ]
-    sum(value.sum() for value in avatar.posed_gaussians(1).values()).backward()
-    assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves)
-    assert leaves[2].grad[1].any() and not leaves[2].grad[0].any()
+    np.testing.assert_allclose(posed.colors, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_avatar_without_parameters_is_posed_as_the_mean_head():
     avatar = random_avatar(params=None).with_head(HEAD)
-    torch.testing.assert_close(avatar.posed_gaussians()["positions"], avatar.canonical_points()["positions"])
+    for method in ("lbs", "face_frames"):
+        positions = avatar.posed(method=method).positions[0]
+        torch.testing.assert_close(positions, avatar.canonical_points()["positions"], atol=1e-6, rtol=1e-5)
 
 
-def test_a_frame_that_is_not_there_is_named():
+def test_an_unknown_method_of_posing_is_named():
+    with pytest.raises(ValueError, match="method 'magic' of posing; expected lbs or face_frames"):
+        random_avatar().with_head(HEAD).posed(method="magic")
+
+
+def test_a_frame_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="frame 3 asked of head parameters that hold 3 frames"):
-        random_avatar().with_head(HEAD).posed_gaussians(3)
+        random_avatar().with_head(HEAD).save_world_ply(tmp_path / "a.ply", frame=3)
+    assert files(tmp_path) == []
 
 
-def test_a_world_ply_holds_what_a_viewer_draws(tmp_path):
+def test_from_gaussians_undoes_canonical_gaussians():
     avatar = random_avatar(sh_degree=2).with_head(HEAD)
-    avatar.save_world_ply(tmp_path / "world.ply", frame=1)
-    posed = avatar.posed_gaussians(1)
+    back = GaussianAvatar.from_gaussians(avatar.canonical_gaussians(), avatar.faces, avatar.params, HEAD)
+    torch.testing.assert_close(back.positions, avatar.positions, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(back.scales, avatar.scales, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(back.opacities, avatar.opacities, atol=1e-5, rtol=1e-5)
+    assert torch.equal(back.sh, avatar.sh) and torch.equal(back.faces, avatar.faces)
+    unit = torch.nn.functional.normalize(avatar.quats, dim=1)
+    torch.testing.assert_close((back.quats * unit).sum(1).abs(), torch.ones(len(avatar)))
+    assert back.head is HEAD and back.params is avatar.params
+
+
+def test_from_gaussians_keeps_what_a_network_predicts_finite_and_apart_from_it():
+    canonical = random_avatar().with_head(HEAD).canonical_gaussians()
+    predicted = replace(
+        canonical,
+        positions=canonical.positions.double().requires_grad_(),
+        scales=torch.zeros_like(canonical.scales),
+        opacities=torch.linspace(0, 1, 20).requires_grad_(),
+        sh=canonical.sh.clone().requires_grad_(),
+    )
+    avatar = GaussianAvatar.from_gaussians(predicted, random_avatar().faces, random_params(), HEAD)
+    for name, value in avatar.tensors().items():
+        assert torch.isfinite(value).all() and not value.requires_grad, name
+    assert avatar.opacities[0] < -13 and avatar.opacities[-1] > 13
+    torch.testing.assert_close(avatar.posed().opacities, predicted.opacities.detach(), atol=2e-6, rtol=0)
+
+
+def test_from_gaussians_refuses_a_motion_and_nan():
+    avatar = random_avatar().with_head(HEAD)
+    with pytest.raises(ValueError, match="1 frame of canonical Gaussians, found 3"):
+        GaussianAvatar.from_gaussians(avatar.posed(), avatar.faces, avatar.params, HEAD)
+    broken = avatar.canonical_gaussians()
+    broken.scales[0, 7, 1] = torch.nan
+    with pytest.raises(ValueError, match="scales of Gaussian 7 is nan"):
+        GaussianAvatar.from_gaussians(broken, avatar.faces, avatar.params, HEAD)
+
+
+@pytest.mark.parametrize(("frame", "method"), [(1, "lbs"), (-1, "face_frames"), (None, "lbs")])
+def test_a_world_ply_holds_what_a_viewer_draws(tmp_path, frame, method):
+    avatar = random_avatar(sh_degree=2).with_head(HEAD)
+    avatar.save_world_ply(tmp_path / "world.ply", frame=frame, method=method)
+    posed = avatar.canonical_gaussians() if frame is None else avatar.posed(method=method).frames(frame)
     table = plyfile.PlyData.read(tmp_path / "world.ply")["vertex"]
     assert [p.name for p in table.properties] == property_names(2, with_faces=False)
-    np.testing.assert_allclose(table["z"], posed["positions"][:, 2])
-    np.testing.assert_allclose(np.exp(table["scale_1"]), posed["scales"][:, 1], rtol=1e-5)
-    np.testing.assert_allclose(table["rot_0"], posed["quats"][:, 0])
-    np.testing.assert_allclose(table["opacity"], avatar.opacities)
+    np.testing.assert_allclose(table["z"], posed.positions[0, :, 2], atol=1e-6)
+    np.testing.assert_allclose(np.exp(table["scale_1"]), posed.scales[0, :, 1], rtol=1e-5)
+    np.testing.assert_allclose(table["rot_0"], posed.quats[0, :, 0], atol=1e-5)
+    np.testing.assert_allclose(table["opacity"], avatar.opacities, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(table["f_rest_8"], avatar.sh[:, 1, 1])
     world = read_gaussian_ply(tmp_path / "world.ply", with_faces=False, sh_degree=2)
     np.testing.assert_array_equal(world.sh, avatar.sh.numpy())
@@ -484,4 +519,4 @@ def test_an_avatar_on_the_built_in_head_goes_to_files_and_back_through_its_point
     assert torch.equal(back.positions, avatar.positions) and torch.equal(back.params.expr, avatar.params.expr)
     again = GaussianAvatar.from_points(back.canonical_points(), back.params, head)
     torch.testing.assert_close(again.positions, avatar.positions, atol=1e-3, rtol=1e-3)
-    assert all(torch.isfinite(value).all() for value in back.posed_gaussians(1).values())
+    back.posed().check_finite()

@@ -1,4 +1,4 @@
-"""Running the training script as a user does, on the tiny corpus, with the settings of `debug.yaml`."""
+"""Running the training scripts as a user does, on the tiny corpus, with their settings for debugging."""
 
 import os
 import socket
@@ -8,12 +8,16 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
+from transformers import Dinov2Config
 
 from gaussian_tokenizer.corpus import Corpus, load_corpus
+from modeling import PointillistConfig, PointillistForCausalLM
 from training.windows import AvatarRows
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ROOT / "training" / "configs" / "debug.yaml"
+DECODER_DEBUG = DEBUG.with_name("decoder_debug.yaml")
 # The first DeepSpeed run of a machine compiles a small C++ extension, which takes minutes.
 TIMEOUT = 600
 
@@ -38,14 +42,14 @@ def train_rows(corpus) -> AvatarRows:
 
 
 class Launcher:
-    """Starts `training/pretrain.py` with `arguments` after the configuration.
+    """Starts a training script with `arguments` after its configuration.
 
     `processes`: "one" by `accelerate launch`, "python" for one without a launcher, or two by torchrun ("ddp") or under
     DeepSpeed ("zero2", "zero3").
     """
 
-    def __init__(self, corpus: Path, cache: Path):
-        self.corpus, self.cache = corpus, cache
+    def __init__(self, cache: Path, *words: str | Path):
+        self.cache, self.words = cache, words
 
     def start(self, output: Path, *arguments: str, processes: str = "one") -> subprocess.Popen:
         binaries = Path(sys.executable).parent
@@ -62,7 +66,7 @@ class Launcher:
         else:
             configuration = ROOT / "training" / "configs" / "accelerate" / f"cpu_{processes}.yaml"
             prefix = [binaries / "accelerate", "launch", "--config_file", configuration, "--main_process_port", "0"]
-        command = [*prefix, ROOT / "training" / "pretrain.py", DEBUG, "--corpus", self.corpus, "--output_dir", output]
+        command = [*prefix, *self.words, "--output_dir", output]
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -92,4 +96,29 @@ class Launcher:
 
 @pytest.fixture(scope="session")
 def launcher(tiny_corpus, datasets_cache) -> Launcher:
-    return Launcher(tiny_corpus, datasets_cache)
+    return Launcher(datasets_cache, ROOT / "training" / "pretrain.py", DEBUG, "--corpus", tiny_corpus)
+
+
+@pytest.fixture(scope="session")
+def point_model(corpus, tmp_path_factory) -> Path:
+    """Folder of an untrained point model for the tiny corpus, with both encoders of its condition."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("point") / "model"
+    tokenizer = corpus.tokenizer
+    vision = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=56)
+    config = PointillistConfig(
+        n_bins=tokenizer.n_bins, n_faces=tokenizer.n_faces, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, head_dim=16, sliding_window=64, vision_config=vision, freeze_vision_encoder=False,
+        point_latents=4, point_hidden_size=16, point_layers=1, point_attention_heads=2, initializer_range=0.1,
+    )  # fmt: skip
+    PointillistForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def decoder_launcher(tiny_corpus, point_model, datasets_cache) -> Launcher:
+    """Starts the training of a Gaussian decoder behind that point model."""
+    script = ROOT / "training" / "train_gaussian_decoder.py"
+    words = ["--corpus", tiny_corpus, "--point_model", point_model, "--head", "procedural:600"]
+    return Launcher(datasets_cache, script, DECODER_DEBUG, *words)

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-from training.demo import chamfer, judge
+from training.demo_report import chamfer, judge
 
 ROOT = Path(__file__).parents[2]
 

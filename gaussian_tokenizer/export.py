@@ -1,0 +1,190 @@
+"""Posed Gaussians and pictures to files that other programs open.
+
+`save_splats` writes one frame for splat viewers: PLY, `.splat` or compressed PLY (the last two by gsplat's exporter),
+`save_ply_sequence` a numbered PLY for each frame of a motion, `save_video` pictures as GIF, MP4 or a folder of PNG.
+What `Gaussians` hold activated is stored as 3D Gaussian Splatting stores it: logits of opacities, logarithms of
+scales. Every file and folder appears whole under its name or not at all.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gaussian_tokenizer.atomic import atomic_file, atomic_folder
+from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.ply import PlyGaussians, write_gaussian_ply
+
+MIN_SCALE, MIN_OPACITY = 1e-12, 1e-7  # with a finite logarithm and logit in float32
+SPLAT_FORMATS = {".compressed.ply": "ply_compressed", ".splat": "splat", ".ply": "ply"}
+PALETTE_PIXELS = 500_000  # of all frames together, from which the colours of a GIF are chosen
+MP4_QUALITY = 18  # x264's constant rate factor: hardly to be told from the original
+
+
+def save_ply(target: str | os.PathLike | BinaryIO, gaussians: Gaussians, frame: int = 0) -> None:
+    """Write one frame as the PLY of 3D Gaussian Splatting, float32, world space, rows in order."""
+    arrays = {name: value.cpu().numpy() for name, value in _stored(gaussians, frame).items()}
+    write_gaussian_ply(target, PlyGaussians(**arrays))
+
+
+def save_splats(path: str | os.PathLike, gaussians: Gaussians, frame: int = 0) -> None:
+    """Write one frame for viewers, by the suffix: `.ply`, `.splat` or `.compressed.ply`.
+
+    `.splat` (antimatter15's viewer) keeps colours of SH degree 0 in 8 bits; `.compressed.ply` (SuperSplat) has about
+    16 bytes a Gaussian and leaves out opacities below 1 / 255. Both are in an order of their own and need gsplat.
+    Raises ValueError for another suffix or a value that is not finite, ImportError with the install line.
+    """
+    path = Path(path)
+    suffix = next((suffix for suffix in SPLAT_FORMATS if path.name.endswith(suffix)), None)
+    if suffix is None:
+        raise ValueError(f"{path}: unknown kind of file; Gaussians are written as {', '.join(sorted(SPLAT_FORMATS))}")
+    if suffix == ".ply":
+        save_ply(path, gaussians, frame)
+        return
+    stored = _stored(gaussians, frame)  # checked there: one NaN among the opacities makes gsplat 1.5.3 drop all points
+    with atomic_file(path) as file:
+        file.write(_gsplat_bytes(stored, SPLAT_FORMATS[suffix]))
+
+
+def save_ply_sequence(folder: str | os.PathLike, gaussians: Gaussians | Iterable[Gaussians]) -> int:
+    """Write `00000.ply`, `00001.ply`, ... into a new folder, which replaces one that is there; the number of frames.
+
+    An iterable gives the motion in parts of any number of frames, so that no more than a part is in memory.
+    """
+    parts = [gaussians] if isinstance(gaussians, Gaussians) else gaussians
+    count = 0
+    with atomic_folder(folder) as temporary:
+        for part in parts:
+            for frame in range(part.num_frames):
+                save_ply(temporary / f"{count:05d}.ply", part, frame)
+                count += 1
+        if count == 0:
+            raise ValueError(f"{folder}: no frames to write")
+    return count
+
+
+def save_video(path: str | os.PathLike, images: np.ndarray | Tensor, fps: float = 25.0) -> None:
+    """Write pictures (T, H, W, 3), uint8 or floats in 0..1, as `.gif`, `.mp4` or, without a suffix, a folder of PNG.
+
+    A GIF repeats for ever, has one palette of 256 colours for all frames and no dithering, so that nothing flickers;
+    its frames last a whole number of hundredths of a second. An MP4 is H.264 in yuv420p, which every player opens; an
+    odd width or height gets its last column or row twice. A folder holds `00000.png` and so on and replaces one that is
+    there. Raises ValueError for other suffixes or shapes, OSError where the disk refuses, ImportError for a missing
+    imageio-ffmpeg.
+    """
+    path = Path(path)
+    if path.suffix not in ("", ".gif", ".mp4"):
+        raise ValueError(f"{path}: unknown kind of video; give .gif, .mp4, or no suffix for a folder of PNG")
+    if not 0 < fps <= 1000:
+        raise ValueError(f"{fps} frames per second; expected more than 0 and at most 1000")
+    frames = _to_bytes(images)
+    if path.suffix == "":
+        with atomic_folder(path) as folder:
+            for index, frame in enumerate(frames):
+                Image.fromarray(frame).save(folder / f"{index:05d}.png")
+        return
+    with atomic_file(path) as file:  # opened first: a folder that is not there is said before minutes of encoding
+        if path.suffix == ".gif":
+            _write_gif(file, frames, fps)
+        else:
+            file.write(_mp4_bytes(frames, fps))
+
+
+def _stored(gaussians: Gaussians, frame: int) -> dict[str, Tensor]:
+    """One frame as files keep it, float32; ValueError if anything is not finite or the frame is not there."""
+    if not -gaussians.num_frames <= frame < gaussians.num_frames:
+        raise ValueError(f"frame {frame} asked of Gaussians of {gaussians.num_frames} frames")
+    one = gaussians.frames(frame)
+    one.check_finite()
+    # Logits in double precision: in float32 an opacity near 1 has few digits left beside it.
+    opacities = one.opacities.detach().double().clamp(MIN_OPACITY, 1 - MIN_OPACITY).logit()
+    tensors = {
+        "positions": one.positions[0],
+        "sh": one.sh,
+        "opacities": opacities,
+        "scales": one.scales[0].clamp(min=MIN_SCALE).log(),
+        "quats": one.quats[0],
+    }
+    return {name: value.detach().float() for name, value in tensors.items()}
+
+
+def _gsplat_bytes(stored: dict[str, Tensor], kind: str) -> bytes:
+    try:
+        from gsplat.exporter import export_splats
+    except ImportError as error:
+        raise ImportError(
+            f"writing .splat and .compressed.ply needs gsplat ({error}): "
+            'pip install "avatar-pointillist[render]", or write a plain .ply'
+        ) from error
+    stored = {name: value.cpu() for name, value in stored.items()}
+    means, scales, quats, opacities = (stored[name] for name in ("positions", "scales", "quats", "opacities"))
+    quats = torch.nn.functional.normalize(quats, dim=-1)
+    return export_splats(means, scales, quats, opacities, stored["sh"][:, :1], stored["sh"][:, 1:], format=kind)
+
+
+def _to_bytes(images: np.ndarray | Tensor) -> np.ndarray:
+    """(T, H, W, 3) uint8."""
+    array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
+        raise ValueError(f"a video is pictures (T, H, W, 3), at least one; found {array.shape}")
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind != "f":
+        raise ValueError(f"pictures are {array.dtype}, expected uint8 or floats in 0..1")
+    if not np.isfinite(array).all():
+        frame = np.argwhere(~np.isfinite(array))[0][0]
+        raise ValueError(f"picture {frame} holds a value that is not finite")
+    return (np.clip(array, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _write_gif(file: BinaryIO, frames: np.ndarray, fps: float) -> None:
+    pixels = frames.reshape(-1, 3)
+    if len(pixels) > PALETTE_PIXELS:
+        # Drawn, the same every time: an even stride might meet the same columns again and again.
+        pixels = pixels[np.random.default_rng(0).integers(len(pixels), size=PALETTE_PIXELS)]
+    sample = Image.fromarray(pixels.reshape(1, -1, 3))
+    palette = sample.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    indexed = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    hundredths = max(2, round(100 / fps))  # viewers slow down what is shorter
+    indexed[0].save(
+        file, format="GIF", save_all=True, append_images=indexed[1:], duration=10 * hundredths, loop=0, optimize=False
+    )
+
+
+def _mp4_bytes(frames: np.ndarray, fps: float) -> bytes:
+    try:
+        import imageio_ffmpeg
+    except ImportError as error:
+        raise ImportError(
+            f'writing .mp4 needs imageio-ffmpeg ({error}): pip install "avatar-pointillist[video]", or write a .gif'
+        ) from error
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    # ffmpeg writes files by name only; what it makes is then taken over like any other file.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        writer = imageio_ffmpeg.write_frames(
+            str(path),
+            (frames.shape[2], frames.shape[1]),
+            fps=fps,
+            codec="libx264",
+            pix_fmt_out="yuv420p",
+            quality=None,
+            macro_block_size=1,
+            output_params=["-crf", str(MP4_QUALITY), "-movflags", "+faststart", "-fflags", "+bitexact"],
+        )
+        try:
+            writer.send(None)
+            for frame in frames:
+                writer.send(np.ascontiguousarray(frame))
+            writer.close()
+        except OSError as error:  # with all that ffmpeg said, of which the end tells the reason
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise OSError(f"ffmpeg could not write the video: {lines[-1] if lines else error}") from error
+        return path.read_bytes()

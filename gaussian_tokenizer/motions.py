@@ -1,0 +1,200 @@
+"""Motions: head parameters over time that move an avatar, from files of a tracker or made up.
+
+`load_motion` reads what VHAP and GaussianAvatars write. `synthetic_motion` needs no data: talking, nodding, looking
+around and a walk through the expressions, on any head model. `expression_frames` are single poses for pictures. What
+a name such as "smile" means is looked up among the head's `expression_names` (the procedural head's or ARKit's, which
+ICT-FaceKit has); a head whose expressions have no telling names, FLAME, lends its first components instead.
+"""
+
+import os
+import re
+from dataclasses import replace
+from math import tau
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gaussian_tokenizer.animation import check_motion
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import FRAME_KEYS, HeadParameters
+
+MOTIONS = ("talk", "nod", "look_around", "expressions")
+PARAMETERS_NAME, FRAMES_FOLDER = "flame_param.npz", "flame_param"
+# What each word is on heads that name their expressions: pattern -> weight. The order is that of FLAME's stand-ins.
+WORDS = {
+    "smile": r"smile_(left|right)|mouthSmile_[LR]",
+    "brows_up": r"brows_up_(left|right)|brows_inner_up|brow(Inner|Outer)Up_[LR]",
+    "blink": r"lids_close_(left|right)|eyeBlink_[LR]",
+    "pucker": r"pucker|mouthPucker",
+    "wide": r"mouth_wide|mouthStretch_[LR]",
+    "frown": r"frown|mouthFrown_[LR]|brows_down|browDown_[LR]",
+}
+UNNAMED = r"expression_?\d+|expression \d+"
+UNNAMED_WEIGHT, UNNAMED_COUNT = 1.5, 10  # in standard deviations; and how many components a walk visits
+SIDE = r"_(left|right|L|R)$"
+
+
+def load_motion(path: str | os.PathLike, head: HeadModel) -> HeadParameters:
+    """The frames of a motion: a `.npz` file, or a folder that has `flame_param.npz` or `flame_param/<timestep>.npz`.
+
+    The folder of the timesteps itself does as well; they come in the order of their numbers. Shape and static offset
+    are those of the file (of the first one), so they are the tracked person's and may be of any size: posing an avatar
+    does not use them. Raises FileNotFoundError, or ValueError that names the file for damaged files and for a motion
+    of another head model than `head`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        motion, path = _load_folder(path)
+    else:
+        motion = HeadParameters.load(path)
+    try:
+        check_motion(motion, head)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return motion
+
+
+def synthetic_motion(name: str, head: HeadModel, num_frames: int = 48) -> HeadParameters:
+    """`num_frames` frames of the mean head doing `name`, one of MOTIONS; the first frame continues the last.
+
+    Smooth and the same every time. Head turns stay within 35 degrees, the jaw within 14.
+    """
+    if name not in MOTIONS:
+        raise ValueError(f"motion {name!r}: expected one of {', '.join(MOTIONS)}, or a file")
+    if num_frames < 1:
+        raise ValueError(f"{num_frames} frames asked for; expected at least 1")
+    phase = torch.arange(num_frames, dtype=torch.float64) / num_frames  # 0 <= phase < 1
+    make = {"talk": _talk, "nod": _nod, "look_around": _look_around, "expressions": _expressions}[name]
+    values: dict[str, Any] = {key: value.float() for key, value in make(phase, head).items()}
+    zeros = HeadParameters.zeros(head.n_shape, head.n_expression, num_frames)
+    return replace(zeros, **values).to(head.device)
+
+
+def expression_frames(head: HeadModel) -> dict[str, HeadParameters]:
+    """A few fixed poses by name, T = 1 each, the mean head: neutral first, then smile, open jaw, brows, blink, turn."""
+
+    def pose(expr: dict[str, float] | None = None, **rotations: tuple[float, ...]) -> HeadParameters:
+        values: dict[str, Any] = {key: torch.tensor([value]) for key, value in rotations.items()}
+        weights = sum((weight * _word(head, word) for word, weight in (expr or {}).items()), _word(head, None))
+        neutral = HeadParameters.zeros(head.n_shape, head.n_expression)
+        return replace(neutral, **values, expr=weights[None].float()).to(head.device)
+
+    return {
+        "neutral": pose(),
+        "smile": pose({"smile": 1.0}),
+        "jaw_open": pose(jaw_pose=(0.3, 0.0, 0.0)),
+        "brows_up": pose({"brows_up": 1.0}),
+        "blink": pose({"blink": 1.0}),
+        "frown": pose({"frown": 1.0}),
+        "turn": pose({"smile": 0.6}, neck_pose=(0.0, 0.5, 0.0), eyes_pose=(0.0, 0.2, 0.0, 0.0, 0.2, 0.0)),
+    }
+
+
+def _talk(phase: Tensor, head: HeadModel) -> dict[str, Tensor]:
+    """Syllables: the jaw follows a sum of harmonics that is never negative, lips part and round at other rates."""
+    zero = torch.zeros_like(phase)
+    syllables = (_wave(phase, 4) + 0.6 * _wave(phase, 7, 0.3) + 0.5 * _wave(phase, 3, 0.6)).clamp(min=-0.6) + 0.6
+    jaw = 0.09 * syllables * (0.65 + 0.35 * _wave(phase, 1, 0.1))
+    rounded, spread = _bump(phase, 0.35, 0.25), _bump(phase, 0.75, 0.3)
+    expr = (
+        0.7 * rounded[:, None] * _word(head, "pucker")
+        + 0.5 * spread[:, None] * _word(head, "wide")
+        + 0.3 * _bump(phase, 0.2, 0.4)[:, None] * _word(head, "brows_up")
+        + _bump(phase, 0.55, 0.1)[:, None] * _word(head, "blink")
+    )
+    neck = torch.stack((0.05 * _wave(phase, 2), 0.08 * _wave(phase, 1), 0.03 * _wave(phase, 1, 0.25)), -1)
+    return {"jaw_pose": torch.stack((jaw, zero, zero), -1), "expr": expr, "neck_pose": neck}
+
+
+def _nod(phase: Tensor, head: HeadModel) -> dict[str, Tensor]:
+    zero = torch.zeros_like(phase)
+    pitch = 0.25 * _wave(phase, 2)
+    expr = 0.5 * _bump(phase, 0.5, 0.8)[:, None] * _word(head, "smile")
+    expr = expr + _bump(phase, 0.1, 0.1)[:, None] * _word(head, "blink")
+    # The eyes stay with whom they look at.
+    eyes = torch.stack((-0.6 * pitch, zero, zero), -1)
+    return {"neck_pose": torch.stack((pitch, zero, zero), -1), "eyes_pose": torch.cat((eyes, eyes), -1), "expr": expr}
+
+
+def _look_around(phase: Tensor, head: HeadModel) -> dict[str, Tensor]:
+    """The head swings from side to side and up and down; the eyes lead it by a twelfth of the way."""
+    zero = torch.zeros_like(phase)
+    neck = torch.stack((0.15 * _wave(phase, 2, 0.25), 0.55 * _wave(phase, 1), 0.06 * _wave(phase, 1, 0.5)), -1)
+    eyes = torch.stack((0.1 * _wave(phase, 2, 1 / 3), 0.3 * _wave(phase, 1, 1 / 12), zero), -1)
+    blinks = _bump(phase, 0.25, 0.1) + _bump(phase, 0.8, 0.1)
+    expr = blinks[:, None] * _word(head, "blink") + 0.4 * _bump(phase, 0.6, 0.3)[:, None] * _word(head, "brows_up")
+    return {"neck_pose": neck, "eyes_pose": torch.cat((eyes, eyes), -1), "expr": expr}
+
+
+def _expressions(phase: Tensor, head: HeadModel) -> dict[str, Tensor]:
+    """One expression after the other, left and right together, each fading into the next."""
+    groups = _groups(head)
+    expr = torch.zeros(len(phase), head.n_expression, dtype=torch.float64)
+    for index, (columns, weight) in enumerate(groups):
+        center, width = (index + 0.5) / len(groups), min(1.0, 2 / (len(groups) + 1))
+        expr[:, columns] += (weight * _bump(phase, center, width))[:, None]
+    return {"expr": expr}
+
+
+def _wave(phase: Tensor, cycles: int, lead: float = 0.0) -> Tensor:
+    """A sine of whole cycles, so that it closes; `lead` in parts of a cycle."""
+    return (tau * (cycles * phase + lead)).sin()
+
+
+def _bump(phase: Tensor, center: float, width: float) -> Tensor:
+    """A raised cosine from 0 up to 1 and down to 0, around the circle."""
+    distance = ((phase - center + 0.5) % 1 - 0.5).abs()
+    return torch.where(distance < width / 2, 0.5 + 0.5 * (tau * distance / width).cos(), torch.zeros_like(phase))
+
+
+def _word(head: HeadModel, word: str | None) -> Tensor:
+    """(E,) float64 expression of a word of WORDS; zero for None and for words the head cannot say."""
+    expr = torch.zeros(head.n_expression, dtype=torch.float64)
+    if word is None:
+        return expr
+    columns = [index for index, name in enumerate(head.expression_names) if re.fullmatch(WORDS[word], name)]
+    expr[columns] = 1.0
+    if _is_unnamed(head):
+        component = [*WORDS].index(word)
+        expr[component : component + 1] = UNNAMED_WEIGHT
+    return expr
+
+
+def _groups(head: HeadModel) -> list[tuple[list[int], float]]:
+    """Columns of the expressions to show together, and the weight."""
+    if _is_unnamed(head):
+        return [([index], UNNAMED_WEIGHT) for index in range(min(UNNAMED_COUNT, head.n_expression))]
+    together: dict[str, list[int]] = {}
+    for index, name in enumerate(head.expression_names):
+        together.setdefault(re.sub(SIDE, "", name), []).append(index)
+    return [(columns, 1.0) for columns in together.values()]
+
+
+def _is_unnamed(head: HeadModel) -> bool:
+    return all(re.fullmatch(UNNAMED, name) for name in head.expression_names)
+
+
+def _load_folder(folder: Path) -> tuple[HeadParameters, Path]:
+    if (folder / PARAMETERS_NAME).is_file():
+        return HeadParameters.load(folder / PARAMETERS_NAME), folder / PARAMETERS_NAME
+    frames_folder = folder / FRAMES_FOLDER if (folder / FRAMES_FOLDER).is_dir() else folder
+    paths = [path for path in frames_folder.glob("*.npz") if path.stem.isdecimal()]
+    if not paths:
+        raise FileNotFoundError(
+            f"{folder}: no motion: holds neither {PARAMETERS_NAME} nor {FRAMES_FOLDER}/<timestep>.npz"
+        )
+    paths.sort(key=lambda path: (int(path.stem), path.stem))
+    frames = [HeadParameters.load(path) for path in paths]
+    names = [*FRAME_KEYS, *(["dynamic_offset"] if frames[0].dynamic_offset is not None else [])]
+    first = frames[0].tensors()
+    joined: dict[str, Any] = {}
+    for name in names:
+        for path, frame in zip(paths, frames):
+            found = frame.tensors().get(name)
+            if found is None or found.shape[1:] != first[name].shape[1:]:
+                size = "missing" if found is None else f"{tuple(found.shape)}"
+                raise ValueError(f"{path}: {name} is {size}, but {tuple(first[name].shape)} in {paths[0].name}")
+        joined[name] = torch.cat([frame.tensors()[name] for frame in frames])
+    return replace(frames[0], layout=None, **joined), frames_folder

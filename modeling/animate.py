@@ -1,0 +1,173 @@
+"""Move an avatar and look at it, from the command line.
+
+    python -m modeling.animate --avatar subjects/synthetic-0-000000 --head procedural:600 --motion talk --output talk.gif
+
+An avatar, its head model and a motion go in: built in (talk, nod, look_around, expressions), tracked (a flame_param.npz
+or a folder of them), or a turntable around the head at rest. Pictures come out as .gif, .mp4 or a folder of PNG, the
+posed Gaussians as a numbered PLY sequence or, of the avatar at rest, as one file for a splat viewer. Runs on a CPU.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from gaussian_tokenizer.cameras import Cameras
+from gaussian_tokenizer.rendering import render
+from tqdm import tqdm
+
+from gaussian_tokenizer.animation import METHODS, drive
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.export import save_ply_sequence, save_splats, save_video
+from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.motions import MOTIONS, load_motion, synthetic_motion
+
+DISTANCE = 1.0  # metres from the camera to the middle of the head
+ROOM = 1.5  # side of the picture, in heights of the skull: for hair and neck
+BORDER = 1.1  # and at least so much more than all that the skull passes over
+FRAMES_AT_ONCE = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--avatar", required=True, help="a .safetensors avatar, a GaussianAvatars folder or its point_cloud.ply"
+    )
+    parser.add_argument(
+        "--head", required=True, help="head model: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder"
+    )
+    parser.add_argument(
+        "--motion",
+        default="talk",
+        help=f"{', '.join(MOTIONS)}, turntable, or a flame_param.npz or a folder of them (default: talk)",
+    )
+    parser.add_argument("--output", type=Path, help="pictures: .gif, .mp4, or a folder of PNG (no suffix)")
+    parser.add_argument("--ply_sequence", type=Path, help="folder for the Gaussians of every frame, 00000.ply, ...")
+    parser.add_argument(
+        "--export", type=Path, help="the Gaussians at rest for a splat viewer: .ply, .splat or .compressed.ply"
+    )
+    parser.add_argument("--method", choices=METHODS, default="lbs", help="how the Gaussians follow the head")
+    parser.add_argument("--size", type=int, default=256, help="width and height of the pictures")
+    parser.add_argument("--fps", type=float, default=25.0, help="frames per second of .gif and .mp4")
+    parser.add_argument(
+        "--num_frames", type=int, help="frames of a built-in motion (default: 48), or the first so many of a file"
+    )
+    parser.add_argument("--azimuth", type=float, default=0.0, help="degrees of the camera to the subject's left")
+    parser.add_argument("--background", type=float, default=1.0, help="grey behind the head, 0 black to 1 white")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    arguments = parser.parse_args()
+    try:
+        animate(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(1, f"error: {' '.join(str(error).split())}\n")
+
+
+@torch.no_grad()
+def animate(arguments: argparse.Namespace) -> None:
+    """Everything between the command line and the files."""
+    check(arguments)
+    head = load_head(arguments.head)
+    avatar = GaussianAvatar.load(arguments.avatar, head=head).to(arguments.device)
+    canonical = avatar.canonical_gaussians()  # an avatar without colours is refused here
+    motion = choose_motion(arguments, head).to(arguments.device)
+    if arguments.export is not None:
+        save_splats(arguments.export, canonical)
+        print(f"{len(avatar):,} Gaussians at rest in {arguments.export}")
+    if arguments.ply_sequence is not None:
+        parts = tqdm(posed_parts(avatar, motion, arguments.method), desc="PLY", total=motion.num_frames, unit="frame")
+        count = save_ply_sequence(arguments.ply_sequence, parts)
+        print(f"{count} frames of {len(avatar):,} Gaussians in {arguments.ply_sequence}")
+    if arguments.output is not None:
+        pictures = draw(avatar, motion, arguments)
+        save_video(arguments.output, pictures, arguments.fps)
+        print(f"{len(pictures)} pictures of {arguments.size} x {arguments.size} in {arguments.output}")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """What can be said wrong before anything is loaded: `ValueError`, or `FileNotFoundError` for a missing folder."""
+    outputs = [path for path in (arguments.output, arguments.ply_sequence, arguments.export) if path is not None]
+    if not outputs:
+        raise ValueError("nothing to write: give --output, --ply_sequence or --export")
+    for path in outputs:
+        if not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{path}: its folder {path.parent} is not there; create it first")
+    if arguments.output is not None and arguments.output.suffix not in ("", ".gif", ".mp4"):
+        raise ValueError(f"--output {arguments.output}: expected .gif, .mp4, or no suffix for a folder of PNG")
+    if not 8 <= arguments.size <= 8192:
+        raise ValueError(f"--size {arguments.size}: expected 8 to 8192 pixels")
+    if arguments.num_frames is not None and arguments.num_frames < 1:
+        raise ValueError(f"--num_frames {arguments.num_frames}: expected at least 1")
+    if not 0 <= arguments.background <= 1:
+        raise ValueError(f"--background {arguments.background}: expected 0 (black) to 1 (white)")
+    try:
+        torch.zeros(1, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # in a build without CUDA it is an assertion
+        raise ValueError(f"--device {arguments.device}: not usable here ({error})") from error
+
+
+def choose_motion(arguments: argparse.Namespace, head: HeadModel) -> HeadParameters:
+    """The frames to show; a turntable has as many of the head at rest."""
+    num_frames = 48 if arguments.num_frames is None else arguments.num_frames
+    if arguments.motion == "turntable":
+        return HeadParameters.zeros(head.n_shape, head.n_expression, num_frames)
+    if arguments.motion in MOTIONS:
+        return synthetic_motion(arguments.motion, head, num_frames)
+    if not Path(arguments.motion).exists():
+        raise FileNotFoundError(
+            f"--motion {arguments.motion}: no such file or folder; built in are {', '.join(MOTIONS)} and turntable"
+        )
+    return load_motion(arguments.motion, head).frame(slice(arguments.num_frames))
+
+
+def posed_parts(avatar: GaussianAvatar, motion: HeadParameters, method: str, at_once: int = 1) -> Iterator[Gaussians]:
+    """The motion, `at_once` frames at a time."""
+    for start in range(0, motion.num_frames, at_once):
+        yield avatar.posed(motion.frame(slice(start, start + at_once)), method)
+
+
+def draw(avatar: GaussianAvatar, motion: HeadParameters, arguments: argparse.Namespace) -> np.ndarray:
+    """(T, size, size, 3) uint8, the avatar in every frame of the motion."""
+    turntable = arguments.motion == "turntable"
+    azimuths = [arguments.azimuth]
+    if turntable:
+        azimuths = [arguments.azimuth + 360 * index / motion.num_frames for index in range(motion.num_frames)]
+    target, extent = framing(avatar, motion.frame(0) if turntable else motion)
+    size = arguments.size
+    cameras = Cameras.orbit(target, DISTANCE, azimuths, 0.0, DISTANCE * size / extent, size, size)
+    pictures = []
+    with tqdm(total=motion.num_frames, desc="pictures", unit="frame") as progress:
+        for posed in posed_parts(avatar, motion, arguments.method, FRAMES_AT_ONCE):
+            start = progress.n
+            chosen = slice(start, start + posed.num_frames) if turntable else slice(None)
+            seen_by = Cameras(cameras.viewmats[chosen], cameras.Ks[chosen], size, size)
+            image = render(posed, seen_by.to(posed.positions), background=arguments.background).image
+            pictures.append((image.clamp(0, 1) * 255 + 0.5).byte().cpu().numpy())
+            progress.update(posed.num_frames)
+    return np.concatenate(pictures)
+
+
+def framing(avatar: GaussianAvatar, motion: HeadParameters) -> tuple[torch.Tensor, float]:
+    """Where the camera looks (3,) and how much it sees there, metres: the head in all frames, with room for hair.
+
+    Measured on the mesh without the neck, whose length differs from one head model to another, so that a portrait of
+    any of them is framed alike; a head that moves about is given the room it takes.
+    """
+    head = avatar.head
+    assert head is not None
+    own = avatar.params or HeadParameters.zeros(head.n_shape, head.n_expression).to(head.device)
+    skull = ~head.regions["neck"] if "neck" in head.regions else torch.ones_like(head.template[:, 0], dtype=torch.bool)
+    at_rest = head.canonical_vertices(own)[skull]
+    height = float(at_rest[:, 1].max() - at_rest[:, 1].min())
+    boxes = []
+    for frame in range(motion.num_frames):
+        vertices = head.pose(drive(own, motion.frame(frame), head)).vertices[0, skull]
+        boxes.append(torch.stack((vertices.amin(0), vertices.amax(0))))
+    low, high = torch.stack(boxes)[:, 0].amin(0), torch.stack(boxes)[:, 1].amax(0)
+    return (low + high) / 2, max(ROOM * height, BORDER * float((high - low).max()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Configuration of the Gaussian decoder: the paper's network by default.
+
+A `GaussianDecoderConfig` says which inputs the decoder reads (`mode`, the paper's ablations), how large it is, which layers
+of the portrait encoder feed it, and in which ranges its Gaussians live. Sizes: AvatarPointillist supplementary, section D
+(12 blocks, width 1024, 16 heads); ranges and initial values of the Gaussians: LAM's released configuration.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import Dinov2Config, PreTrainedConfig
+
+MODES = ("full", "ar_feature", "position", "flame_position")
+
+
+@strict
+class GaussianDecoderConfig(PreTrainedConfig):
+    r"""Configuration of `GaussianDecoder`.
+
+    Args:
+        mode: "full" reads positions and the point model's hidden states; "ar_feature" the hidden states only; "position" the
+            positions only; "flame_position" is "position" for vertices of the head model instead of generated points.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: the joint-attention blocks;
+            `intermediate_size` defaults to four widths.
+        point_feature_size: width of the point model whose hidden states are read.
+        point_frequencies: octaves of the positional encoding; point_extent: metres mapped to [-1, 1];
+            point_centre: metres, subtracted before.
+        vision_config: a `Dinov2Config` (or dict) of the portrait encoder; default ViT-L/14, as in `PointillistConfig`.
+        vision_layers: 0-based layers whose patch tokens are fused; default LAM's [4, 11, 17, 23] for 24 layers, else four
+            evenly spread ones that end with the last.
+        freeze_vision_encoder: whether the portrait encoder stays as it is.
+        sh_degree: degree of the spherical harmonics of the colour, 0 to 3; 0 is a colour that no view changes.
+        init_scale, max_scale: metres, the standard deviation of a new decoder's Gaussians and its upper limit.
+        max_offset: metres, how far a Gaussian may move from its point along each axis.
+        init_opacity: opacity of a new decoder's Gaussians.
+    """
+
+    model_type = "avatar_gaussian_decoder"
+    sub_configs = {"vision_config": Dinov2Config}
+
+    mode: str = "full"
+    hidden_size: int = 1024
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    initializer_range: float = 0.02
+
+    point_feature_size: int = 1024
+    point_frequencies: int = 8
+    point_extent: float = 0.2
+    point_centre: list[float] | None = None
+
+    vision_config: dict | PreTrainedConfig | None = None
+    vision_layers: list[int] | None = None
+    freeze_vision_encoder: bool = True
+
+    sh_degree: int = 0
+    init_scale: float = 0.006737946999085467  # exp(-5)
+    max_scale: float = 0.01
+    max_offset: float = 0.1
+    init_opacity: float = 0.1
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.point_centre is None:
+            self.point_centre = [0.0, 0.0, 0.0]
+        if self.vision_config is None:
+            self.vision_config = Dinov2Config(
+                hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518
+            )
+        elif isinstance(self.vision_config, dict):
+            self.vision_config = Dinov2Config(**self.vision_config)
+        if self.vision_layers is None:
+            self.vision_layers = spread_layers(self.vision_config.num_hidden_layers)
+        super().__post_init__(**kwargs)
+
+    @property
+    def image_embed_size(self) -> int:
+        """Width of `image_embeds`: one portrait token of every layer read."""
+        return len(self.vision_layers) * self.vision_config.hidden_size
+
+    @property
+    def reads_positions(self) -> bool:
+        return self.mode != "ar_feature"
+
+    @property
+    def reads_point_features(self) -> bool:
+        return self.mode in ("full", "ar_feature")
+
+    def validate_architecture(self):
+        """Raise `ValueError` where a field is out of its range or two contradict each other."""
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}; found {self.mode!r}")
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers must be at least 1, found {self.num_hidden_layers}")
+        if self.hidden_size % self.num_attention_heads or self.hidden_size % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be even and a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        depth = self.vision_config.num_hidden_layers
+        in_order = self.vision_layers == sorted(set(self.vision_layers))
+        if not self.vision_layers or not in_order or not 0 <= self.vision_layers[0] <= self.vision_layers[-1] < depth:
+            raise ValueError(
+                f"vision_layers must be ascending layers of the {depth} of the portrait encoder, found {self.vision_layers}"
+            )
+        if not self.freeze_vision_encoder and self.vision_layers[-1] != depth - 1:
+            raise ValueError(
+                f"a portrait encoder that is trained must be read to its last layer ({depth - 1}), or the layers after "
+                f"{self.vision_layers[-1]} get no gradient: change vision_layers {self.vision_layers}"
+            )
+        if not 0 <= self.sh_degree <= 3:
+            raise ValueError(f"sh_degree must be 0 to 3, found {self.sh_degree}")
+        if len(self.point_centre) != 3 or self.point_extent <= 0:
+            raise ValueError(
+                f"point_centre must be three numbers and point_extent positive, found {self.point_centre} and {self.point_extent}"
+            )
+        if not 0 < self.init_scale < self.max_scale:
+            raise ValueError(
+                f"init_scale must lie between 0 and max_scale (at the limit its gradient is zero), "
+                f"found {self.init_scale} and {self.max_scale}"
+            )
+        if not 0 < self.init_opacity < 1 or self.max_offset <= 0:
+            raise ValueError(
+                f"init_opacity must lie between 0 and 1 and max_offset be positive, "
+                f"found {self.init_opacity} and {self.max_offset}"
+            )
+
+
+def spread_layers(depth: int) -> list[int]:
+    """The layers of a portrait encoder that LAM reads: four, the last among them."""
+    if depth == 24:
+        return [4, 11, 17, 23]
+    return sorted({max((i + 1) * depth // 4 - 1, 0) for i in range(4)})
+
+
+__all__ = ["GaussianDecoderConfig"]

@@ -1,0 +1,417 @@
+"""The Gaussian decoder: the points of an avatar and a portrait become the colour, size, turn and opacity of its Gaussians.
+
+In: canonical positions (B, N, 3), the point model's hidden states that predicted each point's four tokens (B, N, 4, D_ar) and
+a portrait. Out: `GaussianDecoderOutput`. Points and portrait tokens pass through joint-attention blocks (SD3's MM-DiT without
+a time step, as LAM uses it: every stream has its own weights, attention is over both); one linear layer an attribute reads
+the points. Sizes: AvatarPointillist supplementary, section D; block and activations: LAM.
+
+Axes: B batch, N points, M portrait tokens, S = N + M, H heads, D width, K SH coefficients.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import Dinov2Model
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_gaussian_decoder import GaussianDecoderConfig
+
+SH_DC = 0.28209479177387814  # the constant basis function, 1 / (2 sqrt(pi))
+EXPONENT_LIMIT = 15.0  # above it the gradient of exp is held, so that an overflow to infinity does not become NaN
+
+
+@dataclass
+class GaussianDecoderOutput(ModelOutput):
+    """Gaussians in canonical space, activated, float32 whatever the precision of the blocks.
+
+    positions: (B, N, 3) metres, the points moved by `offsets` (B, N, 3), each within +-max_offset.
+    scales: (B, N, 3) metres, one standard deviation along each axis, 0 to max_scale. At max_scale the gradient is zero.
+    quats: (B, N, 4) wxyz, unit length. opacities: (B, N) in 0..1.
+    sh: (B, N, K, 3) coefficients, K = (sh_degree + 1)^2; rgb = sum of basis * sh + 0.5.
+    Where `point_mask` is False, offsets and opacities are zero.
+    """
+
+    positions: Tensor | None = None
+    offsets: Tensor | None = None
+    scales: Tensor | None = None
+    quats: Tensor | None = None
+    opacities: Tensor | None = None
+    sh: Tensor | None = None
+
+
+class GaussianDecoderPreTrainedModel(PreTrainedModel):
+    config: GaussianDecoderConfig
+    main_input_name = "positions"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["JointBlock", "Dinov2Layer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # On the layers, not on the head: of custom code, transformers skips modules without parameters of their own.
+        if isinstance(module, AttributeLinear):
+            module.init_weights()
+
+
+class GaussianDecoder(GaussianDecoderPreTrainedModel):
+    """Points and a portrait -> Gaussians. See `forward`."""
+
+    def __init__(self, config: GaussianDecoderConfig):
+        super().__init__(config)
+        self.embed = PointEmbedding(config)
+        vision_width = config.vision_config.hidden_size
+        self.layer_proj = nn.ModuleList(nn.Linear(vision_width, vision_width) for _ in config.vision_layers)
+        self.image_proj = nn.Linear(config.image_embed_size, config.hidden_size)
+        last = config.num_hidden_layers - 1
+        self.blocks = nn.ModuleList(
+            JointBlock(config, i, context_pre_only=i == last) for i in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.head = GaussianHead(config)
+        self.use_vision(Dinov2Model(config.vision_config))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)  # with new parameters, all of them trainable
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
+    def use_vision(self, vision: Dinov2Model) -> None:
+        """Take this portrait encoder, frozen if the configuration says so."""
+        self.vision = vision.requires_grad_(True)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Take gradients from the portrait encoder, if the configuration says so, and from what no loss reaches.
+
+        A trainable parameter without a gradient would stall distributed training: portraits are never masked, and what the
+        last block's context asks for is thrown away. Done already by the constructor, `use_vision` and `from_pretrained`.
+        """
+        if self.config.freeze_vision_encoder:
+            self.vision.requires_grad_(False)
+        self.vision.embeddings.mask_token.requires_grad_(False)
+        self.blocks[-1].attn.q_proj_context.requires_grad_(False)
+        self.blocks[-1].attn.q_norm_context.requires_grad_(False)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """Portraits (B, 3, h, w), ImageNet-normalised -> `image_embeds` (B, M, layers read * D_vision), M patches.
+
+        What the frozen part of the way makes of a portrait: the patch tokens of each layer of `vision_layers`, normalised by the
+        encoder's last norm (DINOv2's `get_intermediate_layers`), side by side. Make it once to use a portrait many times.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"pixel_values must be (B, 3, h, w), found {tuple(pixel_values.shape)}")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision_encoder):
+            pixel_values = pixel_values.to(self.image_proj.weight.dtype)
+            states = self.vision(pixel_values, output_hidden_states=True).hidden_states
+            layers = [self.vision.layernorm(states[i + 1])[:, 1:] for i in self.config.vision_layers]
+            return torch.cat(layers, dim=-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        positions: Tensor,
+        point_features: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        point_mask: Tensor | None = None,
+    ) -> GaussianDecoderOutput:
+        """One pass.
+
+        Args:
+            positions: (B, N, 3) metres, canonical space: dequantised tokens, or head vertices for "flame_position".
+            point_features: (B, N, 4, D_ar) last hidden states of the point model that predicted x, y, z and face of each
+                point; needed by the modes "full" and "ar_feature", not read by the others.
+            pixel_values: (B, 3, h, w) portrait, ImageNet-normalised, or `image_embeds` (B, M, E) from `encode_image`.
+            point_mask: (B, N) bool, False on padding. Real points come out as they would without the padding.
+
+        Raises:
+            ValueError: an input is missing, or its shape does not fit the configuration or the other inputs.
+        """
+        self._check(positions, point_features, pixel_values, image_embeds, point_mask)
+        if image_embeds is None:
+            image_embeds = self.encode_image(pixel_values)
+        layers = image_embeds.to(self.image_proj.weight.dtype).chunk(len(self.layer_proj), dim=-1)
+        context = self.image_proj(torch.cat([project(x) for project, x in zip(self.layer_proj, layers)], dim=-1))
+
+        # Where nothing is padded there is no mask at all, so that every attention kernel applies.
+        point_mask = None if point_mask is None or point_mask.all() else point_mask.bool()
+        if point_mask is not None:
+            # At the entrance: whatever stands in the padding, even NaN, then reaches neither values nor gradients.
+            positions = positions.masked_fill(~point_mask[..., None], 0)
+            if point_features is not None:
+                point_features = point_features.masked_fill(~point_mask[..., None, None], 0)
+        points = self.embed(positions, point_features)
+
+        mask = self._attention_mask(point_mask, context)
+        for block in self.blocks:
+            points, context = block(points, context, mask)
+        return self.head(self.norm(points), positions.float(), point_mask)
+
+    def _attention_mask(self, point_mask: Tensor | None, context: Tensor) -> Tensor | None:
+        """What the attention function takes."""
+        if point_mask is None:
+            return None
+        visible = torch.cat((point_mask, point_mask.new_ones(context.shape[:2])), dim=1)
+        if "flash" in self.config._attn_implementation:  # flash attention removes the padding itself
+            return visible.long()
+        # The same for every query, hence (B, 1, 1, S): an S x S mask of 31,000 tokens would be a gigabyte a row.
+        return visible[:, None, None]
+
+    def _check(self, positions, point_features, pixel_values, image_embeds, point_mask) -> None:
+        config = self.config
+        if positions.ndim != 3 or positions.shape[-1] != 3:
+            raise ValueError(f"positions must be (B, N, 3), found {tuple(positions.shape)}")
+        batch, count, _ = positions.shape
+        if config.reads_point_features:
+            expected = (batch, count, 4, config.point_feature_size)
+            found = None if point_features is None else tuple(point_features.shape)
+            if found != expected:
+                raise ValueError(
+                    f'mode "{config.mode}" needs point_features {expected} (B, N, 4, point_feature_size), found {found}'
+                )
+        if point_mask is not None and tuple(point_mask.shape) != (batch, count):
+            raise ValueError(f"point_mask must be (B, N) = {(batch, count)}, found {tuple(point_mask.shape)}")
+        if (pixel_values is None) == (image_embeds is None):
+            raise ValueError("give exactly one of pixel_values and image_embeds")
+        if image_embeds is not None and (image_embeds.ndim != 3 or image_embeds.shape[-1] != config.image_embed_size):
+            raise ValueError(
+                f"image_embeds must be (B, M, {config.image_embed_size}) as encode_image makes them, "
+                f"found {tuple(image_embeds.shape)}"
+            )
+        portraits = len(pixel_values if image_embeds is None else image_embeds)
+        if portraits != batch:
+            raise ValueError(f"{batch} point clouds, but {portraits} portraits")
+
+
+class PointEmbedding(nn.Module):
+    """Positions (B, N, 3) and/or point features (B, N, 4, D_ar) -> (B, N, D), by the configuration's mode."""
+
+    def __init__(self, config: GaussianDecoderConfig):
+        super().__init__()
+        self.config = config
+        width, branches = config.hidden_size, 0
+        if config.reads_positions:
+            self.position_mlp = branch(3 * 2 * config.point_frequencies + 3, width)
+            branches += 1
+        if config.reads_point_features:
+            self.feature_mlp = branch(4 * config.point_feature_size, width)
+            branches += 1
+        self.proj = nn.Linear(branches * width, width)
+
+    def forward(self, positions: Tensor, point_features: Tensor | None) -> Tensor:
+        dtype = self.proj.weight.dtype
+        parts = []
+        if self.config.reads_positions:
+            centre = torch.tensor(self.config.point_centre, device=positions.device)
+            unit = (positions.float() - centre) / self.config.point_extent
+            parts.append(self.position_mlp(positional_encoding(unit, self.config.point_frequencies).to(dtype)))
+        if self.config.reads_point_features:
+            parts.append(self.feature_mlp(point_features.to(dtype).flatten(-2)))
+        return self.proj(torch.cat(parts, dim=-1))
+
+
+def branch(inputs: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, width), nn.GELU(approximate="tanh"), nn.Linear(width, width), nn.LayerNorm(width)
+    )
+
+
+def positional_encoding(unit: Tensor, octaves: int) -> Tensor:
+    """(.., 3) in [-1, 1] -> (.., 6 * octaves + 3): sines, cosines (x of all octaves, then y, then z), then the input."""
+    frequencies = math.pi * 2.0 ** torch.arange(octaves, device=unit.device)
+    angles = rearrange(unit[..., None] * frequencies, "... xyz octave -> ... (xyz octave)")
+    return torch.cat((angles.sin(), angles.cos(), unit), dim=-1)
+
+
+class JointBlock(GradientCheckpointingLayer):
+    """Attention over points and context together, then a feed-forward for each; every stream has its own weights.
+
+    After the last block (`context_pre_only`) the context is not needed: it is only attended to, and comes back as None.
+    """
+
+    def __init__(self, config: GaussianDecoderConfig, layer_idx: int, context_pre_only: bool):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.context_pre_only = context_pre_only
+        self.norm1 = nn.LayerNorm(width, eps=1e-5)
+        self.norm1_context = nn.LayerNorm(width, eps=1e-5)
+        self.attn = JointAttention(config, layer_idx, context_pre_only)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.ff = feed_forward(width, inner)
+        if not context_pre_only:
+            self.norm2_context = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+            self.ff_context = feed_forward(width, inner)
+
+    def forward(self, points: Tensor, context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x, c = self.attn(self.norm1(points), self.norm1_context(context), mask)
+        points = points + x
+        points = points + self.ff(self.norm2(points))
+        if self.context_pre_only:
+            return points, None
+        context = context + c
+        return points, context + self.ff_context(self.norm2_context(context))
+
+
+def feed_forward(width: int, inner: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+
+
+class JointAttention(nn.Module):
+    """softmax(Q K^T / sqrt(d)) V over points followed by context, queries and keys normalised head by head."""
+
+    is_causal = False
+    num_key_value_groups = 1
+
+    def __init__(self, config: GaussianDecoderConfig, layer_idx: int, context_pre_only: bool):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        width = config.hidden_size
+        self.head_dim = width // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.q_proj_context, self.k_proj_context, self.v_proj_context = (nn.Linear(width, width) for _ in range(3))
+        self.q_norm, self.k_norm = (HeadRMSNorm(self.head_dim, eps=1e-6) for _ in range(2))
+        self.q_norm_context, self.k_norm_context = (HeadRMSNorm(self.head_dim, eps=1e-6) for _ in range(2))
+        self.o_proj = nn.Linear(width, width)
+        self.o_proj_context = None if context_pre_only else nn.Linear(width, width)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, H, L, d)"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, points: Tensor, context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Normalised points (B, N, D) and context (B, M, D) -> what is added to each (None for a context that ends here)."""
+        queries = (
+            self.q_norm(self.heads(self.q_proj(points))),
+            self.q_norm_context(self.heads(self.q_proj_context(context))),
+        )
+        keys = (
+            self.k_norm(self.heads(self.k_proj(points))),
+            self.k_norm_context(self.heads(self.k_proj_context(context))),
+        )
+        values = (self.heads(self.v_proj(points)), self.heads(self.v_proj_context(context)))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, _ = attend(
+            self, *(torch.cat(x, dim=2) for x in (queries, keys, values)), mask, dropout=0.0, scaling=self.scaling
+        )
+        x, c = output.flatten(-2).split((points.shape[1], context.shape[1]), dim=1)
+        return self.o_proj(x), None if self.o_proj_context is None else self.o_proj_context(c)
+
+
+class HeadRMSNorm(nn.RMSNorm):
+    """RMSNorm that stays in the precision of its input under autocast: mixed with float32 gains, torch has no fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Attention written out: (B, H, S, d) -> (B, S, H, d) and the weights; `attention_mask` True where visible."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class GaussianHead(nn.Module):
+    """Normalised points (B, N, D) and their positions (B, N, 3) -> Gaussians.
+
+    Everything but the colour starts equal for all points: small, faint, unturned Gaussians on their points.
+    """
+
+    def __init__(self, config: GaussianDecoderConfig):
+        super().__init__()
+        self.config = config
+        width, half = config.hidden_size, config.hidden_size // 2
+        self.mlp = nn.Sequential(
+            nn.Linear(width, half), nn.SiLU(), nn.Linear(half, half), nn.SiLU(), nn.Linear(half, width)
+        )
+        faint = math.log(config.init_opacity / (1 - config.init_opacity))
+        self.color = AttributeLinear(width, 3, initial=None)
+        self.scale = AttributeLinear(width, 3, initial=[math.log(config.init_scale)] * 3)
+        self.offset = AttributeLinear(width, 3, initial=[0.0] * 3)
+        self.opacity = AttributeLinear(width, 1, initial=[faint])
+        self.quat = AttributeLinear(width, 4, initial=[1.0, 0.0, 0.0, 0.0])
+        if config.sh_degree:
+            rest = 3 * ((config.sh_degree + 1) ** 2 - 1)
+            self.sh_rest = AttributeLinear(width, rest, initial=[0.0] * rest)
+
+    def forward(self, points: Tensor, positions: Tensor, point_mask: Tensor | None) -> GaussianDecoderOutput:
+        config = self.config
+        x = self.mlp(points)
+        # Half precision would round a position of 0.2 m to 0.1-1 mm: no autocast from here on.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            offsets = (self.offset(x).sigmoid() - 0.5) * (2 * config.max_offset)
+            opacities = self.opacity(x).sigmoid()[..., 0]
+            if point_mask is not None:
+                offsets = offsets * point_mask[..., None]
+                opacities = opacities * point_mask
+            sh = ((self.color(x).sigmoid() - 0.5) / SH_DC)[:, :, None]
+            if config.sh_degree:
+                sh = torch.cat((sh, self.sh_rest(x).unflatten(-1, (-1, 3))), dim=2)
+            return GaussianDecoderOutput(
+                positions=positions + offsets,
+                offsets=offsets,
+                scales=HeldExp.apply(self.scale(x)).clamp(max=config.max_scale),
+                quats=F.normalize(self.quat(x), dim=-1),
+                opacities=opacities,
+                sh=sh,
+            )
+
+
+class AttributeLinear(nn.Linear):
+    """A linear layer that computes in float32 whatever its weights are stored in.
+
+    A new one returns `initial` (LAM's values) for every point; without it, it starts as torch's linear layers do.
+    """
+
+    def __init__(self, inputs: int, outputs: int, initial: list[float] | None):
+        super().__init__(inputs, outputs)
+        self.initial = initial
+
+    def init_weights(self) -> None:
+        if self.initial is None:
+            bound = self.in_features**-0.5
+            init.uniform_(self.weight, -bound, bound)
+            init.uniform_(self.bias, -bound, bound)
+        else:
+            init.zeros_(self.weight)
+            init.copy_(self.bias, torch.tensor(self.initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.float(), self.bias.float())
+
+
+class HeldExp(torch.autograd.Function):
+    """exp(x), with the gradient of exp(min(x, EXPONENT_LIMIT)): the clamp behind it sends 0 back, and 0 * inf is NaN."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient * x.clamp(max=EXPONENT_LIMIT).exp()
+
+
+__all__ = ["GaussianDecoder", "GaussianDecoderPreTrainedModel"]

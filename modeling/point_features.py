@@ -1,0 +1,227 @@
+"""What the point model thought of each point: its hidden states over whole sentences, for training the Gaussian decoder.
+
+In: token ids of `GaussianTokenizer` (B, L) and the condition of the point model. Out: (B, N, 4, D), for every point the last
+hidden states at the positions that *predict* its x, y, z and face (AvatarPointillist, method figure). They are those of
+`generate(..., output_point_features=True)` on the same ids: attention is banded by the window, however long the sentence. It
+is read piece by piece, so that memory grows with the window and the piece, not with the square of the length.
+
+The point model is frozen while the decoder learns: `FeatureCache` keeps its features on disk.
+
+Axes: B batch, L tokens, N points, D width, W window.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from gaussian_tokenizer.atomic import atomic_file
+
+from .modeling_pointillist import PointillistForCausalLM
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 2048  # tokens a pass: its mask has CHUNK * (W + CHUNK) entries a row
+
+
+@torch.no_grad()
+def point_features(
+    model: PointillistForCausalLM,
+    input_ids: Tensor,
+    *,
+    pixel_values: Tensor | None = None,
+    head_vertices: Tensor | None = None,
+    head_normals: Tensor | None = None,
+    condition_embeds: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Hidden states that predict the tokens of each point, by teacher forcing.
+
+    Args:
+        model: the point model; runs in evaluation mode and is left in the mode it was in.
+        input_ids: (B, L) whole sentences, bos first, then four tokens a point, then eos (which may be missing), then padding.
+        pixel_values, head_vertices, head_normals, condition_embeds: the condition, see `PointillistForCausalLM.forward`.
+        chunk: tokens a pass, default 2,048. The result does not depend on it.
+
+    Returns:
+        (B, N, 4, D) in the precision of the model, N points of the longest row; zero beyond a row's end.
+
+    Raises:
+        ValueError: a row is not a sentence, or `chunk` is not positive.
+    """
+    counts = num_points(input_ids, model)
+    chunk = CHUNK if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, found {chunk}")
+    input_ids = input_ids.to(model.device)
+    length = 4 * int(counts.max())  # the last face predicts the end, which is no point's
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        if condition_embeds is None:
+            condition_embeds = model.encode_condition(pixel_values, head_vertices, head_normals)
+        condition = model.condition_encoder.or_empty(condition_embeds, len(input_ids), None)
+        if len(condition) != len(input_ids):
+            raise ValueError(f"condition for {len(condition)} sequences, but {len(input_ids)} sequences of tokens")
+        cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())
+        pieces = []
+        for begin in range(0, length, chunk):
+            # Padding is on the right, where no token of a sentence looks: it needs no mask.
+            piece = input_ids[:, begin : min(begin + chunk, length)]
+            outputs = model.model(piece, condition=condition, past_key_values=cache, use_cache=True)
+            pieces.append(outputs.last_hidden_state)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not pieces:
+        return condition.new_zeros(len(input_ids), 0, 4, model.config.hidden_size)
+    features = torch.cat(pieces, dim=1).unflatten(1, (-1, 4))
+    real = torch.arange(features.shape[1], device=features.device) < counts.to(features.device)[:, None]
+    return features.masked_fill(~real[..., None, None], 0)
+
+
+class FeatureCache:
+    """Features of one point model in a folder, a file for each sentence under each condition.
+
+    A file's name is a hash of the model's weights and configuration, the ids and the condition: another checkpoint or another
+    portrait never finds it. Values are rounded to `dtype`, when computed as when read, so a second epoch sees what the first
+    saw. A damaged file is computed again; files appear whole or not at all, so processes may share the folder.
+
+    Args:
+        folder: where the files are; made if it is not there. A point takes 8 D bytes: 30,000 points of the paper 246 MB.
+        model: the point model, frozen: its weights are read here, once. Make another cache after they have changed.
+        dtype: float16 (default) or bfloat16.
+    """
+
+    def __init__(self, folder: str | os.PathLike, model: PointillistForCausalLM, dtype: torch.dtype = torch.float16):
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, found {dtype}")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.model = model
+        self.dtype = dtype
+        self.fingerprint = fingerprint(model)
+
+    def features(self, model: PointillistForCausalLM, input_ids: Tensor, **condition: Tensor | None) -> Tensor:
+        """`point_features(model, input_ids, **condition)` for a batch, row by row from the disk where it is there.
+
+        Raises:
+            ValueError: another model than the cache's, what `point_features` refuses, or a feature too large for `dtype`.
+        """
+        if model is not self.model:
+            raise ValueError("this cache holds features of another model: make a FeatureCache for this one")
+        given = {name: value for name, value in condition.items() if value is not None}
+        for name, value in given.items():
+            if len(value) != len(input_ids):
+                raise ValueError(f"{name} for {len(value)} sequences, but {len(input_ids)} sequences of tokens")
+        rows = []
+        for row, count in enumerate(num_points(input_ids, model).tolist()):
+            sentence = input_ids[row, : 1 + 4 * count]  # how far the batch was padded must not matter
+            own = {name: value[row] for name, value in given.items()}
+            rows.append(self.get(sentence, own, partial(_features_of_one, model, sentence, own)))
+        return pad_sequence(rows, batch_first=True).to(model.device, model.dtype)
+
+    def get(self, sentence: Tensor, condition: dict[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """Features (N, 4, D) of one sentence (L,) under its condition (no batch axis), in `dtype` on the CPU.
+
+        Read from the disk, or made by `compute()` and written.
+        """
+        path = self.folder / f"{self.key(sentence, condition)}.safetensors"
+        stored = _read(path)
+        if stored is not None:
+            return stored
+        computed = compute()
+        features = computed.detach().to("cpu", self.dtype).contiguous()
+        if not torch.isfinite(features).all():
+            raise ValueError(
+                f"features up to {computed.abs().max().item():.3g} do not fit {self.dtype}: "
+                "use dtype=torch.bfloat16, or look for NaN in the model"
+            )
+        data = save({"features": features}, metadata={"crc32": _checksum(features)})
+        with atomic_file(path) as file:
+            file.write(data)
+        return features
+
+    def key(self, sentence: Tensor, condition: dict[str, Tensor]) -> str:
+        """Hexadecimal hash of everything that the features depend on."""
+        digest = hashlib.sha256(f"{self.fingerprint} {self.dtype}".encode())
+        _hash_tensors(digest, {"input_ids": sentence.long(), **condition})
+        return digest.hexdigest()
+
+
+def fingerprint(model: PointillistForCausalLM) -> str:
+    """Hexadecimal hash of a model's weights and of what its configuration says about the computation."""
+    digest = hashlib.sha256(json.dumps(_lasting(model.config.to_dict()), sort_keys=True).encode())
+    _hash_tensors(digest, model.state_dict())
+    return digest.hexdigest()
+
+
+def _lasting(config: dict) -> dict:
+    """A configuration without what saving and loading adds to it."""
+    passing = {"architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"}
+    kept = {name: value for name, value in config.items() if name not in passing}
+    return {name: _lasting(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def _hash_tensors(digest, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _checksum(tensor: Tensor) -> str:
+    return f"{zlib.crc32(_bytes(tensor)):08x}"
+
+
+def _read(path: Path) -> Tensor | None:
+    """The features of a file, or None where it is missing or damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            features = file.get_tensor("features")
+            whole = (file.metadata() or {}).get("crc32") == _checksum(features)
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s is damaged and will be computed again: %s", path, error)
+        return None
+    if not whole:
+        logger.warning("%s is damaged and will be computed again: its checksum does not match", path)
+        return None
+    return features
+
+
+def _features_of_one(model: PointillistForCausalLM, sentence: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    return point_features(model, sentence[None], **{name: value[None] for name, value in condition.items()})[0]
+
+
+def num_points(input_ids: Tensor, model: PointillistForCausalLM) -> Tensor:
+    """Points (B,) in each sentence of (B, L); `ValueError` that names the row if it is not bos, points, eos, padding."""
+    bos, eos, pad = model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id
+    if input_ids.ndim != 2 or not input_ids.shape[1]:
+        raise ValueError(f"input_ids must be (B, L) sentences, found {tuple(input_ids.shape)}")
+    lengths = (input_ids < bos).sum(1)
+    for row, (ids, length) in enumerate(zip(input_ids, lengths.tolist())):
+        points, end = ids[1 : 1 + length], ids[1 + length :]
+        ended = len(end) == 0 or end[0] in (eos, pad)
+        if ids[0] != bos or length % 4 or (points >= bos).any() or not ended or (end[1:] != pad).any():
+            shown = ids.tolist() if len(ids) <= 12 else [*ids[:6].tolist(), "...", *ids[-6:].tolist()]
+            raise ValueError(
+                f"row {row} of input_ids is not a whole sentence (bos {bos}, four tokens a point, eos {eos}, padding {pad} on the "
+                f"right): {length} tokens of points in {shown}"
+            )
+    return lengths // 4

@@ -1,0 +1,610 @@
+"""The Gaussian decoder: the reference's blocks, padding that changes nothing, Gaussians in their ranges, saved and loaded whole."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AttentionInterface, AutoModel, Dinov2Model
+
+from gaussian_tokenizer.gaussians import SH_DC
+from modeling import GaussianDecoder, GaussianDecoderConfig, to_gaussians
+from modeling.configuration_gaussian_decoder import spread_layers
+from modeling.modeling_gaussian_decoder import HeldExp, JointBlock, positional_encoding
+
+VISION = dict(hidden_size=24, num_hidden_layers=5, num_attention_heads=3, image_size=28, patch_size=14)
+TINY = dict(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    point_feature_size=20,
+    vision_config=VISION,
+    initializer_range=0.2,  # large: attention is then far from uniform, so that a wrong key shows
+)
+
+
+def build(**fields) -> GaussianDecoder:
+    torch.manual_seed(0)
+    return GaussianDecoder(GaussianDecoderConfig(**{**TINY, **fields})).eval()
+
+
+def stir(decoder: GaussianDecoder) -> GaussianDecoder:
+    """Heads that start at zero would hide what reaches them."""
+    generator = torch.Generator().manual_seed(5)
+    for layer in decoder.head.children():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data.add_(torch.randn(layer.weight.shape, generator=generator) * 0.1)
+    return decoder
+
+
+def batch_of(batch: int = 2, count: int = 7, size: int = 20) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return dict(
+        positions=torch.randn(batch, count, 3, generator=generator) * 0.1,
+        point_features=torch.randn(batch, count, 4, size, generator=generator),
+        pixel_values=torch.randn(batch, 3, 28, 28, generator=generator),
+    )
+
+
+# ---- the block ----
+
+
+def layer_norm(x, weight, bias, eps):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
+def rms_norm(x, gain):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def block_by_the_formulas(p: dict, x: torch.Tensor, c: torch.Tensor, heads: int, last: bool):
+    """The MM-DiT block without a time step, one query at a time, in float64: (N, D) and (M, D), one avatar."""
+    p = {name: value.double() for name, value in p.items()}
+    x, c = x.double(), c.double()
+    width = x.shape[-1]
+    d = width // heads
+
+    def linear(name, value):
+        return value @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    xh = layer_norm(x, p["norm1.weight"], p["norm1.bias"], 1e-5)
+    ch = layer_norm(c, p["norm1_context.weight"], p["norm1_context.bias"], 1e-5)
+    attended = torch.zeros(len(x) + len(c), width, dtype=torch.double)
+    for h in range(heads):
+        own = slice(h * d, (h + 1) * d)
+        q = torch.cat([
+            rms_norm(linear("attn.q_proj", xh)[:, own], p["attn.q_norm.weight"]),
+            rms_norm(linear("attn.q_proj_context", ch)[:, own], p["attn.q_norm_context.weight"]),
+        ])  # fmt: skip
+        k = torch.cat([
+            rms_norm(linear("attn.k_proj", xh)[:, own], p["attn.k_norm.weight"]),
+            rms_norm(linear("attn.k_proj_context", ch)[:, own], p["attn.k_norm_context.weight"]),
+        ])  # fmt: skip
+        v = torch.cat([linear("attn.v_proj", xh)[:, own], linear("attn.v_proj_context", ch)[:, own]])
+        for i, query in enumerate(q):
+            scores = torch.stack([query @ key for key in k]) / math.sqrt(d)
+            weights = scores.exp() / scores.exp().sum()
+            attended[i, own] = sum(w * value for w, value in zip(weights, v))
+    ones, zeros = torch.ones(width, dtype=torch.double), torch.zeros(width, dtype=torch.double)
+
+    def feed_forward(name, value):
+        return linear(f"{name}.2", gelu_tanh(linear(f"{name}.0", layer_norm(value, ones, zeros, 1e-6))))
+
+    x = x + linear("attn.o_proj", attended[: len(x)])
+    x = x + feed_forward("ff", x)
+    if last:
+        return x, None
+    c = c + linear("attn.o_proj_context", attended[len(x) :])
+    return x, c + feed_forward("ff_context", c)
+
+
+def perturbed_block(last: bool) -> JointBlock:
+    """A block none of whose weights and biases has a special value."""
+    torch.manual_seed(3)
+    block = JointBlock(GaussianDecoderConfig(**TINY), 0, context_pre_only=last)
+    for p in block.parameters():
+        p.data.add_(torch.randn_like(p) * 0.2)
+    return block
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last", [False, True])
+def test_a_block_computes_the_written_formulas(last):
+    block = perturbed_block(last)
+    x, c = torch.randn(2, 6, 32), torch.randn(2, 5, 32)
+    points, context = block(x, c, None)
+    for row in range(2):
+        expected_x, expected_c = block_by_the_formulas(block.state_dict(), x[row], c[row], heads=4, last=last)
+        torch.testing.assert_close(points[row].double(), expected_x, atol=1e-5, rtol=1e-5)
+        if last:
+            assert context is None
+        else:
+            torch.testing.assert_close(context[row].double(), expected_c, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("last", [False, True])
+def test_a_block_agrees_with_diffusers(last):
+    pytest.importorskip("diffusers")
+    from diffusers.models.attention import FeedForward
+    from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+
+    block = perturbed_block(last)
+    theirs = Attention(
+        query_dim=32, cross_attention_dim=None, added_kv_proj_dim=32, dim_head=8, heads=4, out_dim=32, bias=True,
+        context_pre_only=last, processor=JointAttnProcessor2_0(), qk_norm="rms_norm", eps=1e-6,
+    )  # fmt: skip
+    names = {
+        "q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "o_proj": "to_out.0", "q_norm": "norm_q",
+        "k_norm": "norm_k", "q_proj_context": "add_q_proj", "k_proj_context": "add_k_proj",
+        "v_proj_context": "add_v_proj", "o_proj_context": "to_add_out", "q_norm_context": "norm_added_q",
+        "k_norm_context": "norm_added_k",
+    }  # fmt: skip
+    renamed = {}
+    for name, value in block.attn.state_dict().items():
+        module, kind = name.rsplit(".", 1)
+        renamed[f"{names[module]}.{kind}"] = value
+    theirs.load_state_dict(renamed)  # strict: they have exactly our parameters
+    x, c = torch.randn(2, 6, 32), torch.randn(2, 5, 32)
+    ours_x, ours_c = block.attn(x, c, None)
+    result = theirs(hidden_states=x, encoder_hidden_states=c)
+    torch.testing.assert_close(ours_x, result[0], atol=1e-5, rtol=1e-5)
+    if not last:
+        torch.testing.assert_close(ours_c, result[1], atol=1e-5, rtol=1e-5)
+    ff = FeedForward(dim=32, dim_out=32, activation_fn="gelu-approximate")
+    ff.load_state_dict({f"net.{'0.proj' if k[0] == '0' else '2'}.{k[2:]}": v for k, v in block.ff.state_dict().items()})
+    torch.testing.assert_close(block.ff(x), ff(x), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_with_one_set_of_weights_and_no_head_norm_it_is_multi_head_attention_over_both_streams():
+    attention = perturbed_block(False).attn
+    for name in ("q", "k"):
+        setattr(attention, f"{name}_norm", nn.Identity())
+        setattr(attention, f"{name}_norm_context", nn.Identity())
+    theirs = nn.MultiheadAttention(32, 4, batch_first=True)
+    projections = [getattr(attention, f"{name}_proj") for name in "qkv"]
+    theirs.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
+    theirs.in_proj_bias.copy_(torch.cat([p.bias for p in projections]))
+    theirs.out_proj.load_state_dict(attention.o_proj.state_dict())
+    for name in "qkvo":
+        getattr(attention, f"{name}_proj_context").load_state_dict(getattr(attention, f"{name}_proj").state_dict())
+    x, c = torch.randn(2, 6, 32), torch.randn(2, 5, 32)
+    both = torch.cat((x, c), 1)
+    expected = theirs(both, both, both)[0]
+    torch.testing.assert_close(torch.cat(attention(x, c, None), 1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_papers_blocks_have_the_parameters_of_the_arithmetic():
+    with torch.device("meta"):
+        decoder = GaussianDecoder(GaussianDecoderConfig())
+    D, d = 1024, 64
+    stream = 4 * (D * D + D) + (8 * D * D + 5 * D) + 2 * D  # q, k, v, o; feed-forward; affine norm
+    full = 2 * stream + 4 * d  # and the gains of queries and keys
+    last = stream + 3 * (D * D + D) + 2 * D + 4 * d  # the context has q, k, v and a norm only
+    assert (round(full / 1e6, 2), round(last / 1e6, 2)) == (25.19, 15.75)
+    assert sum(p.numel() for p in decoder.blocks.parameters()) == 11 * full + last == 292_819_968
+
+
+# ---- what goes in ----
+
+
+def test_the_positional_encoding_is_sines_then_cosines_axis_by_axis_then_the_point():
+    encoded = positional_encoding(torch.tensor([0.3, -0.7, 0.9]), 8)
+    sines = [math.sin(math.pi * 2**k * v) for v in (0.3, -0.7, 0.9) for k in range(8)]
+    cosines = [math.cos(math.pi * 2**k * v) for v in (0.3, -0.7, 0.9) for k in range(8)]
+    torch.testing.assert_close(encoded, torch.tensor([*sines, *cosines, 0.3, -0.7, 0.9]), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_portrait_tokens_are_the_patches_of_the_chosen_layers():
+    decoder = build(vision_layers=[1, 4])
+    pixels = batch_of()["pixel_values"]
+    seen = {}
+    for i, layer in enumerate(decoder.vision.encoder.layer):
+        layer.register_forward_hook(lambda module, args, output, i=i: seen.__setitem__(i, output))
+    embeds = decoder.encode_image(pixels)
+    assert embeds.shape == (2, 4, 48)
+    expected = torch.cat([decoder.vision.layernorm(seen[i])[:, 1:] for i in (1, 4)], -1)
+    assert torch.equal(embeds, expected)
+    assert torch.equal(embeds[..., 24:], decoder.vision(pixels).last_hidden_state[:, 1:])
+
+
+def test_the_layers_read_are_lams():
+    assert spread_layers(24) == [4, 11, 17, 23]
+    assert spread_layers(12) == [2, 5, 8, 11]
+    assert spread_layers(40) == [9, 19, 29, 39]
+    assert spread_layers(1) == [0]
+
+
+@torch.no_grad()
+def test_a_portrait_encoded_before_gives_the_same_gaussians():
+    decoder, batch = stir(build()), batch_of()
+    expected = decoder(**batch)
+    batch["image_embeds"] = decoder.encode_image(batch.pop("pixel_values"))
+    assert torch.equal(decoder(**batch).sh, expected.sh)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("mode", "moved_by_positions", "moved_by_features"),
+    [("full", True, True), ("ar_feature", False, True), ("position", True, False), ("flame_position", True, False)],
+)
+def test_each_mode_reads_its_inputs_and_has_no_parameters_for_others(mode, moved_by_positions, moved_by_features):
+    decoder, batch = stir(build(mode=mode)), batch_of()
+    names = {name.split(".")[1] for name, _ in decoder.named_parameters() if name.startswith("embed.")}
+    assert ("position_mlp" in names, "feature_mlp" in names) == (moved_by_positions, moved_by_features)
+    base = decoder(**batch).sh
+    elsewhere = decoder(**{**batch, "positions": batch["positions"] + 0.01}).sh
+    other = decoder(**{**batch, "point_features": batch["point_features"] + 0.1}).sh
+    assert (not torch.equal(base, elsewhere), not torch.equal(base, other)) == (moved_by_positions, moved_by_features)
+
+
+@torch.no_grad()
+def test_coordinates_are_normalised_by_the_configured_box():
+    batch = batch_of()
+    here = stir(build(mode="position"))
+    there = stir(build(mode="position", point_centre=[0.0, 1.5, 0.0], point_extent=0.4))
+    moved = {**batch, "positions": 2 * batch["positions"] + torch.tensor([0.0, 1.5, 0.0])}
+    torch.testing.assert_close(there(**moved).sh, here(**batch).sh, atol=1e-4, rtol=1e-4)
+
+
+# ---- padding and attention implementations ----
+
+
+def padded(batch: dict, counts: list[int], filling: float) -> dict:
+    mask = torch.arange(batch["positions"].shape[1]) < torch.tensor(counts)[:, None]
+    return dict(
+        positions=batch["positions"].masked_fill(~mask[..., None], filling),
+        point_features=batch["point_features"].masked_fill(~mask[..., None, None], filling),
+        pixel_values=batch["pixel_values"],
+        point_mask=mask,
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_padded_row_is_the_row_alone_whatever_stands_in_the_padding(implementation):
+    decoder, batch, counts = stir(build(sh_degree=1)), batch_of(3, 9), [9, 4, 0]
+    decoder.set_attn_implementation(implementation)
+    together = decoder(**padded(batch, counts, 0.5))
+    poisoned = decoder(**padded(batch, counts, math.nan))
+    for name, value in together.items():
+        assert torch.equal(value, poisoned[name]), name
+    for row, count in enumerate(counts[:2]):
+        alone = decoder(
+            **{n: v[row : row + 1, :count] if n != "pixel_values" else v[row : row + 1] for n, v in batch.items()}
+        )
+        for name, value in alone.items():
+            torch.testing.assert_close(together[name][row, :count], value[0], atol=2e-6, rtol=1e-5, msg=name)
+    assert not together.opacities[1, 4:].any() and not together.offsets[1, 4:].any()
+
+
+@torch.no_grad()
+def test_an_unmasked_key_would_be_noticed():
+    """The test above can fail: without the mask the padding does change the real points."""
+    decoder, batch = stir(build()), batch_of(1, 9)
+    inputs = padded(batch, [4], 0.0)
+    with_mask = decoder(**inputs).sh[:, :4]
+    del inputs["point_mask"]
+    assert (decoder(**inputs).sh[:, :4] - with_mask).abs().max() > 1e-3
+
+
+def test_padding_keeps_out_of_the_gradients():
+    decoder, batch, counts = stir(build()).train(), batch_of(2, 9), [9, 4]
+
+    def gradients(filling):
+        decoder.zero_grad()
+        output = decoder(**padded(batch, counts, filling))
+        sum((output[name][row, :count] ** 2).sum() for name in output for row, count in enumerate(counts)).backward()
+        return {n: p.grad.clone() for n, p in decoder.named_parameters() if p.requires_grad}
+
+    expected, poisoned = gradients(0.1), gradients(math.nan)
+    assert all(torch.equal(expected[name], poisoned[name]) for name in expected)
+
+
+@torch.no_grad()
+def test_eager_and_sdpa_agree():
+    decoder, batch = stir(build()), batch_of()
+    expected = decoder(**batch)
+    decoder.set_attn_implementation("eager")
+    for name, value in decoder(**batch).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_flash_attention_gets_no_mask_without_padding_and_a_two_dimensional_one_with_it():
+    masks = []
+
+    def stand_in(module, query, key, value, attention_mask, scaling, **kwargs):
+        masks.append(attention_mask)
+        assert not module.is_causal and query.shape[2] == key.shape[2]  # what transformers' unpadding needs
+        rows = []
+        for row in range(len(query)):  # as flash attention: the padding is removed, then put back
+            kept = slice(None) if attention_mask is None else attention_mask[row].bool()
+            q, k, v = (x[row][:, kept] for x in (query, key, value))
+            out = torch.zeros_like(query[row])
+            out[:, kept] = (q @ k.mT * scaling).softmax(-1) @ v
+            rows.append(out)
+        return torch.stack(rows).transpose(1, 2), None
+
+    AttentionInterface.register("stand_in_for_flash", stand_in)
+    decoder, batch = stir(build()), batch_of(2, 9)
+    inputs = padded(batch, [9, 4], 0.0)
+    expected, alone = decoder(**inputs), decoder(**batch)
+    embeds = decoder.encode_image(batch.pop("pixel_values"))
+    inputs.pop("pixel_values")
+    decoder.config._attn_implementation = "stand_in_for_flash"
+    flash = decoder(**inputs, image_embeds=embeds)
+    assert [tuple(m.shape) for m in masks] == [(2, 9 + 4)] * 3
+    for name, value in flash.items():
+        torch.testing.assert_close(value[0], expected[name][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(value[1, :4], expected[name][1, :4], atol=1e-5, rtol=1e-5)
+    masks.clear()
+    everything_real = torch.ones(2, 9, dtype=torch.bool)
+    output = decoder(**batch, image_embeds=embeds, point_mask=everything_real)
+    assert masks == [None] * 3
+    torch.testing.assert_close(output.sh, alone.sh, atol=1e-5, rtol=1e-5)
+
+
+# ---- what comes out ----
+
+
+@torch.no_grad()
+def test_a_new_decoder_puts_small_faint_unturned_gaussians_on_the_points():
+    batch = batch_of()
+    output = build(sh_degree=2)(**batch)
+    assert torch.equal(output.positions, batch["positions"]) and not output.offsets.any()
+    torch.testing.assert_close(output.scales, torch.full((2, 7, 3), math.exp(-5)))
+    torch.testing.assert_close(output.opacities, torch.full((2, 7), 0.1))
+    assert torch.equal(output.quats, torch.tensor([1.0, 0, 0, 0]).expand(2, 7, 4))
+    assert output.sh.shape == (2, 7, 9, 3) and not output.sh[:, :, 1:].any()
+    colors = output.sh[:, :, 0] * SH_DC + 0.5
+    assert colors.std() > 0.01, "colours tell points apart from the start"
+
+
+@torch.no_grad()
+def test_every_attribute_is_activated_as_written():
+    decoder = stir(build(sh_degree=1, max_scale=0.007, max_offset=0.3))
+    seen = {}
+    decoder.head.mlp.register_forward_hook(lambda module, args, output: seen.__setitem__("x", output.double()))
+    batch = batch_of()
+    output = decoder(**batch)
+
+    def raw(layer):
+        return seen["x"] @ layer.weight.double().T + layer.bias.double()
+
+    head = decoder.head
+    offsets = (1 / (1 + (-raw(head.offset)).exp()) - 0.5) * 0.6
+    quats = raw(head.quat)
+    expected = dict(
+        offsets=offsets,
+        positions=batch["positions"] + offsets,
+        scales=raw(head.scale).exp().clamp(max=0.007),
+        quats=quats / quats.norm(dim=-1, keepdim=True),
+        opacities=1 / (1 + (-raw(head.opacity)[..., 0]).exp()),
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(output[name].double(), value.double(), atol=1e-5, rtol=1e-4, msg=name)
+    colors = 1 / (1 + (-raw(head.color)).exp())
+    torch.testing.assert_close(output.sh[:, :, 0].double() * SH_DC + 0.5, colors, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(output.sh[:, :, 1:].double().flatten(2), raw(head.sh_rest), atol=1e-5, rtol=1e-4)
+    assert (output.scales == output.scales.max()).sum() > 1 and (output.scales < 0.0069).any(), "both sides of the limit are seen"
+
+
+def test_the_gradient_of_a_scale_is_that_of_exp_below_the_limit_and_zero_not_nan_above():
+    x = torch.tensor([-5.0, -4.0, 200.0], requires_grad=True)
+    HeldExp.apply(x).clamp(max=0.01).sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([math.exp(-5), 0.0, 0.0]))
+    y = torch.tensor([3.0, 16.0], requires_grad=True)
+    HeldExp.apply(y).sum().backward()
+    torch.testing.assert_close(y.grad, torch.tensor([math.exp(3), math.exp(15)]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+def test_gaussians_are_float32_and_positions_are_not_rounded_in_bfloat16(how):
+    decoder, batch = build(), batch_of()
+    if how == "weights":
+        decoder = decoder.bfloat16()
+        output = decoder(**batch)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = decoder(**batch)
+    assert {value.dtype for value in output.values()} == {torch.float32}
+    assert torch.equal(output.positions, batch["positions"])
+    torch.testing.assert_close(output.sh, build()(**batch).sh, atol=0.1, rtol=0.1)
+
+
+@torch.no_grad()
+def test_a_row_becomes_gaussians_without_its_padding():
+    output = stir(build(sh_degree=1))(**padded(batch_of(2, 9), [9, 4], 0.0))
+    gaussians = to_gaussians(output, 1, 4)
+    assert (len(gaussians), gaussians.num_frames, gaussians.sh_degree) == (4, 1, 1)
+    assert torch.equal(gaussians.positions[0], output.positions[1, :4])
+    assert torch.equal(gaussians.scales[0], output.scales[1, :4])
+    assert torch.equal(gaussians.quats[0], output.quats[1, :4])
+    assert torch.equal(gaussians.opacities, output.opacities[1, :4])
+    assert torch.equal(gaussians.sh, output.sh[1, :4])
+    assert len(to_gaussians(output)) == 9
+    with pytest.raises(ValueError, match="row 2 with 4 points of an output of 2 rows with 9 points"):
+        to_gaussians(output, 2, 4)
+    with pytest.raises(ValueError, match="10 points"):
+        to_gaussians(output, 0, 10)
+
+
+# ---- training ----
+
+
+def loss_of(output) -> torch.Tensor:
+    """A target for each attribute."""
+    return (
+        (output.sh - 0.5).square().mean()
+        + (output.offsets * 10 - 0.3).square().mean()
+        + (output.scales * 100 - 0.3).square().mean()
+        + (output.quats - 0.5).square().mean()
+        + (output.opacities - 0.7).square().mean()
+    )
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_reach_every_trainable_parameter_and_checkpointing_keeps_them(frozen):
+    decoder, batch = stir(build(freeze_vision_encoder=frozen, sh_degree=1)).train(), batch_of()
+    loss_of(decoder(**batch)).backward()
+    trainable = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
+    assert [n for n, p in trainable.items() if p.grad is None or not p.grad.abs().sum()] == []
+    still = {n.split(".")[0] for n, p in decoder.named_parameters() if not p.requires_grad}
+    assert still == {"vision", "blocks"}
+    last = {n for n, p in decoder.blocks.named_parameters() if not p.requires_grad}
+    assert last == {f"2.attn.q_{x}" for x in ("proj_context.weight", "proj_context.bias", "norm_context.weight")}
+    assert any(n.startswith("vision.") for n in trainable) is not frozen
+    expected = {n: p.grad.clone() for n, p in trainable.items()}
+    decoder.zero_grad()
+    decoder.gradient_checkpointing_enable()
+    loss_of(decoder(**batch)).backward()
+    for name, p in trainable.items():
+        torch.testing.assert_close(p.grad, expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_pretrained_portrait_encoder_is_taken_and_frozen():
+    decoder = build()
+    vision = Dinov2Model(decoder.config.vision_config)
+    decoder.use_vision(vision)
+    assert decoder.vision is vision and not any(p.requires_grad for p in vision.parameters())
+    trained = build(freeze_vision_encoder=False)
+    trained.use_vision(vision)
+    assert [n for n, p in vision.named_parameters() if not p.requires_grad] == ["embeddings.mask_token"]
+
+
+@pytest.mark.slow
+def test_the_papers_decoder_trains_a_step_on_two_thousand_points_on_a_cpu():
+    vision = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=3, image_size=56, patch_size=14)
+    torch.manual_seed(0)
+    decoder = GaussianDecoder(GaussianDecoderConfig(vision_config=vision)).train()
+    assert len(decoder.blocks) == 12 and decoder.config.hidden_size == 1024
+    batch = batch_of(1, 2000, 1024) | dict(pixel_values=torch.randn(1, 3, 56, 56))
+    trainable = {n: p for n, p in decoder.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in trainable.items()}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-4, weight_decay=0.0)
+    first = loss_of(decoder(**batch))
+    first.backward()
+    optimizer.step()
+    assert [n for n, p in trainable.items() if torch.equal(p, before[n])] == []
+    with torch.no_grad():
+        assert loss_of(decoder(**batch)) < first
+
+
+# ---- files and errors ----
+
+
+def test_a_saved_decoder_loads_through_the_auto_class_with_the_same_gaussians(tmp_path):
+    decoder, batch = stir(build(sh_degree=1, mode="full")), batch_of()
+    decoder.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is GaussianDecoder
+    with torch.no_grad():
+        for name, value in decoder(**batch).items():
+            assert torch.equal(loaded(**batch)[name], value), name
+    frozen = {n for n, p in decoder.named_parameters() if not p.requires_grad}
+    assert {n for n, p in loaded.named_parameters() if not p.requires_grad} == frozen
+
+
+def test_a_pushed_folder_loads_where_the_toolkit_is_not_installed(tmp_path):
+    decoder, batch = stir(build()), batch_of()
+    decoder.save_pretrained(tmp_path / "model")
+    torch.save(batch, tmp_path / "batch.pt")
+    program = f"""
+import sys, importlib.util
+sys.path = [p for p in sys.path if p]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+assert importlib.util.find_spec("modeling") is None, "the toolkit is importable: this test shows nothing"
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+batch = torch.load({str(tmp_path / "batch.pt")!r}, weights_only=True)
+with torch.no_grad():
+    print(model(**batch).sh.flatten().tolist())
+"""
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    with torch.no_grad():
+        here = decoder(**batch).sh.flatten()
+    there = torch.tensor([float(x) for x in result.stdout.strip().splitlines()[-1].strip("[]").split(",")])
+    torch.testing.assert_close(there, here, atol=1e-6, rtol=1e-6)
+
+
+def test_a_saved_configuration_loads_equal(tmp_path):
+    config = GaussianDecoderConfig(**TINY, mode="position", vision_layers=[0, 4], sh_degree=3)
+    config.save_pretrained(tmp_path)
+    loaded = GaussianDecoderConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict() and loaded.vision_config.hidden_size == 24
+
+
+def test_the_defaults_are_the_papers():
+    config = GaussianDecoderConfig()
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (1024, 12, 16)
+    assert (config.mode, config.vision_layers, config.image_embed_size) == ("full", [4, 11, 17, 23], 4096)
+    assert (config.max_scale, config.max_offset, config.init_opacity) == (0.01, 0.1, 0.1)
+    assert config.init_scale == pytest.approx(math.exp(-5))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(mode="flame"), "found 'flame'"),
+        (dict(num_attention_heads=5), "multiple of num_attention_heads 5"),
+        (dict(num_hidden_layers=0), "at least 1"),
+        (dict(vision_layers=[0, 5]), "ascending layers of the 5"),
+        (dict(vision_layers=[3, 1]), "ascending"),
+        (dict(vision_layers=[]), "ascending"),
+        (dict(vision_layers=[0, 2], freeze_vision_encoder=False), "read to its last layer"),
+        (dict(sh_degree=4), "sh_degree must be 0 to 3"),
+        (dict(init_scale=0.01), "gradient is zero"),
+        (dict(init_opacity=1.0), "init_opacity"),
+        (dict(point_extent=0.0), "point_extent positive"),
+    ],
+)
+def test_contradictory_fields_are_refused(fields, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        GaussianDecoderConfig(**{**TINY, **fields})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(positions=torch.zeros(2, 7, 2)), r"positions must be \(B, N, 3\), found \(2, 7, 2\)"),
+        (dict(positions=torch.zeros(7, 3)), r"found \(7, 3\)"),
+        (dict(point_features=None), r'mode "full" needs point_features \(2, 7, 4, 20\).*found None'),
+        (dict(point_features=torch.zeros(2, 7, 4, 16)), r"found \(2, 7, 4, 16\)"),
+        (dict(point_features=torch.zeros(2, 6, 4, 20)), r"found \(2, 6, 4, 20\)"),
+        (dict(pixel_values=None), "exactly one of pixel_values and image_embeds"),
+        (dict(image_embeds=torch.zeros(2, 4, 96)), "exactly one of pixel_values and image_embeds"),
+        (dict(pixel_values=None, image_embeds=torch.zeros(2, 4, 24)), r"image_embeds must be \(B, M, 96\)"),
+        (dict(pixel_values=torch.zeros(2, 28, 28)), r"pixel_values must be \(B, 3, h, w\), found \(2, 28, 28\)"),
+        (dict(pixel_values=torch.zeros(3, 3, 28, 28)), "2 point clouds, but 3 portraits"),
+        (
+            dict(point_mask=torch.ones(2, 6, dtype=torch.bool)),
+            r"point_mask must be \(B, N\) = \(2, 7\), found \(2, 6\)",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        build()(**{**batch_of(), **change})

@@ -1,0 +1,246 @@
+"""The pipeline: from a portrait to an avatar that moves, its folder in a clean interpreter, and what is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Dinov2Config
+
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.motions import synthetic_motion
+from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
+
+ROOT = Path(__file__).parents[2]
+VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=28)
+
+
+@pytest.fixture(scope="module")
+def head() -> HeadModel:
+    return HeadModel.procedural(600)
+
+
+def components(head: HeadModel, **changes) -> dict:
+    """Four small components that belong together, but for `changes` (component__setting=value)."""
+    torch.manual_seed(0)
+    settings = {
+        "tokenizer": dict(n_bins=16, n_faces=600, bounds=[[-0.2, -0.3, -0.2], [0.2, 0.2, 0.2]], image_size=28,
+                          head_name=head.name, head_hash=head.hash),
+        "point": dict(n_bins=16, n_faces=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                      num_attention_heads=2, head_dim=16, sliding_window=64, vision_config=Dinov2Config(**VISION),
+                      point_latents=4, point_hidden_size=16, point_layers=1, point_attention_heads=2, initializer_range=0.2),
+        "decoder": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, point_feature_size=32,
+                        vision_config=Dinov2Config(**VISION), initializer_range=0.2),
+    }  # fmt: skip
+    for name, value in changes.items():
+        component, setting = name.split("__")
+        settings[component][setting] = value
+    return {
+        "tokenizer": GaussianTokenizer(**settings["tokenizer"]),
+        "point_model": PointillistForCausalLM(PointillistConfig(**settings["point"])),
+        "gaussian_decoder": GaussianDecoder(GaussianDecoderConfig(**settings["decoder"])),
+        "head": head,
+    }
+
+
+@pytest.fixture(scope="module")
+def pipeline(head) -> AvatarPipeline:
+    return AvatarPipeline(**components(head))
+
+
+@pytest.fixture(scope="module")
+def saved(pipeline, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "saved"
+    picture = folder.parent / "look.png"
+    Image.new("RGB", (8, 8), "red").save(picture)
+    pipeline.save_pretrained(folder, pictures=[picture], card="Untrained: for tests.")
+    return folder
+
+
+def portrait(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    random = np.random.default_rng(0)
+    return Image.fromarray(random.integers(0, 255, (*size[::-1], 4), dtype=np.uint8)).convert(mode)
+
+
+def same(first: GaussianAvatar, second: GaussianAvatar) -> bool:
+    return first.tensors().keys() == second.tensors().keys() and all(
+        torch.equal(value, second.tensors()[name]) for name, value in first.tensors().items()
+    )
+
+
+def test_a_portrait_becomes_an_avatar_that_moves_and_survives_its_file(pipeline, head, tmp_path):
+    avatar = pipeline(portrait(), seed=0, max_points=12)
+    assert 1 <= len(avatar) <= 12 and set(avatar.tensors()) >= {"sh", "opacities", "scales", "quats"}
+    moved = avatar.posed(synthetic_motion("nod", head, 5))
+    assert moved.num_frames == 5 and (moved.positions[0] - moved.positions[1]).abs().max() > 1e-4
+    avatar.save(tmp_path / "avatar")
+    assert same(GaussianAvatar.load(tmp_path / "avatar", head), avatar)
+
+
+def test_a_seed_makes_the_same_avatar_and_another_seed_another(pipeline):
+    first, again, other = (pipeline(portrait(), seed=seed, max_points=12) for seed in (3, 3, 4))
+    assert same(first, again) and not same(first, other)
+
+
+def test_head_parameters_give_the_shape_and_nothing_of_their_moment(pipeline, head):
+    params = HeadParameters.zeros(head.n_shape, head.n_expression, 2)
+    params.shape[0] = 2.0
+    plain = pipeline(portrait(), params, seed=0, max_points=8)
+    params.expr[0, 0], params.neck_pose[0, 1] = 1.0, 0.5
+    assert same(plain, pipeline(portrait(), params, seed=0, max_points=8))
+    assert torch.equal(plain.params.shape, params.shape) and not plain.params.expr.any()
+
+
+def test_several_portraits_give_an_avatar_each(pipeline, head):
+    shapes = [HeadParameters.zeros(head.n_shape, head.n_expression) for _ in range(2)]
+    shapes[1].shape[0] = 1.0
+    avatars = pipeline([portrait(), portrait("L", (28, 60))], shapes, seed=0, max_points=10)
+    assert len(avatars) == 2
+    assert torch.equal(avatars[1].params.shape, shapes[1].shape)
+    with pytest.raises(ValueError, match="2 portraits but head parameters of 1"):
+        pipeline([portrait(), portrait()], shapes[:1])
+
+
+def test_each_gaussian_is_what_the_decoder_says_of_its_point(pipeline, head):
+    inputs = pipeline.inputs([portrait()], [HeadParameters.zeros(head.n_shape, head.n_expression)])
+    written = pipeline.write(inputs, seed=1, max_points=9)
+    (points,), (features,) = pipeline.points(written)
+    avatar = pipeline(portrait(), seed=1, max_points=9)
+    with torch.no_grad():
+        output = pipeline.gaussian_decoder(
+            positions=torch.as_tensor(points["positions"])[None],
+            point_features=features[None],
+            pixel_values=inputs["pixel_values"],
+        )
+    assert torch.equal(avatar.faces, torch.as_tensor(points["faces"]))
+    gaussians = avatar.canonical_gaussians()
+    torch.testing.assert_close(gaussians.positions, output.positions, atol=1e-6, rtol=0)
+    torch.testing.assert_close(gaussians.scales, output.scales, rtol=1e-4, atol=0)
+    torch.testing.assert_close(gaussians.opacities, output.opacities[0])
+    torch.testing.assert_close(gaussians.sh, output.sh[0])
+
+
+@pytest.mark.parametrize("image", [
+    portrait("RGBA"), portrait("L"), portrait("RGB", (1, 1)), portrait("P"),
+    Image.fromarray(np.full((9, 7), 40_000, np.uint16)),
+])  # fmt: skip
+def test_any_kind_of_picture_is_a_portrait(pipeline, image):
+    assert len(pipeline(image, seed=0, max_points=3)) >= 1
+
+
+def test_what_is_not_an_image_or_not_of_this_head_is_refused(pipeline, head, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(ValueError, match="cannot be read"):
+        pipeline(tmp_path / "text.png")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        pipeline(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match="expr of size 3"):
+        pipeline(portrait(), HeadParameters.zeros(head.n_shape, 3))
+
+
+# ---- the folder
+
+
+def test_the_folder_gives_back_the_same_pipeline(pipeline, saved):
+    again, avatar = (p(portrait(), seed=5, max_points=10) for p in (AvatarPipeline.from_pretrained(saved), pipeline))
+    for name, value in avatar.tensors().items():  # weights read from a file lie otherwise in memory: the last bit may differ
+        torch.testing.assert_close(again.tensors()[name], value, rtol=1e-5, atol=1e-6)
+    card = (saved / "README.md").read_text()
+    assert card.startswith("---\n") and "![look](images/look.png)" in card and "Untrained: for tests." in card
+    assert (saved / "images" / "look.png").is_file()
+
+
+def test_every_component_loads_alone_from_its_subfolder(saved):
+    PointillistForCausalLM.from_pretrained(saved / "point_model")
+    GaussianDecoder.from_pretrained(saved / "gaussian_decoder")
+    GaussianTokenizer.from_pretrained(saved / "tokenizer")
+    HeadModel.load(saved / "head" / "head.safetensors")
+
+
+def test_the_folder_loads_in_a_clean_interpreter(saved):
+    code = (
+        "from modeling import AvatarPipeline; import numpy as np\n"
+        f"pipeline = AvatarPipeline.from_pretrained({str(saved)!r})\n"
+        "print(len(pipeline(np.zeros((20, 20, 3), np.uint8), seed=0, max_points=4)))"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 1 <= int(done.stdout) <= 4
+
+
+def test_saving_again_replaces_the_folder_whole(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "saved", pictures=[])
+    (tmp_path / "saved" / "stale").write_text("")
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert {path.name for path in tmp_path.iterdir()} == {"saved"}
+    assert not (tmp_path / "saved" / "stale").exists()
+
+
+def test_a_save_that_fails_leaves_what_was_there(pipeline, saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "saved")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(HeadModel, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert {path.name for path in tmp_path.iterdir()} == {"saved"}
+    AvatarPipeline.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("component", ["tokenizer", "point_model", "gaussian_decoder", "head"])
+def test_a_missing_component_is_named(saved, tmp_path, component):
+    shutil.copytree(saved, tmp_path / "saved")
+    shutil.rmtree(tmp_path / "saved" / component)
+    with pytest.raises(FileNotFoundError, match=f"lacks {component};"):
+        AvatarPipeline.from_pretrained(tmp_path / "saved")
+
+
+def test_a_component_without_weights_is_named(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "saved")
+    (tmp_path / "saved" / "gaussian_decoder" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="gaussian_decoder"):
+        AvatarPipeline.from_pretrained(tmp_path / "saved")
+
+
+def test_what_is_no_pipeline_is_said(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"has no pipeline\.json"):
+        AvatarPipeline.from_pretrained(saved / "point_model")
+    with pytest.raises(FileNotFoundError, match="some/repo: no such pipeline"):
+        AvatarPipeline.from_pretrained("some/repo")
+    shutil.copytree(saved, tmp_path / "saved")
+    (tmp_path / "saved" / "pipeline.json").write_text(json.dumps({"format": "another 7"}))
+    with pytest.raises(ValueError, match="format 'another 7'"):
+        AvatarPipeline.from_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"point__n_bins": 32}, "32 levels and 600 faces, the tokenizer with 16 and 600"),
+        ({"tokenizer__head_hash": "0123456789abcdef"}, "hash 0123456789abcdef"),
+        ({"decoder__point_feature_size": 48}, "width 48, the point model has width 32"),
+        ({"decoder__mode": "flame_position"}, "flame_position"),
+    ],
+)
+def test_components_that_do_not_belong_together_are_refused(head, changes, message):
+    with pytest.raises(ValueError, match=message):
+        AvatarPipeline(**components(head, **changes))
+
+
+def test_a_decoder_of_positions_needs_no_features(head):
+    pipeline = AvatarPipeline(**components(head, decoder__mode="position"))
+    assert len(pipeline(portrait(), seed=0, max_points=5)) >= 1

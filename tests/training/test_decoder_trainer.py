@@ -1,0 +1,171 @@
+"""The decoder's trainer in this process: its loss and its metrics against the same written out, every mode, every gradient."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from gaussian_tokenizer.rendering import render
+from transformers import Dinov2Config
+
+from gaussian_tokenizer.animation import animate
+from gaussian_tokenizer.head_model import HeadModel
+from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
+from modeling.point_features import FeatureCache, point_features
+from training.decoder_arguments import DecoderTrainingArguments
+from training.decoder_trainer import CONDITION, DecoderTrainer, LossWeights, vertex_points
+from training.frames import (
+    EvaluationSubjects,
+    SubjectRows,
+    TrainSubjects,
+    cameras_of,
+    collate_subjects,
+    motion_of,
+    on_background,
+)
+from training.losses import psnr, ssim
+
+PAPER = LossWeights()
+MODES = ("full", "ar_feature", "position", "flame_position")
+
+
+@pytest.fixture(autouse=True)
+def number_of_threads():
+    """Arguments set it for the process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def head() -> HeadModel:
+    return HeadModel.procedural(600)
+
+
+@pytest.fixture
+def make_trainer(corpus, point_model, head, tmp_path):
+    def make(mode="full", weights=PAPER, cache=None, **config) -> DecoderTrainer:
+        torch.manual_seed(0)
+        points = PointillistForCausalLM.from_pretrained(point_model)
+        settings = dict(
+            mode=mode, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, point_feature_size=32, init_scale=0.015,
+            max_scale=0.06, init_opacity=0.5, freeze_vision_encoder=False, initializer_range=0.1,
+            vision_config=Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=56),
+        )  # fmt: skip
+        arguments = DecoderTrainingArguments(
+            output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=2, per_device_eval_batch_size=2,
+            eval_strategy="no", save_strategy="no", use_cpu=True, disable_tqdm=True, num_threads=1, warmup_steps=0,
+        )  # fmt: skip
+        train, heldout = (SubjectRows(corpus, split, use_heads=True) for split in ("train", "validation"))
+        return DecoderTrainer(
+            model=GaussianDecoder(GaussianDecoderConfig(**(settings | config))),
+            args=arguments,
+            train_dataset=TrainSubjects(train, 4, 2, seed=0, random_source=False),
+            eval_dataset=EvaluationSubjects(heldout, 3),
+            data_collator=partial(collate_subjects, pad_token_id=points.config.pad_token_id),
+            point_model=points,
+            head=head,
+            weights=weights,
+            perceptual=None,
+            cache=None if cache is None else FeatureCache(cache, points),
+            method="lbs",
+        )
+
+    return make
+
+
+def batch_of(trainer: DecoderTrainer, rows=(0, 1)) -> dict:
+    return trainer.data_collator([trainer.train_dataset[row] for row in rows])
+
+
+def test_the_loss_is_the_papers_sum_over_pictures_drawn_one_subject_at_a_time(make_trainer, head):
+    """Subject by subject without padding, against the trainer's padded batch."""
+    trainer = make_trainer(weights=LossWeights(0.7, 0.3, 0.0, 0.2))
+    batch = batch_of(trainer)
+    assert (
+        len({int((ids < trainer.tokenizer.bos_token_id).sum()) for ids in batch["input_ids"]}) == 2
+    )  # so there is padding
+    loss = trainer.compute_loss(trainer.model, batch)
+    parts = {"l1": [], "ssim": []}
+    offsets = []
+    for row in range(2):
+        ids = batch["input_ids"][row : row + 1]
+        ids = ids[:, : int((ids < trainer.tokenizer.bos_token_id).sum()) + 2]
+        points = trainer.tokenizer.decode(ids[0])
+        condition = {name: batch[name][row : row + 1] for name in CONDITION}
+        output = trainer.model(
+            positions=torch.as_tensor(points["positions"])[None],
+            point_features=point_features(trainer.frozen[0], ids, **condition),
+            pixel_values=condition["pixel_values"],
+        )
+        posed = animate(to_gaussians(output), torch.as_tensor(points["faces"]), motion_of(batch, row), head)
+        cameras = cameras_of(batch, row)
+        images = [
+            render(posed.frames(i), cameras[i], background=float(batch["background"][row, i])).image for i in range(2)
+        ]
+        truth = on_background(batch["images"][row], batch["background"][row])
+        parts["l1"].append((torch.cat(images) - truth).abs().mean())
+        parts["ssim"].append(1 - ssim(torch.cat(images), truth).mean())
+        offsets.append((output.offsets[0] / trainer.model.config.max_offset).square().sum(-1))
+    expected = 0.7 * sum(parts["l1"]) / 2 + 0.3 * sum(parts["ssim"]) / 2 + 0.2 * torch.cat(offsets).mean()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_parameter_of_every_mode_learns_and_nothing_else_does(make_trainer, mode):
+    trainer = make_trainer(mode)
+    frozen = copy.deepcopy(trainer.frozen[0].state_dict())
+    loss = trainer.compute_loss(trainer.model, batch_of(trainer))
+    loss.backward()
+    # The last layers start from zero weights: what lies before them gets a gradient from the second step on.
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter -= 0.1 * parameter.grad
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, batch_of(trainer)).backward()
+    still = [
+        name
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad and not parameter.grad.abs().sum() > 0
+    ]
+    assert not still
+    assert all(torch.equal(value, frozen[name]) for name, value in trainer.frozen[0].state_dict().items())
+    assert not any(parameter.requires_grad for parameter in trainer.frozen[0].parameters())
+
+
+def test_evaluation_is_the_mean_over_all_held_out_frames_on_white(make_trainer):
+    trainer = make_trainer()
+    metrics = trainer.evaluate()
+    values = []
+    with torch.no_grad():
+        for row in range(len(trainer.eval_dataset)):
+            batch = trainer.data_collator([trainer.eval_dataset[row]])
+            image = trainer.draw(trainer.model, batch)[0][0]
+            truth = on_background(batch["images"][0], torch.ones(len(image)))
+            values += list(zip(psnr(image, truth).tolist(), ssim(image, truth).tolist()))
+    assert len(values) == 4 * 3
+    mean_psnr, mean_ssim = torch.tensor(values).mean(0).tolist()
+    assert metrics["eval_psnr"] == pytest.approx(mean_psnr, rel=1e-5)
+    assert metrics["eval_ssim"] == pytest.approx(mean_ssim, rel=1e-4)
+
+
+def test_features_from_the_cache_are_those_that_are_computed(make_trainer, tmp_path):
+    plain, cached = make_trainer(), make_trainer(cache=tmp_path / "features")
+    batch = batch_of(plain)
+    features = plain.features(batch)
+    for _ in range(2):  # computed, then read
+        torch.testing.assert_close(cached.features(batch), features, rtol=1e-3, atol=1e-3)
+    assert len(list((tmp_path / "features").iterdir())) == 2
+
+
+def test_vertex_points_are_vertices_on_faces_they_belong_to(head):
+    trainer_motion = motion_of({"shape": torch.zeros(1, head.n_shape)} | poses(head), 0)
+    positions, faces = vertex_points(head, trainer_motion)
+    torch.testing.assert_close(positions, head.template)
+    assert (head.faces[faces] == torch.arange(head.n_vertices)[:, None]).any(1).all()
+
+
+def poses(head: HeadModel) -> dict:
+    sizes = {"expr": head.n_expression, "rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
+    return {name: torch.zeros(1, 1, size) for name, size in sizes.items()}

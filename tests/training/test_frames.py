@@ -1,0 +1,136 @@
+"""Subjects with pictures: what an item holds, that it depends on its number alone, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from gaussian_tokenizer.rendering import render
+from PIL import Image
+
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.subject import find_subjects
+from training.frames import (
+    BACKGROUNDS,
+    EvaluationSubjects,
+    SubjectRows,
+    TrainSubjects,
+    cameras_of,
+    collate_subjects,
+    mean_images,
+    motion_of,
+    on_background,
+    rgba,
+)
+
+
+@pytest.fixture(scope="module")
+def subjects(corpus) -> SubjectRows:
+    return SubjectRows(corpus, "train", use_heads=True)
+
+
+def test_an_item_depends_on_seed_and_number_alone(subjects):
+    first, again = (TrainSubjects(subjects, 40, 3, seed=1, random_source=True) for _ in range(2))
+    for index in (17, 3, 17, 39):
+        a, b = first[index], again[index]
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    other = TrainSubjects(subjects, 40, 3, seed=2, random_source=True)
+    assert any(not np.array_equal(first[i]["viewmats"], other[i]["viewmats"]) for i in range(8))
+
+
+def test_an_epoch_shows_every_subject_once(subjects):
+    train = TrainSubjects(subjects, 3 * len(subjects), 1, seed=0, random_source=False)
+    shapes = [train[i]["shape"].tobytes() for i in range(2 * len(subjects))]
+    assert len(set(shapes[: len(subjects)])) == len(set(shapes[len(subjects) :])) == len(subjects)
+
+
+def test_targets_are_the_pictures_cameras_and_moments_of_the_files(subjects, corpus, tiny_corpus):
+    avatar_id = str(subjects.rows.avatars[2]["avatar_id"])
+    folder = next(s for s in find_subjects(tiny_corpus.parent / "avatars") if s.avatar_id == avatar_id)
+    targets = subjects.targets(list(subjects.frame_rows(2)))
+    for i, frame in enumerate(folder.frames()):
+        truth = np.asarray(Image.open(frame.image).convert("RGBA"), np.float32) / 255
+        np.testing.assert_array_equal(targets["images"][i], truth)
+        np.testing.assert_allclose(targets["viewmats"][i], frame.viewmat, atol=1e-6)
+        np.testing.assert_allclose(targets["Ks"][i], frame.K, rtol=1e-6)
+        np.testing.assert_allclose(targets["expr"][i], frame.load_params().expr[0])
+        np.testing.assert_allclose(targets["jaw_pose"][i], frame.load_params().jaw_pose[0])
+
+
+def test_the_true_avatar_drawn_by_an_items_cameras_and_motion_looks_like_its_pictures(subjects, tiny_corpus):
+    """The one test that a wrong camera, pose or order of any kind cannot pass."""
+    head = HeadModel.procedural(600)
+    by_id = {s.avatar_id: s for s in find_subjects(tiny_corpus.parent / "avatars")}
+    batch = collate_subjects([EvaluationSubjects(subjects, 16)[row] for row in range(2)], 0)
+    for row in range(2):
+        avatar = by_id[str(subjects.rows.avatars[row]["avatar_id"])].load_avatar(head)
+        drawn = render(avatar.posed(motion_of(batch, row)), cameras_of(batch, row), background=1.0).image
+        truth = on_background(batch["images"][row], batch["background"][row])
+        errors = (drawn[:, None] - truth[None]).square().mean((2, 3, 4))  # every picture with every true one
+        assert (errors.argmin(1) == torch.arange(len(errors))).all()
+        assert errors.diagonal().max() < 0.02
+
+
+def test_backgrounds_are_drawn_from_the_greys_and_show_where_a_picture_is_transparent(subjects):
+    items = [TrainSubjects(subjects, 40, 4, seed=0, random_source=False)[i] for i in range(12)]
+    greys = np.concatenate([item["background"] for item in items])
+    assert set(greys.tolist()) == set(BACKGROUNDS)
+    images, background = torch.from_numpy(items[0]["images"]), torch.from_numpy(items[0]["background"])
+    laid = on_background(images, background)
+    torch.testing.assert_close(laid[:, 0, 0], background[:, None].expand(-1, 3))
+    opaque = images[..., 3] == 1
+    assert opaque.any()
+    torch.testing.assert_close(laid[opaque], images[..., :3][opaque])
+
+
+def test_more_targets_than_frames_repeat_frames(subjects):
+    assert TrainSubjects(subjects, 4, 9, seed=0, random_source=False)[0]["images"].shape[0] == 9
+
+
+def test_the_source_is_the_first_picture_unless_it_is_to_be_random(subjects):
+    fixed = TrainSubjects(subjects, 80, 1, seed=0, random_source=False)
+    free = TrainSubjects(subjects, 80, 1, seed=0, random_source=True)
+    same = [np.array_equal(fixed[i]["pixel_values"], free[i]["pixel_values"]) for i in range(12)]
+    assert any(same) and not all(same)
+    row = int(np.random.default_rng((0, 0, 0)).permutation(len(subjects))[0])
+    first = subjects.frames[subjects.frame_rows(row)[0]]["image"]
+    expected = subjects.tokenizer(images=first)["pixel_values"][0]
+    np.testing.assert_array_equal(fixed[0]["pixel_values"], expected)
+
+
+def test_held_out_frames_are_evenly_spread_and_on_white(subjects):
+    rows = list(subjects.frame_rows(0))
+    heldout = EvaluationSubjects(subjects, 2)
+    assert heldout.frame_rows(0) == [rows[0], rows[len(rows) // 2]]
+    assert (heldout[0]["background"] == 1).all()
+    assert EvaluationSubjects(subjects, 99).frame_rows(0) == rows
+
+
+def test_pictures_of_two_sizes_are_refused_with_both(subjects, monkeypatch):
+    frames = [subjects.frames[0], subjects.frames[1] | {"image": Image.new("RGB", (20, 30))}]
+    monkeypatch.setattr(subjects, "frames", frames)
+    with pytest.raises(ValueError, match="56x56 and 20x30 pixels"):
+        subjects.targets([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("L", (1, 1), 51), [0.2, 0.2, 0.2, 1]),
+        (Image.new("RGB", (1, 1), (255, 0, 51)), [1, 0, 0.2, 1]),
+        (Image.new("RGBA", (1, 1), (255, 0, 51, 102)), [1, 0, 0.2, 0.4]),
+        (Image.fromarray(np.full((1, 1), 13107, np.uint16)), [0.2, 0.2, 0.2, 1]),
+        (Image.new("P", (1, 1), 0).convert("P"), [0, 0, 0, 1]),
+    ],
+)
+def test_any_kind_of_picture_becomes_colours_and_opacity(image, expected):
+    np.testing.assert_allclose(rgba(image)[0, 0], expected, atol=1e-6)
+
+
+def test_mean_images_are_means_by_camera_on_white(subjects):
+    means = mean_images(subjects)
+    assert set(means) == set(subjects.frames["camera"])
+    for camera, mean in means.items():
+        rows = [row for row, other in enumerate(subjects.frames["camera"]) if other == camera]
+        images = torch.from_numpy(subjects.targets(rows)["images"])
+        torch.testing.assert_close(mean, on_background(images, torch.ones(len(rows))).mean(0))

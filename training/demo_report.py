@@ -1,0 +1,139 @@
+"""What the demo says of its results: how near new clouds and avatars are to the true ones, and pictures of both.
+
+Clouds are compared by chamfer distance, pictures by PSNR and SSIM on white over every frame of a held-out subject: the avatar
+written from a portrait and a head mesh (`generated`), the decoder on the subject's true points (`reencoded`, what better points
+could reach), and the mean training picture of the same camera (`mean_image`, what knowing nobody reaches).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from gaussian_tokenizer.cameras import Cameras
+from gaussian_tokenizer.rendering import render
+from PIL import Image, ImageDraw
+
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.export import save_video
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.motions import expression_frames, synthetic_motion
+from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.synthetic import portrait_cameras
+from modeling import PointillistForCausalLM
+from training.frames import SubjectRows, cameras_of, motion_of, on_background
+from training.losses import psnr, ssim
+from training.metrics import slot_metrics, slot_sums
+from training.windows import AvatarRows, EvaluationWindows, collate_windows
+
+VIEWS = (-35.0, 0.0, 35.0)  # degrees to the subject's left
+GIF_SUBJECTS = 4
+
+
+def judge(tokenizer: GaussianTokenizer, ids: np.ndarray) -> tuple[dict, int]:
+    """Points of a generated sentence, and how many of its tokens are not what the tokenizer would have written."""
+    points = tokenizer.decode(ids, errors="truncate")
+    invalid = int(points.pop("dropped"))
+    if len(points["faces"]):
+        again = tokenizer(points)["input_ids"].astype(np.int64)[: 1 + 4 * len(points["faces"])]
+        invalid += int((ids[: len(again)] != again).sum())
+    return points, invalid
+
+
+def chamfer(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean distance in metres to the nearest point of the other cloud, averaged over both directions."""
+    if not len(a) or not len(b):
+        return float("inf")
+    distances = torch.cdist(torch.from_numpy(a).double(), torch.from_numpy(b).double())
+    return float(distances.min(1).values.mean() + distances.min(0).values.mean()) / 2
+
+
+@torch.no_grad()
+def nll_of_another(model: PointillistForCausalLM, rows: AvatarRows) -> float:
+    """Held-out NLL where each subject is read under the next one's condition: what the condition is worth."""
+    windows = EvaluationWindows(rows, model.config.sliding_window)
+    sums = torch.zeros(3, 4, dtype=torch.double)
+    for i, (row, _, _) in enumerate(windows.items):
+        item = windows[i] | rows.condition((row + 1) % len(rows), None)
+        batch = collate_windows([item], model.config.pad_token_id)
+        labels = batch.pop("labels")
+        sums += slot_sums(model(**batch).logits, labels).sum(0)
+    return slot_metrics(sums, "")["nll"]
+
+
+def true_frames(subjects: SubjectRows, row: int) -> dict[str, torch.Tensor]:
+    """All frames of a subject as a batch of one: pictures, cameras, head parameters."""
+    item = subjects.targets(list(subjects.frame_rows(row))) | {"shape": subjects.subject(row, None)["shape"]}
+    return {name: torch.from_numpy(value)[None] for name, value in item.items()}
+
+
+@torch.no_grad()
+def picture_metrics(avatar: GaussianAvatar, frames: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    """PSNR (dB) and SSIM of an avatar against a subject's true frames, on white."""
+    truth = on_background(frames["images"][0], torch.ones(frames["images"].shape[1]))
+    drawn = render(avatar.posed(motion_of(frames, 0)), cameras_of(frames, 0), background=1.0).image
+    return float(psnr(drawn, truth).mean()), float(ssim(drawn, truth).mean())
+
+
+def mean_image_metrics(means: Mapping[int, torch.Tensor], subjects: SubjectRows, row: int) -> tuple[float, float]:
+    """The same for the mean training picture (H, W, 3) of each camera."""
+    rows = list(subjects.frame_rows(row))
+    images = torch.from_numpy(subjects.targets(rows)["images"])
+    truth = on_background(images, torch.ones(len(images)))
+    drawn = torch.stack([means[camera] for camera in subjects.frames[rows]["camera"]])
+    return float(psnr(drawn, truth).mean()), float(ssim(drawn, truth).mean())
+
+
+def draw_avatars(path: Path, rows: Sequence[tuple[str, Image.Image, GaussianAvatar]], size: int = 160) -> None:
+    """One row a person: portrait, three views at rest, three expressions from the front."""
+    columns = ["portrait", *(f"{angle:+.0f} degrees" for angle in VIEWS)]
+    lines = []
+    for _, portrait, avatar in rows:
+        head = attached(avatar)
+        views = pictures_of(avatar, None, portrait_cameras(head, size, VIEWS))
+        faces = list(expression_frames(head).items())[1:4]
+        shown = [pictures_of(avatar, params, portrait_cameras(head, size))[0] for _, params in faces]
+        columns = columns[:4] + [name.replace("_", " ") for name, _ in faces]
+        lines.append(np.concatenate([on_white(portrait, size), *views, *shown], axis=1))
+    labels = Image.new("RGB", (lines[0].shape[1], 16), "white")
+    for number, name in enumerate(columns):
+        ImageDraw.Draw(labels).text((number * size + 4, 2), name, fill="black")
+    Image.fromarray(np.concatenate([np.asarray(labels), *lines])).save(path)
+
+
+def draw_motion(
+    path: Path, rows: Sequence[tuple[str, Image.Image, GaussianAvatar]], size: int = 160, num_frames: int = 48
+) -> None:
+    """A GIF of the first persons, each beside its portrait, talking while they look around."""
+    panels = []
+    for _, portrait, avatar in rows[:GIF_SUBJECTS]:
+        head = attached(avatar)
+        talk, look = (synthetic_motion(name, head, num_frames) for name in ("talk", "look_around"))
+        motion = HeadParameters(
+            **talk.tensors() | {"neck_pose": look.neck_pose, "eyes_pose": look.eyes_pose, "rotation": look.rotation}
+        )
+        still = on_white(portrait, size)
+        moving = pictures_of(avatar, motion, portrait_cameras(head, size))
+        panels.append(np.stack([np.concatenate((still, frame)) for frame in moving]))
+    save_video(path, np.concatenate(panels, axis=2), fps=20)
+
+
+@torch.no_grad()
+def pictures_of(avatar: GaussianAvatar, motion: HeadParameters | None, cameras: Cameras) -> np.ndarray:
+    """(C, H, W, 3) uint8 on white, at rest or in the moments of a motion."""
+    gaussians = avatar.canonical_gaussians() if motion is None else avatar.posed(motion)
+    image = render(gaussians, cameras, background=1.0).image
+    return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy()
+
+
+def on_white(portrait: Image.Image, size: int) -> np.ndarray:
+    """(size, size, 3) uint8."""
+    picture = portrait.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+
+
+def attached(avatar: GaussianAvatar) -> HeadModel:
+    assert avatar.head is not None
+    return avatar.head

@@ -1,0 +1,79 @@
+"""How far rendered pictures are from true ones: the paper's losses and the two plain metrics.
+
+    loss = 1.0 L1 + 0.5 (1 - SSIM) + 0.1 LPIPS + 0.1 mean |offset / max_offset|^2        (weights: notes on the paper)
+
+Pictures are (B, H, W, 3) in 0..1. SSIM is torchmetrics' (Gaussian window of 11, sigma 1.5; Wang et al. 2004), LPIPS the `lpips`
+package's VGG network (Zhang et al. 2018), whose backbone weights are a file of one's own: nothing is downloaded here.
+"""
+
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def psnr(images: Tensor, truth: Tensor) -> Tensor:
+    """(B,) peak signal-to-noise ratio in dB of each picture, for a peak of 1."""
+    return -10 * (images - truth).square().flatten(1).mean(1).clamp(min=1e-12).log10()
+
+
+def ssim(images: Tensor, truth: Tensor) -> Tensor:
+    """(B,) structural similarity of each picture, 1 for equal ones; differentiable.
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+        ValueError: the pictures are smaller than the window of 11 pixels.
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError:
+        raise ImportError('SSIM needs torchmetrics: pip install "avatar-pointillist[decoder]"') from None
+    if min(images.shape[1:3]) < 11:
+        raise ValueError(
+            f"SSIM looks through a window of 11 pixels, found pictures of {images.shape[2]}x{images.shape[1]}"
+        )
+    first, second = (rearrange(x, "b h w c -> b c h w") for x in (images, truth))
+    return structural_similarity_index_measure(first, second, data_range=1.0, reduction="none").reshape(len(images))
+
+
+def offset_regulariser(offsets: Tensor, mask: Tensor, max_offset: float) -> Tensor:
+    """Mean over the real points of the squared length of their offsets (B, N, 3), in units of the allowed range."""
+    return ((offsets / max_offset).square().sum(-1) * mask).sum() / mask.sum().clamp(min=1)
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS with the VGG backbone, frozen; (B, H, W, 3) twice -> (B,).
+
+    Args:
+        weights: torchvision's `vgg16-397923af.pth` (or another state dict of its VGG16), read with `weights_only=True`.
+    """
+
+    def __init__(self, weights: str | Path):
+        super().__init__()
+        path = Path(weights)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"--lpips_weights {path}: no such file; expected torchvision's VGG16 (vgg16-397923af.pth), downloaded once "
+                "where there is a network. To train without the perceptual loss say --lpips_weight 0"
+            )
+        try:
+            import lpips
+        except (ImportError, RuntimeError) as error:  # torchvision of another torch fails with a RuntimeError
+            raise ImportError(
+                f'LPIPS needs lpips and torchvision: pip install "avatar-pointillist[lpips]" ({error}). '
+                "To train without the perceptual loss say --lpips_weight 0"
+            ) from None
+        self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        own = self.network.net.state_dict()  # slice1.0.weight: torchvision's features.0.weight
+        renamed = {name: f"features.{name.split('.', 1)[1]}" for name in own}
+        missing = [name for name in renamed.values() if name not in state]
+        if missing:
+            raise ValueError(f"{path}: lacks {missing[0]}; expected the state dict of torchvision's VGG16")
+        self.network.net.load_state_dict({name: state[source] for name, source in renamed.items()})
+        self.requires_grad_(False)
+
+    def forward(self, images: Tensor, truth: Tensor) -> Tensor:
+        first, second = (rearrange(x, "b h w c -> b c h w") for x in (images, truth))
+        return self.network(first, second, normalize=True).reshape(len(images))
