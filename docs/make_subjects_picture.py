@@ -4,6 +4,7 @@ python docs/make_subjects_picture.py --head procedural --output docs/images/subj
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.head_model import load_head
-from gaussian_tokenizer.portrait import splat, to_uint8
-from gaussian_tokenizer.synthesize import render_frames
-from gaussian_tokenizer.synthetic import portrait_camera, synthesize_subject
+from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.synthesize import PIXELS_BETWEEN_POINTS
+from gaussian_tokenizer.synthetic import portrait_avatar, synthesize_subject
 
 
 def main() -> None:
@@ -26,16 +28,18 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=192)
     options = parser.parse_args()
     head = load_head(options.head)
-    camera = portrait_camera(head, options.image_size, azimuth=25)
+    cameras = portrait_cameras(head, options.image_size, azimuths=[0.0, 25.0])
+    focal = float(cameras.Ks[0, 0, 0])
     columns = []
     for index in range(options.num_subjects):
         subject = synthesize_subject(head, (options.seed, index))
-        portrait = render_frames(subject, options.image_size, views=1)[0].image
-        gaussians = subject.avatar.posed_gaussians()
+        portrait = portrait_avatar(subject, spacing=PIXELS_BETWEEN_POINTS / focal).canonical_gaussians()
+        points = subject.avatar.canonical_gaussians()
         # Dots: one pixel wide where there are many points, wider where there are few.
-        radius = 0.5 / camera.K[0, 0] * max(1.0, (6000 / len(subject.avatar)) ** 0.5)
-        dots = gaussians | {"scales": torch.full_like(gaussians["scales"], radius)}
-        columns.append(np.concatenate((portrait, to_uint8(splat(dots, camera)[0]))))
+        radius = 0.5 / focal * max(1.0, (6000 / len(points)) ** 0.5)
+        dots = replace(points, scales=torch.full_like(points.scales, radius))
+        pictures = render(portrait, cameras[0]).image[0], render(dots, cameras[1]).image[0]
+        columns.append((torch.cat(pictures).clamp(0, 1) * 255 + 0.5).byte().numpy())
     with atomic_file(options.output) as file:
         Image.fromarray(np.concatenate(columns, 1)).save(file, format="PNG", optimize=True)
 

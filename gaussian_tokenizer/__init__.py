@@ -3,12 +3,29 @@
 from transformers import AutoProcessor
 
 from .avatar import GaussianAvatar
+from .cameras import Cameras, portrait_cameras
 from .corpus import load_corpus
+from .gaussians import Gaussians
 from .head_model import HeadModel, load_head
 from .head_parameters import HeadParameters
+from .motions import load_motion, synthetic_motion
 from .processing_gaussian_tokenizer import GaussianTokenizer
+from .rendering import render
 
 # `AutoProcessor.from_pretrained` finds the class by the name in processor_config.json among the registered ones.
 AutoProcessor.register("gaussian_tokenizer", GaussianTokenizer, exist_ok=True)
 
-__all__ = ["GaussianAvatar", "GaussianTokenizer", "HeadModel", "HeadParameters", "load_corpus", "load_head"]
+__all__ = [
+    "Cameras",
+    "GaussianAvatar",
+    "GaussianTokenizer",
+    "Gaussians",
+    "HeadModel",
+    "HeadParameters",
+    "load_corpus",
+    "load_head",
+    "load_motion",
+    "portrait_cameras",
+    "render",
+    "synthetic_motion",
+]

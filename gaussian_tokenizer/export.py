@@ -144,17 +144,28 @@ def _to_bytes(images: np.ndarray | Tensor) -> np.ndarray:
 
 
 def _write_gif(file: BinaryIO, frames: np.ndarray, fps: float) -> None:
-    pixels = frames.reshape(-1, 3)
-    if len(pixels) > PALETTE_PIXELS:
-        # Drawn, the same every time: an even stride might meet the same columns again and again.
-        pixels = pixels[np.random.default_rng(0).integers(len(pixels), size=PALETTE_PIXELS)]
-    sample = Image.fromarray(pixels.reshape(1, -1, 3))
-    palette = sample.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(_common_palette(frames))
     indexed = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     hundredths = max(2, round(100 / fps))  # viewers slow down what is shorter
     indexed[0].save(
         file, format="GIF", save_all=True, append_images=indexed[1:], duration=10 * hundredths, loop=0, optimize=False
     )
+
+
+def _common_palette(frames: np.ndarray) -> bytes:
+    """At most 256 colours for all frames: their own if they have no more, else cuts at the median of their boxes."""
+    packed = frames.reshape(-1, 3) @ np.array((65536, 256, 1))
+    colors, counts = np.unique(packed, return_counts=True)
+    if len(colors) > 256:
+        # Drawn, the same every time: an even stride might meet the same columns again and again.
+        sample = np.random.default_rng(0).choice(packed, min(len(packed), PALETTE_PIXELS))
+        pixels = np.stack((sample >> 16, sample >> 8 & 255, sample & 255), -1).astype(np.uint8)
+        cut = Image.fromarray(pixels[None]).quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        cut_colors = np.array(cut.getpalette()).reshape(-1, 3)[:255] @ np.array((65536, 256, 1))
+        # The background as it is, not as the mean of its box: else the picture stands out from a white page.
+        colors = np.append(cut_colors, colors[counts.argmax()])
+    return np.stack((colors >> 16, colors >> 8 & 255, colors & 255), -1).astype(np.uint8).tobytes()
 
 
 def _mp4_bytes(frames: np.ndarray, fps: float) -> bytes:

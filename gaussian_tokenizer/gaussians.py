@@ -77,4 +77,6 @@ class Gaussians:
             if not finite.all():
                 index = (~finite).nonzero()[0].tolist()
                 row = index[0] if field.name in ("opacities", "sh") else index[1]
-                raise ValueError(f"{field.name} of Gaussian {row} is {value[tuple(index)].item()}, expected a finite number")
+                raise ValueError(
+                    f"{field.name} of Gaussian {row} is {value[tuple(index)].item()}, expected a finite number"
+                )

@@ -14,6 +14,7 @@ meetings is one contiguous vector. Time and memory grow with the meetings: with 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,11 @@ def rasterize(
             depth = centers[frame] @ viewmat[2, :3] + viewmat[2, 3]
             seen = ((depth > near) & (depth < far) & (opacities >= MIN_ALPHA)).nonzero()[:, 0]
             seen = seen[depth[seen].argsort(stable=True)]  # front to back
-        means2d, covariances, depth = project(
-            centers[frame][seen], axes[frame][seen], viewmat, K, width, height, eps2d
-        )
+        means2d, covariances, depth = project(centers[frame][seen], axes[frame][seen], viewmat, K, width, height, eps2d)
         colors = view_colors(centers[frame][seen], sh[seen], viewmat)
-        features = torch.cat((colors.to(dtype), depth[:, None].to(dtype), torch.ones_like(depth[:, None], dtype=dtype)), 1)
+        features = torch.cat(
+            (colors.to(dtype), depth[:, None].to(dtype), torch.ones_like(depth[:, None], dtype=dtype)), 1
+        )
         ellipses = torch.cat((means2d.T, covariances.T, log_opacities[seen][None]))
         pictures.append(_Blend.apply(ellipses, features, width, height))
     sums = torch.stack(pictures).to(means.dtype)
@@ -207,7 +208,7 @@ class _Chunk:
         # Whether a pixel belongs to the ellipse was decided in float64; a minimum is several times faster than `where`.
         outside = (pixel - self.middle).abs_().sub_(self.reach).mul_(-STEEP)
         alpha = torch.minimum(alpha, outside, out=alpha).clamp_(min=NOTHING).exp_().clamp_(max=MAX_ALPHA)
-        alpha = torch.nn.functional.threshold_(alpha, 2 * math.exp(NOTHING), 0.0)
+        alpha = torch.nn.functional.threshold(alpha, 2 * math.exp(NOTHING), 0.0)
         rest = 1 - alpha
         logs = rest.log()
         # Exclusive sums along all meetings, in float64 because they are long, less the value at the strip's start.
@@ -298,7 +299,7 @@ class _Meetings:
         ends = np.cumsum(counts)
         cuts = np.searchsorted(ends, np.arange(MEETINGS_AT_ONCE, ends[-1] if len(ends) else 0, MEETINGS_AT_ONCE))
         cuts = np.unique(np.concatenate(([0], cuts, [len(ends)])))
-        for low, high in zip(cuts[:-1], cuts[1:]):
+        for low, high in pairwise(cuts.tolist()):
             begin, end = int(ends[low] - counts[low]), int(ends[high - 1])
             yield _Chunk(
                 torch.from_numpy(filled[low:high]),

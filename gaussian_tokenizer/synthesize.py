@@ -3,7 +3,7 @@
     python -m gaussian_tokenizer.synthesize --num_subjects 200 --head procedural:600 --output subjects --num_proc 2
 
 Each subject (see `synthetic`) becomes a folder in the layout of GaussianAvatars and VHAP (see `subject`): the avatar,
-its head parameters, and portraits drawn by `portrait` with their cameras. A folder appears whole or not at all. Run
+its head parameters, and pictures drawn by `render` with their cameras and moments. A folder appears whole or not at all. Run
 again, the command keeps what is finished and makes the rest; the number of processes does not change a byte.
 """
 
@@ -16,11 +16,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gaussian_tokenizer.avatar import METADATA_NAME
+from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.parallel import runner
-from gaussian_tokenizer.portrait import splat, to_uint8
+from gaussian_tokenizer.rendering import render, to_rgba
 from gaussian_tokenizer.subject import Frame, write_subject
-from gaussian_tokenizer.synthetic import SyntheticSubject, portrait_camera, portrait_gaussians, synthesize_subject
+from gaussian_tokenizer.synthetic import (
+    SyntheticSubject,
+    draw_moments,
+    portrait_avatar,
+    synthesize_subject,
+)
 
 LICENCE, CONSENT = "CC0-1.0", "synthetic, no person"
 MAX_VIEWS = 12
@@ -36,6 +43,7 @@ def synthesize(
     seed: int = 0,
     image_size: int = 128,
     views: int = 1,
+    timesteps: int = 1,
     num_points: int | None = None,
     identity_scale: float = 1.0,
 ) -> list[Path]:
@@ -50,6 +58,7 @@ def synthesize(
         ("seed", seed, 0, 2**63 - 1),
         ("image_size", image_size, 16, 2048),
         ("views", views, 1, MAX_VIEWS),
+        ("timesteps", timesteps, 1, 10_000),
         ("num_points", 1 if num_points is None else num_points, 1, 1_000_000),
         ("identity_scale", identity_scale, 0, 10),
     ):
@@ -62,6 +71,7 @@ def synthesize(
         "num_points": num_points,
         "image_size": image_size,
         "views": views,
+        "timesteps": timesteps,
         "identity_scale": identity_scale,
     }
     folders = [output / f"synthetic-{seed}-{index:06d}" for index in range(num_subjects)]
@@ -76,31 +86,36 @@ def synthesize(
     return folders
 
 
-def render_frames(subject: SyntheticSubject, image_size: int, views: int) -> list[Frame]:
-    """Portraits of a subject at rest: camera 0 from the front, then 30 degrees to its left, to its right, 60, ..."""
+def render_frames(subject: SyntheticSubject, image_size: int, views: int, moments: HeadParameters) -> list[Frame]:
+    """Pictures of a subject in each of the moments from every camera, transparent around it.
+
+    Camera 0 sees the front, the next 30 degrees from its left, from its right, 60, ...
+    """
+    azimuths = [DEGREES_BETWEEN_VIEWS * ((number + 1) // 2) * (1 if number % 2 else -1) for number in range(views)]
+    cameras = portrait_cameras(subject.head, image_size, azimuths)
+    focal = float(cameras.Ks[0, 0, 0])
+    avatar = portrait_avatar(subject, spacing=PIXELS_BETWEEN_POINTS / focal)  # a metre from the camera
+    gaussians = avatar.posed(moments)
     frames = []
-    gaussians = None
-    for number in range(views):
-        azimuth = DEGREES_BETWEEN_VIEWS * ((number + 1) // 2) * (1 if number % 2 else -1)
-        camera = portrait_camera(subject.head, image_size, azimuth)
-        (fx, _, cx), (_, fy, cy) = camera.K[:2].tolist()
-        if gaussians is None:
-            gaussians = portrait_gaussians(subject, spacing=PIXELS_BETWEEN_POINTS / fx)  # a metre from the camera
-        frames.append(
-            Frame(
-                timestep=0,
-                camera=number,
-                viewmat=camera.viewmat,
-                fx=fx,
-                fy=fy,
-                cx=cx,
-                cy=cy,
-                width=image_size,
-                height=image_size,
-                image=to_uint8(splat(gaussians, camera)[0]),
-                params=subject.params,
+    for timestep in range(moments.num_frames):
+        pictures = render(gaussians.frames(timestep), cameras, background=0.0)
+        for number, (image, alpha) in enumerate(zip(pictures.image, pictures.alpha)):
+            (fx, _, cx), (_, fy, cy) = cameras.Ks[number, :2].tolist()
+            frames.append(
+                Frame(
+                    timestep=timestep,
+                    camera=number,
+                    viewmat=cameras.viewmats[number].double().numpy(),
+                    fx=fx,
+                    fy=fy,
+                    cx=cx,
+                    cy=cy,
+                    width=image_size,
+                    height=image_size,
+                    image=to_rgba(image, alpha),
+                    params=moments.frame(timestep),
+                )
             )
-        )
     return frames
 
 
@@ -120,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num_proc", type=int, default=1, help="processes; the result does not depend on it")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other people")
     parser.add_argument("--image_size", type=int, default=128, help="pixels, both sides of a portrait")
-    parser.add_argument("--views", type=int, default=1, help=f"portraits a subject, 1 (front) to {MAX_VIEWS}")
+    parser.add_argument("--views", type=int, default=1, help=f"cameras around a subject, 1 (front) to {MAX_VIEWS}")
+    parser.add_argument("--timesteps", type=int, default=1, help="moments: at rest, then random expressions and turns")
     parser.add_argument(
         "--num_points",
         type=int,
@@ -147,7 +163,10 @@ def _write(folder: Path, index: int, recipe: dict, head: HeadModel) -> None:
         "beard_style": subject.looks.beard_style,
         "recipe": recipe,
     }
-    write_subject(folder, subject.avatar, render_frames(subject, recipe["image_size"], recipe["views"]), metadata)
+    moments = draw_moments(subject, recipe["timesteps"], (recipe["seed"], index, 1))
+    write_subject(
+        folder, subject.avatar, render_frames(subject, recipe["image_size"], recipe["views"], moments), metadata
+    )
 
 
 def _is_finished(folder: Path, recipe: dict, head: HeadModel) -> bool:

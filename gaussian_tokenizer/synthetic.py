@@ -2,12 +2,13 @@
 
 A seed gives an identity (the head's shape directions, normally distributed) and looks (skin, hair, beard, brows, eyes,
 lips). Gaussians are laid on the canonical head where `synthetic_layout` says; hair and beard are lifted off the skin
-into a smooth volume, long hair falls. The same recipe with more points is what the portrait shows. There is no noise
-per point: whoever sees shape, hair and beard can know where every point is. Light is baked into the colours.
+into a smooth volume, long hair falls. The same recipe with more points is what a picture shows, at rest or in another
+moment. There is no noise per point: whoever sees shape, hair and beard can know where every point is. Light is baked
+into the colours.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.gaussians import SH_DC
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.portrait import Camera, look_at
 from gaussian_tokenizer.rotations import matrix_to_quaternion
 from gaussian_tokenizer.synthetic_layout import (
     FaceLayout,
@@ -38,6 +38,9 @@ SHAPE_LIMIT = 2.5  # standard deviations
 ROUNDING = 0.7  # of Phong tessellation: 0 keeps the flat faces, 1 the full tangent planes
 OPACITY = 0.98
 WIDTH, DENSE_WIDTH = 0.85, 0.75  # of a Gaussian (one standard deviation), relative to the distance of the points
+# How far a random moment goes at most: axis-angle of the neck (nod, turn, tilt), of the eyes, and the jaw, radians.
+NECK_TURN, GAZE, JAW_OPENING = np.array((0.15, 0.3, 0.08)), np.array((0.15, 0.3, 0.0)), 0.3
+EXPRESSIONS_AT_ONCE = 3
 FLAT = 0.25  # thickness of a Gaussian on the skin, relative to its width
 
 
@@ -71,9 +74,40 @@ def synthesize_subject(
     layout = face_layout(head)
     num_points = default_num_points(head.n_faces) if num_points is None else num_points
     counts = sparse_counts(layout, num_points, looks.hair_style, looks.beard_style)
-    faces, gaussians = _dress(head, params, looks, layout, counts, WIDTH)
+    return SyntheticSubject(looks, head, params, _anchored(head, params, looks, layout, counts, WIDTH))
+
+
+def portrait_avatar(subject: SyntheticSubject, spacing: float) -> GaussianAvatar:
+    """The subject with a point every `spacing` metres or closer, a closed surface: what a portrait shows."""
+    layout = face_layout(subject.head)
+    counts = dense_counts(layout, spacing, subject.looks.hair_style)
+    return _anchored(subject.head, subject.params, subject.looks, layout, counts, DENSE_WIDTH)
+
+
+def draw_moments(subject: SyntheticSubject, num_timesteps: int, seed: int | Sequence[int]) -> HeadParameters:
+    """Head parameters of so many timesteps: at rest first, then random expressions and small turns of neck, jaw and eyes."""
+    rng = np.random.default_rng(seed)
+    n_expression = subject.head.n_expression
+    moments = replace(
+        HeadParameters.zeros(subject.head.n_shape, n_expression, num_timesteps), shape=subject.params.shape.clone()
+    )
+    for timestep in range(1, num_timesteps):
+        chosen = rng.choice(n_expression, min(EXPRESSIONS_AT_ONCE, n_expression), replace=False)
+        moments.expr[timestep, chosen] = torch.from_numpy(rng.uniform(0.3, 1.0, len(chosen))).float()
+        turns = rng.uniform(-1, 1, 3) * NECK_TURN, (max(0.0, rng.uniform(-1, 1)) * JAW_OPENING, 0.0, 0.0)
+        gaze = rng.uniform(-1, 1, 3) * GAZE
+        for pose, turn in zip((moments.neck_pose, moments.jaw_pose, moments.eyes_pose), (*turns, (*gaze, *gaze))):
+            pose[timestep] = torch.tensor(np.asarray(turn), dtype=torch.float32)
+    return moments
+
+
+def _anchored(
+    head: HeadModel, params: HeadParameters, looks: Looks, layout: FaceLayout, counts: np.ndarray, width: float
+) -> GaussianAvatar:
+    """The avatar with `counts` (F,) points on every face."""
+    faces, gaussians = _dress(head, params, looks, layout, counts, width)
     frames = face_frames(head.canonical_vertices(params), head.faces)
-    avatar = GaussianAvatar(
+    return GaussianAvatar(
         positions=world_to_local(gaussians["positions"], faces, frames),
         faces=faces,
         sh=((gaussians["colors"] - 0.5) / SH_DC)[:, None],
@@ -82,26 +116,6 @@ def synthesize_subject(
         quats=world_to_local_quats(gaussians["quats"], faces, frames),
         params=params,
     ).with_head(head)
-    return SyntheticSubject(looks, head, params, avatar)
-
-
-def portrait_gaussians(subject: SyntheticSubject, spacing: float) -> dict[str, torch.Tensor]:
-    """The subject with a point every `spacing` metres or closer, a closed surface: world-space Gaussians to `splat`."""
-    layout = face_layout(subject.head)
-    counts = dense_counts(layout, spacing, subject.looks.hair_style)
-    return _dress(subject.head, subject.params, subject.looks, layout, counts, DENSE_WIDTH)[1]
-
-
-def portrait_camera(head: HeadModel, size: int, azimuth: float = 0.0) -> Camera:
-    """A square camera a metre from the face, `azimuth` degrees to the subject's left; the same for all subjects."""
-    template = head.template.cpu().numpy().astype(np.float64)
-    skull = template[~head.regions["neck"].cpu().numpy()] if "neck" in head.regions else template
-    low, high = skull.min(0), skull.max(0)
-    target = (low + high) / 2
-    angle = np.deg2rad(azimuth)
-    eye = target + 1.0 * np.array((np.sin(angle), 0.0, np.cos(angle)))
-    extent = 1.5 * (high - low)[1]  # room for hair and neck
-    return look_at(eye, target, size / extent, size, size)
 
 
 def _dress(

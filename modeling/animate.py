@@ -8,26 +8,28 @@ posed Gaussians as a numbered PLY sequence or, of the avatar at rest, as one fil
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.rendering import render
 from tqdm import tqdm
 
 from gaussian_tokenizer.animation import METHODS, drive
 from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.export import save_ply_sequence, save_splats, save_video
 from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.head_model import HeadModel, load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.motions import MOTIONS, load_motion, synthetic_motion
+from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rotations import quaternion_to_matrix
 
 DISTANCE = 1.0  # metres from the camera to the middle of the head
-ROOM = 1.5  # side of the picture, in heights of the skull: for hair and neck
-BORDER = 1.1  # and at least so much more than all that the skull passes over
+ROOM = 1.5  # side of the picture, in heights of the skull
+BORDER = 1.02  # and at least so much more than all that skull and hair pass over
+STRAYS = 0.005  # of the Gaussians may stick out: one far away shall not make the head small
 FRAMES_AT_ONCE = 4
 
 
@@ -134,26 +136,25 @@ def draw(avatar: GaussianAvatar, motion: HeadParameters, arguments: argparse.Nam
     azimuths = [arguments.azimuth]
     if turntable:
         azimuths = [arguments.azimuth + 360 * index / motion.num_frames for index in range(motion.num_frames)]
-    target, extent = framing(avatar, motion.frame(0) if turntable else motion)
+    target, extent = framing(avatar, motion.frame(0) if turntable else motion, azimuths)
     size = arguments.size
     cameras = Cameras.orbit(target, DISTANCE, azimuths, 0.0, DISTANCE * size / extent, size, size)
     pictures = []
     with tqdm(total=motion.num_frames, desc="pictures", unit="frame") as progress:
         for posed in posed_parts(avatar, motion, arguments.method, FRAMES_AT_ONCE):
             start = progress.n
-            chosen = slice(start, start + posed.num_frames) if turntable else slice(None)
-            seen_by = Cameras(cameras.viewmats[chosen], cameras.Ks[chosen], size, size)
-            image = render(posed, seen_by.to(posed.positions), background=arguments.background).image
+            seen_by = cameras[start : start + posed.num_frames] if turntable else cameras
+            image = render(posed, seen_by, background=arguments.background).image
             pictures.append((image.clamp(0, 1) * 255 + 0.5).byte().cpu().numpy())
             progress.update(posed.num_frames)
     return np.concatenate(pictures)
 
 
-def framing(avatar: GaussianAvatar, motion: HeadParameters) -> tuple[torch.Tensor, float]:
-    """Where the camera looks (3,) and how much it sees there, metres: the head in all frames, with room for hair.
+def framing(avatar: GaussianAvatar, motion: HeadParameters, azimuths: Sequence[float]) -> tuple[torch.Tensor, float]:
+    """Where the cameras look (3,) and the side of what they see there, metres: the head in all frames, with its hair.
 
     Measured on the mesh without the neck, whose length differs from one head model to another, so that a portrait of
-    any of them is framed alike; a head that moves about is given the room it takes.
+    any of them is framed alike; a head that moves about or has much hair is given the room it takes.
     """
     head = avatar.head
     assert head is not None
@@ -161,12 +162,27 @@ def framing(avatar: GaussianAvatar, motion: HeadParameters) -> tuple[torch.Tenso
     skull = ~head.regions["neck"] if "neck" in head.regions else torch.ones_like(head.template[:, 0], dtype=torch.bool)
     at_rest = head.canonical_vertices(own)[skull]
     height = float(at_rest[:, 1].max() - at_rest[:, 1].min())
-    boxes = []
-    for frame in range(motion.num_frames):
-        vertices = head.pose(drive(own, motion.frame(frame), head)).vertices[0, skull]
-        boxes.append(torch.stack((vertices.amin(0), vertices.amax(0))))
-    low, high = torch.stack(boxes)[:, 0].amin(0), torch.stack(boxes)[:, 1].amax(0)
-    return (low + high) / 2, max(ROOM * height, BORDER * float((high - low).max()))
+    frames = [motion.frame(index) for index in range(motion.num_frames)]
+    vertices = torch.stack([head.pose(drive(own, frame, head)).vertices[0, skull] for frame in frames]).flatten(0, 1)
+    target = (vertices.amin(0) + vertices.amax(0)) / 2
+    hair = hair_thickness(avatar.canonical_gaussians(), at_rest)
+    half = 0.0
+    for viewmat in Cameras.orbit(target, DISTANCE, azimuths, 0.0, 1.0, 1, 1).viewmats:
+        x, y, depth = (vertices @ viewmat[:3, :3].T + viewmat[:3, 3]).unbind(-1)
+        # What is nearer than the target looks larger; what comes too near for a picture does not count.
+        nearness = DISTANCE / (depth - hair).clamp(min=DISTANCE / 4)
+        half = max(half, float(((torch.maximum(x.abs(), y.abs()) + hair) * nearness).max()))
+    return target, max(ROOM * height, 2 * BORDER * half)
+
+
+def hair_thickness(gaussians: Gaussians, skull: torch.Tensor) -> float:
+    """How far Gaussians (T = 1) stand out above and beside the vertices of a skull (V, 3), metres, at least 0."""
+    stretched = quaternion_to_matrix(gaussians.quats[0]) * gaussians.scales[0, :, None]
+    reach = 3 * stretched.square().sum(-1).sqrt()  # three standard deviations along each axis, (N, 3)
+    above = gaussians.positions[0] + reach - skull.amax(0)
+    below = skull.amin(0) - gaussians.positions[0] + reach
+    below[:, 1] = 0  # there are the neck and long hair
+    return max(0.0, float(torch.maximum(above, below).amax(1).quantile(1 - STRAYS)))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from gaussian_tokenizer.rendering import render
 from torch import Tensor
 
 from gaussian_tokenizer.animation import animate
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.rendering import render
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.decoding import to_gaussians
 from modeling.point_features import FeatureCache, point_features

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.rendering import render
 from PIL import Image, ImageDraw
 
 from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.cameras import Cameras, portrait_cameras
 from gaussian_tokenizer.export import save_video
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.motions import expression_frames, synthetic_motion
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-from gaussian_tokenizer.synthetic import portrait_cameras
+from gaussian_tokenizer.rendering import render
 from modeling import PointillistForCausalLM
 from training.frames import SubjectRows, cameras_of, motion_of, on_background
 from training.losses import psnr, ssim

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from gaussian_tokenizer.cameras import Cameras
 from PIL import Image
 from torch.utils.data import Dataset
 
+from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.corpus import POSE_SIZES, Corpus
 from gaussian_tokenizer.head_parameters import HeadParameters
 from training.windows import AvatarRows

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from gaussian_tokenizer.animation import drive, nearest_rotation
+from gaussian_tokenizer.animation import animate, drive, nearest_rotation
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.head_model import HeadModel
@@ -221,6 +221,21 @@ def test_both_methods_coincide_in_canonical_pose():
         torch.testing.assert_close(posed.positions, expected.positions, atol=5e-8, rtol=0)
         torch.testing.assert_close(covariances(posed), covariances(expected), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(expected.positions[0], avatar.canonical_points()["positions"], check_dtype=False)
+
+
+@pytest.mark.parametrize("method", ["lbs", "face_frames"])
+def test_canonical_gaussians_that_are_no_avatar_yet_are_posed_as_the_avatar_is(method):
+    avatar = random_avatar()
+    canonical = avatar.canonical_gaussians()
+    leaf = canonical.positions.clone().requires_grad_()
+    posed = animate(replace(canonical, positions=leaf), avatar.faces, avatar.params, HEAD, method)
+    expected = avatar.posed(method=method)
+    torch.testing.assert_close(posed.positions, expected.positions, atol=1e-9, rtol=0)
+    torch.testing.assert_close(covariances(posed), covariances(expected), atol=1e-7, rtol=1e-7)
+    posed.positions.sum().backward()
+    assert leaf.grad.abs().min() > 0
+    with pytest.raises(ValueError, match="canonical Gaussians have 1 frame, found 3"):
+        animate(posed, avatar.faces, avatar.params, HEAD)
 
 
 def test_a_gaussian_on_a_face_follows_the_face_as_computed_by_hand():

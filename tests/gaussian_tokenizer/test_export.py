@@ -187,14 +187,29 @@ def test_a_gif_keeps_its_pictures_one_palette_the_speed_and_repeats(tmp_path):
 def test_what_does_not_move_in_a_gif_does_not_flicker(tmp_path):
     pictures = moving_pictures()
     rng = np.random.default_rng(0)
-    pictures[:, :8] = rng.integers(0, 255, (8, 32, 3))  # more colours than a palette has, the same in all frames
+    # More colours than a palette has, the same in all frames, under what moves: where dithering would carry it.
+    pictures[:, -8:] = rng.integers(0, 255, (8, 32, 3))
     save_video(tmp_path / "a.gif", pictures)
     with Image.open(tmp_path / "a.gif") as gif:
         frames = []
         for index in range(6):
             gif.seek(index)
-            frames.append(np.asarray(gif.convert("RGB"))[:8])
+            frames.append(np.asarray(gif.convert("RGB"))[-8:])
     assert all(np.array_equal(frame, frames[0]) for frame in frames)
+
+
+def test_few_colours_and_a_background_are_exact_in_a_gif(tmp_path):
+    pictures = np.full((3, 40, 40, 3), 255, np.uint8)
+    pictures[:, 5:9, 5:9] = (1, 2, 3)
+    for index, noise in enumerate((0, 1000)):
+        pixels = np.random.default_rng(0).integers(0, 255, (3, noise, 3))
+        pictures.reshape(3, -1, 3)[:, 600 : 600 + noise] = pixels
+        save_video(tmp_path / f"{index}.gif", pictures)
+        with Image.open(tmp_path / f"{index}.gif") as gif:
+            found = np.asarray(gif.convert("RGB"))
+        assert (found[:4] == 255).all()
+        if not noise:
+            np.testing.assert_array_equal(found, pictures[0])
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 32), (25, 33)])

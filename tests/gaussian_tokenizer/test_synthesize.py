@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.head_model import HeadModel, load_head
 from gaussian_tokenizer.subject import find_subjects
 from gaussian_tokenizer.synthesize import main, synthesize
-from gaussian_tokenizer.synthetic import portrait_camera, synthesize_subject
+from gaussian_tokenizer.synthetic import synthesize_subject
 
 HEAD = "procedural:600"
 
@@ -26,7 +27,7 @@ def hashes(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("subjects")
-    synthesize(folder, 3, HEAD, image_size=32, views=3, seed=5)
+    synthesize(folder, 3, HEAD, image_size=32, views=3, timesteps=2, seed=5)
     return folder
 
 
@@ -49,24 +50,28 @@ def test_what_is_written_reads_as_the_same_avatars(written, head):
         assert subject.metadata["head_hash"] == head.hash
 
 
-def test_frames_hold_the_portraits_their_cameras_and_the_head_parameters(written, head):
+def test_frames_hold_pictures_of_every_moment_from_every_camera(written, head):
     subject = find_subjects(written)[1]
     frames = subject.frames()
-    assert [(frame.timestep, frame.camera) for frame in frames] == [(0, 0), (0, 1), (0, 2)]
-    for frame, azimuth in zip(frames, (0, 30, -30), strict=True):
-        camera = portrait_camera(head, 32, azimuth)
-        np.testing.assert_allclose(frame.viewmat, camera.viewmat, atol=1e-12)
-        np.testing.assert_allclose(frame.K, camera.K)
-        assert torch.equal(frame.load_params().shape, subject.load_avatar(head).params.shape)
+    assert [(frame.timestep, frame.camera) for frame in frames] == [(t, c) for t in (0, 1) for c in (0, 1, 2)]
+    cameras = portrait_cameras(head, 32, (0, 30, -30))
+    shape = subject.load_avatar(head).params.shape
+    for frame in frames:
+        np.testing.assert_allclose(frame.viewmat, cameras.viewmats[frame.camera], atol=1e-6)
+        np.testing.assert_allclose(frame.K, cameras.Ks[frame.camera], rtol=1e-6)
+        params = frame.load_params()
+        assert torch.equal(params.shape, shape)
+        assert bool(params.expr.any()) == bool(params.neck_pose.any()) == (frame.timestep == 1)
         image = np.asarray(Image.open(frame.image))
-        assert image.shape == (32, 32, 3)
-        assert image.min() < 200  # a head
-        assert image[0, 0].min() > 240  # on white
+        assert image.shape == (32, 32, 4)
+        assert image[10:20, 12:20, 3].min() > 200 and image[..., :3][image[..., 3] > 250].min() < 200  # a head
+        assert image[0, 0, 3] == 0  # and nothing around it
+    assert not np.array_equal(*(np.asarray(Image.open(frame.image)) for frame in (frames[0], frames[3])))
 
 
 @pytest.mark.distributed
 def test_the_number_of_processes_changes_no_byte(written, tmp_path):
-    synthesize(tmp_path / "two", 3, HEAD, num_proc=2, image_size=32, views=3, seed=5)
+    synthesize(tmp_path / "two", 3, HEAD, num_proc=2, image_size=32, views=3, timesteps=2, seed=5)
     assert hashes(tmp_path / "two") == hashes(written)
 
 
@@ -76,7 +81,7 @@ def test_a_second_run_keeps_what_is_finished_and_makes_the_rest(written, tmp_pat
     shutil.rmtree(folder / "synthetic-5-000001")
     (folder / ".synthetic-5-000001.00ff00ff00ff.tmp").mkdir()  # of a run that was killed
     kept = (folder / "synthetic-5-000000" / "point_cloud.ply").stat()
-    synthesize(folder, 3, HEAD, image_size=32, views=3, seed=5)
+    synthesize(folder, 3, HEAD, image_size=32, views=3, timesteps=2, seed=5)
     assert (folder / "synthetic-5-000000" / "point_cloud.ply").stat() == kept
     assert hashes(folder) == hashes(written)
     assert not list(folder.glob(".*"))
@@ -84,8 +89,14 @@ def test_a_second_run_keeps_what_is_finished_and_makes_the_rest(written, tmp_pat
 
 def test_a_folder_of_another_recipe_is_refused_before_anything_is_written(written):
     before = hashes(written)
-    for changed in ({"image_size": 48}, {"views": 1}, {"num_points": 300}, {"head": "procedural:700"}):
-        arguments = {"head": HEAD, "image_size": 32, "views": 3, "seed": 5} | changed
+    for changed in (
+        {"image_size": 48},
+        {"views": 1},
+        {"timesteps": 1},
+        {"num_points": 300},
+        {"head": "procedural:700"},
+    ):
+        arguments = {"head": HEAD, "image_size": 32, "views": 3, "timesteps": 2, "seed": 5} | changed
         with pytest.raises(ValueError, match=r"synthetic-5-000000.*choose another output folder"):
             synthesize(written, 4, **arguments)
     assert hashes(written) == before
@@ -100,7 +111,8 @@ def test_a_folder_that_is_no_synthetic_subject_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("num_subjects", 0), ("num_proc", 0), ("seed", -1), ("image_size", 4), ("views", 13)]
+    ("name", "value"),
+    [("num_subjects", 0), ("num_proc", 0), ("seed", -1), ("image_size", 4), ("views", 13), ("timesteps", 0)],
 )
 def test_a_number_out_of_range_is_named(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}, expected"):

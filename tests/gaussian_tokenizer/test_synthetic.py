@@ -8,14 +8,15 @@ import torch
 
 from gaussian_tokenizer.anchoring import closest_point_barycentrics
 from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.portrait import splat
+from gaussian_tokenizer.rendering import Rendering, render
 from gaussian_tokenizer.rotations import quaternion_to_matrix
 from gaussian_tokenizer.synthetic import (
     SHAPE_LIMIT,
     SyntheticSubject,
-    portrait_camera,
-    portrait_gaussians,
+    draw_moments,
+    portrait_avatar,
     synthesize_subject,
 )
 
@@ -45,9 +46,14 @@ def lifts(subject: SyntheticSubject, region: str) -> np.ndarray:
     return (positions - feet).norm(dim=1).numpy()
 
 
-def portrait(subject: SyntheticSubject, size: int = 48) -> np.ndarray:
-    camera = portrait_camera(subject.head, size)
-    return splat(portrait_gaussians(subject, 2 / camera.K[0, 0]), camera)[0]
+def rendering(subject: SyntheticSubject, size: int = 48) -> Rendering:
+    cameras = portrait_cameras(subject.head, size)
+    gaussians = portrait_avatar(subject, 2 / float(cameras.Ks[0, 0, 0])).canonical_gaussians()
+    return render(gaussians, cameras, background=1.0)
+
+
+def portrait(subject: SyntheticSubject) -> np.ndarray:
+    return rendering(subject).image[0].numpy()
 
 
 def test_a_seed_gives_the_same_subject_again_and_another_seed_another(head):
@@ -80,7 +86,7 @@ def test_a_subject_is_a_complete_avatar_that_survives_its_file(head, crowd, tmp_
     loaded = GaussianAvatar.load(tmp_path / "subject", head)
     for name, tensor in avatar.tensors().items():
         assert torch.equal(tensor, loaded.tensors()[name]), name
-    colors = loaded.posed_gaussians()["colors"]
+    colors = loaded.posed().colors
     assert 0 <= colors.min() < colors.max() <= 1.0001
 
 
@@ -111,12 +117,13 @@ def test_a_full_beard_stands_off_the_chin_with_more_points_than_none(crowd):
 def test_gaussians_on_the_skin_lie_flat_on_it(head, crowd):
     bald = with_hair(crowd, "bald").avatar
     normals = head.normals(head.canonical_vertices(bald.params))[head.faces].mean(1)[bald.faces]
-    gaussians = bald.posed_gaussians()
-    thin = gaussians["scales"].argmin(1)
-    axes = quaternion_to_matrix(gaussians["quats"])[torch.arange(len(thin)), :, thin]
+    gaussians = bald.canonical_gaussians()
+    scales = gaussians.scales[0]
+    thin = scales.argmin(1)
+    axes = quaternion_to_matrix(gaussians.quats[0])[torch.arange(len(thin)), :, thin]
     scalp = head.regions["scalp"][head.faces].all(1)[bald.faces]
     assert (axes[scalp] * torch.nn.functional.normalize(normals[scalp], dim=1)).sum(1).abs().min() > 0.85
-    assert (gaussians["scales"].amin(1) < 0.5 * gaussians["scales"].amax(1))[scalp].all()
+    assert (scales.amin(1) < 0.5 * scales.amax(1))[scalp].all()
 
 
 def test_gaussians_are_about_as_wide_as_they_are_apart(head, crowd):
@@ -128,7 +135,7 @@ def test_gaussians_are_about_as_wide_as_they_are_apart(head, crowd):
     )
     on_scalp = scalp[bald.faces]
     spacing = (area / on_scalp.sum()).sqrt()
-    widths = bald.posed_gaussians()["scales"].amax(1)[on_scalp]
+    widths = bald.canonical_gaussians().scales[0].amax(1)[on_scalp]
     assert (widths > 0.6 * spacing).all()
     assert (widths < 1.2 * spacing).all()
 
@@ -146,9 +153,8 @@ def test_a_head_without_regions_gives_a_bald_subject(head):
 
 
 def test_the_portrait_is_a_closed_head_on_white(head, crowd):
-    camera = portrait_camera(head, 48)
     for subject in crowd[:6]:
-        _, alpha = splat(portrait_gaussians(subject, 2 / camera.K[0, 0]), camera)
+        alpha = rendering(subject).alpha[0, :, :, 0]
         assert alpha[16:34, 19:29].min() > 0.97
         assert max(alpha[-6:, 0].max(), alpha[-6:, -1].max()) < 0.9
     np.testing.assert_allclose(portrait(crowd[0])[-1, 0], 1, atol=0.2)
@@ -171,7 +177,20 @@ def test_portraits_of_different_people_differ(crowd):
 
 
 def test_the_camera_turns_to_the_subjects_left(head):
-    camera = portrait_camera(head, 64, azimuth=30)
-    center = -camera.viewmat[:3, :3].T @ camera.viewmat[:3, 3]
+    center = portrait_cameras(head, 64, [30.0]).positions[0]
     assert center[0] > 0.4
     assert center[2] > 0.7
+
+
+def test_moments_begin_at_rest_and_move_expression_neck_jaw_and_eyes_within_limits(head, crowd):
+    moments = draw_moments(crowd[0], 40, seed=1)
+    assert torch.equal(moments.shape, crowd[0].params.shape)
+    for name, value in moments.tensors().items():
+        if name != "shape":
+            assert not value[0].any(), name
+    assert (moments.expr[1:] > 0).sum(1).tolist() == [3] * 39 and moments.expr.max() <= 1
+    assert moments.neck_pose.abs().amax(0).max() <= 0.3 and moments.neck_pose[1:].abs().min() > 0
+    assert 0.1 < moments.jaw_pose[:, 0].max() <= 0.3 and moments.jaw_pose.min() >= 0
+    assert torch.equal(moments.eyes_pose[:, :3], moments.eyes_pose[:, 3:])
+    again, other = draw_moments(crowd[0], 40, seed=1), draw_moments(crowd[0], 40, seed=2)
+    assert torch.equal(moments.expr, again.expr) and not torch.equal(moments.expr, other.expr)

@@ -153,7 +153,10 @@ def test_what_is_not_an_image_or_not_of_this_head_is_refused(pipeline, head, tmp
 
 def test_the_folder_gives_back_the_same_pipeline(pipeline, saved):
     again, avatar = (p(portrait(), seed=5, max_points=10) for p in (AvatarPipeline.from_pretrained(saved), pipeline))
-    for name, value in avatar.tensors().items():  # weights read from a file lie otherwise in memory: the last bit may differ
+    for (
+        name,
+        value,
+    ) in avatar.tensors().items():  # weights read from a file lie otherwise in memory: the last bit may differ
         torch.testing.assert_close(again.tensors()[name], value, rtol=1e-5, atol=1e-6)
     card = (saved / "README.md").read_text()
     assert card.startswith("---\n") and "![look](images/look.png)" in card and "Untrained: for tests." in card

@@ -90,10 +90,8 @@ def sentences(model, batch: int, points: int = 12, seed: int = 0) -> torch.Tenso
     config, generator = model.config, torch.Generator().manual_seed(seed)
     coordinates = torch.randint(0, config.n_bins, (batch, points, 3), generator=generator)
     faces = torch.randint(config.n_bins, config.bos_token_id, (batch, points, 1), generator=generator)
-    body = torch.cat((coordinates, faces), -1).flatten(1)
-    return torch.nn.functional.pad(
-        torch.nn.functional.pad(body, (1, 0), value=config.bos_token_id), (0, 1), value=config.eos_token_id
-    )
+    begin, end = (torch.full((batch, 1), i) for i in (config.bos_token_id, config.eos_token_id))
+    return torch.cat((begin, torch.cat((coordinates, faces), -1).flatten(1), end), 1)
 
 
 @pytest.mark.parametrize(

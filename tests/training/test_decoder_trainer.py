@@ -5,11 +5,11 @@ from functools import partial
 
 import pytest
 import torch
-from gaussian_tokenizer.rendering import render
 from transformers import Dinov2Config
 
 from gaussian_tokenizer.animation import animate
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.rendering import render
 from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
 from modeling.point_features import FeatureCache, point_features
 from training.decoder_arguments import DecoderTrainingArguments

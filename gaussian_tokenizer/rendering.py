@@ -1,0 +1,189 @@
+"""`render`: Gaussians and cameras to pictures, with gradients; the last step from an avatar to pixels.
+
+`gsplat.rasterization` draws what lies on a CUDA device, `rasterizer.rasterize` everything else. Both follow gsplat's
+conventions, so that a model trained on one is drawn alike by the other; which one draws is said once in the log. The
+background is composited here: image = sum of weighted colours + (1 - alpha) * background.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cameras import Cameras
+from .gaussians import Gaussians
+from .rasterizer import rasterize
+
+logger = logging.getLogger(__name__)
+
+MIN_DEPTH_ALPHA = 1e-10  # depth is divided by no less, as in gsplat
+
+
+class Rendering(NamedTuple):
+    """C pictures, in the dtype and on the device of the Gaussians' positions."""
+
+    image: Tensor  # (C, H, W, 3), colours as the Gaussians give them: not clipped at 1
+    alpha: Tensor  # (C, H, W, 1) in 0..1
+    depth: Tensor  # (C, H, W, 1) metres along the viewing axis, the expected depth; 0 where nothing is
+
+
+def render(
+    gaussians: Gaussians,
+    cameras: Cameras,
+    background: float | Sequence[float] | Tensor = 1.0,
+    eps2d: float = 0.3,
+    near: float = 0.01,
+    far: float = 1e10,
+) -> Rendering:
+    """Picture i shows frame i with camera i; a single frame or a single camera is repeated.
+
+    `background` is a grey value, a colour (3,) or a colour for each picture (C, 3). `eps2d` (pixel^2) is added to the
+    variances of every projected Gaussian; those nearer than `near` or farther than `far` metres are left out.
+    Gradients reach the Gaussians, `cameras.viewmats` and the background, not `cameras.Ks`. `ValueError` for values that
+    are not finite (named), for numbers of frames and cameras that do not fit, and for a background of another shape.
+    """
+    frames, n_cameras = gaussians.num_frames, len(cameras)
+    if (frames != n_cameras and 1 not in (frames, n_cameras)) or 0 in (frames, n_cameras):
+        raise ValueError(
+            f"{frames} frames and {n_cameras} cameras, expected as many of both, or one of either; "
+            "choose with gaussians.frames(...) and cameras[...]"
+        )
+    if not (eps2d >= 0 and 0 < near < far):
+        raise ValueError(f"eps2d={eps2d}, near={near}, far={far}, expected eps2d >= 0 and 0 < near < far")
+    gaussians.check_finite()
+    positions = gaussians.positions
+    backdrop = _background(background, max(frames, n_cameras), positions)
+    cameras = cameras.to(positions.device)
+    on_gpu = _gsplat_rasterization() if positions.is_cuda else None
+    try:
+        if on_gpu is not None:
+            _log_once("gsplat draws (CUDA)")
+            colors, alpha, depth = _with_gsplat(on_gpu, gaussians, cameras, eps2d, near, far)
+        else:
+            _log_once("the rasteriser in PyTorch draws (CPU)")
+            colors, alpha, depth = _with_ours(gaussians, cameras, eps2d, near, far)
+    except torch.cuda.OutOfMemoryError as error:
+        raise torch.cuda.OutOfMemoryError(
+            f"out of GPU memory with {max(frames, n_cameras)} pictures of {cameras.width} x {cameras.height} and "
+            f"{len(gaussians):,} Gaussians; render fewer cameras or frames a call, smaller width and height, or fewer "
+            f"points ({error})"
+        ) from error
+    return Rendering(colors + (1 - alpha) * backdrop, alpha, depth)
+
+
+def to_rgba(image: Tensor, alpha: Tensor) -> np.ndarray:
+    """A picture (H, W, 3) on black with its alpha (H, W, 1) -> (H, W, 4) uint8: colours not darkened where transparent."""
+    straight = image / alpha.clamp(min=1 / 255)
+    return (torch.cat((straight, alpha), -1).detach().clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy()
+
+
+def _background(background: float | Sequence[float] | Tensor, n_pictures: int, like: Tensor) -> Tensor:
+    """(), (1, 1, 1, 3) or (C, 1, 1, 3)."""
+    colors = torch.as_tensor(background).to(like)
+    if colors.ndim == 0:
+        return colors
+    if colors.shape not in ((3,), (n_pictures, 3)):
+        raise ValueError(
+            f"background is {tuple(colors.shape)}, expected a number, a colour (3,) or a colour a picture ({n_pictures}, 3)"
+        )
+    return colors.reshape(-1, 1, 1, 3)
+
+
+def _with_ours(
+    gaussians: Gaussians, cameras: Cameras, eps2d: float, near: float, far: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    device = gaussians.positions.device
+    drawn, seen_by = gaussians.to("cpu"), cameras.to("cpu")
+    colors, alpha, depth = rasterize(
+        drawn.positions,
+        drawn.quats,
+        drawn.scales,
+        drawn.opacities,
+        drawn.sh,
+        seen_by.viewmats,
+        seen_by.Ks,
+        cameras.width,
+        cameras.height,
+        eps2d=eps2d,
+        near=near,
+        far=far,
+    )
+    return colors.to(device), alpha.to(device), (depth / alpha.clamp(min=MIN_DEPTH_ALPHA)).to(device)
+
+
+def _with_gsplat(
+    rasterization: Callable, gaussians: Gaussians, cameras: Cameras, eps2d: float, near: float, far: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = gaussians.positions.dtype
+    gaussians, cameras = gaussians.to(torch.float32), cameras.to(torch.float32)
+    frames, n_cameras = gaussians.num_frames, len(cameras)
+    if len(gaussians) == 0:  # its kernels want at least one
+        shape = (max(frames, n_cameras), cameras.height, cameras.width, 1)
+        nothing = gaussians.positions.new_zeros(shape, dtype=dtype)
+        return nothing.expand(*shape[:3], 3), nothing, nothing
+    pictures = []
+    # One call draws one frame with all its cameras.
+    for frame in range(frames):
+        own = cameras if frames == 1 else cameras[frame if n_cameras > 1 else 0]
+        drawn, alpha, _ = rasterization(
+            means=gaussians.positions[frame],
+            quats=gaussians.quats[frame],
+            scales=gaussians.scales[frame],
+            opacities=gaussians.opacities,
+            colors=gaussians.sh,
+            sh_degree=gaussians.sh_degree,
+            viewmats=own.viewmats,
+            Ks=own.Ks.contiguous(),
+            width=own.width,
+            height=own.height,
+            near_plane=near,
+            far_plane=far,
+            eps2d=eps2d,
+            packed=False,
+            render_mode="RGB+ED",
+        )
+        pictures.append(torch.cat((drawn, alpha), -1))
+    sums = torch.cat(pictures).to(dtype)
+    return sums[..., :3], sums[..., 4:], sums[..., 3:4]
+
+
+@functools.cache
+def _gsplat_rasterization() -> Callable | None:
+    """`gsplat.rasterization` if it draws one Gaussian, else None and a warning; the first call may compile for minutes."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from gsplat import rasterization
+
+        one, eye = torch.ones(1, 3, device="cuda"), torch.eye(4, device="cuda")[None]
+        rasterization(
+            means=one,
+            quats=torch.ones(1, 4, device="cuda"),
+            scales=one,
+            opacities=one[:, 0],
+            colors=one,
+            viewmats=eye,
+            Ks=eye[:, :3, :3].contiguous(),
+            width=1,
+            height=1,
+        )
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:
+        logger.warning(
+            "gsplat does not work here (%s: %s); the slower rasteriser in PyTorch draws on the CPU instead. "
+            'For gsplat: pip install "avatar-pointillist[render]", with a CUDA toolkit (nvcc) of the version of torch',
+            type(error).__name__,
+            error,
+        )
+        return None
+    return rasterization
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
