@@ -75,8 +75,19 @@ class ConditionEncoder(nn.Module):
 
     def use_vision(self, vision: Dinov2Model) -> None:
         """Take this portrait encoder, frozen if the configuration says so."""
-        self.vision = vision.requires_grad_(not self.config.freeze_vision_encoder)
-        # A parameter that no loss reaches would stall distributed training: portraits are never masked.
+        self.vision = vision.requires_grad_(True)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Take gradients from the portrait encoder, if the configuration says so; of masked portraits there are none ever.
+
+        A trainable parameter that no loss reaches would stall distributed training. Done already by the constructor,
+        `use_vision` and `PointillistForCausalLM.from_pretrained`.
+        """
+        if not self.config.use_vision_encoder:
+            return
+        if self.config.freeze_vision_encoder:
+            self.vision.requires_grad_(False)
         self.vision.embeddings.mask_token.requires_grad_(False)
 
     def init_weights(self, std: float) -> None:

@@ -287,6 +287,12 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         self.generation_config.top_k = 0  # transformers would keep the 50 likeliest
         self.generation_config.max_new_tokens = 4 * 32_768 + 1
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)  # with new parameters, all of them trainable
+        (loaded[0] if isinstance(loaded, tuple) else loaded).condition_encoder.freeze()
+        return loaded
+
     def encode_condition(
         self,
         pixel_values: Tensor | None = None,

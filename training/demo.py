@@ -191,6 +191,7 @@ def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, ou
     draw_comparison(pictures / "generated.png", clouds)
     draw_avatars(pictures / "avatars.png", avatars)
     draw_motion(pictures / "motion.gif", avatars)
+    portraits[0].save(output / "portrait.png")  # for the examples of the README
     averaged = [key for key in results[0] if key.startswith(("psnr_", "ssim_"))]
     return {
         "generated": results,

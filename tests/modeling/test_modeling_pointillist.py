@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Dinov2Config
 
 from modeling import PointillistConfig, PointillistForCausalLM
+
+from .conftest import TINY
 
 
 def random_ids(config, batch: int, length: int) -> torch.Tensor:
@@ -118,7 +120,7 @@ sys.path = [p for p in sys.path if p]
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
 assert importlib.util.find_spec("modeling") is None, "the toolkit is importable: this test shows nothing"
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Dinov2Config
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
 condition = torch.load({str(tmp_path / "condition.pt")!r}, weights_only=True)
 ids = model.generate(condition_embeds=condition, do_sample=False, min_points=6, max_points=6)
@@ -152,3 +154,16 @@ def test_a_mesh_without_normals_is_refused(tiny_model):
 def test_a_condition_for_another_batch_size_is_refused(tiny_model, condition):
     with pytest.raises(ValueError, match="2 sequences, but 3"):
         tiny_model(random_ids(tiny_model.config, 3, 8), condition_embeds=condition)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_is_frozen_is_frozen_after_loading_too(tmp_path, frozen):
+    vision = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=28)
+    config = PointillistConfig(**TINY | dict(use_vision_encoder=True, vision_config=vision, freeze_vision_encoder=frozen))
+    model = PointillistForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    for each in (model, PointillistForCausalLM.from_pretrained(tmp_path)):
+        trainable = {name for name, value in each.condition_encoder.vision.named_parameters() if value.requires_grad}
+        assert "embeddings.mask_token" not in trainable
+        assert bool(trainable) != frozen
+        assert all(value.requires_grad for value in each.model.parameters())
