@@ -13,6 +13,7 @@ meetings is one contiguous vector. Time and memory grow with the meetings: with 
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -33,6 +34,18 @@ STEEP = 1e30  # makes any number below zero a very low one
 NOTHING = -60.0  # exponents are cut here: exp is ten times slower where its result underflows
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Each operation is so short that threads lose more by waiting for each other, 30 times on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def rasterize(
     means: Tensor,
     quats: Tensor,
@@ -166,6 +179,7 @@ class _Blend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_one_thread()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         ellipses, features = ctx.saved_tensors
         meetings: _Meetings = ctx.meetings

@@ -11,8 +11,16 @@ import pytest
 from PIL import Image
 from scipy.spatial import cKDTree
 
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.cameras import Cameras
+from gaussian_tokenizer.corpus import POSE_SIZES
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-from training.demo_report import chamfer, judge
+from gaussian_tokenizer.rendering import render
+from modeling import AvatarPipeline
+from training.demo_report import chamfer, judge, mean_image_metrics, picture_metrics, true_frames
+from training.frames import SubjectRows
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +92,7 @@ def test_a_miniature_of_the_demo_leaves_its_report_and_pictures(tmp_path, datase
     output = tmp_path / "demo"
     command = [sys.executable, "-m", "training.demo", "--output_dir", output, "--config", "training/configs/debug.yaml"]
     command += ["--num_subjects", 6, "--num_heldout", 2, "--num_generated", 2, "--image_size", 28, "--n_bins", 16]
+    command += ["--decoder_config", "training/configs/decoder_debug.yaml", "--decoder_steps", 2, "--views", 2]
     command += ["--max_steps", 2, "--save_steps", 2, "--num_threads", 1]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(datasets_cache), "CUDA_VISIBLE_DEVICES": "",
@@ -92,7 +101,7 @@ def test_a_miniature_of_the_demo_leaves_its_report_and_pictures(tmp_path, datase
         [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert all(f"=== {step}/4" in done.stdout for step in (1, 2, 3, 4))
+    assert all(f"=== {step}/5" in done.stdout for step in (1, 2, 3, 4, 5))
     report = json.loads((output / "report.json").read_text())
     numbers = ("num_tokens", "train_loss_first", "train_loss_last", "heldout_nll", "unigram_nll", "uniform_nll")
     assert report["num_subjects"] == 6 and all(report[name] > 0 for name in numbers)
@@ -101,7 +110,51 @@ def test_a_miniature_of_the_demo_leaves_its_report_and_pictures(tmp_path, datase
         assert set(cloud) >= {"avatar_id", "num_points", "invalid_tokens", "chamfer_own", "chamfer_others"}
         assert cloud["invalid_tokens"] == 0 and cloud["num_points"] > 0
         assert 0 < cloud["chamfer_own"] < 1 and 0 < cloud["chamfer_others"] < 1
-        assert (output / "pictures" / f"{cloud['avatar_id']}.png").is_file()
-    assert min(Image.open(output / "pictures" / "generated.png").size) > 100
+        for kind in ("heldout", "reencoded", "mean_image"):
+            assert 0 < cloud[f"psnr_{kind}"] < 60 and -1 < cloud[f"ssim_{kind}"] < 1
+        assert GaussianAvatar.load(output / "generated" / cloud["avatar_id"]).faces.max() < 600
+    for kind in ("heldout", "reencoded", "mean_image"):
+        assert report[f"psnr_{kind}"] == pytest.approx(
+            np.mean([cloud[f"psnr_{kind}"] for cloud in report["generated"]])
+        )
+    for name in ("generated.png", "avatars.png"):
+        assert min(Image.open(output / "pictures" / name).size) > 100
+    assert Image.open(output / "pictures" / "motion.gif").n_frames > 20
+    pipeline = AvatarPipeline.from_pretrained(output / "pipeline")
+    assert len(pipeline(output / "portrait.png", seed=0, max_points=5)) >= 1
     assert (output / "corpus" / "corpus.json").is_file()
     assert (output / "model" / "model.safetensors").is_file() and (output / "model" / "processor_config.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def subjects(corpus) -> SubjectRows:
+    return SubjectRows(corpus, "validation", use_heads=True)
+
+
+def test_picture_metrics_are_those_of_the_drawn_frames(subjects, tiny_corpus):
+    head = HeadModel.procedural(600)
+    avatar = GaussianAvatar.load(tiny_corpus.parent / "avatars" / str(subjects.rows.avatars[0]["avatar_id"]), head=head)
+    frames = true_frames(subjects, 0)
+    found = picture_metrics(avatar, frames)
+    errors = []
+    for i in range(4):
+        params = HeadParameters(
+            shape=frames["shape"][0], **{name: frames[name][0, i : i + 1] for name in ("expr", *POSE_SIZES)}
+        )
+        camera = Cameras(frames["viewmats"][0, i : i + 1], frames["Ks"][0, i : i + 1], 56, 56)
+        image = render(avatar.posed(params), camera, background=1.0).image[0].numpy()
+        color, alpha = frames["images"][0, i, ..., :3].numpy(), frames["images"][0, i, ..., 3:].numpy()
+        errors.append(10 * np.log10(1 / ((image - (color * alpha + 1 - alpha)) ** 2).mean()))
+    assert found[0] == pytest.approx(np.mean(errors), rel=1e-4)
+
+
+def test_the_mean_image_of_the_very_picture_is_perfect(subjects):
+    frames = true_frames(subjects, 0)["images"][0]
+    color, alpha = frames.split((3, 1), -1)
+    white = color * alpha + 1 - alpha
+    cameras = subjects.frames[list(subjects.frame_rows(0))]["camera"]
+    means = {camera: white[[i for i, c in enumerate(cameras) if c == camera]].mean(0) for camera in set(cameras)}
+    first = mean_image_metrics(means, subjects, 0)
+    other = mean_image_metrics(means, subjects, 1)
+    assert first[0] > other[0] and first[1] > other[1]
+    assert mean_image_metrics({camera: white[0] * 0 for camera in means}, subjects, 0)[0] < other[0]
