@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--num_points", type=int, default=160, help="points of an average subject, about")
     parser.add_argument("--identity_scale", type=float, default=2.5, help="how much heads differ; 1 is a crowd's")
     parser.add_argument("--views", type=int, default=3, help="cameras around a subject")
-    parser.add_argument("--timesteps", type=int, default=3, help="moments of a subject: at rest, then expressions")
+    parser.add_argument("--timesteps", type=int, default=2, help="moments of a subject: at rest, then expressions")
     parser.add_argument("--num_heldout", type=int, default=16, help="of them, kept from training")
     parser.add_argument("--num_generated", type=int, default=8, help="held-out subjects to make avatars of")
     parser.add_argument("--config", default="training/configs/demo.yaml", help="of training/pretrain.py")

@@ -159,7 +159,9 @@ def test_a_condition_for_another_batch_size_is_refused(tiny_model, condition):
 @pytest.mark.parametrize("frozen", [True, False])
 def test_what_is_frozen_is_frozen_after_loading_too(tmp_path, frozen):
     vision = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=28)
-    config = PointillistConfig(**TINY | dict(use_vision_encoder=True, vision_config=vision, freeze_vision_encoder=frozen))
+    config = PointillistConfig(
+        **TINY | dict(use_vision_encoder=True, vision_config=vision, freeze_vision_encoder=frozen)
+    )
     model = PointillistForCausalLM(config)
     model.save_pretrained(tmp_path)
     for each in (model, PointillistForCausalLM.from_pretrained(tmp_path)):
