@@ -28,6 +28,7 @@ from gaussian_tokenizer.synthetic import (
     portrait_avatar,
     synthesize_subject,
 )
+from gaussian_tokenizer.synthetic_layout import MAX_POINTS_PER_FACE, MIN_POINTS_PER_FACE
 
 LICENCE, CONSENT = "CC0-1.0", "synthetic, no person"
 MAX_VIEWS = 12
@@ -46,10 +47,11 @@ def synthesize(
     timesteps: int = 1,
     num_points: int | None = None,
     identity_scale: float = 1.0,
+    min_points_per_face: int = MIN_POINTS_PER_FACE,
 ) -> list[Path]:
     """Make the folders `synthetic-<seed>-<index>` in `output` that are not there yet; returns all of them.
 
-    `head` as for `load_head`, `num_points` and `identity_scale` as for `synthesize_subject`. ValueError if a folder of
+    `head` as for `load_head`, the last three as for `synthesize_subject`. ValueError if a folder of
     that name is there and was not made by the same command (then nothing is written).
     """
     for name, value, low, high in (
@@ -61,6 +63,7 @@ def synthesize(
         ("timesteps", timesteps, 1, 10_000),
         ("num_points", 1 if num_points is None else num_points, 1, 1_000_000),
         ("identity_scale", identity_scale, 0, 10),
+        ("min_points_per_face", min_points_per_face, 1, MAX_POINTS_PER_FACE),
     ):
         if not low <= value <= high:
             raise ValueError(f"{name} is {value}, expected {low} to {high}")
@@ -73,6 +76,7 @@ def synthesize(
         "views": views,
         "timesteps": timesteps,
         "identity_scale": identity_scale,
+        "min_points_per_face": min_points_per_face,
     }
     folders = [output / f"synthetic-{seed}-{index:06d}" for index in range(num_subjects)]
     missing = [index for index, folder in enumerate(folders) if not _is_finished(folder, recipe, model)]
@@ -145,6 +149,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--identity_scale", type=float, default=1.0, help="how much heads differ: 1 a crowd, 2 caricatures"
     )
+    parser.add_argument(
+        "--min_points_per_face",
+        type=int,
+        default=MIN_POINTS_PER_FACE,
+        help="on an occupied face; fewer spread the points over more faces",
+    )
     options = parser.parse_args(arguments)
     try:
         folders = synthesize(**vars(options))
@@ -154,7 +164,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _write(folder: Path, index: int, recipe: dict, head: HeadModel) -> None:
-    subject = synthesize_subject(head, (recipe["seed"], index), recipe["num_points"], recipe["identity_scale"])
+    subject = synthesize_subject(
+        head,
+        (recipe["seed"], index),
+        *(recipe[name] for name in ("num_points", "identity_scale", "min_points_per_face")),
+    )
     metadata = {
         "avatar_id": folder.name,
         "licence": LICENCE,

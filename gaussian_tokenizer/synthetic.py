@@ -25,6 +25,7 @@ from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.rotations import matrix_to_quaternion
 from gaussian_tokenizer.synthetic_layout import (
+    MIN_POINTS_PER_FACE,
     FaceLayout,
     default_num_points,
     dense_counts,
@@ -55,13 +56,18 @@ class SyntheticSubject:
 
 
 def synthesize_subject(
-    head: HeadModel, seed: int | Sequence[int], num_points: int | None = None, identity_scale: float = 1.0
+    head: HeadModel,
+    seed: int | Sequence[int],
+    num_points: int | None = None,
+    identity_scale: float = 1.0,
+    min_points_per_face: int = MIN_POINTS_PER_FACE,
 ) -> SyntheticSubject:
     """The subject of `seed` on `head`, the same for the same arguments.
 
     `num_points` is the number of Gaussians of a subject with average hair and beard (None: by the number of faces of
     the head, see `default_num_points`); the subject's own is up to a sixth more or less. Regions that the head lacks
     (no `scalp`: no hair) are left out. `identity_scale` multiplies the identity: 1 is a crowd, 2 a crowd of caricatures.
+    An occupied face has at least `min_points_per_face` points.
     """
     if num_points is not None and num_points < 1:
         raise ValueError(f"{num_points} points asked for; expected at least 1")
@@ -73,7 +79,7 @@ def synthesize_subject(
     params.shape.copy_(torch.from_numpy(shape))
     layout = face_layout(head)
     num_points = default_num_points(head.n_faces) if num_points is None else num_points
-    counts = sparse_counts(layout, num_points, looks.hair_style, looks.beard_style)
+    counts = sparse_counts(layout, num_points, looks.hair_style, looks.beard_style, min_points_per_face)
     return SyntheticSubject(looks, head, params, _anchored(head, params, looks, layout, counts, WIDTH))
 
 

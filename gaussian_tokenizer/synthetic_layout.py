@@ -84,8 +84,13 @@ def default_num_points(n_faces: int) -> int:
     return min(FULL_HEAD_POINTS, round(400 * (n_faces / 600) ** 1.476))
 
 
-def sparse_counts(layout: FaceLayout, num_points: int, hair: str, beard: str) -> np.ndarray:
-    """Points on every face (F,), each 0 or 4..15; about `num_points` in total, more with much hair, fewer without."""
+def sparse_counts(
+    layout: FaceLayout, num_points: int, hair: str, beard: str, min_points_per_face: int = MIN_POINTS_PER_FACE
+) -> np.ndarray:
+    """Points on every face (F,), each 0 or 4..15; about `num_points` in total, more with much hair, fewer without.
+
+    A smaller `min_points_per_face` spreads the points over more faces: few points then cover a coarse head better.
+    """
     chosen = ZONES | {"scalp": HAIR[hair], "beard": BEARD[beard]}
     reference = sum(REFERENCE.get(zone, ZONES[zone][0]) * layout.zone_area(zone) for zone in layout.zones)
     counts = np.zeros(layout.n_faces, np.int64)
@@ -95,9 +100,9 @@ def sparse_counts(layout: FaceLayout, num_points: int, hair: str, beard: str) ->
             continue
         wanted = num_points * density * layout.zone_area(zone) / reference
         # A zone too small for its points fills its faces up.
-        mean = max(float(per_face), wanted / len(faces))
+        mean = max(per_face * min_points_per_face / MIN_POINTS_PER_FACE, wanted / len(faces))
         relative = np.sqrt(layout.areas[faces] / layout.areas[faces].mean())
-        on_face = np.clip(np.round(mean * relative), MIN_POINTS_PER_FACE, MAX_POINTS_PER_FACE).astype(np.int64)
+        on_face = np.clip(np.round(mean * relative), min_points_per_face, MAX_POINTS_PER_FACE).astype(np.int64)
         # Whole faces, as near to the wanted number as they come; at least two, for zones with a left and a right.
         occupied = max(2, int(np.searchsorted(np.cumsum(on_face) - on_face / 2, wanted)))
         counts[faces[:occupied]] = on_face[:occupied]

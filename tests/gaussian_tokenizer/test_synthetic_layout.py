@@ -109,3 +109,12 @@ def test_a_dense_layout_puts_a_point_into_every_square_of_the_spacing(head):
     visible = layout.zone >= 0
     assert (counts[visible] >= 1).all()
     assert counts.sum() > 0.95 * layout.areas[visible].sum() / 0.004**2
+
+
+def test_fewer_points_on_a_face_spread_them_over_more_faces(head):
+    layout = face_layout(head)
+    four, one = (sparse_counts(layout, 200, "short", "none", least) for least in (4, 1))
+    assert abs(int(one.sum()) - int(four.sum())) < 40
+    assert four[four > 0].min() == 4 and one[one > 0].min() == 1
+    assert (one > 0).sum() > 2.5 * (four > 0).sum()
+    np.testing.assert_array_equal(four, sparse_counts(layout, 200, "short", "none"))
