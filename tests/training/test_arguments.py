@@ -13,10 +13,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import Dinov2Config
 
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from modeling import PointillistConfig
 from training.arguments import DataArguments, ModelArguments, PretrainArguments, flag_named, parse_arguments
+from training.decoder_arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+EVERY = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+CONFIGS = [path for path in EVERY if not path.stem.startswith("decoder_")]
+DECODER_CONFIGS = [path for path in EVERY if path.stem.startswith("decoder_")]
 LAUNCHES = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "training" / "configs" / "accelerate").glob("*.yaml"))]
 
 
@@ -138,6 +142,26 @@ def test_every_configuration_parses_and_gives_a_valid_model(path, monkeypatch):
     assert config.hidden_size == settings["hidden_size"] and config.sliding_window == settings["sliding_window"]
     assert config.freeze_vision_encoder == bool(model.vision_model)
     assert training.max_steps == settings["max_steps"]
+
+
+@pytest.mark.parametrize("path", DECODER_CONFIGS, ids=lambda path: path.stem)
+def test_every_decoder_configuration_parses_and_gives_a_valid_decoder(path):
+    settings = yaml.safe_load(path.read_text())
+    words = ["--corpus", "a", "--point_model", "b", "--head", "procedural"]
+    words += ["--bf16", "false"] if settings.get("bf16") else []
+    classes = (DecoderArguments, FrameArguments, LossArguments, DecoderTrainingArguments)
+    decoder, frames, losses, training = parse_arguments([str(path), *words], *classes, description="test")
+    config = decoder.config(PointillistConfig(hidden_size=96), GaussianTokenizer(n_bins=1024, n_faces=10144))
+    config.validate_architecture()
+    assert config.point_feature_size == 96 and config.hidden_size == settings["hidden_size"]
+    assert frames.num_targets == settings["num_targets"] and training.max_steps == settings["max_steps"]
+    assert losses.lpips_weight == settings.get("lpips_weight", 0.1)
+
+
+def test_the_papers_decoder_is_the_papers():
+    settings = yaml.safe_load((ROOT / "training" / "configs" / "decoder_paper.yaml").read_text())
+    expected = {"hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16, "max_steps": 12_500}
+    assert {name: settings[name] for name in expected} == expected
 
 
 def test_the_paper_configuration_is_the_papers():
