@@ -25,6 +25,8 @@ class PointillistConfig(PreTrainedConfig):
         rms_norm_eps: added to the mean square; tiny, because x-transformers' RMSNorm has none.
         sliding_window: how many tokens, itself included, a token attends to; a multiple of 4.
         attention_dropout: dropout on attention weights while training.
+        loss_within_slot: train to tell faces from faces and coordinates from coordinates only, as generation under the grammar
+            does; saves most of a large vocabulary's logits (default: over the whole vocabulary).
         vision_config: a `Dinov2Config` (or dict) for the portrait encoder; default ViT-L/14 as in the paper.
         use_vision_encoder / freeze_vision_encoder: whether there is a portrait encoder, and whether it is trained.
         use_point_encoder: whether there is a Perceiver-style encoder of the head mesh.
@@ -53,6 +55,7 @@ class PointillistConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
+    loss_within_slot: bool = False
     sliding_window: int = 12000
     layer_types: list[str] | None = None
     use_cache: bool = True
@@ -98,6 +101,11 @@ class PointillistConfig(PreTrainedConfig):
         else:
             self.vision_config = None
         super().__post_init__(**kwargs)
+
+    def slot_tokens(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Ids of the faces, and of everything else: coordinates, then special tokens."""
+        last = self.n_bins + self.n_faces
+        return (slice(self.n_bins, last),), (slice(0, self.n_bins), slice(last, self.vocab_size))
 
     def validate_architecture(self):
         """Raise `ValueError` where two fields contradict each other."""

@@ -36,7 +36,7 @@ class PointillistOutput(ModelOutput):
     """What a forward pass returns.
 
     loss: mean cross-entropy in nats of the tokens that `labels` names, if it was given.
-    logits: (B, L', vocabulary), L' = L or `logits_to_keep`.
+    logits: (B, L', vocabulary), L' = L or `logits_to_keep`; None beside a loss that is taken within slots.
     last_hidden_state: (B, L', D) after the final norm; position t is the feature that predicts token t + 1.
     """
 
@@ -270,6 +270,14 @@ class PointillistModel(PointillistPreTrainedModel):
         return PointillistOutput(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 
+class VocabularyHead(nn.Linear):
+    """Hidden states (..., D) -> logits (..., vocabulary), or those of some rows of the vocabulary only."""
+
+    def forward(self, hidden_states: Tensor, rows: tuple[slice, ...] | None = None) -> Tensor:
+        weight = self.weight if rows is None else torch.cat([self.weight[part] for part in rows])
+        return F.linear(hidden_states, weight)
+
+
 class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMixin):
     """The decoder, its vocabulary head and the encoders of its condition.
 
@@ -281,7 +289,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         super().__init__(config)
         self.model = PointillistModel(config)
         self.condition_encoder = ConditionEncoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         self.generation_config.do_sample = True
         self.generation_config.top_k = 0  # transformers would keep the 50 likeliest
@@ -352,9 +360,12 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         hidden = outputs.last_hidden_state[:, kept if isinstance(logits_to_keep, int) else logits_to_keep]
-        logits = self.lm_head(hidden)
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if labels is not None and self.config.loss_within_slot:
+            loss = self.loss_within_slot(hidden, labels, kwargs.get("num_items_in_batch"))
+        else:
+            logits = self.lm_head(hidden)
+        if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return PointillistOutput(
             loss=loss,
@@ -365,6 +376,25 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
         )
+
+    def loss_within_slot(
+        self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Cross-entropy of hidden states (B, L, D) and labels (B, L) over the tokens that a label's slot admits.
+
+        A face is told from the other faces, anything else from coordinates and special tokens: what generation under the
+        grammar draws from. Only those logits are computed, so three in four tokens never meet the faces.
+        """
+        hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        faces, others = self.config.slot_tokens()
+        is_face = (labels >= faces[0].start) & (labels < faces[0].stop)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for rows, chosen in ((faces, is_face), (others, (labels >= 0) & ~is_face)):
+            targets = labels[chosen] - rows[0].start
+            if rows is others:
+                targets = torch.where(targets >= faces[0].stop, targets - self.config.n_faces, targets)
+            total = total + F.cross_entropy(self.lm_head(hidden[chosen], rows).float(), targets, reduction="sum")
+        return total / ((labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def num_decoder_parameters(self) -> int:
         """Parameters without the encoders of the condition: what the paper's size speaks of."""

@@ -44,6 +44,10 @@ class ModelArguments:
     sliding_window: int = field(
         default=12000, metadata={"help": "tokens a token attends to, and tokens in a training window"}
     )
+    loss_within_slot: bool = field(
+        default=False,
+        metadata={"help": "tell faces from faces and coordinates from coordinates only: cheaper, learns faster"},
+    )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention"}
     )

@@ -57,7 +57,7 @@ def nll_of_another(model: PointillistForCausalLM, rows: AvatarRows) -> float:
         item = windows[i] | rows.condition((row + 1) % len(rows), None)
         batch = collate_windows([item], model.config.pad_token_id)
         labels = batch.pop("labels")
-        sums += slot_sums(model(**batch).logits, labels).sum(0)
+        sums += slot_sums(model(**batch).logits, labels, model.config).sum(0)
     return slot_metrics(sums, "")["nll"]
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.trainer_pt_utils import get_model_param_count
 
-from modeling import PointillistForCausalLM
+from modeling import PointillistConfig, PointillistForCausalLM
 from training.windows import AvatarRows
 
 SLOTS = ("x", "y", "z", "b")
@@ -25,15 +25,20 @@ PEAK_FLOPS = {
 }  # fmt: skip
 
 
-def slot_sums(logits: Tensor, labels: Tensor) -> Tensor:
+def slot_sums(logits: Tensor, labels: Tensor, config: PointillistConfig) -> Tensor:
     """Logits (B, L, vocabulary) and labels (B, L), -100 where nothing counts -> (B, 3, 4): NLL, hits and tokens of a row and slot.
 
-    Window positions are counted from a point border, so position t >= 1 holds slot (t - 1) mod 4.
+    Window positions are counted from a point border, so position t >= 1 holds slot (t - 1) mod 4. A model that learns within
+    slots is judged within them.
     """
-    targets = labels[:, 1:]
-    nll = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    targets, logits = labels[:, 1:], logits[:, :-1].float()
+    if config.loss_within_slot:
+        is_face = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        is_face[config.slot_tokens()[0][0]] = True
+        logits = logits.masked_fill(is_face != is_face[targets.clamp(min=0)][..., None], torch.finfo(logits.dtype).min)
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
     counted = (targets != -100).double()
-    hits = (logits[:, :-1].argmax(-1) == targets).double() * counted
+    hits = (logits.argmax(-1) == targets).double() * counted
     slots = torch.arange(targets.shape[1], device=targets.device) % 4
     sums = torch.stack((nll.view_as(targets).double() * counted, hits, counted), dim=1)  # (B, 3, L - 1)
     return sums.new_zeros(len(sums), 3, 4).index_add_(2, slots, sums)

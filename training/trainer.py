@@ -56,13 +56,14 @@ class PointillistTrainer(ExactTrainer):
         # DeepSpeed and FSDP evaluate their wrapped model; without training before, there is none yet.
         model = self.model_wrapped if self.model_wrapped is not None else self.model
         model.eval()
+        config = self.accelerator.unwrap_model(model).config
         sums = torch.zeros(3, 4, dtype=torch.double, device=self.args.device)
         for batch in loader:
             batch = self._prepare_inputs(batch)
             labels = batch.pop("labels")
             with self.compute_loss_context_manager():
                 logits = model(**batch).logits
-            sums += self.accelerator.gather_for_metrics(slot_sums(logits, labels)).sum(0)
+            sums += self.accelerator.gather_for_metrics(slot_sums(logits, labels, config)).sum(0)
         metrics = slot_metrics(sums, f"{metric_key_prefix}_")
         metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_nll"]
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - begin, 3)

@@ -51,6 +51,27 @@ def test_padding_on_the_left_changes_nothing(tiny_model, condition):
     )
 
 
+def test_loss_within_slots_is_cross_entropy_of_logits_without_the_other_slots(tiny_model, condition):
+    config = tiny_model.config
+    labels = random_ids(config, 2, 41)
+    labels[0, 5:9] = -100
+    labels[1, 40] = config.eos_token_id
+    ids = labels.clamp(min=0)
+    logits = tiny_model(ids, condition_embeds=condition).logits[:, :-1].double()
+    expected = []
+    for row, position in (labels[:, 1:] >= 0).nonzero().tolist():
+        label, values = int(labels[row, position + 1]), logits[row, position]
+        faces = range(config.n_bins, config.n_bins + config.n_faces)
+        admitted = [i for i in range(config.vocab_size) if (i in faces) == (label in faces)]
+        expected.append(values[admitted].logsumexp(0) - values[label])
+    config.loss_within_slot = True
+    found = tiny_model(ids, labels=labels, condition_embeds=condition)
+    assert found.logits is None
+    torch.testing.assert_close(found.loss.double(), torch.stack(expected).mean(), rtol=1e-5, atol=1e-6)
+    shared = tiny_model(ids, labels=labels, condition_embeds=condition, num_items_in_batch=1000)
+    torch.testing.assert_close(shared.loss, found.loss * len(expected) / 1000)
+
+
 def test_gradients_reach_every_trainable_parameter_and_checkpointing_keeps_them():
     config = PointillistConfig(
         n_bins=16, n_faces=20, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,

@@ -32,6 +32,10 @@ def loop_sums(logits, labels):
     return sums
 
 
+SIZES = dict(n_bins=4, n_faces=4, use_vision_encoder=False, use_point_encoder=False)
+CONFIG = PointillistConfig(**SIZES)
+
+
 def random_case(rows=3, length=15, vocabulary=11):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(rows, length, vocabulary, generator=generator)
@@ -43,18 +47,31 @@ def random_case(rows=3, length=15, vocabulary=11):
 
 def test_slot_sums_are_those_of_a_loop_over_tokens():
     logits, labels = random_case()
-    sums = slot_sums(logits, labels)
+    sums = slot_sums(logits, labels, CONFIG)
     assert sums.shape == (3, 3, 4)
     assert np.allclose(sums.sum(0), loop_sums(logits.double(), labels), rtol=1e-6)
     for row in range(3):
         assert np.allclose(sums[row], loop_sums(logits[row : row + 1].double(), labels[row : row + 1]), rtol=1e-6)
 
 
+def test_a_model_that_learns_within_slots_is_judged_within_them():
+    logits, labels = random_case()
+    config = PointillistConfig(**SIZES, loss_within_slot=True)
+    narrowed = logits.clone()
+    for row, position in (labels[:, 1:] >= 0).nonzero().tolist():
+        label = int(labels[row, position + 1])
+        others = [i for i in range(11) if (4 <= i < 8) != (4 <= label < 8)]  # 4 bins, 4 faces, 3 special tokens
+        narrowed[row, position, others] = -math.inf
+    expected = loop_sums(narrowed.double(), labels)
+    assert np.allclose(slot_sums(logits, labels, config).sum(0), expected, rtol=1e-6)
+    assert sum(expected[0]) < sum(loop_sums(logits.double(), labels)[0])
+
+
 def test_metrics_are_means_over_tokens_not_over_slots_or_rows():
     logits, labels = random_case()
     (nll, hits, counted), metrics = (
         loop_sums(logits.double(), labels),
-        slot_metrics(slot_sums(logits, labels).sum(0), "eval_"),
+        slot_metrics(slot_sums(logits, labels, CONFIG).sum(0), "eval_"),
     )
     assert metrics["eval_nll"] == pytest.approx(sum(nll) / sum(counted), rel=1e-6)
     assert metrics["eval_accuracy"] == pytest.approx(sum(hits) / sum(counted))

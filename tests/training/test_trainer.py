@@ -92,8 +92,8 @@ def test_evaluation_with_a_window_counts_every_token_once(make_trainer):
     seen = torch.zeros(3, 4, dtype=torch.double)
     original = trainer_module.slot_sums
 
-    def spy(logits, labels):
-        sums = original(logits, labels)
+    def spy(logits, labels, config):
+        sums = original(logits, labels, config)
         seen.add_(sums.sum(0))
         return sums
 
