@@ -11,6 +11,7 @@ from .head_parameters import HeadParameters
 from .motions import load_motion, synthetic_motion
 from .processing_gaussian_tokenizer import GaussianTokenizer
 from .rendering import render
+from .tracking import Tracking, find_trackings, load_tracking
 
 # `AutoProcessor.from_pretrained` finds the class by the name in processor_config.json among the registered ones.
 AutoProcessor.register("gaussian_tokenizer", GaussianTokenizer, exist_ok=True)
@@ -22,9 +23,12 @@ __all__ = [
     "Gaussians",
     "HeadModel",
     "HeadParameters",
+    "Tracking",
+    "find_trackings",
     "load_corpus",
     "load_head",
     "load_motion",
+    "load_tracking",
     "portrait_cameras",
     "render",
     "synthetic_motion",

@@ -1,0 +1,35 @@
+"""Draw `docs/images/inspect.png`: the contact sheet of a subject whose cameras were written in the wrong convention.
+
+python docs/make_inspect_picture.py --output docs/images/inspect.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from gaussian_tokenizer import inspect
+from gaussian_tokenizer.synthesize import synthesize
+from gaussian_tokenizer.transforms import OPENGL_TO_OPENCV
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--head", default="procedural")
+    parser.add_argument("--output", type=Path, default=Path("docs/images/inspect.png"))
+    options = parser.parse_args()
+    with TemporaryDirectory() as temporary:
+        [subject] = synthesize(temporary, 1, options.head, seed=4, image_size=208, views=8, timesteps=4)
+        for path in subject.glob("transforms*.json"):
+            content = json.loads(path.read_text())
+            for entry in content["frames"]:
+                camera_to_world = np.array(entry["transform_matrix"])
+                entry["transform_matrix"] = np.linalg.inv(camera_to_world @ OPENGL_TO_OPENCV).tolist()
+            path.write_text(json.dumps(content))
+        inspect.main([str(subject), "--head", options.head, "--picture", str(options.output)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""What `inspect` knows: how a file or folder is recognised, and what is said about each kind.
+
+A kind is a function that fills a `Report` with facts (plain JSON values) and problems; what it raises is a problem too.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gaussian_tokenizer.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
+from gaussian_tokenizer.corpus import CONFIGURATIONS, MANIFEST_NAME, load_corpus
+from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.ict import NEUTRAL
+from gaussian_tokenizer.subject import Subject
+from gaussian_tokenizer.tracking import EXPECTED, Tracking, read_tracking, recognise
+from gaussian_tokenizer.tracking_checks import Problem, find_problems
+from gaussian_tokenizer.transforms import CANONICAL_NAME, has_alpha, open_picture, read_json
+
+TRACKINGS = {
+    "vhap": "a VHAP dataset folder of several cameras",
+    "monocular": "a VHAP dataset folder of one camera",
+    "union": "a UNION of VHAP dataset folders",
+    "vhap_raw": "VHAP's raw tracking",
+    "pixel3dmm": "a Pixel3DMM tracking",
+}
+
+
+@dataclass
+class Report:
+    """What `inspect` found."""
+
+    path: Path
+    what: str
+    facts: dict[str, Any] = field(default_factory=dict)  # of plain JSON values
+    problems: list[Problem] = field(default_factory=list)
+    next: list[str] = field(default_factory=list)  # commands that look or go further
+    tracking: Tracking | None = None
+    head: HeadModel | None = None
+
+    @property
+    def has_errors(self) -> bool:
+        return any(problem.is_error for problem in self.problems)
+
+    def to_json(self) -> dict[str, Any]:
+        problems = [{"text": each.text, "severity": "error" if each.is_error else "warning"} for each in self.problems]
+        return {"path": str(self.path), "what": self.what, **self.facts, "problems": problems, "next": self.next}
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.what}"]
+        lines += [f"  {name:<14}{_readable(value)}" for name, value in self.facts.items()]
+        lines += [f"  {'ERROR' if each.is_error else 'warning'}: {each.text}" for each in self.problems]
+        lines += [] if self.problems else ["  nothing wrong found"]
+        return "\n".join([*lines, *(f"  next: {each}" for each in self.next)])
+
+
+Kind = tuple[Callable[[Report, HeadModel | None], None], str, list[str]]
+
+
+def kind_of(path: Path) -> Kind:
+    """What describes it, what to call it, and the commands that look further."""
+    if recognise(path) is not None:
+        return _tracking, "a tracking", []
+    if path.is_file():
+        return _kind_of_file(path)
+    if (path / MANIFEST_NAME).is_file():
+        return _corpus, "a corpus", [f"python -m gaussian_tokenizer.build_corpus validate {path}"]
+    if (path / "pipeline.json").is_file():
+        return _pipeline, "an avatar pipeline", [f"AvatarPipeline.from_pretrained('{path}'), see docs/pipeline.md"]
+    if (path / "config.json").is_file():
+        return _model, "a model", [f"AutoModel.from_pretrained('{path}'), see docs/model.md and docs/decoder.md"]
+    if (path / "processor_config.json").is_file():
+        return _tokenizer, "a tokenizer", [f"AutoProcessor.from_pretrained('{path}'), see docs/tokenizer.md"]
+    if any((folder / NEUTRAL).is_file() for folder in (path, path / "FaceXModel")):
+        return _head, "a head model, ICT-FaceKit", [f"load_head('{path}'), see docs/heads.md"]
+    if _has_avatar(path):
+        return _avatar, "a GaussianAvatars result folder", [f"python -m modeling.animate --avatar {path} --help"]
+    if _subjects_in(path):
+        commands = (
+            f"gaussian_tokenizer.inspect {path}/<one>",
+            f"gaussian_tokenizer.build_corpus --avatars {path} --help",
+        )
+        return _many, "a folder of subjects", [f"python -m {command}" for command in commands]
+    return _unknown, "a folder", []
+
+
+def _kind_of_file(path: Path) -> Kind:
+    animate, head = f"python -m modeling.animate --avatar {path} --help", f"load_head('{path}'), see docs/heads.md"
+    if path.suffix == ".npz":
+        return _motion, "head parameters", [f"python -m modeling.animate --motion {path} --help"]
+    if path.suffix == ".ply":
+        return _avatar, "a PLY of Gaussians", [animate]
+    if path.suffix == ".pkl":
+        return _head, "a head model, FLAME", [head]
+    if path.suffix != ".safetensors":
+        return _unknown, "a file", []
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = file.metadata() or {}
+    except SafetensorError:
+        return _weights, "a damaged safetensors file", []
+    if "head_model" in keys:
+        return _head, "a head model", [head]
+    if "gaussian_avatar" in keys:
+        return _avatar, "an avatar", [animate]
+    return _weights, "weights of a model", [f"python -m gaussian_tokenizer.inspect {path.parent}"]
+
+
+def _subjects_in(path: Path) -> list[Path]:
+    folders = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
+    return [each for each in folders if recognise(each) is not None or _has_avatar(each)]
+
+
+# ---- what is in it
+
+
+def _tracking(report: Report, head: HeadModel | None) -> None:
+    path = report.path
+    metadata = read_json(path / METADATA_NAME) if (path / METADATA_NAME).is_file() else {}
+    made_on = str(metadata.get("head_name", ""))
+    if head is None and made_on.startswith("procedural"):
+        head = load_head(made_on)
+    report.head = head
+    tracking = report.tracking = read_tracking(path, head)
+    frames, params = tracking.frames, tracking.params
+    report.what = TRACKINGS[tracking.kind]
+    facts = report.facts
+    facts["subject"] = {
+        "id": tracking.subject_id,
+        **{key: metadata.get(key, "unknown") for key in ("licence", "consent")},
+    }
+    if frames:
+        sizes = Counter(f"{frame.width}x{frame.height}" for frame in frames)
+        alpha = has_alpha(open_picture(frames[0].image))
+        masks = sum(frame.mask is not None for frame in frames)
+        facts["pictures"] = {"count": len(frames), "size": list(sizes), "alpha": alpha, "masks": masks}
+        heads = [params.translation[tracking.row(frame)].double().numpy() for frame in frames]
+        positions = [np.linalg.inv(frame.viewmat)[:3, 3] for frame in frames]
+        facts["cameras"] = {
+            "count": len({frame.camera for frame in frames}),
+            "focal_pixels": _range([frame.fx for frame in frames]),
+            "metres_from_the_head": _range([float(np.linalg.norm(a - b)) for a, b in zip(positions, heads)]),
+        }
+    facts["timesteps"] = {
+        "count": len(tracking.timesteps),
+        "first": tracking.timesteps[0],
+        "last": tracking.timesteps[-1],
+    }
+    if tracking.kind == "union":
+        facts["sequences"] = tracking.metadata["sequences"]
+    facts["splits"] = {name: len(rows) for name, rows in tracking.splits.items()}
+    facts["head"] = {"name": made_on or (head.name if head else "unknown"), **_sizes(params)}
+    if head is None:
+        text = "no head model given, so cameras and masks were not compared with the head; give --head"
+        report.problems.append(Problem(text, is_error=False))
+    else:
+        report.problems += find_problems(tracking, head)
+    vhap = tracking.kind in ("vhap", "monocular", "union")
+    if vhap and not (path / CANONICAL_NAME).is_file():
+        text = f"has no {CANONICAL_NAME}, by which GaussianAvatars recognises such a folder"
+        report.problems.append(Problem(text, is_error=False))
+    if not report.has_errors:
+        script = "accelerate launch training/fit_avatars.py training/configs/fit_demo.yaml"
+        spec = made_on if made_on.startswith("procedural") else "HEAD"
+        report.next = [f"{script} --data {path} --head {spec} --output avatars"]
+    if _has_avatar(path):
+        facts["avatar"] = {"gaussians": len(GaussianAvatar.load(path, head=head))}
+
+
+def _avatar(report: Report, head: HeadModel | None) -> None:
+    avatar = GaussianAvatar.load(report.path, head=head)
+    on_face = torch.bincount(avatar.faces)
+    occupied = on_face[on_face > 0]
+    report.facts["gaussians"] = {"count": len(avatar), "sh_degree": avatar.sh_degree}
+    report.facts["faces"] = {
+        "occupied": len(occupied),
+        "points_on_one": f"{int(occupied.min())} to {int(occupied.max())}, median {int(occupied.median())}",
+    }
+    report.facts["head"] = {"name": avatar.head_name or "unknown"} | (_sizes(avatar.params) if avatar.params else {})
+    if avatar.params is not None:
+        report.facts["frames"] = avatar.params.num_frames
+    elif report.path.is_dir():
+        report.problems.append(Problem(f"has no {PARAMETERS_NAME}: whose head it is, is not known", is_error=False))
+
+
+def _many(report: Report, head: HeadModel | None) -> None:
+    folders = _subjects_in(report.path)
+    by_id: dict[str, list[str]] = {}
+    for folder in folders:
+        try:
+            by_id.setdefault(Subject.open(folder).avatar_id, []).append(folder.name)
+        except ValueError as error:
+            report.problems.append(Problem(str(error)))
+    for avatar_id, names in by_id.items():
+        if len(names) > 1:
+            text = f"{', '.join(names)} have one id, {avatar_id!r}; give each its own in {METADATA_NAME}"
+            report.problems.append(Problem(text))
+    forms = Counter(form for folder in folders if (form := recognise(folder)) is not None)
+    report.facts["folders"] = len(folders)
+    report.facts["avatars"] = sum(_has_avatar(folder) for folder in folders)
+    report.facts["trackings"] = {"count": sum(forms.values()), **forms}
+
+
+def _motion(report: Report, head: HeadModel | None) -> None:
+    params = HeadParameters.load(report.path)
+    report.facts["frames"] = params.num_frames
+    report.facts["head"] = _sizes(params)
+    if head is not None:
+        head.check(params)
+
+
+def _head(report: Report, head: HeadModel | None) -> None:
+    model = load_head(report.path)
+    report.facts["name"], report.facts["hash"] = model.name, model.hash
+    report.facts["mesh"] = {"vertices": model.n_vertices, "faces": model.n_faces}
+    report.facts["parameters"] = {"shape": model.n_shape, "expressions": model.n_expression}
+    report.facts["regions"] = sorted(model.regions)
+
+
+def _corpus(report: Report, head: HeadModel | None) -> None:
+    corpus = load_corpus(report.path)
+    for configuration in CONFIGURATIONS:
+        shards = [shard for shard in corpus.manifest["shards"] if shard["configuration"] == configuration]
+        rows: Counter[str] = Counter()
+        for shard in shards:
+            rows[shard["split"]] += shard["rows"]
+        report.facts[configuration] = {"shards": len(shards), **rows}
+    tokenizer = corpus.tokenizer
+    report.facts["tokenizer"] = {"n_bins": tokenizer.n_bins, "n_faces": tokenizer.n_faces}
+
+
+def _pipeline(report: Report, head: HeadModel | None) -> None:
+    components = read_json(report.path / "pipeline.json").get("components", [])
+    report.facts["components"] = components
+    report.problems += [Problem(f"lacks {each}/") for each in components if not (report.path / str(each)).is_dir()]
+
+
+def _model(report: Report, head: HeadModel | None) -> None:
+    config = read_json(report.path / "config.json")
+    report.facts["model_type"] = config.get("model_type", "unknown")
+    weights = sorted(report.path.glob("*.safetensors"))
+    report.facts["weights"] = {
+        "files": len(weights),
+        "megabytes": round(sum(each.stat().st_size for each in weights) / 1e6, 1),
+    }
+    if not weights:
+        report.problems.append(Problem("has a config.json, but no weights (*.safetensors)"))
+
+
+def _tokenizer(report: Report, head: HeadModel | None) -> None:
+    config = read_json(report.path / "processor_config.json")
+    report.facts["settings"] = {key: config.get(key) for key in ("processor_class", "n_bins", "n_faces")}
+
+
+def _weights(report: Report, head: HeadModel | None) -> None:
+    with safe_open(report.path, framework="pt") as file:
+        report.facts["tensors"] = len(list(file.keys()))
+
+
+def _unknown(report: Report, head: HeadModel | None) -> None:
+    raise ValueError(
+        f"nothing this toolkit knows; expected {EXPECTED}, an avatar, a folder of these, a corpus, a model, a pipeline, "
+        "head parameters (.npz) or a head model"
+    )
+
+
+# ---- helpers
+
+
+def _has_avatar(path: Path) -> bool:
+    return (path / PLY_NAME).is_file() or any(path.glob(f"point_cloud/iteration_*/{PLY_NAME}"))
+
+
+def _sizes(params: HeadParameters) -> dict[str, Any]:
+    offsets = [name for name in ("static_offset", "dynamic_offset") if name in params.tensors()]
+    return {"shape": len(params.shape), "expressions": params.expr.shape[1], "offsets": offsets or "none"}
+
+
+def _range(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g} to {high:.4g}"
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_readable(each)}" for key, each in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)

@@ -1,0 +1,201 @@
+"""What may be wrong with a tracking although every file can be read: `find_problems` looks at up to 16 of its frames.
+
+The head, posed by the parameters and projected by the cameras, must be in the pictures, and where the masks say; a
+camera must stand outside it. Where it is not, the other conventions in which a camera may have been written are tried,
+and the one that fits is named.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.tracking_geometry import (
+    CONVENTIONS,
+    EXPECTED,
+    Sample,
+    as_if,
+    is_inside,
+    sample_frames,
+    share_seen,
+    silhouette,
+)
+from gaussian_tokenizer.transforms import has_alpha, open_picture
+
+if TYPE_CHECKING:
+    from gaussian_tokenizer.tracking import Tracking
+
+SAMPLES = 16
+ENOUGH_SEEN = 0.5  # of the vertices, in the pictures on average
+SMALLEST_HEAD = 0.002  # of the picture
+LONGEST = 128  # pixels of the silhouettes
+BLACK = 4 / 255
+FAR_MM = 5.0  # mean distance of the heads of two sequences of one person
+REMEDY = {
+    "camera-to-world with OpenCV axes": "negate the second and third column of its rotation",
+    "world-to-camera with OpenCV axes": "invert it, then negate the second and third column of its rotation",
+    "world-to-camera with OpenGL axes": "invert it",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One sentence about a tracking; an error keeps it from being used, a warning does not."""
+
+    text: str
+    is_error: bool = True
+
+
+def find_problems(tracking: "Tracking", head: HeadModel) -> list[Problem]:
+    """Everything that is wrong with a tracking, errors first."""
+    problems = [*_of_metadata(tracking, head), *_of_frames(tracking)]
+    if tracking.frames:
+        faces = head.faces.cpu().numpy()
+        samples = sample_frames(tracking, head, SAMPLES)
+        of_cameras = _of_cameras(tracking, samples, faces)
+        heads: list[np.ndarray] = []
+        if not any(problem.is_error for problem in of_cameras):
+            heads = [silhouette(each.vertices, faces, each.frame, each.frame.viewmat, LONGEST) for each in samples]
+            of_cameras += _of_size(samples, heads)
+        problems += of_cameras + _of_pictures(tracking, samples, heads)
+    return sorted(problems, key=lambda problem: not problem.is_error)
+
+
+def best_convention(samples: list[Sample]) -> tuple[str, dict[str, float]]:
+    """The convention in which the cameras see most of the head, and what share of it they see in each."""
+    seen = {
+        name: float(np.mean([share_seen(each.vertices, each.frame, as_if(each.frame, name)) for each in samples]))
+        for name in CONVENTIONS
+    }
+    return max(seen, key=lambda name: seen[name]), seen
+
+
+def _of_metadata(tracking: "Tracking", head: HeadModel) -> list[Problem]:
+    problems = []
+    name, digest = (tracking.metadata.get(key) for key in ("head_name", "head_hash"))
+    if digest is not None and digest != head.hash:
+        made_on = f"head model {name!r} (hash {digest}), not on {head.name!r} (hash {head.hash})"
+        problems.append(Problem(f"was made on {made_on}; give the head model it was made on"))
+    distances = tracking.metadata["sequence_distances_mm"] if tracking.kind == "union" else {}
+    far = {sequence: distance for sequence, distance in distances.items() if distance > FAR_MM}
+    if far:
+        found = ", ".join(f"{sequence} {distance:.1f} mm" for sequence, distance in far.items())
+        text = f"heads of some sequences are far from the first one's on average ({found}); is it one person?"
+        problems.append(Problem(text, is_error=False))
+    return problems
+
+
+def _of_frames(tracking: "Tracking") -> list[Problem]:
+    frames = tracking.frames
+    if not frames:
+        return [Problem("has head parameters, but no pictures beside them; copy its folder of pictures there")]
+    problems = []
+    sizes = Counter((frame.width, frame.height) for frame in frames)
+    if len(sizes) > 1:
+        found = ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.most_common())
+        problems.append(Problem(f"has images of different sizes: {found}; resize them to one"))
+    if not tracking.splits["train"]:
+        problems.append(Problem("has no frames to train on: its train split is empty"))
+    unused = len(frames) - len({index for indices in tracking.splits.values() for index in indices})
+    if unused:
+        problems.append(Problem(f"{unused} of {len(frames)} frames are in no split", is_error=False))
+    cameras = {frame.camera for frame in frames}
+    there = {(frame.timestep, frame.camera) for frame in frames}
+    holes = [(t, camera) for t in tracking.timesteps for camera in sorted(cameras) if (t, camera) not in there]
+    if holes and tracking.kind != "union":
+        text = f"{len(holes)} pictures are missing, the first of timestep {holes[0][0]} from camera {holes[0][1]}"
+        problems.append(Problem(text, is_error=False))
+    return problems
+
+
+def _of_cameras(tracking: "Tracking", samples: list[Sample], faces: np.ndarray) -> list[Problem]:
+    inside = [
+        each.frame for each in samples if is_inside(np.linalg.inv(each.frame.viewmat)[:3, 3], each.vertices, faces)
+    ]
+    if inside:
+        first = f"camera {inside[0].camera} at timestep {inside[0].timestep}"
+        text = f"{len(inside)} of {len(samples)} cameras looked at stand inside the head, the first is {first}"
+        return [Problem(f"{text}; expected are cameras around it, in metres")]
+    best, seen = best_convention(samples)
+    if seen[EXPECTED] >= ENOUGH_SEEN:
+        shares = {each.frame: share_seen(each.vertices, each.frame, each.frame.viewmat) for each in samples}
+        blind = [
+            f"camera {frame.camera} at timestep {frame.timestep}" for frame, share in shares.items() if share < 0.1
+        ]
+        return [Problem(f"{', '.join(blind)}: sees nothing of the head", is_error=False)] if blind else []
+    text = f"the cameras do not see the head: {seen[EXPECTED]:.0%} of it is in the pictures"
+    if tracking.kind not in ("vhap", "monocular", "union"):
+        return [Problem(f"{text}; are the head parameters those of these pictures?")]
+    expected = f"expected is {EXPECTED} (x right, y up, z backward) in metres"
+    if seen[best] < ENOUGH_SEEN:
+        return [Problem(f"{text}; {expected}, and no other convention fits either")]
+    # A camera straight in front of the face has the same matrix in two of the conventions.
+    fitting = [name for name in CONVENTIONS if seen[name] > seen[best] - 0.02]
+    would = f"{seen[best]:.0%} would be, were transform_matrix {' or '.join(fitting)}"
+    return [Problem(f"{text}; {would}; {expected}: {REMEDY[fitting[0]]}")]
+
+
+def _of_size(samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
+    covered = np.mean([head.mean() for head in heads])
+    if covered >= SMALLEST_HEAD:
+        return []
+    distance = np.median([np.linalg.norm(each.frame.viewmat[:3, 3]) for each in samples])
+    text = f"the head covers {covered:.2%} of the pictures, the cameras are {distance:.3g} m away"
+    return [Problem(f"{text}; are their translations in millimetres? expected are metres")]
+
+
+def _of_pictures(tracking: "Tracking", samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
+    """`heads` (h, w) bool: where the head is in each of the samples; none, if that is not known."""
+    try:
+        pictures = [tracking.picture(each.frame_index).numpy() for each in samples]
+        masks = [_read_mask(each.frame.mask) for each in samples]
+    except ValueError as error:
+        return [Problem(str(error))]
+    problems = []
+    own_alpha = [has_alpha(open_picture(each.frame.image)) for each in samples]
+    alphas = [picture[..., 3] if own else None for picture, own in zip(pictures, own_alpha)]
+    for what, of_frame in (("the masks (fg_masks) are", masks), ("the alpha of the pictures is", alphas)):
+        pairs = [(_shrunk(mask, head.shape), head) for mask, head in zip(of_frame, heads) if mask is not None]
+        problems += _of_masks(what, pairs) if pairs else []
+    if all(_is_black(picture) for picture in pictures) and all(
+        _is_black(tracking.picture(index).numpy()) for index in range(len(tracking.frames))
+    ):
+        problems.append(Problem("every picture is black; export the pictures again"))
+    without = [each.frame for each, own in zip(samples, own_alpha) if not own and each.frame.mask is None]
+    if len(without) == len(samples):
+        text = "no masks, and pictures without alpha: the background counts as a part of the person"
+        problems.append(Problem(text, is_error=False))
+    elif without:
+        first = f"timestep {without[0].timestep} from camera {without[0].camera}"
+        text = f"masks are missing of {len(without)} of {len(samples)} pictures looked at, the first of {first}"
+        problems.append(Problem(f"{text}; export the data again with all masks"))
+    return problems
+
+
+def _of_masks(what: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Problem]:
+    """`pairs` of a mask (h, w) in 0..1 and where the head is, (h, w) bool."""
+    inside = float(np.mean([mask[head].mean() for mask, head in pairs if head.any()]))
+    outside = float(np.mean([mask[~head].mean() for mask, head in pairs if not head.all()] or [0.0]))
+    if inside >= 0.5:
+        return []
+    found = f"mean {inside:.2f} on the projected head, {outside:.2f} around it"
+    if outside > inside + 0.2:
+        return [Problem(f"{what} inverted: {found}; expected is white where the person is")]
+    return [Problem(f"{what} not on the head: {found}; expected is white where the person is")]
+
+
+def _read_mask(mask: Path | Image.Image | np.ndarray | None) -> np.ndarray | None:
+    """(H, W) float in 0..1."""
+    return None if mask is None else np.asarray(open_picture(mask).convert("L"), np.float32) / 255
+
+
+def _shrunk(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask.astype(np.float32)).resize((shape[1], shape[0]), Image.Resampling.BOX))
+
+
+def _is_black(picture: np.ndarray) -> bool:
+    return bool((picture[..., :3] * picture[..., 3:]).max() <= BLACK)

@@ -1,0 +1,161 @@
+"""Reader of Pixel3DMM: a head fitted to a single portrait, or to the frames of a video.
+
+    <folder>/checkpoint/<frame>.frame      torch.save of plain arrays, read with weights_only
+    <folder>/cropped/<frame>.jpg           the square crops it tracked, copied here from its preprocessing folder
+
+A `.frame` is {"flame": {exp (1, 100), shape (1, 300), eyes (1, 12), jaw, neck, R (1, 6), R_rotation_matrix (1, 3, 3),
+t (1, 3), eyelids (1, 2)}, "camera": {R_base_0 (1, 3, 3), t_base_0 (1, 3), fl (1, 1), pp (1, 2)}, ...}. Rotations are the
+first two rows of a matrix (Zhou et al. 2019). The head stands at R v + t, turned about the origin, where FLAME turns
+about its root joint; so translation = t + R j - j with the root joint j. The camera is world-to-camera with OpenGL axes;
+the focal length is in units of the picture's side, the principal point in halves of it from the middle, known to a pixel
+of the size it tracked at, because its own projections differ by that. `eyelids`, two offsets of Pixel3DMM's own, have no
+place in FLAME's parameters and are left out.
+"""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.rotations import matrix_to_quaternion
+from gaussian_tokenizer.tracking_formats import Recording, find_picture, join_params
+from gaussian_tokenizer.transforms import OPENGL_TO_OPENCV, Frame, picture_size
+
+RECONSTRUCT = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+# What a pickle of plain arrays of numbers needs, and nothing else; the second name is NumPy 1's.
+PLAIN_ARRAYS: list[Any] = [
+    RECONSTRUCT,
+    (RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")),
+]
+SHAPES = {
+    "flame": {"exp": -1, "shape": -1, "eyes": 12, "jaw": 6, "neck": 6, "R": 6, "R_rotation_matrix": 9, "t": 3},
+    "camera": {"R_base_0": 9, "t_base_0": 3, "fl": 1, "pp": 2},
+}
+
+
+def read_pixel3dmm(folder: Path, head: HeadModel | None) -> Recording:
+    """Every `checkpoint/<frame>.frame`, with `cropped/<frame>.*` if there is such a folder.
+
+    The shape is the first frame's. ValueError that names the file for what is not such a file, or holds NaN.
+    """
+    files = checkpoint_files(folder)
+    if not files:
+        raise FileNotFoundError(f"{folder}: has no checkpoint/<frame>.frame")
+    if head is None:
+        raise ValueError(
+            f"{folder}: Pixel3DMM turns the head about the origin; give the head model, whose root joint is needed"
+        )
+    cropped = folder / "cropped"
+    arrays = {frame: _load(path) for frame, path in files.items()}
+    params = {frame: _to_params(files[frame], each["flame"], head) for frame, each in arrays.items()}
+    frames = []
+    for frame, path in files.items() if cropped.is_dir() else ():
+        image = find_picture([cropped], path.stem)
+        if image is None:
+            raise ValueError(
+                f"{path}: has no picture {cropped / path.stem}.jpg or .png; copy the folder cropped/ again"
+            )
+        frames.append(_to_frame(frame, image, arrays[frame]["camera"], params[frame]))
+    eyelids = max(float(np.abs(each["flame"].get("eyelids", np.zeros(1))).max()) for each in arrays.values())
+    names = {frame: str(path) for frame, path in files.items()}
+    return Recording(frames, tuple(files), join_params(params, names), None, {"eyelids_left_out": round(eyelids, 4)})
+
+
+def checkpoint_files(folder: Path) -> dict[int, Path]:
+    """Number of the frame -> its file, in order."""
+    paths = [path for path in folder.glob("checkpoint/*.frame") if re.fullmatch(r"\d+", path.stem)]
+    return {int(path.stem): path for path in sorted(paths, key=lambda path: int(path.stem))}
+
+
+def _load(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays of a checkpoint, float64, with their leading axis of 1 taken off."""
+    try:
+        with torch.serialization.safe_globals(PLAIN_ARRAYS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a file of plain arrays as Pixel3DMM saves it: {reason}") from None
+    loaded: dict[str, dict[str, np.ndarray]] = {}
+    for part, sizes in SHAPES.items():
+        values = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: has no {part!r}, expected Pixel3DMM's checkpoint/<frame>.frame")
+        loaded[part] = {}
+        for key, size in sizes.items():
+            value = values.get(key)
+            if isinstance(value, Tensor):
+                value = value.numpy()
+            if not isinstance(value, np.ndarray) or value.dtype.kind not in "fi":
+                raise ValueError(f"{path}: {part}[{key!r}] is {type(value).__name__}, expected an array of numbers")
+            if size >= 0 and value.size != size:
+                raise ValueError(f"{path}: {part}[{key!r}] is {value.shape}, expected (1, ..) with {size} numbers")
+            if not np.isfinite(value).all():
+                raise ValueError(f"{path}: {part}[{key!r}] holds NaN or Inf; every value must be finite")
+            loaded[part][key] = np.asarray(value, np.float64).reshape(-1)
+    eyelids = content["flame"].get("eyelids")
+    if isinstance(eyelids, np.ndarray):
+        loaded["flame"]["eyelids"] = eyelids
+    return loaded
+
+
+def _to_params(path: Path, flame: dict[str, np.ndarray], head: HeadModel) -> HeadParameters:
+    rotation = flame["R_rotation_matrix"].reshape(3, 3)
+    if not np.allclose(_matrix(flame["R"]), rotation, atol=1e-3):
+        raise ValueError(
+            f"{path}: flame['R'] is not the first two rows of flame['R_rotation_matrix']; another version?"
+        )
+    turns = {
+        "rotation": [rotation],
+        "neck_pose": [_matrix(flame["neck"])],
+        "jaw_pose": [_matrix(flame["jaw"])],
+        "eyes_pose": [_matrix(flame["eyes"][:6]), _matrix(flame["eyes"][6:])],
+    }
+    values: dict[str, np.ndarray] = {name: _axis_angles(np.stack(each)) for name, each in turns.items()}
+    values |= {"expr": flame["exp"], "translation": np.zeros(3)}
+    tensors: dict[str, Any] = {name: torch.from_numpy(value).float()[None] for name, value in values.items()}
+    params = HeadParameters(shape=torch.from_numpy(flame["shape"]).float(), **tensors)
+    try:
+        head.check(params)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    joint = (head.joint_regressor[0].cpu() @ head.shaped(params)[0].cpu()).double().numpy()
+    params.translation[0] = torch.from_numpy(flame["t"] + rotation @ joint - joint).float()
+    return params
+
+
+def _to_frame(frame: int, image: Path, camera: dict[str, np.ndarray], params: HeadParameters) -> Frame:
+    width, height = picture_size(image)
+    if width != height:
+        raise ValueError(f"{image} is of {width}x{height} pixels, expected Pixel3DMM's square crop")
+    viewmat = np.eye(4)
+    viewmat[:3, :3], viewmat[:3, 3] = camera["R_base_0"].reshape(3, 3), camera["t_base_0"]
+    focal = float(camera["fl"][0]) * width
+    cx, cy = (width / 2 * (1 + camera["pp"])).tolist()
+    return Frame(frame, 0, OPENGL_TO_OPENCV @ viewmat, focal, focal, cx, cy, width, height, image, params)
+
+
+def _matrix(rows: np.ndarray) -> np.ndarray:
+    """First two rows of a rotation, (6,), not quite orthogonal -> the rotation (3, 3), by Gram-Schmidt."""
+    first = rows[:3] / max(float(np.linalg.norm(rows[:3])), 1e-12)
+    second = rows[3:] - (first @ rows[3:]) * first
+    second /= max(float(np.linalg.norm(second)), 1e-12)
+    return np.stack((first, second, np.cross(first, second)))
+
+
+def _axis_angles(matrices: np.ndarray) -> np.ndarray:
+    """(N, 3, 3) -> (3 N,) radians."""
+    quats = matrix_to_quaternion(torch.from_numpy(matrices)).numpy()
+    quats *= np.where(quats[:, :1] < 0, -1, 1)
+    sines = np.linalg.norm(quats[:, 1:], axis=1, keepdims=True)
+    angles = 2 * np.arctan2(sines, quats[:, :1])
+    return (quats[:, 1:] * angles / np.maximum(sines, 1e-12)).reshape(-1)

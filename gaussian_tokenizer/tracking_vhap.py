@@ -1,0 +1,197 @@
+"""Readers of VHAP: an exported dataset folder, a UNION of several, and the tracker's own `tracked_flame_params_*.npz`.
+
+A dataset folder is described in `transforms`. A UNION has no `transforms.json`, only the three of the splits, whose
+paths lead into the folders of its sequences. The sequences were tracked one by one, so each has its own shape; like
+GaussianAvatars we take the first one's.
+
+The raw file holds T rows of parameters and, if the camera was not calibrated, its `focal_length` in units of the longer
+side of the picture: one fixed camera a metre in front of the origin. Pictures are looked for beside the file as
+`images/<timestep_id>.*`, masks as `alpha_maps/` or `fg_masks/<timestep_id>.*` (VHAP's layout of a video). Like VHAP's
+export, the reader moves the origin to the mean translation of the head.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.tracking_formats import Recording, find_picture, join_params
+from gaussian_tokenizer.transforms import (
+    OPENGL_TO_OPENCV,
+    SPLITS,
+    TRANSFORMS_NAME,
+    Frame,
+    picture_size,
+    read_json,
+    read_transforms,
+    sister_folders,
+    sorted_frames,
+)
+
+RAW_PATTERN = r"tracked_flame_params_(\d+)\.npz"
+# Mean distance of the skins of two trackings. Synthetic people are 3.6 to 15 mm apart, 6.8 in the middle.
+OTHER_PERSON_MM = 10.0
+
+
+def read_dataset(folder: Path, head: HeadModel | None) -> Recording:
+    """A dataset folder or a UNION. ValueError for parameters of another person or of more than one timestep."""
+    split_files = {name: folder / f"transforms_{name}.json" for name in SPLITS}
+    whole = folder / TRANSFORMS_NAME
+    if whole.is_file():
+        frames = read_transforms(whole)
+        split_of = {name: _moments(path) for name, path in split_files.items() if path.is_file()}
+    else:
+        of_split = {name: read_transforms(path) for name, path in split_files.items() if path.is_file()}
+        split_of = {name: [(each.timestep, each.camera) for each in chosen] for name, chosen in of_split.items()}
+        # A frame may be in two splits (GEM puts the only camera into train and val); two pictures may not be one frame.
+        different = {(each.image, each.timestep, each.camera): each for chosen in of_split.values() for each in chosen}
+        try:
+            frames = sorted_frames(list(different.values()))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error} in transforms_train.json, _val and _test") from None
+    if not frames:
+        raise ValueError(f"{folder}: its transforms have no frames")
+    index = {(frame.timestep, frame.camera): row for row, frame in enumerate(frames)}
+    splits = None
+    if split_of:
+        for name, moments in split_of.items():
+            unknown = [moment for moment in moments if moment not in index]
+            if unknown:
+                raise ValueError(
+                    f"{split_files[name]}: has timestep {unknown[0][0]} of camera {unknown[0][1]}, "
+                    f"which {whole.name} lacks ({len(unknown)} such frames); export the data again"
+                )
+        splits = {name: sorted(index[moment] for moment in split_of.get(name, [])) for name in SPLITS}
+    timesteps, params, metadata = _load_params(folder, frames, head)
+    return Recording(frames, timesteps, params, splits, metadata)
+
+
+def read_raw(path: Path, head: HeadModel | None) -> Recording:
+    """`tracked_flame_params_<epoch>.npz` (of a folder the latest) with the pictures beside it, if there are any."""
+    file = raw_file(path) if path.is_dir() else path
+    if file is None:
+        raise FileNotFoundError(f"{path}: has no tracked_flame_params_<epoch>.npz")
+    params = HeadParameters.load(file)
+    other = params.layout.other_arrays if params.layout else {}
+    params = replace(params, layout=None)
+    T = params.num_frames
+    ids = [str(each) for each in other.get("timestep_id", np.array([f"{row:05d}" for row in range(T)])).reshape(-1)]
+    if len(ids) != T or len(set(ids)) != T or any(not re.fullmatch(r"[\w-]+", each) for each in ids):
+        raise ValueError(f"{file}: timestep_id names {len(ids)} timesteps, expected {T} different plain names")
+    metadata = {"tracking_file": file.name}
+    offset = params.translation.mean(0)
+    params = replace(params, translation=params.translation - offset)
+    image_folders = [file.parent / "images"]
+    if not image_folders[0].is_dir():
+        return Recording([], tuple(range(T)), params, None, metadata)
+    if "focal_length" not in other:
+        raise ValueError(
+            f"{file}: has no focal_length, so its cameras are calibrated ones that are not in this file; export a dataset "
+            "folder with VHAP (vhap/export_as_nerf_dataset.py) and give that"
+        )
+    focal = float(np.asarray(other["focal_length"], np.float64).reshape(-1)[0])
+    camera_to_world = np.eye(4)  # OpenGL axes
+    camera_to_world[:3, 3] = np.array([0.0, 0.0, 1.0]) - offset.double().numpy()
+    viewmat = np.linalg.inv(camera_to_world @ OPENGL_TO_OPENCV)
+    frames, missing = [], []
+    for row, name in enumerate(ids):
+        image = find_picture(image_folders, name)
+        if image is None:
+            missing.append(name)
+            continue
+        mask = find_picture([file.parent / "alpha_maps", file.parent / "fg_masks"], name)
+        width, height = picture_size(image)
+        f = focal * max(width, height)
+        if not (np.isfinite(f) and f > 0):
+            raise ValueError(f"{file}: focal_length is {focal}, expected more than 0 (in units of the longer side)")
+        if mask is not None and picture_size(mask) != (width, height):
+            raise ValueError(f"{mask} is of {picture_size(mask)} pixels, {image.name} of {(width, height)}; resize it")
+        own = params.frame(row)
+        frames.append(Frame(row, 0, viewmat, f, f, width / 2, height / 2, width, height, image, own, mask))
+    if missing:
+        raise ValueError(
+            f"{file}: {len(missing)} of {T} timesteps have no picture in {image_folders[0]}, the first is {missing[0]}; "
+            "copy the folder images/ of the sequence again"
+        )
+    return Recording(frames, tuple(range(T)), params, None, metadata)
+
+
+def raw_file(folder: Path) -> Path | None:
+    """The `tracked_flame_params_<epoch>.npz` of the latest epoch."""
+    found = {}
+    for path in folder.glob("tracked_flame_params_*.npz"):
+        match = re.fullmatch(RAW_PATTERN, path.name)
+        if match:
+            found[int(match[1])] = path
+    return found[max(found)] if found else None
+
+
+def _moments(path: Path) -> list[tuple[int, int]]:
+    """(timestep, camera) of the frames of a split, whose files are already known from the whole."""
+    entries = read_json(path).get("frames")
+    try:
+        return [(int(entry["timestep_index"]), int(entry["camera_index"])) for entry in entries]  # type: ignore[union-attr]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: its frames lack timestep_index or camera_index: {error!r}") from None
+
+
+def _load_params(
+    folder: Path, frames: list[Frame], head: HeadModel | None
+) -> tuple[tuple[int, ...], HeadParameters, dict[str, Any]]:
+    path_of: dict[int, Path] = {}
+    for frame in frames:
+        assert isinstance(frame.params, Path)
+        known = path_of.setdefault(frame.timestep, frame.params)
+        if known != frame.params:
+            raise ValueError(
+                f"{folder}: timestep {frame.timestep} has two flame_param files, {known.name} and {frame.params.name}; "
+                "all cameras of a moment see one head"
+            )
+    loaded = {timestep: HeadParameters.load(path) for timestep, path in sorted(path_of.items())}
+    names = {timestep: str(path) for timestep, path in path_of.items()}
+    params = join_params(loaded, names)
+    first_of = _check_sequences(loaded, path_of)
+    distances: dict[str, float] = {}
+    if head is not None and len(first_of) > 1:
+        distances = _check_person({name: loaded[first] for name, first in first_of.items()}, folder, head)
+    metadata = {"sequences": sorted(first_of), "sequence_distances_mm": distances} if sister_folders(folder) else {}
+    return tuple(sorted(loaded)), params, metadata
+
+
+def _check_sequences(loaded: dict[int, HeadParameters], path_of: dict[int, Path]) -> dict[str, int]:
+    """Sequence folder -> its first timestep; ValueError if the shape changes within one."""
+    first_of: dict[str, int] = {}
+    for timestep, params in loaded.items():
+        first = first_of.setdefault(path_of[timestep].parent.parent.name, timestep)
+        for key in ("shape", "static_offset"):
+            own, expected = params.tensors().get(key), loaded[first].tensors().get(key)
+            if own is not None and expected is not None and not torch.allclose(own, expected, atol=1e-6):
+                difference = float((own - expected).abs().max())
+                raise ValueError(
+                    f"{path_of[timestep]}: its {key} differs from that of {path_of[first].name} by up to {difference:.3g}: "
+                    "it is of another subject or another tracking; put the right file there"
+                )
+    return first_of
+
+
+def _check_person(of_sequence: dict[str, HeadParameters], folder: Path, head: HeadModel) -> dict[str, float]:
+    """How far the skin of each sequence is from the first one's on average, mm; ValueError if it cannot be the same person.
+
+    Every sequence was tracked by itself, so a little is normal.
+    """
+    name_of_first, reference = next(iter(of_sequence.items()))
+    distances = {}
+    for name, params in of_sequence.items():
+        skin, expected = (head.canonical_vertices(replace(each, static_offset=None)) for each in (params, reference))
+        distances[name] = round(1000 * float((skin - expected).norm(dim=1).mean()), 3)
+        if distances[name] > OTHER_PERSON_MM:
+            raise ValueError(
+                f"{folder}: the head of sequence {name} is {distances[name]:.1f} mm from that of {name_of_first} on "
+                f"average, expected less than {OTHER_PERSON_MM:g}: it is of another subject"
+            )
+    return distances

@@ -1,0 +1,322 @@
+"""The frames of a VHAP export: `transforms*.json` with pictures, masks, cameras and head parameters, read and written.
+
+    <folder>/transforms.json                           every frame; transforms_{train,val,test}.json VHAP's split of them
+    <folder>/images/<timestep>_<camera>.png            fg_masks/<the same name>.png
+    <folder>/flame_param/<timestep>.npz                canonical_flame_param.npz: own shape, the jaw open
+
+In the files a camera is camera-to-world with OpenGL axes and `cy` counted from the lower edge; in here it is
+world-to-camera with OpenCV axes (x right, y down, z forward) and `cy` counted from the upper edge, like everywhere in
+the toolkit. A JSON is untrusted: what it names must lie inside its folder, or, in a UNION of sequences, inside a sister
+folder that the UNION lists in `sequences_*.txt`.
+"""
+
+import io
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gaussian_tokenizer.head_parameters import HeadParameters
+
+TRANSFORMS_NAME, CANONICAL_NAME = "transforms.json", "canonical_flame_param.npz"
+SPLITS = ("train", "val", "test")
+OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
+HELD_OUT_CAMERA = 8  # of VHAP's 16; the last one where there is no camera 8
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One picture of a subject: where its camera stood, and the head parameters at that moment.
+
+    Read frames hold paths in `image`, `mask` and `params`; a frame to be written may also hold the pictures (PIL, or
+    uint8: image (H, W, 3 or 4), mask (H, W)) and the `HeadParameters` of T = 1 themselves.
+    """
+
+    timestep: int
+    camera: int
+    viewmat: np.ndarray  # (4, 4) float64, world-to-camera, OpenCV axes, metres
+    fx: float  # pixels
+    fy: float
+    cx: float  # pixels from the left edge
+    cy: float  # pixels from the upper edge
+    width: int
+    height: int
+    image: Path | Image.Image | np.ndarray
+    params: Path | HeadParameters
+    mask: Path | Image.Image | np.ndarray | None = None  # 255 where the person is
+
+    @property
+    def K(self) -> np.ndarray:
+        """(3, 3) float64 intrinsics in pixels."""
+        return np.array([[self.fx, 0, self.cx], [0, self.fy, self.cy], [0, 0, 1]], dtype=np.float64)
+
+    def image_bytes(self) -> bytes:
+        """The picture as a file: the bytes on the disk, or PNG of a picture in memory."""
+        return _file_bytes(self.image)
+
+    def load_params(self) -> HeadParameters:
+        return HeadParameters.load(self.params) if isinstance(self.params, Path) else self.params
+
+
+def read_transforms(path: Path) -> list[Frame]:
+    """The frames of one `transforms*.json` by timestep, then camera.
+
+    Raises ValueError that names the file and the frame for a path outside the folder, a file that is not there, a
+    matrix that is no camera, a picture of another size than stated, and two frames of one timestep and camera.
+    """
+    content = read_json(path)
+    entries = content.get("frames")
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: has no list `frames`; expected the {TRANSFORMS_NAME} of a VHAP export")
+    sisters = sister_folders(path.parent)
+    shared = {key: value for key, value in content.items() if key != "frames"}
+    frames, missing = [], []
+    for row, entry in enumerate(entries):
+        try:
+            if not isinstance(entry, dict):
+                raise TypeError(f"is a JSON {type(entry).__name__}, expected an object")
+            # What the rig has in common may stand once, at the top.
+            frame = _read_frame(path.parent, sisters, shared | entry)
+        except KeyError as error:
+            raise ValueError(f"{path}: frame {row} lacks {error}") from None
+        except FileNotFoundError as error:
+            missing.append(f"frame {row}: {error}")
+        except (TypeError, ValueError, ArithmeticError, OSError) as error:
+            raise ValueError(f"{path}: frame {row}: {error}") from None
+        else:
+            frames.append(frame)
+    if missing:
+        rest = f" (and files of {len(missing) - 1} more of {len(entries)} frames)" if len(missing) > 1 else ""
+        raise ValueError(f"{path}: {missing[0]}{rest}; copy or export the data again")
+    try:
+        return sorted_frames(frames)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def sorted_frames(frames: Sequence[Frame]) -> list[Frame]:
+    """By timestep, then camera; ValueError if two are of the same."""
+    ordered = sorted(frames, key=lambda frame: (frame.timestep, frame.camera))
+    for first, second in itertools.pairwise(ordered):
+        if (first.timestep, first.camera) == (second.timestep, second.camera):
+            raise ValueError(f"two frames of timestep {first.timestep} and camera {first.camera}")
+    return ordered
+
+
+def sister_folders(folder: Path) -> frozenset[str]:
+    """Names of the sequences beside `folder` that a UNION folder is made of; none for any other folder."""
+    names: set[str] = set()
+    for path in sorted(folder.glob("sequences_*.txt")):
+        for name in path.read_text(encoding="utf-8").split("\n"):
+            name = name.strip()
+            if name in (".", "..") or "/" in name or "\\" in name:
+                raise ValueError(f"{path}: names {name!r}, expected names of folders beside {folder.name}")
+            names.add(name)
+    return frozenset(names - {""})
+
+
+def resolve_inside(folder: Path, name: Any, sisters: frozenset[str] = frozenset()) -> Path:
+    """The path of a file that a JSON in `folder` names; ValueError if it leads out of it, also by a link.
+
+    "../<sister>/.." is allowed for `sisters`. Whether the file is there is not looked at.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"names the file {name!r}, expected a path inside the folder")
+    parts = PurePosixPath(name).parts
+    root = folder
+    if len(parts) > 2 and parts[0] == ".." and parts[1] in sisters:
+        root, parts = folder.parent / parts[1], parts[2:]
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or "\\" in name
+    path = root.joinpath(*parts)
+    by_link = ""
+    if not absolute and ".." not in parts:
+        # realpath, because Path.resolve fails on a loop of links.
+        real_root, real_path = Path(os.path.realpath(root)), Path(os.path.realpath(path))
+        beside = root is folder or real_root.parent == Path(os.path.realpath(folder)).parent
+        if beside and real_path.is_relative_to(real_root):
+            return path
+        by_link = "by way of a link "
+    allowed = f" or {', '.join(sorted(sisters))} beside it" if sisters else ""
+    raise ValueError(
+        f"names {name!r}, a file {by_link}outside the folder; refused, only files in {folder.name}{allowed} are read"
+    )
+
+
+def write_frames(folder: Path, frames: Sequence[Frame]) -> None:
+    """Write pictures, masks, head parameters, `transforms*.json` and `canonical_flame_param.npz` into a new folder."""
+    for name in ("images", "flame_param", "fg_masks"):
+        if name != "fg_masks" or any(frame.mask is not None for frame in frames):
+            (folder / name).mkdir()
+    entries, written = [], {}
+    for frame in sorted_frames(frames):
+        name = f"{frame.timestep:05d}_{frame.camera:02d}.png"
+        params_path = f"flame_param/{frame.timestep:05d}.npz"
+        pictures = {f"images/{name}": frame.image}
+        if frame.mask is not None:
+            pictures[f"fg_masks/{name}"] = frame.mask
+        for path, picture in pictures.items():
+            size = picture_size(picture)
+            if size != (frame.width, frame.height):
+                raise ValueError(f"{path} is of {size} pixels, its camera of {(frame.width, frame.height)}")
+            (folder / path).write_bytes(_file_bytes(picture))
+        if params_path not in written:
+            written[params_path] = frame.load_params()
+            if written[params_path].num_frames != 1:
+                count = written[params_path].num_frames
+                raise ValueError(f"timestep {frame.timestep} has head parameters of {count} frames, expected its own 1")
+            with open(folder / params_path, "wb") as file:
+                written[params_path].write(file)
+        entries.append(_entry(frame, list(pictures), params_path))
+    with open(folder / CANONICAL_NAME, "wb") as file:
+        next(iter(written.values())).frame(0).canonical(jaw_angle=0.3).write(file)
+    write_json(folder / TRANSFORMS_NAME, _transforms(entries, entries[0]))
+    for split, rows in vhap_split([(entry["timestep_index"], entry["camera_index"]) for entry in entries]).items():
+        write_json(folder / f"transforms_{split}.json", _transforms([entries[row] for row in rows], entries[0]))
+
+
+def vhap_split(moments: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
+    """VHAP's split of one sequence, (timestep, camera) of every frame -> rows of train, val and test.
+
+    The last 30 % of the timesteps are the test, one camera of the others is val (none, if there is only one).
+    """
+    timesteps, cameras = (sorted(set(numbers)) for numbers in zip(*moments))
+    seen = set(timesteps[: math.ceil(0.7 * len(timesteps))])
+    held_out = HELD_OUT_CAMERA if HELD_OUT_CAMERA in cameras else cameras[-1]
+    split: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for row, (timestep, camera) in enumerate(moments):
+        is_val = camera == held_out and len(cameras) > 1
+        split["test" if timestep not in seen else "val" if is_val else "train"].append(row)
+    return split
+
+
+def picture_size(picture: Path | Image.Image | np.ndarray) -> tuple[int, int]:
+    """(width, height) in pixels; of a file only the header is read. ValueError if it is not a picture."""
+    if isinstance(picture, np.ndarray):
+        return picture.shape[1], picture.shape[0]
+    if isinstance(picture, Image.Image):
+        return picture.size
+    if not picture.is_file():
+        raise FileNotFoundError(f"{picture} does not exist")
+    try:
+        with Image.open(picture) as opened:
+            return opened.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{picture} is not a readable picture: {error}") from None
+
+
+def open_picture(picture: Path | Image.Image | np.ndarray) -> Image.Image:
+    """The picture, decoded; ValueError that names a file that is not one."""
+    if isinstance(picture, np.ndarray):
+        return Image.fromarray(picture)
+    if isinstance(picture, Image.Image):
+        return picture
+    try:
+        with Image.open(picture) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{picture} is not a readable picture: {error}") from None
+
+
+def has_alpha(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- reading
+
+
+def _read_frame(folder: Path, sisters: frozenset[str], entry: dict[str, Any]) -> Frame:
+    image, params = (resolve_inside(folder, entry[key], sisters) for key in ("file_path", "flame_param_path"))
+    mask = resolve_inside(folder, entry["fg_mask_path"], sisters) if entry.get("fg_mask_path") is not None else None
+    if not params.is_file():
+        raise FileNotFoundError(f"{params} does not exist")
+    found = picture_size(image)
+    width, height = (int(entry["w"]), int(entry["h"])) if "w" in entry and "h" in entry else found
+    for what, size in (("picture", found), ("mask", found if mask is None else picture_size(mask))):
+        if size != (width, height):
+            raise ValueError(
+                f"{mask if what == 'mask' else image} is a {what} of {size[0]}x{size[1]} pixels, expected {width}x{height}; "
+                "resize it, or export the data again"
+            )
+    # GaussianAvatars itself reads the angle only; square pixels and a centred principal point are its rule.
+    fx = float(entry["fl_x"]) if "fl_x" in entry else width / (2 * math.tan(float(entry["camera_angle_x"]) / 2))
+    fy = float(entry.get("fl_y", fx))
+    cx, cy = float(entry.get("cx", width / 2)), height - float(entry.get("cy", height / 2))
+    if not (all(map(math.isfinite, (fx, fy, cx, cy))) and fx > 0 and fy > 0 and width > 0 and height > 0):
+        raise ValueError(f"intrinsics fx={fx} fy={fy} cx={cx} cy={cy} of {width}x{height} pixels are not a camera")
+    viewmat = _to_viewmat(entry["transform_matrix"])
+    timestep, camera = int(entry["timestep_index"]), int(entry["camera_index"])
+    return Frame(timestep, camera, viewmat, fx, fy, cx, cy, width, height, image, params, mask)
+
+
+def _to_viewmat(transform_matrix: Any) -> np.ndarray:
+    """Camera-to-world with OpenGL axes -> world-to-camera with OpenCV axes, (4, 4)."""
+    matrix = np.asarray(transform_matrix, dtype=np.float64)
+    if matrix.shape != (4, 4):
+        raise ValueError(f"transform_matrix is {matrix.shape}, expected (4, 4)")
+    rotation = matrix[:3, :3]
+    rigid = np.isfinite(matrix).all() and np.allclose(matrix[3], [0, 0, 0, 1])
+    if not (rigid and np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3) and np.linalg.det(rotation) > 0):
+        raise ValueError(f"transform_matrix {matrix.tolist()} is not a rotation and a translation")
+    return np.linalg.inv(matrix @ OPENGL_TO_OPENCV)
+
+
+# ---- writing
+
+
+def _entry(frame: Frame, pictures: list[str], params_path: str) -> dict[str, Any]:
+    return {
+        "timestep_index": frame.timestep,
+        "timestep_index_original": frame.timestep,
+        "timestep_id": f"{frame.timestep:05d}",
+        "camera_index": frame.camera,
+        "camera_id": f"{frame.camera:02d}",
+        "cx": frame.cx,
+        "cy": frame.height - frame.cy,
+        "fl_x": frame.fx,
+        "fl_y": frame.fy,
+        "h": frame.height,
+        "w": frame.width,
+        "camera_angle_x": 2 * math.atan(frame.width / (2 * frame.fx)),
+        "camera_angle_y": 2 * math.atan(frame.height / (2 * frame.fy)),
+        "transform_matrix": (np.linalg.inv(frame.viewmat) @ OPENGL_TO_OPENCV).tolist(),
+        **dict(zip(("file_path", "fg_mask_path"), pictures)),
+        "flame_param_path": params_path,
+    }
+
+
+def _transforms(entries: list[dict[str, Any]], rig: dict[str, Any]) -> dict[str, Any]:
+    shared = {key: rig[key] for key in ("cx", "cy", "fl_x", "fl_y", "h", "w", "camera_angle_x", "camera_angle_y")}
+    indices = {
+        f"{what}_indices": sorted({entry[f"{what}_index"] for entry in entries}) for what in ("timestep", "camera")
+    }
+    return {"frames": entries, **shared, **indices}
+
+
+def _file_bytes(picture: Path | Image.Image | np.ndarray) -> bytes:
+    if isinstance(picture, Path):
+        return picture.read_bytes()
+    stream = io.BytesIO()
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(stream, format="PNG")
+    return stream.getvalue()
