@@ -11,11 +11,13 @@ feed-forward, every one pre-normalised by RMSNorm: x-transformers' `Decoder(cros
 Axes: B batch, L tokens, M condition tokens, H heads, D width, W window.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_sliding_window_causal_mask
@@ -178,6 +180,14 @@ class PointillistLayer(GradientCheckpointingLayer):
         return hidden_states + self.fc2(self.act(self.fc1(self.mlp_norm(hidden_states))))
 
 
+class VocabularyHead(nn.Linear):
+    """Hidden states (..., D) -> logits (..., vocabulary), or those of some rows of the vocabulary only."""
+
+    def forward(self, hidden_states: Tensor, rows: tuple[slice, ...] | None = None) -> Tensor:
+        weight = self.weight if rows is None else torch.cat([self.weight[part] for part in rows])
+        return F.linear(hidden_states, weight)
+
+
 class PointillistPreTrainedModel(PreTrainedModel):
     config: PointillistConfig
     base_model_prefix = "model"
@@ -201,6 +211,21 @@ class PointillistPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ConditionEncoder):
             module.init_weights(self.config.initializer_range)
+        elif isinstance(module, (nn.Embedding, VocabularyHead)):
+            init.copy_(module.weight, with_smooth_bins(module.weight, self.config))
+
+
+def with_smooth_bins(weight: Tensor, config: PointillistConfig) -> Tensor:
+    """`weight` (vocabulary, D) with other rows for the coordinates, so that neighbouring bins start alike.
+
+    Every channel is a wave over the bins, half a period to one in five bins long (random Fourier features): that a bin
+    lies between two others need not be learned.
+    """
+    channels = torch.rand(2, weight.shape[1], device=weight.device, dtype=torch.float32)
+    periods = 0.5 * (0.4 * config.n_bins) ** channels[0]
+    bins = torch.arange(config.n_bins, device=weight.device)[:, None] / config.n_bins
+    waves = torch.cos(2 * math.pi * (periods * bins + channels[1]))
+    return torch.cat((2**0.5 * config.initializer_range * waves.to(weight), weight[config.n_bins :]))
 
 
 class PointillistModel(PointillistPreTrainedModel):
@@ -268,14 +293,6 @@ class PointillistModel(PointillistPreTrainedModel):
         for layer in self.layers:
             x = layer(x, condition, mask, condition_mask, rotary, past_key_values=past_key_values, **kwargs)
         return PointillistOutput(last_hidden_state=self.norm(x), past_key_values=past_key_values)
-
-
-class VocabularyHead(nn.Linear):
-    """Hidden states (..., D) -> logits (..., vocabulary), or those of some rows of the vocabulary only."""
-
-    def forward(self, hidden_states: Tensor, rows: tuple[slice, ...] | None = None) -> Tensor:
-        weight = self.weight if rows is None else torch.cat([self.weight[part] for part in rows])
-        return F.linear(hidden_states, weight)
 
 
 class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMixin):

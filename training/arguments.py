@@ -137,6 +137,7 @@ class PretrainArguments(TrainingArguments):
     logging_steps: float = 10
     report_to: str = "none"
     remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads of a process; left out, all cores shared among the processes"}
     )

@@ -52,6 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--num_subjects", type=int, default=272)
     parser.add_argument("--num_points", type=int, default=160, help="points of an average subject, about")
+    parser.add_argument("--min_points_per_face", type=int, default=1, help="on an occupied face (the paper: 4)")
     parser.add_argument("--identity_scale", type=float, default=2.5, help="how much heads differ; 1 is a crowd's")
     parser.add_argument("--views", type=int, default=3, help="cameras around a subject")
     parser.add_argument("--timesteps", type=int, default=2, help="moments of a subject: at rest, then expressions")
@@ -73,14 +74,13 @@ def main() -> None:
     # Waiting threads sleep instead of spinning: on a machine that does something else too, training is then several times faster.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     shutil.rmtree(output, ignore_errors=True)
-    launch = [
-        str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "1", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no",
-    ]  # fmt: skip
+    # Two processes of one thread: matrices this small are not multiplied faster by two threads.
+    launch = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
 
     run(1, "synthetic subjects", [
         sys.executable, "-m", "gaussian_tokenizer.synthesize", "--num_subjects", str(arguments.num_subjects),
         "--num_points", str(arguments.num_points), "--identity_scale", str(arguments.identity_scale),
+        "--min_points_per_face", str(arguments.min_points_per_face),
         "--views", str(arguments.views), "--timesteps", str(arguments.timesteps),
         "--head", arguments.head, "--image_size", str(arguments.image_size), "--seed", str(arguments.seed),
         "--output", str(output / "avatars"), "--num_proc", processes,

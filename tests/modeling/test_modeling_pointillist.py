@@ -51,6 +51,19 @@ def test_padding_on_the_left_changes_nothing(tiny_model, condition):
     )
 
 
+def test_neighbouring_bins_of_a_new_model_start_alike_and_all_tokens_equally_large(tiny_config):
+    tiny_config.n_bins, tiny_config.vocab_size, tiny_config.initializer_range = 128, 128 + 20 + 3, 0.05
+    model = PointillistForCausalLM(tiny_config)
+    for weight in (model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()):
+        similar = torch.nn.functional.cosine_similarity(weight[:127], weight[1:128], dim=1)
+        far = torch.nn.functional.cosine_similarity(weight[:64], weight[64:128], dim=1)
+        assert similar.min() > 0.7 and far.abs().mean() < 0.4
+        assert weight[:128].std() == pytest.approx(0.05, rel=0.1) and weight[128:].std() == pytest.approx(0.05, rel=0.1)
+        faces = torch.nn.functional.cosine_similarity(weight[128:147], weight[129:148], dim=1)
+        assert faces.abs().mean() < 0.3
+    assert not torch.equal(model.model.embed_tokens.weight, model.lm_head.weight)
+
+
 def test_loss_within_slots_is_cross_entropy_of_logits_without_the_other_slots(tiny_model, condition):
     config = tiny_model.config
     labels = random_ids(config, 2, 41)

@@ -1,0 +1,55 @@
+"""The configuration of the Gaussian decoder: the paper's sizes by default, contradictions refused."""
+
+import math
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+
+from modeling import GaussianDecoderConfig
+from modeling.configuration_gaussian_decoder import spread_layers
+
+VISION = dict(hidden_size=24, num_hidden_layers=5, num_attention_heads=3, image_size=28, patch_size=14)
+TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, point_feature_size=20, vision_config=VISION)
+
+
+def test_a_saved_configuration_loads_equal(tmp_path):
+    config = GaussianDecoderConfig(**TINY, mode="position", vision_layers=[0, 4], sh_degree=3)
+    config.save_pretrained(tmp_path)
+    loaded = GaussianDecoderConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict() and loaded.vision_config.hidden_size == 24
+
+
+def test_the_defaults_are_the_papers():
+    config = GaussianDecoderConfig()
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (1024, 12, 16)
+    assert (config.mode, config.vision_layers, config.image_embed_size) == ("full", [4, 11, 17, 23], 4096)
+    assert (config.max_scale, config.max_offset, config.init_opacity) == (0.01, 0.1, 0.1)
+    assert config.init_scale == pytest.approx(math.exp(-5))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(mode="flame"), "found 'flame'"),
+        (dict(num_attention_heads=5), "multiple of num_attention_heads 5"),
+        (dict(num_hidden_layers=0), "at least 1"),
+        (dict(vision_layers=[0, 5]), "ascending layers of the 5"),
+        (dict(vision_layers=[3, 1]), "ascending"),
+        (dict(vision_layers=[]), "ascending"),
+        (dict(vision_layers=[0, 2], freeze_vision_encoder=False), "read to its last layer"),
+        (dict(sh_degree=4), "sh_degree must be 0 to 3"),
+        (dict(init_scale=0.01), "gradient is zero"),
+        (dict(init_opacity=1.0), "init_opacity"),
+        (dict(point_extent=0.0), "point_extent positive"),
+    ],
+)
+def test_contradictory_fields_are_refused(fields, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        GaussianDecoderConfig(**{**TINY, **fields})
+
+
+def test_the_layers_read_are_lams():
+    assert spread_layers(24) == [4, 11, 17, 23]
+    assert spread_layers(12) == [2, 5, 8, 11]
+    assert spread_layers(40) == [9, 19, 29, 39]
+    assert spread_layers(1) == [0]
