@@ -38,9 +38,9 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for points.safetensors, .ply and .png")
     parser.add_argument("--max_points", type=int, default=30_000, help="write no more points than this")
     parser.add_argument("--max_points_per_face", type=int, help="close a face that carries so many")
-    parser.add_argument("--temperature", type=float, default=0.7, help="below 1: likelier tokens are preferred more")
+    parser.add_argument("--temperature", type=float, default=0.9, help="below 1: likelier tokens are preferred more")
     parser.add_argument(
-        "--top_p", type=float, default=0.9, help="choose among the likeliest tokens of this total probability"
+        "--top_p", type=float, default=0.95, help="choose among the likeliest tokens of this total probability"
     )
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="above 1: follow the condition more closely")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another cloud")

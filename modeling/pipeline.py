@@ -41,7 +41,7 @@ FORMAT = "avatar-pointillist pipeline 1"
 INDEX_NAME, HEAD_NAME = "pipeline.json", "head.safetensors"
 COMPONENTS = ("tokenizer", "point_model", "gaussian_decoder", "head")
 # A point sampled too high skips all that would have come before it, and the sorted order never goes back: prefer likely tokens.
-SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+SAMPLING = {"temperature": 0.9, "top_p": 0.95}
 
 
 class AvatarPipeline:

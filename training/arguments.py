@@ -70,6 +70,9 @@ class ModelArguments:
     vision_patch_size: int = field(default=14, metadata={"help": "pixels of a patch, without --vision_model"})
     use_point_encoder: bool = field(default=True, metadata={"help": "read the head mesh"})
     point_latents: int = field(default=256, metadata={"help": "tokens that describe the head mesh"})
+    point_frequencies: int = field(
+        default=8, metadata={"help": "octaves of a vertex' Fourier embedding; fewer for few heads"}
+    )
     point_hidden_size: int = field(default=768, metadata={"help": "width of the mesh encoder"})
     point_layers: int = field(default=8, metadata={"help": "blocks of the mesh encoder"})
     point_attention_heads: int = field(default=12, metadata={"help": "heads of the mesh encoder"})
