@@ -1,8 +1,8 @@
 """Build, count and check a corpus from the command line.
 
     python -m gaussian_tokenizer.build_corpus --avatars DIR --head HEAD --output DIR [--num_proc N] [--push_to_hub REPO]
-    python -m gaussian_tokenizer.build_corpus stats CORPUS [--picture histogram.png]
-    python -m gaussian_tokenizer.build_corpus validate CORPUS
+    python -m gaussian_tokenizer.build_corpus stats CORPUS [--picture statistics.png] [--page page.html]
+    python -m gaussian_tokenizer.build_corpus validate CORPUS [--avatars DIR --head HEAD]
 
 A build that was killed is continued by the same command and ends with the same bytes. On a small CPU, from subjects
 that were made on the built-in head:
@@ -13,8 +13,10 @@ that were made on the built-in head:
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -32,6 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def print_counts(manifest: Mapping[str, Any]) -> None:
+    """What a corpus holds, a line a split, and who was left out of it."""
+    for name, counts in manifest["splits"].items():
+        print(
+            f"{name}: {counts['subjects']:,} subjects, {counts['frames']:,} frames, {counts['num_points']:,} points, "
+            f"{counts['num_tokens']:,} tokens, {counts['num_out_of_bounds']:,} points out of bounds"
+        )
+    for entry in manifest["skipped"]:
+        print(f"left out {entry['folder']}: {entry['reason']}", file=sys.stderr)
 
 
 def push_to_hub(corpus: Path, repository: str, private: bool) -> str:
@@ -57,17 +70,8 @@ def _build(options: argparse.Namespace) -> int:
     from gaussian_tokenizer.head_model import load_head
     from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
-    settings = BuildSettings(
-        n_bins=options.n_bins,
-        bounds=options.bounds,
-        image_size=options.image_size,
-        val_fraction=options.val_fraction,
-        num_validation=options.num_validation,
-        num_test=options.num_test,
-        seed=options.seed,
-        shard_size=options.shard_size,
-        skip_bad=options.skip_bad,
-    )
+    names = [field.name for field in fields(BuildSettings)]
+    settings = BuildSettings(**{name: vars(options)[name] for name in names})
     manifest = build(
         options.avatars,
         load_head(options.head),
@@ -77,13 +81,7 @@ def _build(options: argparse.Namespace) -> int:
         num_proc=options.num_proc,
         overwrite=options.overwrite,
     )
-    for name, counts in manifest["splits"].items():
-        print(
-            f"{name}: {counts['subjects']:,} subjects, {counts['frames']:,} frames, {counts['num_points']:,} points, "
-            f"{counts['num_tokens']:,} tokens, {counts['num_out_of_bounds']:,} points out of bounds"
-        )
-    for entry in manifest["skipped"]:
-        print(f"left out {entry['folder']}: {entry['reason']}", file=sys.stderr)
+    print_counts(manifest)
     print(f"corpus: {options.output}")
     if options.push_to_hub:
         print(f"uploaded: {push_to_hub(options.output, options.push_to_hub, options.hub_private_repo)}")
@@ -91,20 +89,31 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    from gaussian_tokenizer.corpus_checks import draw_points_per_face, statistics, statistics_table
+    from gaussian_tokenizer.atomic import atomic_file
+    from gaussian_tokenizer.corpus import load_corpus
+    from gaussian_tokenizer.corpus_page import write_page
+    from gaussian_tokenizer.corpus_statistics import statistics, statistics_picture, statistics_table
 
-    figures = statistics(options.corpus)
+    corpus = load_corpus(options.corpus)
+    figures = statistics(corpus)
     print(statistics_table(figures))
     if options.picture:
-        draw_points_per_face(figures, options.picture)
+        with atomic_file(options.picture) as file:
+            file.write(statistics_picture(figures))
         print(f"\npicture: {options.picture}")
+    if options.page:
+        print(f"\npage: {write_page(corpus, figures, options.page)}")
     return 0
 
 
 def _validate(options: argparse.Namespace) -> int:
     from gaussian_tokenizer.corpus_checks import validate
+    from gaussian_tokenizer.head_model import load_head
 
-    verdicts = validate(options.corpus, progress=True)
+    if (options.avatars is None) != (options.head is None):
+        raise ValueError("--avatars and --head belong together: the subject folders, and the head model they are of")
+    head = None if options.head is None else load_head(options.head)
+    verdicts = validate(options.corpus, options.avatars, head, progress=True)
     for verdict in verdicts:
         print(f"{'bad ' if verdict.problems else 'good'} {verdict.file}")
         for problem in verdict.problems:
@@ -121,8 +130,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gaussian_tokenizer.build_corpus",
         description="Tokenise a folder of avatars into a corpus that datasets.load_dataset opens.",
-        epilog="Other commands: `stats CORPUS` prints figures and draws points per face, `validate CORPUS` checks "
-        "every file; each has its own --help.",
+        epilog="Other commands: `stats CORPUS` prints and draws figures, `validate CORPUS` checks every file; each has its "
+        "own --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -130,6 +139,24 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--head", required=True, help="procedural, procedural:600, a .safetensors, a FLAME .pkl, an ICT-FaceKit folder")
     add("--output", required=True, type=Path, help="corpus folder to make")
     add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
+    add_corpus_options(parser)
+    add("--image_size", type=int, default=224, help="side of the pictures that the tokenizer prepares, pixels")
+    add("--tokenizer", type=Path, help="use this tokenizer as it is, not --n_bins, --bounds and --image_size")
+    add("--seed", type=int, default=0, help="of the split")
+    add("--skip_bad", action="store_true", help="leave out subjects that cannot be used, and record them")
+    add(
+        "--allow_unknown_licence",
+        action="store_true",
+        help="accept subjects without licence or consent; the card names them",
+    )
+    add("--push_to_hub", metavar="REPO", help="upload the corpus as this dataset repository")
+    add("--hub_private_repo", action="store_true", help="make that repository private")
+    return parser
+
+
+def add_corpus_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Options of every command that writes a corpus."""
+    add = parser.add_argument
     add("--shard_size", type=_size, default="256MB", help="size of a Parquet file before compression, about")
     add("--n_bins", type=int, default=1024, help="levels an axis")
     add(
@@ -139,29 +166,25 @@ def _build_parser() -> argparse.ArgumentParser:
         help="fit: the box around all points and 5 %% more; default: the tokenizer's own; or lo_x,lo_y,lo_z,hi_x,hi_y,"
         "hi_z in metres (write --bounds=-0.3,...)",
     )
-    add("--image_size", type=int, default=224, help="side of the pictures that the tokenizer prepares, pixels")
-    add("--tokenizer", type=Path, help="use this tokenizer as it is, not --n_bins, --bounds and --image_size")
     add("--val_fraction", type=float, default=0.05, help="part of the subjects for validation, at least one of two")
     add("--num_validation", type=int, help="subjects for validation, instead of --val_fraction")
     add("--num_test", type=int, default=0, help="subjects for a test split")
-    add("--seed", type=int, default=0, help="of the split")
-    add("--skip_bad", action="store_true", help="leave out subjects that cannot be used, and record them")
     add("--overwrite", action="store_true", help="replace a corpus, or one in the making with other settings")
-    add("--push_to_hub", metavar="REPO", help="upload the corpus as this dataset repository")
-    add("--hub_private_repo", action="store_true", help="make that repository private")
-    return parser
 
 
 def _stats_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gaussian_tokenizer.build_corpus stats")
-    parser.add_argument("corpus", type=Path, help="corpus folder")
-    parser.add_argument("--picture", type=Path, help="draw the histogram of points per face to this PNG")
+    parser.add_argument("corpus", help="corpus folder, or its URL")
+    parser.add_argument("--picture", type=Path, help="draw points per face, lengths and use of the bins to this PNG")
+    parser.add_argument("--page", type=Path, help="write an HTML page with figures, pictures and licences here")
     return parser
 
 
 def _validate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gaussian_tokenizer.build_corpus validate")
     parser.add_argument("corpus", type=Path, help="corpus folder")
+    parser.add_argument("--avatars", type=Path, help="compare with the subject folders the corpus was built from")
+    parser.add_argument("--head", help="their head model")
     return parser
 
 

@@ -6,22 +6,26 @@
     <corpus>/corpus.json                              head model, tokenizer, rows and checksum of every shard
     <corpus>/README.md                                the dataset card
 
-`load_corpus` checks that the folder is whole and of one tokenizer before anything is read from it. The folder is made
-by `corpus_builder` (`python -m gaussian_tokenizer.build_corpus`) and checked in depth by `corpus_checks`.
+`load_corpus` checks that the folder is whole and of one tokenizer before anything is read from it. The folder may be the
+URL of one in an object store, for whatever scheme fsspec knows. It is made by `corpus_builder`
+(`python -m gaussian_tokenizer.build_corpus`) and checked in depth by `corpus_checks`.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Array2D, Dataset, Features, Image, IterableDataset, List, Value, load_dataset
+from fsspec.core import url_to_fs
+from fsspec.implementations.dirfs import DirFileSystem
 
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
@@ -32,6 +36,7 @@ CONFIGURATIONS = ("avatars", "frames")
 SPLITS = ("train", "validation", "test")
 POSE_SIZES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
 # In the schema of every shard, so that a shard of another corpus is noticed.
+BATCH_ROWS = 16
 FINGERPRINT_KEY = b"gaussian_tokenizer"
 
 
@@ -39,9 +44,15 @@ FINGERPRINT_KEY = b"gaussian_tokenizer"
 class Corpus:
     """A whole corpus folder; `load_corpus` makes it."""
 
-    path: Path
+    location: str  # the folder, or its URL
     manifest: dict[str, Any]  # the content of corpus.json
     tokenizer: GaussianTokenizer
+    files: DirFileSystem  # those of the folder
+
+    @property
+    def path(self) -> Path:
+        """The folder; of a URL only its name makes sense."""
+        return Path(self.location)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -57,43 +68,74 @@ class Corpus:
 
     def frame_rows(self, split: str = "train") -> dict[str, range]:
         """avatar_id -> its rows in `frames(split)`; every avatar of the split is a key, also one without pictures."""
-        ids = _column(self.path, self.manifest, "frames", split, "avatar_id")
-        rows = {avatar_id: range(0) for avatar_id in _column(self.path, self.manifest, "avatars", split, "avatar_id")}
+        ids = self._avatar_ids("frames", split)
+        rows = {avatar_id: range(0) for avatar_id in self._avatar_ids("avatars", split)}
         starts = [0, *(row for row in range(1, len(ids)) if ids[row] != ids[row - 1])] if ids else []
         for start, stop in zip(starts, [*starts[1:], len(ids)]):
             rows[ids[start]] = range(start, stop)
         return rows
 
     def _load(self, configuration: str, split: str, streaming: bool) -> Dataset | IterableDataset:
-        if not shards_of(self.manifest, configuration, split):
+        shards = shards_of(self.manifest, configuration, split)
+        if not shards:
             found = sorted({(shard["configuration"], shard["split"]) for shard in self.manifest["shards"]})
-            raise ValueError(f"{self.path}: no {configuration} of the split {split!r}; the corpus has {found}")
-        return load_dataset(str(self.path), configuration, split=split, streaming=streaming)
+            raise ValueError(f"{self.location}: no {configuration} of the split {split!r}; the corpus has {found}")
+        if not is_url(self.location):
+            return load_dataset(self.location, configuration, split=split, streaming=streaming)
+        urls = {split: [f"{self.location}/{shard['file']}" for shard in shards]}
+        return load_dataset("parquet", data_files=urls, split=split, streaming=streaming)
+
+    def _avatar_ids(self, configuration: str, split: str) -> list[str]:
+        ids = []
+        for shard in shards_of(self.manifest, configuration, split):
+            with self.files.open(shard["file"]) as file:
+                ids += pq.read_table(file, columns=["avatar_id"])["avatar_id"].to_pylist()
+        return ids
 
 
 def load_corpus(path: str | os.PathLike, tokenizer: GaussianTokenizer | None = None) -> Corpus:
-    """Open a corpus folder; `tokenizer` is the one it must have been made with, where that matters (a model's).
+    """Open a corpus folder or the URL of one; `tokenizer` is the one it must have been made with, where that matters.
 
     Raises FileNotFoundError or ValueError, naming the file, for a folder that is half-built or not a corpus, a shard
     that is missing or has other rows, another size or another schema than recorded, and ids of another tokenizer.
     """
-    path = Path(path)
-    manifest = read_manifest(path)
-    own = GaussianTokenizer.from_pretrained(path / TOKENIZER_FOLDER)
+    location = os.fspath(path).rstrip("/") or "/"
+    files = open_files(location)
+    manifest = _read_manifest_at(location, files) if is_url(location) else read_manifest(Path(location))
+    if is_url(location):
+        with TemporaryDirectory() as folder:
+            for name in files.ls(TOKENIZER_FOLDER, detail=False):
+                Path(folder, Path(name).name).write_bytes(files.cat_file(name))
+            own = GaussianTokenizer.from_pretrained(folder)
+    else:
+        own = GaussianTokenizer.from_pretrained(f"{location}/{TOKENIZER_FOLDER}")
     recorded = manifest["tokenizer"]["fingerprint"]
     if tokenizer_fingerprint(own) != recorded:
         raise ValueError(
-            f"{path / TOKENIZER_FOLDER}: is not the tokenizer this corpus was made with (fingerprint "
+            f"{location}/{TOKENIZER_FOLDER}: is not the tokenizer this corpus was made with (fingerprint "
             f"{tokenizer_fingerprint(own)}, {MANIFEST_NAME} says {recorded}); restore it, or build the corpus again"
         )
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != recorded:
         raise ValueError(
-            f"{path}: was made with another tokenizer ({_describe(own)}) than the one given ({_describe(tokenizer)}); "
+            f"{location}: was made with another tokenizer ({_describe(own)}) than the one given ({_describe(tokenizer)}); "
             "use the corpus' own, or build the corpus with --tokenizer"
         )
     for shard in manifest["shards"]:
-        check_shard(path, shard, recorded)
-    return Corpus(path, manifest, own)
+        check_shard(location, files, shard, recorded)
+    return Corpus(location, manifest, own, files)
+
+
+def is_url(location: str) -> bool:
+    return "://" in location
+
+
+def open_files(location: str) -> DirFileSystem:
+    """The files of a folder or of the URL of one; ValueError for a scheme that cannot be read here."""
+    try:
+        filesystem, root = url_to_fs(location)
+    except (ImportError, ValueError) as error:  # the package for this scheme is not installed, or there is none
+        raise ValueError(f"{location}: {_one_line(error)}") from None
+    return DirFileSystem(root, filesystem)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -110,33 +152,64 @@ def read_manifest(path: Path) -> dict[str, Any]:
         else:
             raise FileNotFoundError(f"{path}: no such corpus folder; make one with build_corpus")
         raise FileNotFoundError(f"{path}: {problem}; run build_corpus again with the same arguments to finish it")
+    return _parse_manifest(str(file), file.read_bytes())
+
+
+def _read_manifest_at(url: str, files: DirFileSystem) -> dict[str, Any]:
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        content = files.cat_file(MANIFEST_NAME)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{url}: no {MANIFEST_NAME} there; expected the URL of a folder that build_corpus has made"
+        ) from None
+    return _parse_manifest(f"{url}/{MANIFEST_NAME}", content)
+
+
+def _parse_manifest(where: str, content: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(content)
         found = manifest["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: is not the file that build_corpus writes: {error}") from None
+        raise ValueError(f"{where}: is not the file that build_corpus writes: {error}") from None
     if found != FORMAT:
-        raise ValueError(f"{file}: format {found!r}, expected {FORMAT!r}; build the corpus again with this version")
+        raise ValueError(f"{where}: format {found!r}, expected {FORMAT!r}; build the corpus again with this version")
     return manifest
 
 
-def check_shard(path: Path, shard: Mapping[str, Any], fingerprint: str) -> None:
+def check_shard(location: str, files: DirFileSystem, shard: Mapping[str, Any], fingerprint: str) -> None:
     """Compare size, footer, rows and tokenizer of one Parquet file with its entry in `corpus.json`; no data is read."""
-    file = path / shard["file"]
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: missing from the corpus; copy it again, or build the corpus again")
-    size = file.stat().st_size
+    where = f"{location}/{shard['file']}"
+    if not files.isfile(shard["file"]):
+        raise FileNotFoundError(f"{where}: missing from the corpus; copy it again, or build the corpus again")
+    size = files.size(shard["file"])
     if size != shard["bytes"]:
-        raise ValueError(f"{file}: corrupted shard, {size} bytes, expected {shard['bytes']}; copy or build it again")
+        raise ValueError(f"{where}: corrupted shard, {size} bytes, expected {shard['bytes']}; copy or build it again")
     try:
-        footer = pq.read_metadata(file)
+        with files.open(shard["file"]) as file:
+            footer = pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: corrupted shard, not a readable Parquet file ({_one_line(error)})") from None
+        raise ValueError(f"{where}: corrupted shard, not a readable Parquet file ({_one_line(error)})") from None
     if footer.num_rows != shard["rows"]:
-        raise ValueError(f"{file}: {footer.num_rows} rows, expected {shard['rows']}; copy or build it again")
+        raise ValueError(f"{where}: {footer.num_rows} rows, expected {shard['rows']}; copy or build it again")
     found = (footer.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
     if found != fingerprint:
-        raise ValueError(f"{file}: its ids are of another tokenizer ({found or 'unknown'}, expected {fingerprint})")
+        raise ValueError(f"{where}: its ids are of another tokenizer ({found or 'unknown'}, expected {fingerprint})")
+
+
+def read_rows(corpus: Corpus, configuration: str, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """These columns of every row, of all splits, a few rows in memory at a time; see `read_shard`."""
+    for shard in corpus.manifest["shards"]:
+        if shard["configuration"] == configuration:
+            with corpus.files.open(shard["file"]) as file:
+                yield from read_shard(file, columns)
+
+
+def read_shard(file: Path | BinaryIO, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file; lists of numbers, of any depth, as one flat array."""
+    with pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
+            for number in range(len(batch)):
+                yield {name: _plain(batch.column(name)[number]) for name in batch.schema.names}
 
 
 def staging_folder(output: Path) -> Path:
@@ -215,9 +288,15 @@ def _pose_features(head: HeadModel) -> dict[str, List]:
     return {name: List(Value("float32"), length=size) for name, size in sizes.items()}
 
 
-def _column(path: Path, manifest: Mapping[str, Any], configuration: str, split: str, name: str) -> list:
-    files = [path / shard["file"] for shard in shards_of(manifest, configuration, split)]
-    return [value for file in files for value in pq.ParquetFile(file).read(columns=[name])[name].to_pylist()]
+def _plain(value: pa.Scalar) -> Any:
+    if isinstance(value, pa.ExtensionScalar):
+        value = value.value
+    if not isinstance(value, pa.ListScalar):
+        return value.as_py()
+    values = value.values
+    while isinstance(values, pa.ListArray | pa.FixedSizeListArray):
+        values = values.flatten()
+    return values.to_numpy(zero_copy_only=False)
 
 
 def _describe(tokenizer: GaussianTokenizer) -> str:

@@ -1,9 +1,10 @@
-"""Builds a corpus from a folder of subjects: survey, bounds, split, shards, card, and one rename at the end.
+"""Builds a corpus from subjects: each read once, then bounds, split, shards, card, and one rename at the end.
 
-Everything is written to `.<name>.partial` beside the output: `settings.json` (what was asked for), `corpus/` (the corpus
-so far) and `done/` (one record for every finished shard, with a key over all that went into it). A build that was
-killed and is started again keeps the shards whose key is still right and writes the others. Nothing depends on the
-number of processes, their order or the clock, so the bytes are the same as those of one uninterrupted build.
+Everything is written to `.<name>.partial` beside the output: `settings.json` (what was asked for), `subjects/` (what was
+read of each), `corpus/` (the corpus so far) and `done/` (one record for every finished shard, with a key over all that
+went into it). A build that was killed and is started again keeps the shards whose key is still right and writes the
+others. Nothing depends on the number of processes, their order or the clock, so the bytes are the same as those of one
+uninterrupted build.
 """
 
 import contextlib
@@ -39,17 +40,17 @@ from gaussian_tokenizer.corpus_plan import (
     split_subjects,
     versions,
 )
-from gaussian_tokenizer.corpus_shards import ShardPlan, Survey, survey_subject, write_shard
+from gaussian_tokenizer.corpus_shards import ShardPlan, write_shard
+from gaussian_tokenizer.corpus_subjects import FolderSource, SubjectSource, Survey, read_subject
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.parallel import runner
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-from gaussian_tokenizer.subject import find_subject_folders
 
 HEAD_NAME = "head.safetensors"
 
 
 def build(
-    avatars: str | os.PathLike,
+    avatars: str | os.PathLike | SubjectSource,
     head: HeadModel,
     output: str | os.PathLike,
     settings: BuildSettings | None = None,
@@ -60,6 +61,7 @@ def build(
 ) -> dict[str, Any]:
     """Build the corpus folder `output` from the subject folders in `avatars`; returns the content of `corpus.json`.
 
+    `avatars` may also be another source of subjects, such as `synthesize.SyntheticSource`.
     With `tokenizer` its bins and bounds are used; those of `settings` are not. A build of the same settings that was
     interrupted is continued. Raises FileNotFoundError or ValueError with one clear line for every reason not to build.
     """
@@ -72,14 +74,16 @@ def build(
         shutil.rmtree(staging)  # killed between its last two steps: all is done
         return read_manifest(output)
     _check_output(output, overwrite)
-    folders = find_subject_folders(avatars)
+    source = FolderSource(Path(avatars)) if isinstance(avatars, str | os.PathLike) else avatars
+    names = source.names()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(staging):
-        _open_staging(staging, settings, head, tokenizer, overwrite)
+    with _lock(staging, made=source.recipe is not None):
+        _open_staging(staging, settings, head, tokenizer, source, overwrite)
         with runner(num_proc, head, staging / HEAD_NAME) as run:
-            surveys = run(survey_subject, [(folder,) for folder in folders], "reading subjects", progress)
+            jobs = [(number, name, source, staging / "subjects") for number, name in enumerate(names)]
+            surveys = run(read_subject, jobs, "reading subjects", progress)
             max_points = None if tokenizer is None else tokenizer.max_points
-            good, bad = sort_out(surveys, settings.skip_bad, Path(avatars), max_points)
+            good, bad = sort_out(surveys, settings, source.where, max_points)
             split = split_subjects(good, settings)
             tokenizer = tokenizer or make_tokenizer(good, head, settings)
             static_offset = any(survey.static_offset for survey in good)
@@ -87,8 +91,8 @@ def build(
             records = _finished(staging, plans)
             missing = [plan for plan in plans if plan.file not in records]
             work = partial(_write_and_record, staging, tokenizer=tokenizer, static_offset=static_offset)
-            jobs, done = [(plan,) for plan in missing], len(plans) - len(missing)
-            for record in run(work, jobs, "writing shards", progress, done):
+            done = len(plans) - len(missing)
+            for record in run(work, [(plan,) for plan in missing], "writing shards", progress, done):
                 records[record["file"]] = record
         manifest = make_manifest(split, [records[plan.file] for plan in plans], bad, tokenizer, head, settings)
         _finish(staging, output, plans, manifest, tokenizer, head, good, static_offset)
@@ -106,8 +110,11 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _lock(staging: Path) -> Iterator[None]:
-    """One build at a time; the lock goes with the process that held it, however it ends."""
+def _lock(staging: Path, made: bool) -> Iterator[None]:
+    """One build at a time; the lock goes with the process that held it, however it ends.
+
+    `made`: the subjects that are ready were made for this corpus, and the next run continues with them.
+    """
     staging.mkdir(exist_ok=True)
     with open(staging / "lock", "w") as file:
         try:
@@ -117,16 +124,23 @@ def _lock(staging: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if not any(staging.glob("done/*")):  # nothing that a next run could use
+            useful = [*staging.glob("done/*"), *(staging.glob("subjects/*") if made else ())]
+            if not useful:
                 shutil.rmtree(staging, ignore_errors=True)
             raise
 
 
 def _open_staging(
-    staging: Path, settings: BuildSettings, head: HeadModel, tokenizer: GaussianTokenizer | None, overwrite: bool
+    staging: Path,
+    settings: BuildSettings,
+    head: HeadModel,
+    tokenizer: GaussianTokenizer | None,
+    source: SubjectSource,
+    overwrite: bool,
 ) -> None:
     """Start a new staging folder, or continue one of the same settings."""
     wanted: dict[str, Any] = {"format": FORMAT, "head_hash": head.hash, **asdict(settings), "versions": versions()}
+    wanted["recipe"] = source.recipe
     wanted["tokenizer"] = None if tokenizer is None else json.loads(tokenizer.to_json_string())
     wanted = json.loads(json.dumps(wanted))
     file = staging / "settings.json"
@@ -140,9 +154,9 @@ def _open_staging(
                 "with --overwrite"
             )
         if different:
-            for name in ("corpus", "done"):
+            for name in ("corpus", "done", "subjects"):
                 shutil.rmtree(staging / name, ignore_errors=True)
-    for name in ("done", *(f"corpus/{configuration}" for configuration in CONFIGURATIONS)):
+    for name in ("done", "subjects", *(f"corpus/{configuration}" for configuration in CONFIGURATIONS)):
         (staging / name).mkdir(parents=True, exist_ok=True)
     _write_json(file, wanted)
     head.save(staging / HEAD_NAME)
@@ -172,7 +186,7 @@ def _finished(staging: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]
 def _write_and_record(
     staging: Path, plan: ShardPlan, head: HeadModel, tokenizer: GaussianTokenizer, static_offset: bool
 ) -> dict[str, Any]:
-    record = write_shard(staging / "corpus", plan, tokenizer, head, static_offset)
+    record = write_shard(staging / "corpus", staging / "subjects", plan, tokenizer, head, static_offset)
     _write_json(_record_path(staging, plan.file), {**record, "key": plan.key})
     return record
 
@@ -193,11 +207,10 @@ def _finish(
 ) -> None:
     corpus = staging / "corpus"
     planned = {corpus / plan.file for plan in plans}
+    # A build that was killed just here, or a process that outlived one for a moment, may have left temporary files.
+    for path in [path for path in corpus.rglob("*") if path.is_file() and path not in planned]:
+        path.unlink()
     for configuration in CONFIGURATIONS:
-        # A process that outlived a killed build for a moment may have left a temporary file.
-        for path in (corpus / configuration).iterdir():
-            if path not in planned:
-                path.unlink()
         if not any((corpus / configuration).iterdir()):
             (corpus / configuration).rmdir()
     tokenizer.save_pretrained(corpus / TOKENIZER_FOLDER)

@@ -15,14 +15,14 @@ from huggingface_hub import DatasetCardData
 
 from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.corpus import CONFIGURATIONS, avatars_features, frames_features, shards_of
-from gaussian_tokenizer.corpus_shards import Survey
+from gaussian_tokenizer.corpus_plan import unknown
+from gaussian_tokenizer.corpus_subjects import ABOUT, Survey
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
 # Of the licences people give to captures; the Hub knows each under the lower-case name, anything else is "other".
 HUB_LICENCES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
 LISTED_SUBJECTS = 100
-ABOUT = ("licence", "consent", "provenance")
 
 
 def write_card(
@@ -41,7 +41,7 @@ def write_card(
 
 
 def _header(manifest: dict[str, Any], subjects: list[Survey], features: dict[str, Features]) -> dict[str, Any]:
-    licences = {_about(subject, "licence").lower() for subject in subjects}
+    licences = {subject.about[ABOUT.index("licence")].lower() for subject in subjects}
     licence = next(iter(licences)) if len(licences) == 1 else "other"
     configs: list[dict[str, Any]] = []
     infos = DatasetInfosDict()
@@ -77,12 +77,13 @@ def _text(manifest: dict[str, Any], subjects: list[Survey], axis_order: str) -> 
         for name, counts in manifest["splits"].items()
     ]
     outside = sum(counts["num_out_of_bounds"] for counts in manifest["splits"].values())
-    groups = Counter(tuple(_about(subject, what) for what in ABOUT) for subject in subjects)
+    groups = Counter(subject.about for subject in subjects)
     listed = [
-        [subject.avatar_id, *(_about(subject, what) for what in ABOUT), f"{subject.num_points:,}"]
+        [subject.avatar_id, *subject.about, f"{subject.num_points:,}"]
         for subject in sorted(subjects, key=lambda subject: subject.avatar_id)[:LISTED_SUBJECTS]
     ]
     more = len(subjects) - len(listed)
+    without = sorted(subject.avatar_id for subject in subjects if unknown(subject))
     skipped = [[entry["folder"], entry["reason"]] for entry in manifest["skipped"]]
     parts = [
         "# Corpus of tokenised Gaussian head avatars",
@@ -112,13 +113,16 @@ def _text(manifest: dict[str, Any], subjects: list[Survey], axis_order: str) -> 
         _table(["avatar_id", *ABOUT, "points"], listed)
         + (f"\n\n... and {more:,} more; see the columns of `avatars`." if more else ""),
     ]
+    if without:
+        names = ", ".join(without[:LISTED_SUBJECTS]) + (", ..." if len(without) > LISTED_SUBJECTS else "")
+        parts += [
+            "## Unknown licence or consent",
+            f"For {len(without):,} subjects it is not known under which licence or with whose consent they are in here: "
+            f"{names}. Find out before you use or pass on this corpus.",
+        ]
     if skipped:
         parts += ["## Left out", _table(["folder", "reason"], skipped)]
     return "\n\n".join(parts) + "\n"
-
-
-def _about(subject: Survey, what: str) -> str:
-    return str(subject.metadata.get(what, "unknown"))
 
 
 def _table(names: list[str], rows: list[list[str]]) -> str:

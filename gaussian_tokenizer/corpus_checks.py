@@ -1,10 +1,13 @@
-"""The deep checks of a corpus and its figures: `validate` reads every byte, `statistics` the columns it needs.
+"""The deep check of a corpus: `validate` reads every byte.
 
 `load_corpus` looks at names, sizes and footers only, which is quick; here every checksum is computed, every sequence
-decoded and every picture opened. Both stream the Parquet files and hold one batch of rows at a time.
+decoded and every picture opened, and, where the subjects are at hand, each is compared with what it was made from. The
+Parquet files are streamed, one batch of rows in memory at a time.
 """
 
+import functools
 import io
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -13,26 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 
-from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.corpus import (
     CARD_NAME,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     check_shard,
-    load_corpus,
+    open_files,
     points_per_face,
     read_manifest,
+    read_shard,
     sha256_of,
     tokenizer_fingerprint,
 )
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.subject import Frame, Subject, find_subject_folders
 
-BATCH_ROWS = 16
 SHOWN_PROBLEMS = 5  # of one file
+ROUNDING = 1e-6  # metres: what float32 costs on the way
 
 
 @dataclass(frozen=True)
@@ -43,30 +48,21 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Figures of a corpus; `points_per_face[k]` counts the faces with k points, over all subjects."""
+def validate(
+    path: str | os.PathLike,
+    avatars: str | os.PathLike | None = None,
+    head: HeadModel | None = None,
+    progress: bool = False,
+) -> list[Verdict]:
+    """Check every file of a corpus in depth; one verdict a file. Raises only where there is no corpus to check.
 
-    subjects: dict[str, int]  # by split
-    frames: dict[str, int]
-    num_tokens: int
-    num_points: np.ndarray  # (subjects,)
-    num_out_of_bounds: int
-    points_per_face: np.ndarray  # (max + 1,)
-    licences: dict[str, int]
-    consents: dict[str, int]
-
-    @property
-    def empty_faces(self) -> float:
-        """The share of faces without a point."""
-        return float(self.points_per_face[0] / self.points_per_face.sum())
-
-
-def validate(path: str | os.PathLike, progress: bool = False) -> list[Verdict]:
-    """Check every file of a corpus in depth; one verdict a file. Raises only where there is no corpus to check."""
+    With `avatars`, the folder of subject folders the corpus was built from, and their `head` model, every sequence is also
+    compared with its avatar, and every picture with its file.
+    """
     path = Path(path)
     manifest = read_manifest(path)
     fingerprint = manifest["tokenizer"]["fingerprint"]
+    originals = None if avatars is None else Originals.of(avatars, head, manifest)
     verdicts = []
     tokenizer: GaussianTokenizer | None = None
     problems: list[str]
@@ -77,118 +73,101 @@ def validate(path: str | os.PathLike, progress: bool = False) -> list[Verdict]:
     except (ValueError, OSError) as error:
         problems = [_one_line(error)]
     verdicts.append(Verdict(TOKENIZER_FOLDER, problems))
-    split_of: dict[str, str] = {}  # of every avatar met so far
-    keys: set[tuple] = set()  # of every frame met so far
+    met = _Met()
     for shard in tqdm(manifest["shards"], "checking shards", disable=not progress):
         problems = []
         try:
-            check_shard(path, shard, fingerprint)
+            check_shard(str(path), open_files(str(path)), shard, fingerprint)
             with open(path / shard["file"], "rb") as file:
                 if sha256_of(file) != shard["sha256"]:
                     problems.append("corrupted shard: its bytes are not those that were written (sha256)")
-            for number, row in enumerate(_rows(path / shard["file"])):
+            for number, row in enumerate(read_shard(path / shard["file"])):
                 if shard["configuration"] == "avatars":
-                    wrong = _avatar_problems(row, shard["split"], tokenizer, manifest["head"]["n_faces"], split_of)
+                    wrong = _avatar_problems(
+                        row, shard["split"], tokenizer, manifest["head"]["n_faces"], met, originals
+                    )
                 else:
-                    wrong = _frame_problems(row, shard["split"], split_of, keys)
+                    wrong = _frame_problems(row, shard["split"], met, originals)
                 problems += [f"row {number} ({row['avatar_id']}): {problem}" for problem in wrong]
         except Exception as error:  # what a damaged Parquet file raises depends on where the damage is
             problems.append(_one_line(error).removeprefix(f"{path / shard['file']}: "))
         verdicts.append(Verdict(shard["file"], _shorten(problems)))
-    verdicts.append(Verdict(MANIFEST_NAME, _manifest_problems(path, manifest, split_of)))
+    problems = _manifest_problems(path, manifest, met)
+    if originals is not None:
+        skipped = {entry["folder"] for entry in manifest["skipped"]}
+        left = [id for id, folder in originals.folders.items() if id not in met.split_of and folder.name not in skipped]
+        problems += [f"{originals.where} holds {avatar_id}, the corpus does not" for avatar_id in left]
+    verdicts.append(Verdict(MANIFEST_NAME, _shorten(problems)))
     return verdicts
 
 
-def statistics(path: str | os.PathLike) -> Statistics:
-    """Figures of a whole corpus, from the columns of `avatars`; the ids and pictures are not read."""
-    corpus = load_corpus(path)
-    points, outside = [], 0
-    histogram = np.zeros(1, dtype=np.int64)
-    licences: Counter[str] = Counter()
-    consents: Counter[str] = Counter()
-    for shard in corpus.manifest["shards"]:
-        if shard["configuration"] == "avatars":
-            columns = ["num_points", "num_out_of_bounds", "points_per_face", "licence", "consent"]
-            for row in _rows(corpus.path / shard["file"], columns):
-                points.append(row["num_points"])
-                outside += row["num_out_of_bounds"]
-                own = np.asarray(row["points_per_face"])
-                histogram = np.pad(histogram, (0, max(0, len(own) - len(histogram))))
-                histogram[: len(own)] += own
-                licences[row["licence"]] += 1
-                consents[row["consent"]] += 1
-    splits = corpus.manifest["splits"]
-    return Statistics(
-        subjects={name: counts["subjects"] for name, counts in splits.items()},
-        frames={name: counts["frames"] for name, counts in splits.items()},
-        num_tokens=4 * sum(points) + 2 * len(points),
-        num_points=np.array(points),
-        num_out_of_bounds=outside,
-        points_per_face=histogram,
-        licences=dict(sorted(licences.items())),
-        consents=dict(sorted(consents.items())),
-    )
+@dataclass(frozen=True, eq=False)
+class Originals:
+    """The subjects a corpus was built from."""
+
+    where: str
+    folders: dict[str, Path]  # by avatar_id
+    head: HeadModel
+
+    @classmethod
+    def of(cls, avatars: str | os.PathLike, head: HeadModel | None, manifest: dict[str, Any]) -> "Originals":
+        made_on = manifest["head"]
+        if head is None or head.hash != made_on["hash"]:
+            found = "none was given" if head is None else f"given is {head.name!r} (hash {head.hash})"
+            raise ValueError(
+                f"the avatars are of head model {made_on['name']!r} (hash {made_on['hash']}), {found}; give theirs with --head"
+            )
+        folders = {}
+        for folder in find_subject_folders(avatars):
+            try:
+                folders[Subject.open(folder).avatar_id] = folder
+            except ValueError:  # left out of the corpus too
+                continue
+        return cls(str(avatars), folders, head)
+
+    def subject(self, avatar_id: str) -> Subject:
+        if avatar_id not in self.folders:
+            raise ValueError(f"{self.where} holds no such subject")
+        return Subject.open(self.folders[avatar_id])
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (an avatar's frames lie together, and one object lives as long as a check)
+    def pictures(self, avatar_id: str) -> dict[tuple[int, int], Frame]:
+        """By timestep and camera."""
+        return {(frame.timestep, frame.camera): frame for frame in self.subject(avatar_id).frames()}
 
 
-def statistics_table(figures: Statistics) -> str:
-    """The figures as lines of text."""
-    points, faces = figures.num_points, figures.points_per_face
-    occupied = faces[1:].sum()
-    mean = (faces * np.arange(len(faces))).sum() / max(1, occupied)
-    rows = [
-        ("subjects", f"{len(points):,} ({_counts(figures.subjects)})"),
-        ("frames", f"{sum(figures.frames.values()):,} ({_counts(figures.frames)})"),
-        ("tokens", f"{figures.num_tokens:,}"),
-        ("points", f"{points.sum():,}"),
-        ("points a subject", f"min {points.min():,}, median {np.median(points):,.0f}, max {points.max():,}"),
-        ("points out of bounds", f"{figures.num_out_of_bounds:,}"),
-        ("faces without points", f"{figures.empty_faces:.1%}"),
-        ("points an occupied face", f"mean {mean:.2f}, max {len(faces) - 1}"),
-        ("licences", _counts(figures.licences)),
-        ("consent", _counts(figures.consents)),
-    ]
-    lines = [f"{name:<24} {value}" for name, value in rows]
-    lines += ["", f"{'points on a face':<18} {'faces':>12}  {'share':>7}"]
-    lines += [
-        f"{count:<18} {number:>12,}  {number / faces.sum():>7.2%}" for count, number in enumerate(faces) if number
-    ]
-    return "\n".join(lines)
+@dataclass
+class _Met:
+    """What has been seen so far."""
 
-
-def draw_points_per_face(figures: Statistics, path: str | os.PathLike) -> None:
-    """Write the histogram of points per face as a picture (PNG)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError('a picture needs matplotlib: pip install "avatar-pointillist[demo]"') from None
-    share = 100 * figures.points_per_face / figures.points_per_face.sum()
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.bar(np.arange(len(share)), share, color=["#b0b0b0"] + ["#3b6ea5"] * (len(share) - 1))
-    axes.set(xlabel="points on a face", ylabel="% of faces", xlim=(-0.7, len(share) - 0.3))
-    axes.set_title(f"{len(figures.num_points):,} subjects, {figures.num_points.sum():,} points")
-    axes.spines[["top", "right"]].set_visible(False)
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", metadata={"Software": None})
+    split_of: dict[str, str] = field(default_factory=dict)  # of every avatar
+    framed: set[str] = field(default_factory=set)  # avatars whose frames have begun
+    avatar_id: str = ""  # of the last frame
+    moments: set[tuple[int, int]] = field(default_factory=set)  # its timesteps and cameras
 
 
 # ---- problems
 
 
 def _avatar_problems(
-    row: dict[str, Any], split: str, tokenizer: GaussianTokenizer | None, n_faces: int, split_of: dict[str, str]
+    row: dict[str, Any],
+    split: str,
+    tokenizer: GaussianTokenizer | None,
+    n_faces: int,
+    met: _Met,
+    originals: Originals | None,
 ) -> Iterator[str]:
     avatar_id = row["avatar_id"]
-    if avatar_id in split_of:
-        yield f"avatar_id is there twice, first in {split_of[avatar_id]}"
-    split_of.setdefault(avatar_id, split)
+    if avatar_id in met.split_of:
+        yield f"avatar_id is there twice, first in {met.split_of[avatar_id]}"
+    met.split_of.setdefault(avatar_id, split)
     if row["split"] != split:
         yield f"says it is of the split {row['split']!r}, stands in {split!r}"
-    if not np.isfinite(np.asarray(row["head_vertices"])).all():
+    if not np.isfinite(row["head_vertices"]).all():
         yield "head_vertices hold NaN or Inf"
     if tokenizer is None:
         return
-    ids = np.asarray(row["input_ids"])
+    ids = row["input_ids"]
     if len(ids) < 6 or (ids[0], ids[-1]) != (tokenizer.bos_token_id, tokenizer.eos_token_id):
         yield f"{len(ids)} ids that do not go from bos to eos"
         return
@@ -203,30 +182,77 @@ def _avatar_problems(
     order = [body[:, 3], *(body[:, "xyz".index(axis)] for axis in reversed(tokenizer.axis_order))]
     if (np.lexsort(order, axis=0) != np.arange(len(body))).any():
         yield f"the points are not sorted by {tokenizer.axis_order}, face"
-    if points_per_face(points["faces"], n_faces).tolist() != row["points_per_face"]:
+    if points_per_face(points["faces"], n_faces).tolist() != row["points_per_face"].tolist():
         yield "points_per_face is not that of the ids"
+    if originals is not None:
+        try:
+            yield from _differences(row, points, tokenizer, originals.subject(avatar_id), originals.head)
+        except (ValueError, OSError) as error:
+            yield _one_line(error)
 
 
-def _frame_problems(row: dict[str, Any], split: str, split_of: dict[str, str], keys: set[tuple]) -> Iterator[str]:
-    key = (row["avatar_id"], row["timestep"], row["camera"])
-    if key in keys:
+def _differences(
+    row: dict[str, Any], points: dict[str, Any], tokenizer: GaussianTokenizer, subject: Subject, head: HeadModel
+) -> Iterator[str]:
+    """How the decoded points, the mesh and the metadata differ from those of the subject's folder."""
+    avatar = subject.load_avatar(head)
+    params = avatar.params or HeadParameters.zeros(head.n_shape, head.n_expression)
+    vertices = head.canonical_vertices(params.frame(0)).numpy()
+    if not np.allclose(row["head_vertices"].reshape(-1, 3), vertices, rtol=0, atol=ROUNDING):
+        yield f"head_vertices are not those of {subject.path}"
+    if json.loads(row["metadata"]) != subject.metadata:
+        yield f"metadata are not those of {subject.path}"
+    counts = [np.bincount(faces, minlength=head.n_faces) for faces in (points["faces"], avatar.faces.numpy())]
+    if (counts[0] != counts[1]).any():
+        face = int(np.argmax(counts[0] != counts[1]))
+        yield f"{counts[0][face]} points on face {face}, {counts[1][face]} in {subject.path}"
+        return
+    # Any pairing within the faces that stays within half a bin will do; the tokenizer's order has it if there is one.
+    order = tokenizer(avatar, return_order=True, on_out_of_bounds="ignore")["order"]
+    order = order[np.argsort(avatar.faces.numpy()[order], kind="stable")]
+    lo, hi = np.array(tokenizer.bounds)
+    positions = avatar.canonical_points()["positions"].numpy()[order].clip(lo, hi)  # those outside are moved there
+    errors = np.abs(points["positions"][np.argsort(points["faces"], kind="stable")] - positions)
+    wrong = (errors > (hi - lo) / tokenizer.n_bins / 2 + ROUNDING).any(axis=1)
+    if wrong.any():
+        yield f"{wrong.sum()} points are not where they are in {subject.path}, by up to {1000 * errors.max():.3g} mm"
+
+
+def _frame_problems(row: dict[str, Any], split: str, met: _Met, originals: Originals | None) -> Iterator[str]:
+    avatar_id, moment = row["avatar_id"], (row["timestep"], row["camera"])
+    if avatar_id != met.avatar_id:
+        if avatar_id in met.framed:
+            yield "its frames do not lie together"
+        met.framed.add(avatar_id)
+        met.avatar_id = avatar_id
+        met.moments.clear()
+    if moment in met.moments:
         yield f"timestep {row['timestep']}, camera {row['camera']} is there twice"
-    keys.add(key)
-    own = split_of.get(row["avatar_id"])
+    met.moments.add(moment)
+    own = met.split_of.get(avatar_id)
     if own != split:
         yield "no such avatar" if own is None else f"frame in {split!r}, its avatar in {own!r}"
+    data = row["image"]["bytes"]
     try:
-        with Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
+        with Image.open(io.BytesIO(data)) as picture:
             picture.load()
         if picture.size != (row["width"], row["height"]):
             yield f"picture of {picture.size} pixels, its camera has {row['width'], row['height']}"
     except Exception as error:  # Pillow has a dozen kinds for a damaged picture
         yield f"picture does not open ({_one_line(error)})"
+    if originals is not None:
+        try:
+            if originals.pictures(avatar_id)[moment].image_bytes() != data:
+                yield f"picture is not that of {originals.folders[avatar_id]}"
+        except (ValueError, OSError) as error:
+            yield _one_line(error)
+        except KeyError:
+            yield f"no frame of timestep {row['timestep']} and camera {row['camera']} in {originals.folders[avatar_id]}"
 
 
-def _manifest_problems(path: Path, manifest: dict[str, Any], split_of: dict[str, str]) -> list[str]:
+def _manifest_problems(path: Path, manifest: dict[str, Any], met: _Met) -> list[str]:
     problems = []
-    found = Counter(split_of.values())
+    found = Counter(met.split_of.values())
     for name, counts in manifest["splits"].items():
         if found[name] != counts["subjects"]:
             problems.append(f"{counts['subjects']} subjects in {name}, found {found[name]}")
@@ -241,25 +267,9 @@ def _manifest_problems(path: Path, manifest: dict[str, Any], split_of: dict[str,
 # ---- small things
 
 
-def _rows(file: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file; lists of numbers as arrays where that is quick, a few rows in memory at a time."""
-    with pq.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
-            names = [name for name in batch.schema.names if name != "input_ids"]
-            ids = batch.column("input_ids") if "input_ids" in batch.schema.names else None
-            for number, row in enumerate(batch.select(names).to_pylist()):
-                if ids is not None:
-                    row["input_ids"] = ids[number].values.to_numpy()
-                yield row
-
-
 def _shorten(problems: list[str]) -> list[str]:
     more = len(problems) - SHOWN_PROBLEMS
     return problems if more <= 0 else [*problems[:SHOWN_PROBLEMS], f"and {more} more problems"]
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,22 +7,25 @@ order of folders nor that of processes matters.
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 import torch
 
 from gaussian_tokenizer.corpus import CONFIGURATIONS, FORMAT, SPLITS, tokenizer_fingerprint
-from gaussian_tokenizer.corpus_shards import Rows, ShardPlan, Survey
+from gaussian_tokenizer.corpus_shards import Rows, ShardPlan
+from gaussian_tokenizer.corpus_subjects import ABOUT, UNKNOWN, Survey
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.processing_gaussian_tokenizer import DEFAULT_BOUNDS, GaussianTokenizer
 
 FIT_MARGIN = 0.05  # of the longest edge of the box around all points
+REQUIRED = ("licence", "consent")  # of a subject's metadata
+LISTED_SUBJECTS = 5  # of those that lack them
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class BuildSettings:
     seed: int = 0
     shard_size: int = 256 * 10**6  # bytes before compression, about
     skip_bad: bool = False
+    allow_unknown_licence: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bounds, str) and self.bounds not in ("fit", "default"):
@@ -52,30 +56,50 @@ class BuildSettings:
 
 
 def sort_out(
-    surveys: list[Survey], skip_bad: bool, avatars: Path, max_points: int | None = None
+    surveys: list[Survey], settings: BuildSettings, where: str, max_points: int | None = None
 ) -> tuple[list[Survey], list[dict[str, str]]]:
     """Usable subjects, and the others with their reasons; ValueError that lists those unless they may be skipped."""
-    ids = Counter(survey.avatar_id for survey in surveys)
-    good, bad = [], []
+    named = defaultdict(list)
+    for survey in surveys:
+        named[survey.avatar_id].append(survey.name)
+    good, bad, unlicensed, lines = [], [], [], []
     for survey in surveys:
         problem = survey.problem
-        if problem is None and ids[survey.avatar_id] > 1:
-            problem = f"{ids[survey.avatar_id]} folders have the avatar_id {survey.avatar_id!r}; give each its own"
+        others = [name for name in named[survey.avatar_id] if name != survey.name]
+        if problem is None and others:
+            problem = f"has the avatar_id {survey.avatar_id!r}, like {', '.join(others)}; give each its own"
         if problem is None and max_points is not None and survey.num_points > max_points:
             problem = f"{survey.num_points} points, the tokenizer's max_points is {max_points}"
+        if problem is not None:
+            # Where the subjects lie is no business of a corpus.
+            problem = problem.replace(f"{where}{os.sep}", "")
+            lines.append(f"  {survey.name}: {problem}")
+        elif not settings.allow_unknown_licence and unknown(survey):
+            problem = f"{' and '.join(unknown(survey))} unknown"
+            unlicensed.append(survey.name)
         if problem is None:
             good.append(survey)
         else:
-            # Where the subjects lie is no business of a corpus.
-            bad.append({"folder": survey.path.name, "reason": problem.replace(f"{avatars}{os.sep}", "")})
-    if bad and not (skip_bad and good):
-        lines = "\n".join(f"  {entry['folder']}: {entry['reason']}" for entry in bad)
+            bad.append({"folder": survey.name, "reason": problem})
+    if unlicensed:
+        shown, more = unlicensed[:LISTED_SUBJECTS], len(unlicensed) - LISTED_SUBJECTS
+        names = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+        lines.append(
+            f"  {len(unlicensed)} without licence or consent in metadata.json: {names}; say both there, or build with "
+            "--allow_unknown_licence if you may use them"
+        )
+    if bad and not (settings.skip_bad and good):
         advice = "mend or remove them" + (", or leave them out with --skip_bad" if good else "")
         raise ValueError(
-            f"{len(bad)} of {len(surveys)} subjects in {avatars} cannot be used; {advice}; no corpus was written:\n"
-            f"{lines}"
+            f"{len(bad)} of {len(surveys)} subjects in {where} cannot be used; {advice}; no corpus was written:\n"
+            + "\n".join(lines)
         )
     return good, bad
+
+
+def unknown(survey: Survey) -> list[str]:
+    """Which of licence and consent the subject's metadata do not say."""
+    return [name for name in REQUIRED if survey.about[ABOUT.index(name)] == UNKNOWN]
 
 
 def split_subjects(subjects: list[Survey], settings: BuildSettings) -> dict[str, list[Survey]]:
@@ -123,7 +147,7 @@ def make_tokenizer(subjects: list[Survey], head: HeadModel, settings: BuildSetti
         head_hash=head.hash,
     )
     if settings.bounds == "fit":
-        corners = torch.tensor([corner for survey in subjects for corner in (survey.lo, survey.hi)])
+        corners = torch.from_numpy(np.concatenate([survey.box for survey in subjects]))
         tokenizer.fit({"positions": corners, "faces": torch.zeros(len(corners), dtype=torch.int64)}, FIT_MARGIN)
     return tokenizer
 
@@ -136,37 +160,37 @@ def plan_shards(
     static_offset: bool,
 ) -> list[ShardPlan]:
     basis = [FORMAT, versions(), tokenizer_fingerprint(tokenizer), head.hash, static_offset]
+    digests = {survey.number: survey.digest.hex() for subjects in split.values() for survey in subjects}
     plans = []
     for configuration in CONFIGURATIONS:
         for name, subjects in split.items():
-            if configuration == "avatars":
-                costs = [(Rows(s.path, s.digest), 8 * s.num_points + 18 * head.n_vertices) for s in subjects]
-            else:
-                costs = [(Rows(s.path, s.digest, i, i + 1), n) for s in subjects for i, n in enumerate(s.image_sizes)]
-            shards = _group(costs, settings.shard_size)
+            shards = list(_group(subjects, configuration, settings.shard_size, head.n_vertices))
             for number, rows in enumerate(shards):
                 file = f"{configuration}/{name}-{number:05d}-of-{len(shards):05d}.parquet"
-                content = [*basis, file, [(row.path.name, row.digest, row.start, row.stop) for row in rows]]
+                content = [*basis, file, [(digests[row.number], row.start, row.stop) for row in rows]]
                 key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
                 plans.append(ShardPlan(file, configuration, name, tuple(rows), key))
     return plans
 
 
-def _group(costs: list[tuple[Rows, int]], limit: int) -> list[list[Rows]]:
-    """Consecutive rows to shards of about `limit` bytes; frames of one avatar in one shard become one `Rows`."""
-    shards: list[list[Rows]] = []
-    size = limit
-    for rows, cost in costs:
-        if size + cost > limit and size > 0:
-            shards.append([])
-            size = 0
-        size += cost
-        last = shards[-1][-1] if shards[-1] else None
-        if last is not None and last.path == rows.path and last.stop == rows.start:
-            shards[-1][-1] = Rows(last.path, last.digest, last.start, rows.stop)
-        else:
-            shards[-1].append(rows)
-    return shards
+def _group(subjects: list[Survey], configuration: str, limit: int, n_vertices: int) -> Iterator[list[Rows]]:
+    """Consecutive rows of about `limit` bytes a shard; frames of one avatar in one shard are one `Rows`."""
+    shard: list[Rows] = []
+    size = 0
+    for survey in subjects:
+        costs = [8 * survey.num_points + 18 * n_vertices] if configuration == "avatars" else survey.image_sizes.tolist()
+        start = 0
+        for row, cost in enumerate(costs):
+            if size + cost > limit and size > 0:
+                if row > start:
+                    shard.append(Rows(survey.number, start, row))
+                yield shard
+                shard, size, start = [], 0, row
+            size += cost
+        if len(costs) > start:
+            shard.append(Rows(survey.number, start, len(costs)))
+    if shard:
+        yield shard
 
 
 def make_manifest(

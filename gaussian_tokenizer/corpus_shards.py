@@ -1,14 +1,16 @@
-"""The work on single subjects and single Parquet files of a corpus: what `corpus_builder` hands to its processes.
+"""One Parquet file of a corpus, from the files that `corpus_subjects` left of each subject.
 
-`survey_subject` reads one subject folder and says what is in it, or what is wrong with it. `write_shard` writes one
-Parquet file from a list of rows. Both depend on nothing but their arguments and the files, so that a shard has the same
-bytes whichever process writes it and however often the build was interrupted. Memory is that of one row group.
+Only the ids are made here, because they need the bounds of all subjects. A shard depends on nothing but the files and the
+arguments, so it has the same bytes whichever process writes it and however often the build was interrupted. Memory is
+that of one row group.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +18,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
-from PIL import Image
+from safetensors import safe_open
 
 from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.corpus import (
     FINGERPRINT_KEY,
-    POSE_SIZES,
     avatars_features,
     frames_features,
     points_per_face,
-    sha256_of,
     tokenizer_fingerprint,
 )
+from gaussian_tokenizer.corpus_subjects import CAMERA, POSE, about_of, subject_file
 from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-from gaussian_tokenizer.subject import Frame, Subject
 
 ROW_GROUP_BYTES = 32 * 2**20
 ROW_GROUP_ROWS = 1000
 
 
-@dataclass(frozen=True, eq=False)
-class Survey:
-    """What one subject folder holds; `problem` says why it cannot go into a corpus."""
-
-    path: Path
-    avatar_id: str
-    metadata: dict[str, Any]
-    problem: str | None = None
-    num_points: int = 0
-    lo: tuple[float, ...] = ()  # box of the canonical points, metres
-    hi: tuple[float, ...] = ()
-    static_offset: bool = False
-    image_sizes: tuple[int, ...] = ()  # bytes, one a frame
-    digest: str = ""  # over everything that goes into the corpus
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rows:
     """One avatar, or the frames [start, stop) of one."""
 
-    path: Path
-    digest: str
+    number: int  # of the subject
     start: int = 0
     stop: int = 1
 
@@ -74,163 +56,127 @@ class ShardPlan:
     key: str  # equal keys, equal bytes
 
 
-def survey_subject(path: Path, head: HeadModel) -> Survey:
-    """Read a subject folder whole, once; never raises for anything that is in the files."""
-    avatar_id, metadata = path.name, {}
-    try:
-        subject = Subject.open(path)
-        avatar_id, metadata = subject.avatar_id, subject.metadata
-        avatar = subject.load_avatar(head)
-        points = avatar.canonical_points()
-        positions = points["positions"].numpy()
-        if not np.isfinite(positions).all():
-            row = int(np.argmin(np.isfinite(positions).all(axis=1)))
-            raise ValueError(f"{path}: point {row} is at {positions[row].tolist()} on the canonical head")
-        digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-        digest.update(positions.tobytes() + points["faces"].numpy().tobytes())
-        for name, value in (avatar.params.tensors() if avatar.params is not None else {}).items():
-            digest.update(name.encode() + value.numpy().tobytes())
-        image_sizes = tuple(_survey_frame(frame, head, digest) for frame in subject.frames())
-    except Exception as error:
-        # Pillow alone has a dozen kinds of errors for a damaged file; to the user all are a subject that is not usable.
-        reason = " ".join(str(error).split())
-        if not reason or not isinstance(error, ValueError | OSError):
-            reason = f"{type(error).__name__}: {reason}"
-        return Survey(path, avatar_id, metadata, problem=reason)
-    return Survey(
-        path=path,
-        avatar_id=avatar_id,
-        metadata=metadata,
-        num_points=len(avatar),
-        lo=tuple(positions.min(axis=0).tolist()),
-        hi=tuple(positions.max(axis=0).tolist()),
-        static_offset=avatar.params is not None and avatar.params.static_offset is not None,
-        image_sizes=image_sizes,
-        digest=digest.hexdigest(),
-    )
-
-
 def write_shard(
-    folder: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, head: HeadModel, static_offset: bool
+    folder: Path,
+    subjects: Path,
+    plan: ShardPlan,
+    tokenizer: GaussianTokenizer,
+    head: HeadModel,
+    static_offset: bool,
 ) -> dict[str, Any]:
-    """Write `folder / plan.file` atomically; returns its entry for `corpus.json`, and the counts behind its totals."""
+    """Write `folder / plan.file` atomically from the files in `subjects`.
+
+    Returns its entry for `corpus.json`, and the counts behind its totals.
+    """
     if plan.configuration == "avatars":
         features = avatars_features(tokenizer, head, static_offset)
-        rows = _avatar_rows(plan, tokenizer, head, static_offset)
+        rows = _avatar_rows(subjects, plan, tokenizer, head, static_offset)
     else:
         features = frames_features(head)
-        rows = _frame_rows(plan, head)
+        rows = _frame_rows(subjects, plan)
     schema = features.arrow_schema
     schema = schema.with_metadata({**schema.metadata, FINGERPRINT_KEY: tokenizer_fingerprint(tokenizer)})
     entry: dict[str, Any] = {"file": plan.file, "configuration": plan.configuration, "split": plan.split}
     totals = {"rows": 0, "num_points": 0, "num_out_of_bounds": 0}
-    with atomic_file(folder / plan.file) as file:
-        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with atomic_file(folder / plan.file) as file, ThreadPoolExecutor(1) as background:
+        written = _Written(file.fileno())
+        settled = []
+        with pq.ParquetWriter(file, schema, **_encoding(schema)) as writer:
             for group in _row_groups(rows):
                 writer.write_table(_to_table(group, features, schema))
+                settled.append(background.submit(written.settle))
                 totals["rows"] += len(group)
                 for name in ("num_points", "num_out_of_bounds"):
                     totals[name] += sum(row.get(name, 0) for row in group)
         file.flush()
-        entry["bytes"] = file.seek(0, 2)
-        file.seek(0)
-        entry["sha256"] = sha256_of(file)
+        settled.append(background.submit(written.settle))
+        for future in settled:
+            future.result()  # an error of the disk is told once
+        entry |= {"bytes": written.size, "sha256": written.digest.hexdigest()}
     return {**entry, **totals}
 
 
-# ---- survey
+class _Written:
+    """What of a growing file is on the disk, and the checksum of it; settled while the next rows are prepared."""
 
+    def __init__(self, descriptor: int):
+        self.descriptor, self.digest, self.size = descriptor, hashlib.sha256(), 0
 
-def _survey_frame(frame: Frame, head: HeadModel, digest: Any) -> int:
-    """Check one frame's picture and parameters, add them to the digest; returns the bytes of the picture."""
-    assert isinstance(frame.image, Path) and isinstance(frame.params, Path)  # as read
-    with Image.open(frame.image) as picture:
-        if picture.size != (frame.width, frame.height):
-            raise ValueError(f"{frame.image}: {picture.size} pixels, transforms.json says {frame.width, frame.height}")
-        try:
-            picture.verify()
-        except Exception as error:
-            raise ValueError(f"{frame.image}: damaged picture ({error})") from None
-    try:
-        head.check(frame.load_params())
-    except ValueError as error:
-        raise ValueError(f"{frame.params}: {error}") from None
-    digest.update(repr((frame.timestep, frame.camera, frame.viewmat.tolist(), frame.K.tolist())).encode())
-    for path in (frame.image, frame.params):
-        state = path.stat()
-        # The time stands for the content: it is only asked whether a shard of an interrupted build is still good.
-        digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}".encode())
-    return frame.image.stat().st_size
+    def settle(self) -> None:
+        os.fsync(self.descriptor)
+        while block := os.pread(self.descriptor, 2**20, self.size):
+            self.digest.update(block)
+            self.size += len(block)
 
 
 # ---- rows
 
 
 def _avatar_rows(
-    plan: ShardPlan, tokenizer: GaussianTokenizer, head: HeadModel, static_offset: bool
+    folder: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, head: HeadModel, static_offset: bool
 ) -> Iterator[dict[str, Any]]:
     for chosen in plan.rows:
-        subject = Subject.open(chosen.path)
-        avatar = subject.load_avatar(head)
-        params = avatar.params or HeadParameters.zeros(head.n_shape, head.n_expression)
-        params = replace(params.frame(0), dynamic_offset=None)
-        vertices = head.canonical_vertices(params)
-        encoded = tokenizer(avatar, on_out_of_bounds="ignore")
-        row = {
-            "avatar_id": subject.avatar_id,
+        with safe_open(subject_file(folder, chosen.number), framework="np") as file:
+            about = json.loads(file.metadata()["subject"])
+            positions, faces = file.get_tensor("positions"), file.get_tensor("faces")
+            row = {name: file.get_tensor(name) for name in ("shape", *POSE, "head_vertices", "head_normals")}
+            if static_offset:
+                own = "static_offset" in file.keys()  # noqa: SIM118 (not a mapping)
+                row["static_offset"] = (
+                    file.get_tensor("static_offset") if own else np.zeros((head.n_vertices, 3), np.float32)
+                )
+        encoded = tokenizer({"positions": positions, "faces": faces}, on_out_of_bounds="ignore")
+        licence, consent, _ = about_of(about["metadata"])
+        yield row | {
+            "avatar_id": about["avatar_id"],
             "input_ids": encoded["input_ids"],
-            "num_points": len(avatar),
+            "num_points": len(positions),
             "num_out_of_bounds": encoded["num_out_of_bounds"],
-            "points_per_face": points_per_face(avatar.faces.numpy(), head.n_faces),
-            "shape": params.shape.numpy(),
-            **_pose(params),
-            "head_vertices": vertices.numpy(),
-            "head_normals": head.normals(vertices).numpy().astype(np.float16),
-            "licence": subject.licence,
-            "consent": subject.consent,
-            "metadata": json.dumps(subject.metadata, sort_keys=True, ensure_ascii=False),
+            "points_per_face": points_per_face(faces, head.n_faces),
+            "licence": licence,
+            "consent": consent,
+            "metadata": json.dumps(about["metadata"], sort_keys=True, ensure_ascii=False),
             "split": plan.split,
         }
-        if static_offset:
-            own = params.static_offset
-            row["static_offset"] = np.zeros((head.n_vertices, 3), np.float32) if own is None else own.numpy()
-        yield row
 
 
-def _frame_rows(plan: ShardPlan, head: HeadModel) -> Iterator[dict[str, Any]]:
+def _frame_rows(folder: Path, plan: ShardPlan) -> Iterator[dict[str, Any]]:
+    scalars = ("timestep", "camera", *CAMERA, "width", "height")
     for chosen in plan.rows:
-        subject = Subject.open(chosen.path)
-        params_path: object = None
-        pose: dict[str, np.ndarray] = {}
-        for frame in subject.frames()[chosen.start : chosen.stop]:
-            if frame.params != params_path:  # the cameras of one moment share it
-                params = frame.load_params()
-                head.check(params)
-                params_path, pose = frame.params, _pose(params.frame(0))
-            assert isinstance(frame.image, Path)
-            yield {
-                "avatar_id": subject.avatar_id,
-                "timestep": frame.timestep,
-                "camera": frame.camera,
-                "image": {"bytes": frame.image_bytes(), "path": f"{subject.avatar_id}_{frame.image.name}"},
-                "fx": frame.fx,
-                "fy": frame.fy,
-                "cx": frame.cx,
-                "cy": frame.cy,
-                "width": frame.width,
-                "height": frame.height,
-                "viewmat": frame.viewmat.astype(np.float32),
-                **pose,
+        with safe_open(subject_file(folder, chosen.number), framework="np") as file:
+            about = json.loads(file.metadata()["subject"])
+            columns = {
+                name: file.get_tensor(f"frames.{name}").tolist()
+                if name in scalars
+                else file.get_tensor(f"frames.{name}")
+                for name in (*scalars, "viewmat", *POSE)
             }
-
-
-def _pose(params: HeadParameters) -> dict[str, np.ndarray]:
-    """Expression and pose of T = 1 parameters, each (size,) float32."""
-    values = params.tensors()
-    return {name: values[name][0].numpy() for name in ("expr", *POSE_SIZES)}
+            drawn = None
+            if "frames.images" in file.keys():  # noqa: SIM118 (not a mapping)
+                drawn = np.split(file.get_tensor("frames.images"), np.cumsum(file.get_tensor("frames.image_size"))[:-1])
+        for number in range(chosen.start, chosen.stop):
+            path = Path(about["images"][number])
+            data = path.read_bytes() if drawn is None else drawn[number].tobytes()
+            image = {"bytes": data, "path": f"{about['avatar_id']}_{path.name}"}
+            row = {name: column[number] for name, column in columns.items()}
+            yield {"avatar_id": about["avatar_id"], "image": image, **row}
 
 
 # ---- Parquet
+
+
+def _encoding(schema: pa.Schema) -> dict[str, Any]:
+    """Everything is compressed but pictures, which are already: twice as fast, and no larger.
+
+    No statistics of them either: those are a smallest and a largest picture once more.
+    """
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    leaves = pq.ParquetFile(sink.getvalue()).schema
+    paths = [leaves.column(number).path for number in range(len(leaves.names))]
+    others = [path for path in paths if path != "image.bytes"]
+    compression = {path: "zstd" if path in others else "none" for path in paths}
+    return {"compression": compression, "use_dictionary": others, "write_statistics": others}
 
 
 def _row_groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

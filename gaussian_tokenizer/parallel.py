@@ -5,11 +5,13 @@ All processes compute with one torch thread, the calling one included: sums are 
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -19,6 +21,8 @@ import torch
 from tqdm.auto import tqdm
 
 from gaussian_tokenizer.head_model import HeadModel
+
+AHEAD = 4  # jobs handed out for each process: none waits for the next one, and few are in memory
 
 
 class Runner(Protocol):
@@ -56,13 +60,17 @@ def runner(num_proc: int, head: HeadModel, head_file: Path) -> Iterator[Runner]:
     pool = ProcessPoolExecutor(num_proc, context, initializer=_start_process, initargs=(head_file,))
 
     def there(function: Callable, jobs: Sequence[tuple], description: str, progress: bool, done: int = 0) -> list[Any]:
-        futures = {pool.submit(_call, function, job): index for index, job in enumerate(jobs)}
+        waiting, running = iter(enumerate(jobs)), dict[Future, int]()
         results: list[Any] = [None] * len(jobs)
         with tqdm(desc=description, total=len(jobs) + done, initial=done, disable=not progress) as bar:
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                bar.update()
-        return results
+            while True:
+                for index, job in itertools.islice(waiting, AHEAD * num_proc - len(running)):
+                    running[pool.submit(_call, function, job)] = index
+                if not running:
+                    return results
+                for future in wait_for(running, return_when=FIRST_COMPLETED).done:
+                    results[running.pop(future)] = future.result()
+                    bar.update()
 
     try:
         yield there

@@ -1,10 +1,13 @@
-"""Write synthetic subjects as avatar folders: what a corpus is built from where there are no captured people.
+"""Make synthetic subjects, as avatar folders or straight as a corpus: what to train on where there are no captured people.
 
     python -m gaussian_tokenizer.synthesize --num_subjects 200 --head procedural:600 --output subjects --num_proc 2
+    python -m gaussian_tokenizer.synthesize --num_subjects 10000 --head procedural:600 --corpus corpus --num_proc 2
 
-Each subject (see `synthetic`) becomes a folder in the layout of GaussianAvatars and VHAP (see `subject`): the avatar,
-its head parameters, and pictures drawn by `render` with their cameras and moments. A folder appears whole or not at all. Run
-again, the command keeps what is finished and makes the rest; the number of processes does not change a byte.
+With `--output` each subject (see `synthetic`) becomes a folder in the layout of GaussianAvatars and VHAP (see `subject`):
+the avatar, its head parameters, and pictures drawn by `render` with their cameras and moments. A folder appears whole or
+not at all. With `--corpus` the subjects go into the corpus that `build_corpus` would make of those folders, byte for byte,
+without the folders. Run again, the command keeps what is finished and makes the rest; the number of processes does not
+change a byte. Time grows with the number of subjects, memory does not.
 """
 
 import argparse
@@ -12,13 +15,22 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from gaussian_tokenizer.avatar import METADATA_NAME
+import numpy as np
+
+from gaussian_tokenizer.avatar import METADATA_NAME, GaussianAvatar
+from gaussian_tokenizer.build_corpus import add_corpus_options, print_counts
 from gaussian_tokenizer.cameras import portrait_cameras
+from gaussian_tokenizer.corpus import load_corpus
+from gaussian_tokenizer.corpus_builder import build
+from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.head_model import HeadModel, load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.identity_statistics import identity_statistics, shapes_of_corpus, shapes_of_folders
 from gaussian_tokenizer.parallel import runner
 from gaussian_tokenizer.rendering import render, to_rgba
 from gaussian_tokenizer.subject import Frame, write_subject
@@ -29,7 +41,9 @@ from gaussian_tokenizer.synthetic import (
     synthesize_subject,
 )
 from gaussian_tokenizer.synthetic_layout import MAX_POINTS_PER_FACE, MIN_POINTS_PER_FACE
+from gaussian_tokenizer.transforms import OPENGL_TO_OPENCV
 
+RECIPE = ("seed", "image_size", "views", "timesteps", "num_points", "identity_scale", "min_points_per_face")
 LICENCE, CONSENT = "CC0-1.0", "synthetic, no person"
 MAX_VIEWS = 12
 DEGREES_BETWEEN_VIEWS = 30.0
@@ -54,21 +68,6 @@ def synthesize(
     `head` as for `load_head`, the last three as for `synthesize_subject`. ValueError if a folder of
     that name is there and was not made by the same command (then nothing is written).
     """
-    for name, value, low, high in (
-        ("num_subjects", num_subjects, 1, 1_000_000),
-        ("num_proc", num_proc, 1, 1024),
-        ("seed", seed, 0, 2**63 - 1),
-        ("image_size", image_size, 16, 2048),
-        ("views", views, 1, MAX_VIEWS),
-        ("timesteps", timesteps, 1, 10_000),
-        ("num_points", 1 if num_points is None else num_points, 1, 1_000_000),
-        ("identity_scale", identity_scale, 0, 10),
-        ("min_points_per_face", min_points_per_face, 1, MAX_POINTS_PER_FACE),
-    ):
-        if not low <= value <= high:
-            raise ValueError(f"{name} is {value}, expected {low} to {high}")
-    output, model = Path(output), load_head(head)
-    output.mkdir(parents=True, exist_ok=True)
     recipe = {
         "seed": seed,
         "num_points": num_points,
@@ -78,20 +77,71 @@ def synthesize(
         "identity_scale": identity_scale,
         "min_points_per_face": min_points_per_face,
     }
-    folders = [output / f"synthetic-{seed}-{index:06d}" for index in range(num_subjects)]
+    source = SyntheticSource(num_subjects, recipe)
+    if not 1 <= num_proc <= 1024:
+        raise ValueError(f"num_proc is {num_proc}, expected 1 to 1024")
+    output, model = Path(output), load_head(head)
+    output.mkdir(parents=True, exist_ok=True)
+    folders = [output / name for name in source.names()]
     missing = [index for index, folder in enumerate(folders) if not _is_finished(folder, recipe, model)]
     _remove_leftovers(output, {folders[index].name for index in missing})
     with TemporaryDirectory() as temporary:
         head_file = Path(temporary) / "head.safetensors"
         model.save(head_file)
-        jobs = [(folders[index], index, recipe) for index in missing]
+        jobs = [(folders[index], recipe) for index in missing]
         with runner(max(1, min(num_proc, len(jobs))), model, head_file) as run:
             run(_write, jobs, "synthesize", progress=True, done=num_subjects - len(jobs))
     return folders
 
 
+@dataclass(frozen=True)
+class SyntheticSource:
+    """Synthetic subjects as what a corpus is built from, see `corpus_builder.build`; none of them becomes a folder."""
+
+    num_subjects: int
+    recipe: dict[str, Any]  # the arguments of `synthesize` from `seed` on, but `num_proc`
+    where: str = "synthetic subjects"
+
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("num_subjects", self.num_subjects, 1, 1_000_000),
+            ("seed", self.recipe["seed"], 0, 2**63 - 1),
+            ("image_size", self.recipe["image_size"], 16, 2048),
+            ("views", self.recipe["views"], 1, MAX_VIEWS),
+            ("timesteps", self.recipe["timesteps"], 1, 10_000),
+            ("num_points", 1 if self.recipe["num_points"] is None else self.recipe["num_points"], 1, 1_000_000),
+            ("identity_scale", self.recipe["identity_scale"], 0, 10),
+            ("min_points_per_face", self.recipe["min_points_per_face"], 1, MAX_POINTS_PER_FACE),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}, expected {low} to {high}")
+
+    def names(self) -> list[str]:
+        return [f"synthetic-{self.recipe['seed']}-{index:06d}" for index in range(self.num_subjects)]
+
+    def open(self, name: str, head: HeadModel) -> "MadeSubject":
+        made = _make(name, self.recipe, head)
+        return replace(made, pictures=[_as_read(frame) for frame in made.pictures])
+
+
+@dataclass(frozen=True)
+class MadeSubject:
+    """A subject that was never a folder."""
+
+    avatar_id: str
+    metadata: dict[str, Any]
+    avatar: GaussianAvatar
+    pictures: list[Frame]
+
+    def load_avatar(self, head: HeadModel) -> GaussianAvatar:
+        return self.avatar
+
+    def frames(self) -> list[Frame]:
+        return self.pictures
+
+
 def render_frames(subject: SyntheticSubject, image_size: int, views: int, moments: HeadParameters) -> list[Frame]:
-    """Pictures of a subject in each of the moments from every camera, transparent around it.
+    """Pictures and masks of a subject in each of the moments from every camera, transparent around it.
 
     Camera 0 sees the front, the next 30 degrees from its left, from its right, 60, ...
     """
@@ -105,6 +155,7 @@ def render_frames(subject: SyntheticSubject, image_size: int, views: int, moment
         pictures = render(gaussians.frames(timestep), cameras, background=0.0)
         for number, (image, alpha) in enumerate(zip(pictures.image, pictures.alpha)):
             (fx, _, cx), (_, fy, cy) = cameras.Ks[number, :2].tolist()
+            picture = to_rgba(image, alpha)
             frames.append(
                 Frame(
                     timestep=timestep,
@@ -116,8 +167,9 @@ def render_frames(subject: SyntheticSubject, image_size: int, views: int, moment
                     cy=cy,
                     width=image_size,
                     height=image_size,
-                    image=to_rgba(image, alpha),
+                    image=picture,
                     params=moments.frame(timestep),
+                    mask=picture[..., 3],
                 )
             )
     return frames
@@ -130,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--num_subjects", type=int, required=True, help="how many people to make")
-    parser.add_argument("--output", type=Path, required=True, help="folder to put the subjects' folders in")
+    parser.add_argument("--output", type=Path, help="folder to put the subjects' folders in")
     parser.add_argument(
         "--head",
         default="procedural:600",
@@ -155,32 +207,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=MIN_POINTS_PER_FACE,
         help="on an occupied face; fewer spread the points over more faces",
     )
+    corpus = parser.add_argument_group("straight to a corpus, instead of --output")
+    corpus.add_argument("--corpus", type=Path, help="corpus folder to make; see build_corpus for the options below")
+    corpus.add_argument("--tokenizer_image_size", type=int, default=224, help="side of what the tokenizer prepares")
+    add_corpus_options(corpus)
     options = parser.parse_args(arguments)
+    if (options.output is None) == (options.corpus is None):
+        parser.error("give either --output, for folders, or --corpus")
     try:
-        folders = synthesize(**vars(options))
+        (_to_folders if options.corpus is None else _to_corpus)(options)
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
+
+
+def _to_folders(options: argparse.Namespace) -> None:
+    names = ("num_subjects", "head", "num_proc", *RECIPE)
+    folders = synthesize(options.output, **{name: vars(options)[name] for name in names})
     print(f"{len(folders)} subjects in {options.output}")
+    print(f"identities: {identity_statistics(load_head(options.head), shapes_of_folders(folders))}")
 
 
-def _write(folder: Path, index: int, recipe: dict, head: HeadModel) -> None:
+def _to_corpus(options: argparse.Namespace) -> None:
+    source = SyntheticSource(options.num_subjects, {name: vars(options)[name] for name in RECIPE})
+    own = vars(options) | {"image_size": options.tokenizer_image_size}
+    settings = BuildSettings(**{field.name: own[field.name] for field in fields(BuildSettings) if field.name in own})
+    head = load_head(options.head)
+    print_counts(build(source, head, options.corpus, settings, num_proc=options.num_proc, overwrite=options.overwrite))
+    print(f"corpus: {options.corpus}")
+    print(f"identities: {identity_statistics(head, shapes_of_corpus(load_corpus(options.corpus)))}")
+
+
+def _make(name: str, recipe: dict, head: HeadModel) -> MadeSubject:
+    index = int(name.rsplit("-", 1)[1])
     subject = synthesize_subject(
         head,
         (recipe["seed"], index),
-        *(recipe[name] for name in ("num_points", "identity_scale", "min_points_per_face")),
+        *(recipe[key] for key in ("num_points", "identity_scale", "min_points_per_face")),
     )
     metadata = {
-        "avatar_id": folder.name,
+        "avatar_id": name,
         "licence": LICENCE,
         "consent": CONSENT,
         "hair_style": subject.looks.hair_style,
         "beard_style": subject.looks.beard_style,
         "recipe": recipe,
+        "head_name": head.name,
+        "head_hash": head.hash,
     }
     moments = draw_moments(subject, recipe["timesteps"], (recipe["seed"], index, 1))
-    write_subject(
-        folder, subject.avatar, render_frames(subject, recipe["image_size"], recipe["views"], moments), metadata
+    frames = render_frames(subject, recipe["image_size"], recipe["views"], moments)
+    return MadeSubject(name, metadata, subject.avatar, frames)
+
+
+def _as_read(frame: Frame) -> Frame:
+    """With the last bits that camera and principal point have when they come back from a file."""
+    camera_to_world = np.linalg.inv(frame.viewmat) @ OPENGL_TO_OPENCV
+    return replace(
+        frame,
+        viewmat=np.linalg.inv(camera_to_world @ OPENGL_TO_OPENCV),
+        cy=frame.height - (frame.height - frame.cy),
     )
+
+
+def _write(folder: Path, recipe: dict, head: HeadModel) -> None:
+    made = _make(folder.name, recipe, head)
+    write_subject(folder, made.avatar, made.pictures, made.metadata)
 
 
 def _is_finished(folder: Path, recipe: dict, head: HeadModel) -> bool:

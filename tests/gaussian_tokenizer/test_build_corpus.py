@@ -53,7 +53,7 @@ def make_subject(folder, seed, count=50, frames=2, **metadata):
     viewmat[2, 3] = 1.0
     pictures = [np.full((6, 8, 3), (10 * seed + camera) % 256, dtype=np.uint8) for camera in range(frames)]
     shots = [Frame(0, c, viewmat, 20.0, 20.0, 4.0, 3.0, 8, 6, picture, params) for c, picture in enumerate(pictures)]
-    write_subject(folder, avatar, shots, metadata)
+    write_subject(folder, avatar, shots, {"licence": "CC0-1.0", "consent": "signed", **metadata})
 
 
 def make_subjects(folder, count):
@@ -216,6 +216,9 @@ def test_finished_shards_are_kept_and_damaged_ones_are_written_again(subjects, t
     kept, damaged, _ = shards
     damaged.write_bytes(b"x" * damaged.stat().st_size)
     os.link(kept, tmp_path / "kept")
+    for name in (".README.md.00ff.tmp", "avatars/.train.tmp", "tokenizer/.processor_config.json.x"):  # of killed builds
+        (staging_folder(output) / "corpus" / name).parent.mkdir(exist_ok=True)
+        (staging_folder(output) / "corpus" / name).write_text("half")
     build(subjects, HEAD, output, SETTINGS, progress=False)
     assert contents(output) == expected
     assert (tmp_path / "kept").samefile(output / "avatars" / kept.name)
@@ -350,9 +353,9 @@ REASONS = {
     "head": "made on head model",
     "metadata": "metadata.json: not JSON",
     "picture": "00000_01.png: damaged picture",
-    "size": "(3, 3) pixels, transforms.json says (8, 6)",
-    "twin": "2 folders have the avatar_id 'same'",
-    "twin2": "2 folders have the avatar_id 'same'",
+    "size": "00000_00.png is a picture of 3x3 pixels, expected 8x6",
+    "twin": "has the avatar_id 'same', like twin2",
+    "twin2": "has the avatar_id 'same', like twin",
 }
 
 
@@ -378,6 +381,43 @@ def test_bad_subjects_can_be_left_out_and_are_recorded(tmp_path):
     assert [entry["folder"] for entry in manifest["skipped"]] == sorted(REASONS)
     assert "damaged picture" in (tmp_path / "corpus" / "README.md").read_text()
     assert sum(counts["subjects"] for counts in load_corpus(tmp_path / "corpus").manifest["splits"].values()) == 3
+
+
+def without_consent(folder):
+    """Nine subjects, seven of which do not say their licence, their consent or either."""
+    make_subjects(folder, 2)
+    for seed in range(2, 9):
+        lacking = {0: {"licence": ""}, 1: {"consent": None}, 2: {"licence": "Unknown", "consent": " "}}[seed % 3]
+        make_subject(folder / f"s{seed}", seed, **lacking)
+    return folder
+
+
+def test_subjects_without_licence_or_consent_are_refused_and_some_of_them_named(tmp_path):
+    folder = without_consent(tmp_path / "subjects")
+    with pytest.raises(ValueError) as error:
+        build(folder, HEAD, tmp_path / "corpus", SETTINGS, progress=False)
+    assert "7 of 9 subjects" in str(error.value) and "--allow_unknown_licence" in str(error.value)
+    assert "7 without licence or consent in metadata.json: s2, s3, s4, s5, s6 and 2 more;" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["subjects"]
+
+
+def test_subjects_without_licence_are_let_in_on_demand_and_the_card_names_them(tmp_path):
+    folder = without_consent(tmp_path / "subjects")
+    assert main(command(folder, tmp_path / "corpus", "--allow_unknown_licence")) == 0
+    card = (tmp_path / "corpus" / "README.md").read_text()
+    assert "For 7 subjects it is not known" in card and "s2, s3, s4, s5, s6, s7, s8. Find out" in card
+    rows = [row for split in ("train", "validation") for row in load_corpus(tmp_path / "corpus").avatars(split)]
+    found = {row["avatar_id"]: (row["licence"], row["consent"]) for row in rows}
+    assert (found["s0"], found["s2"]) == (("CC0-1.0", "signed"), ("unknown", "unknown"))
+    assert (found["s3"], found["s4"]) == (("unknown", "signed"), ("CC0-1.0", "unknown"))
+
+
+def test_subjects_without_licence_can_be_left_out(tmp_path):
+    folder = without_consent(tmp_path / "subjects")
+    settings = replace(SETTINGS, num_validation=1, skip_bad=True)
+    manifest = build(folder, HEAD, tmp_path / "corpus", settings, progress=False)
+    assert {entry["folder"]: entry["reason"] for entry in manifest["skipped"]}["s3"] == "licence unknown"
+    assert len(manifest["skipped"]) == 7
 
 
 def test_subjects_without_pictures_make_a_corpus_without_frames(tmp_path):
@@ -463,7 +503,12 @@ def test_an_upload_hands_over_the_whole_folder(tmp_path, monkeypatch):
     assert calls["private"] and calls["folder_path"] == tmp_path
 
 
-def test_help_names_options_and_commands():
-    command = [sys.executable, "-m", "gaussian_tokenizer.build_corpus", "--help"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "--num_proc" in output and "validate CORPUS" in output
+def test_help_names_options_and_commands(capsys):
+    for words, names in (
+        (["--help"], ("--num_proc", "validate CORPUS")),
+        (["stats", "--help"], ("--page", "--picture")),
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        output = capsys.readouterr().out
+        assert all(name in output for name in names)

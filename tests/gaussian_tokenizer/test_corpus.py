@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from PIL import Image
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.corpus import load_corpus, points_per_face
 from gaussian_tokenizer.corpus_builder import build
-from gaussian_tokenizer.corpus_checks import draw_points_per_face, statistics, statistics_table, validate
+from gaussian_tokenizer.corpus_checks import validate
 from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
@@ -176,6 +177,58 @@ def test_a_vocabulary_beyond_65536_is_stored_in_uint32(subjects, tmp_path):
     assert all(verdict.problems == [] for verdict in validate(tmp_path / "corpus"))
 
 
+@pytest.fixture(params=["file", "memory"])
+def url(request, built):
+    """The URL of a corpus in a store that fsspec opens: the local disk, or this process' memory."""
+    if request.param == "file":
+        yield f"file://{built}"
+        return
+    store = fsspec.filesystem("memory")
+    store.put(str(built), "/bucket/corpus", recursive=True)
+    yield "memory://bucket/corpus"
+    store.rm("/bucket", recursive=True)
+
+
+def test_a_corpus_in_an_object_store_is_streamed_like_one_on_the_disk(url, built):
+    expected, corpus = load_corpus(built), load_corpus(url)
+    assert corpus.manifest == expected.manifest and corpus.path.name == "corpus"
+    assert corpus.frame_rows("train") == expected.frame_rows("train")
+    for name in ("avatars", "frames"):
+        for split in corpus.splits:
+            stream = getattr(corpus, name)(split, streaming=True)
+            assert stream.features == getattr(expected, name)(split).features
+            for found, row in zip(stream, getattr(expected, name)(split), strict=True):
+                picture, its = (np.asarray(each.pop("image", None)) for each in (found, row))
+                np.testing.assert_equal(found, row)
+                np.testing.assert_equal(picture, its)
+    assert corpus.avatars("train")[0]["avatar_id"] == expected.avatars("train")[0]["avatar_id"]  # copied to the cache
+    parts = [split_dataset_by_node(corpus.frames(streaming=True), rank, 2) for rank in (0, 1)]
+    keys = [(row["avatar_id"], row["timestep"], row["camera"]) for part in parts for row in part]
+    assert len(keys) == len(set(keys)) == 20
+
+
+def test_plain_datasets_streams_the_files_of_an_object_store(url):
+    files = {"train": f"{url}/frames/train-*.parquet"}
+    rows = list(load_dataset("parquet", data_files=files, split="train", streaming=True))
+    assert len(rows) == 20 and rows[0]["image"].size == (8, 6)
+
+
+def test_an_object_store_without_a_corpus_is_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"memory://nowhere: no corpus\.json there; expected the URL of a folder"
+    ):
+        load_corpus("memory://nowhere")
+    with pytest.raises(ValueError, match=r"nosuch://x: Protocol not known"):
+        load_corpus("nosuch://x")
+
+
+def test_every_picture_is_in_the_corpus_once_with_the_bytes_it_had(subjects, built):
+    shards = [path.read_bytes() for path in sorted(built.rglob("*.parquet"))]
+    pictures = [path.read_bytes() for path in subjects.glob("*/images/*.png")]
+    assert len(pictures) == 28
+    assert [sum(shard.count(picture) for shard in shards) for picture in pictures] == [1] * 28
+
+
 def test_a_corpus_that_was_replaced_is_not_read_from_an_old_cache(subjects, tmp_path):
     build(subjects, HEAD, tmp_path / "corpus", SETTINGS, progress=False)
     before = load_corpus(tmp_path / "corpus").avatars()[0]["input_ids"]
@@ -282,6 +335,7 @@ def swap_points(rows):
         ("avatars", "split", lambda rows: ["test", *rows[1:]], "says it is of the split 'test'"),
         ("frames", "avatar_id", lambda rows: ["nobody", *rows[1:]], "no such avatar"),
         ("frames", "camera", lambda rows: [rows[1], *rows[1:]], "is there twice"),
+        ("frames", "avatar_id", lambda rows: [rows[-1], *rows[1:]], "its frames do not lie together"),
         ("frames", "width", lambda rows: [9, *rows[1:]], "picture of"),
         ("frames", "image", lambda rows: [{"bytes": b"x", "path": "x"}, *rows[1:]], "picture does not open"),
     ],
@@ -298,24 +352,3 @@ def test_a_subject_in_two_splits_is_found(copy):
     file = a_shard(copy)
     rewrite(copy, file, set_column("avatar_id", lambda rows: [validation, *rows[1:]]))
     assert any("avatar_id is there twice, first in train" in p for v in validate(copy) for p in v.problems)
-
-
-# ---- figures
-
-
-def test_statistics_count_what_is_there(subjects, built, tmp_path):
-    figures = statistics(built)
-    assert figures.subjects == {"train": 5, "validation": 2} and figures.frames == {"train": 20, "validation": 8}
-    assert sorted(figures.num_points) == [60 + seed for seed in range(7)]
-    assert figures.num_tokens == sum(4 * (60 + seed) + 2 for seed in range(7))
-    counts = np.zeros(0, dtype=int)
-    for path in sorted(subjects.iterdir()):
-        faces = Subject.open(path).load_avatar(HEAD).faces.numpy()
-        counts = np.concatenate([counts, np.bincount(faces, minlength=HEAD.n_faces)])
-    assert figures.points_per_face.tolist() == np.bincount(counts).tolist()
-    assert figures.empty_faces == pytest.approx((counts == 0).mean())
-    assert figures.licences == {"CC0-1.0": 7}
-    table = statistics_table(figures)
-    assert "min 60, median 63, max 66" in table and "7 (train 5, validation 2)" in table
-    draw_points_per_face(figures, tmp_path / "histogram.png")
-    assert Image.open(tmp_path / "histogram.png").size[0] > 300

@@ -1,7 +1,12 @@
 """The command that writes synthetic subjects: what it writes can be read, and running it again is safe."""
 
 import hashlib
+import itertools
+import os
+import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +16,12 @@ from PIL import Image
 
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.cameras import portrait_cameras
+from gaussian_tokenizer.corpus import staging_folder
+from gaussian_tokenizer.corpus_builder import build
+from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.head_model import HeadModel, load_head
 from gaussian_tokenizer.subject import find_subjects
-from gaussian_tokenizer.synthesize import main, synthesize
+from gaussian_tokenizer.synthesize import RECIPE, SyntheticSource, main, synthesize
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 HEAD = "procedural:600"
@@ -131,6 +139,100 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
 
 
 def test_the_command_writes_subjects(tmp_path, capsys):
-    main(["--num_subjects", "1", "--output", str(tmp_path / "out"), "--image_size", "16", "--num_points", "200"])
-    assert "1 subjects in" in capsys.readouterr().out
-    assert len(find_subjects(tmp_path / "out")) == 1
+    main(["--num_subjects", "2", "--output", str(tmp_path / "out"), "--image_size", "16", "--num_points", "200"])
+    printed = capsys.readouterr().out
+    assert "2 subjects in" in printed and "identities: no two of 2 heads have the same shape" in printed
+    assert len(find_subjects(tmp_path / "out")) == 2
+
+
+# ---- straight to a corpus
+
+SETTINGS = BuildSettings(n_bins=64, num_validation=2, shard_size=4_000, seed=5)
+
+
+def source(count, **changes):
+    recipe = dict(zip(RECIPE, (5, 16, 2, 2, 60, 1.0, 4))) | changes
+    return SyntheticSource(count, recipe)
+
+
+@pytest.fixture(scope="module")
+def corpus(head, tmp_path_factory):
+    """Six subjects straight to a corpus, in one go."""
+    output = tmp_path_factory.mktemp("straight") / "corpus"
+    build(source(6), head, output, SETTINGS, progress=False)
+    return output
+
+
+def test_a_corpus_without_folders_is_that_of_the_folders_byte_for_byte(corpus, head, tmp_path):
+    synthesize(tmp_path / "subjects", 6, HEAD, seed=5, image_size=16, views=2, timesteps=2, num_points=60)
+    build(tmp_path / "subjects", head, tmp_path / "corpus", SETTINGS, progress=False)
+    assert hashes(tmp_path / "corpus") == hashes(corpus)
+    assert len(list(corpus.glob("frames/train-*"))) > 2  # pictures of one subject in two files
+    assert [path.name for path in corpus.parent.iterdir()] == ["corpus"]
+
+
+def test_a_corpus_killed_at_random_moments_keeps_its_subjects_and_ends_with_the_same_bytes(corpus, head, tmp_path):
+    output = tmp_path / "corpus"
+    staging = staging_folder(output)
+    rng = random.Random(0)
+    found = []
+    for attempt in range(20):
+        process = os.fork()
+        if process == 0:
+            build(source(6), head, output, SETTINGS, progress=False)
+            os._exit(0)
+        wanted, deadline = attempt, time.monotonic() + 10
+        while (
+            len([*staging.glob("subjects/*.safetensors"), *staging.glob("done/*.json")]) <= wanted
+            and not output.exists()
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.0005)
+        time.sleep(rng.random() * 0.01)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        found.append({path.name: path.stat().st_ino for path in staging.glob("subjects/*.safetensors")})
+        if output.exists():
+            break
+    assert {1, 3, 6} <= {len(subjects) for subjects in found}
+    for before, after in itertools.pairwise(found):
+        assert after == {} or before.items() <= after.items()  # none was made twice; at the end all are removed
+    if not output.exists() or staging.exists():
+        build(source(6), head, output, SETTINGS, progress=False)
+    assert hashes(output) == hashes(corpus) and not staging.exists()
+
+
+def test_a_half_made_corpus_of_other_people_is_not_continued(head, tiny_corpus, tmp_path, monkeypatch):
+    from gaussian_tokenizer import corpus_builder
+
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(corpus_builder, "write_shard", full)
+    with pytest.raises(OSError, match="No space left"):
+        build(source(3), head, tmp_path / "corpus", SETTINGS, progress=False)
+    monkeypatch.undo()
+    assert len(list(staging_folder(tmp_path / "corpus").glob("subjects/*"))) == 3  # kept: they took time to make
+    with pytest.raises(ValueError, match=r"half-built corpus of other settings: recipe .*'seed': 5.*now .*'seed': 6"):
+        build(source(3, seed=6), head, tmp_path / "corpus", SETTINGS, progress=False)
+    with pytest.raises(ValueError, match="half-built corpus of other settings: recipe"):
+        build(tiny_corpus.parent / "avatars", head, tmp_path / "corpus", SETTINGS, progress=False)
+
+
+@pytest.mark.distributed
+def test_the_command_makes_a_corpus_and_says_how_different_its_people_are(corpus, tmp_path, capsys):
+    options = ["--views", "2", "--timesteps", "2", "--seed", "5", "--image_size", "16", "--num_points", "60"]
+    options += ["--n_bins", "64", "--num_validation", "2", "--shard_size", "4000", "--num_proc", "2"]
+    main(["--num_subjects", "6", "--corpus", str(tmp_path / "corpus"), *options])
+    printed = capsys.readouterr().out
+    assert "train: 4 subjects, 16 frames" in printed
+    assert "identities: no two of 6 heads have the same shape; of all of them, the closest two are" in printed
+    assert hashes(tmp_path / "corpus") == hashes(corpus)
+
+
+def test_folders_or_a_corpus_must_be_asked_for_and_not_both(tmp_path, capsys):
+    for given in ([], ["--output", str(tmp_path / "a"), "--corpus", str(tmp_path / "b")]):
+        with pytest.raises(SystemExit):
+            main(["--num_subjects", "1", *given])
+        assert "give either --output, for folders, or --corpus" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
