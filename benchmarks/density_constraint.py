@@ -1,0 +1,230 @@
+"""What 4 to 15 Gaussians on a face cost a fit, and what they save the point model.
+
+    python benchmarks/density_constraint.py                 # about twenty minutes of one core
+    python benchmarks/density_constraint.py --num_subjects 4 --num_heldout 1 --steps 60 --output outputs/small_study
+
+Two questions, each answered with and without the density constraint, all else equal.
+
+1. One synthetic subject (128 pixels, nine cameras, the demo schedule): PSNR from a camera that was held out, and of held-out
+   moments; Gaussians in all, on the fullest face.
+2. Several subjects (64 pixels, a shorter schedule), as corpora with one tokenizer: the loss of a small point model on subjects
+   it has not seen, after the same number of steps. Sentences differ in length, so a nat a token is not the same good: a point of a
+   denser cloud says less, and there are more of them. Hence also nats a point and nats a person.
+
+Every step is a command of the toolkit, printed before it runs. What is there already is not made again.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from report import markdown_table, write_report
+
+from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.corpus import load_corpus
+from gaussian_tokenizer.head_model import load_head
+from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.subject import find_subjects
+
+HEAD = "procedural:600"
+N_BINS = 128
+WAYS = {"4 to 15": "true", "no limit": "false"}  # --density_constraint
+SHORT = {  # for pictures of 64 pixels
+    "iterations": 240, "start_downscale": 2, "full_resolution_from": 120, "densify_until": 210, "densify_interval": 20,
+}  # fmt: skip
+MODEL = {
+    "use_vision_encoder": "false", "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "sliding_window": 256,
+    "per_device_train_batch_size": 4, "max_eval_avatars": 99, "num_threads": 1, "use_cpu": "true", "disable_tqdm": "true",
+}  # fmt: skip
+MAX_LOSS, MIN_PSNR = 0.5, 28.0  # dB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/density_constraint"))
+    parser.add_argument("--num_subjects", type=int, default=8, help="of the second question")
+    parser.add_argument("--num_heldout", type=int, default=2, help="of them, kept from training")
+    parser.add_argument("--steps", type=int, default=400, help="of the point model")
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/density_constraint.png"))
+    arguments = parser.parse_args()
+    output = arguments.output
+
+    synthesize(output / "one", 1, image_size=128, timesteps=6)
+    synthesize(output / "several", arguments.num_subjects, image_size=64, timesteps=4)
+    for name, schedule in (("one", {}), ("several", SHORT)):
+        for way, limited in WAYS.items():
+            fit(output / name, output / f"{name}, {way}", density_constraint=limited, **schedule)
+    fits = [fit_row(name, way, output) for name in ("one", "several") for way in WAYS]
+
+    tokenizer = shared_tokenizer(output)
+    models = []
+    for way in WAYS:
+        build(output / f"several, {way}", tokenizer, arguments.num_heldout, output / f"corpus, {way}")
+        pretrain(output / f"corpus, {way}", arguments.steps, output / f"model, {way}")
+        models.append(model_row(way, output))
+    draw(fits, models, output, arguments.picture)
+    targets = judge(fits)
+    print(markdown_table(fits), markdown_table(models), markdown_table(targets), sep="\n\n")
+    path = write_report("density_constraint", fits, point_models=models, targets=targets, threads=1, n_bins=N_BINS)
+    print(f"\nwritten: {path}, {arguments.picture}")
+
+
+# ---- the steps
+
+
+def run(*words: object) -> None:
+    print("$ python", shlex.join(map(str, words)), flush=True)
+    subprocess.run([sys.executable, *map(str, words)], check=True)
+
+
+def flags(**values: object) -> list[object]:
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def synthesize(folder: Path, count: int, image_size: int, timesteps: int) -> None:
+    options = flags(num_subjects=count, views=9, timesteps=timesteps, image_size=image_size, head=HEAD, output=folder)
+    run("-m", "gaussian_tokenizer.synthesize", *options)
+
+
+def fit(data: Path, output: Path, **settings: object) -> None:
+    options = flags(data=data, head=HEAD, output=output, use_cpu="true", disable_tqdm="true", **settings)
+    run("training/fit_avatars.py", "training/configs/fit_demo.yaml", *options)
+
+
+def shared_tokenizer(output: Path) -> Path:
+    """One box for the points of both ways, or levels would differ in size."""
+    head = load_head(HEAD)
+    avatars = [subject.load_avatar(head) for way in WAYS for subject in find_subjects(output / f"several, {way}")]
+    tokenizer = GaussianTokenizer(
+        n_bins=N_BINS, n_faces=head.n_faces, image_size=56, head_name=head.name, head_hash=head.hash
+    )
+    tokenizer.fit(avatars, 0.0)
+    tokenizer.save_pretrained(output / "tokenizer")
+    return output / "tokenizer"
+
+
+def build(avatars: Path, tokenizer: Path, num_heldout: int, corpus: Path) -> None:
+    options = flags(avatars=avatars, head=HEAD, tokenizer=tokenizer, num_validation=num_heldout, output=corpus)
+    run("-m", "gaussian_tokenizer.build_corpus", *options)
+
+
+def pretrain(corpus: Path, steps: int, output: Path) -> None:
+    report = output / "training_report.json"
+    if report.is_file() and json.loads(report.read_text())["steps"] == steps:
+        return
+    often = max(1, steps // 4)
+    options = flags(corpus=corpus, output_dir=output, max_steps=steps, eval_steps=often, save_steps=steps, **MODEL)
+    run("training/pretrain.py", "training/configs/demo.yaml", *options)
+
+
+# ---- the figures
+
+
+def reports(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/fit_report.json"))]
+
+
+def fit_row(name: str, way: str, output: Path) -> dict:
+    """Means over the subjects, the largest face of all of them."""
+    found = reports(output / f"{name}, {way}")
+    faces = [report["points_per_face"] for report in found]
+
+    def mean(key: str) -> float:
+        return float(np.mean([report[key] for report in found]))
+
+    return {
+        "subjects": len(found),
+        "pixels": found[0]["picture_size"][0],
+        "on a face": way,
+        "PSNR camera": round(mean("psnr"), 2),
+        "PSNR moments": round(mean("psnr_timesteps"), 2),
+        "PSNR tokens": round(mean("psnr_tokenized"), 2),
+        "SSIM camera": round(mean("ssim"), 3),
+        "points": round(mean("num_points")),
+        "fullest face": max(face["max"] for face in faces),
+        "empty faces": round(float(np.mean([face["share_empty"] for face in faces])), 3),
+        "CPU seconds": round(float(np.mean([report["seconds"]["cpu"] for report in found]))),
+    }
+
+
+def model_row(way: str, output: Path) -> dict:
+    report = json.loads((output / f"model, {way}" / "training_report.json").read_text())
+    points, people, tokens = held_out(output / f"corpus, {way}")
+    nats = report["heldout_nll"] * tokens
+    return {
+        "on a face": way,
+        "steps": report["steps"],
+        "parameters": report["num_parameters"],
+        "held-out points a person": round(points / people),
+        "nats a token": report["heldout_nll"],
+        "unigram": report["unigram_nll"],
+        **{f"nats {slot}": report[f"heldout_nll_{slot}"] for slot in "xyzb"},
+        "nats a point": nats / points,
+        "nats a person": round(nats / people),
+    }
+
+
+def held_out(corpus: Path) -> tuple[int, int, int]:
+    """Points, people and tokens (end tokens counted, first ones not) of the held-out split."""
+    avatars = load_corpus(corpus).avatars("validation")
+    points = sum(avatars["num_points"])
+    return points, len(avatars), 4 * points + len(avatars)
+
+
+def judge(fits: list[dict]) -> list[dict]:
+    limited, free = fits[0], fits[1]
+    loss = free["PSNR camera"] - limited["PSNR camera"]
+    rows = [
+        ("PSNR with the constraint, dB", limited["PSNR camera"], f">= {MIN_PSNR}", limited["PSNR camera"] >= MIN_PSNR),
+        ("PSNR lost to the constraint, dB", loss, f"<= {MAX_LOSS}", loss <= MAX_LOSS),
+        ("fullest face with it", limited["fullest face"], "<= 15", limited["fullest face"] <= 15),
+        ("fullest face without it", free["fullest face"], ">= 60", free["fullest face"] >= 60),
+    ]
+    return [
+        {"target": name, "measured": value, "wanted": wanted, "reached": reached}
+        for name, value, wanted, reached in rows
+    ]
+
+
+def draw(fits: list[dict], models: list[dict], output: Path, path: Path) -> None:
+    """Points on the faces of the one subject, and the loss of the point models over their steps."""
+    from matplotlib.figure import Figure
+
+    colors = {"4 to 15": "#3b6ea5", "no limit": "#c2703d"}
+    figure = Figure(figsize=(10, 3.4), dpi=120, layout="constrained")
+    histogram, points, people = figure.subplots(1, 3)
+    for row, way in zip(fits, WAYS):
+        (report,) = reports(output / f"one, {way}")
+        counts = np.repeat(
+            np.arange(len(report["points_per_face"]["histogram"])), report["points_per_face"]["histogram"]
+        )
+        shown = np.sort(counts)[::-1]
+        label = f"{way}: {row['points']:,} points, {row['PSNR camera']:.2f} dB"
+        histogram.plot(np.arange(1, len(shown) + 1), shown, color=colors[way], label=label)
+    histogram.set(xlabel="face, fullest first", ylabel="points on it", yscale="symlog", title="one subject, 128 pixels")
+    for row, way in zip(models, WAYS):
+        log = json.loads((output / f"model, {way}" / "training_log.json").read_text())
+        evaluated = [(entry["step"], entry["eval_nll"]) for entry in log if "eval_nll" in entry]
+        steps, nll = np.array(evaluated).T
+        points.plot(steps, nll * row["nats a point"] / row["nats a token"], "o-", color=colors[way], label=way)
+        people.plot(steps, nll * row["nats a person"] / row["nats a token"] / 1000, "o-", color=colors[way], label=way)
+    points.set(xlabel="step", ylabel="nats a point", title="point model, people not seen")
+    people.set(xlabel="step", ylabel="thousand nats a person", title="the same, whole sentences", ylim=(0, None))
+    for axes in (histogram, points, people):
+        axes.legend(fontsize=8, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()

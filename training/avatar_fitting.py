@@ -1,0 +1,307 @@
+"""Fitting one avatar to the pictures of a tracked subject, by gradient descent through the renderer.
+
+    Gaussians on faces (Cloud) --ride on the posed head--> world space --render--> picture --loss--> gradients --Adam--> Cloud
+                        every `densify_interval` steps: prune, clone, split, and 4 to 15 on every face (density_control)
+
+The recipe is that of GaussianAvatars (Qian et al. 2024) with AvatarPointillist's density constraint. Whatever step i does follows
+from the settings, i and the state before it, so a fit that was killed and goes on from its checkpoint ends with the same bytes
+(on the CPU; a GPU adds up gradients in any order).
+
+Axes: N Gaussians, F faces, T timesteps.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gaussian_tokenizer.animation import Local, ride_on_faces
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.tracking import Tracking
+from training.density_control import Cloud, Evidence, Rules, control_density
+from training.fit_arguments import FitSettings
+from training.fit_losses import (
+    photometric_loss,
+    pixels_covered,
+    position_regulariser,
+    scale_regulariser,
+    screen_gradients,
+    screen_radii,
+)
+from training.fit_pictures import Pictures, evenly_spread
+from training.fit_state import FitState
+
+POSES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6}
+MAX_FIRST_COLOR = 1 / 255  # of the constant SH coefficient of a first Gaussian
+OPACITY_AFTER_RESET = 0.01
+EXTENT_MARGIN = 1.1
+SMALLEST_PICTURE = 11  # pixels, the window of SSIM
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What a fit works on; everything but its state."""
+
+    tracking: Tracking
+    head: HeadModel
+    settings: FitSettings  # as carried out: shortened
+    pictures: Pictures
+    params: HeadParameters  # the tracking's, on the device
+    extent: float  # metres
+
+    @classmethod
+    def of(
+        cls,
+        tracking: Tracking,
+        head: HeadModel,
+        settings: FitSettings,
+        device: torch.device,
+        cache_megabytes: int = 4096,
+    ) -> "Fit":
+        """ValueError, with one line, for a subject that cannot be fitted."""
+        settings = settings.shortened()
+        pictures = Pictures(tracking, settings.background, device, cache_megabytes)
+        train = tracking.splits["train"]
+        if not train:
+            raise ValueError(f"{tracking.path}: no pictures to learn from, its training split is empty")
+        smallest = min(min(tracking.frames[index].width, tracking.frames[index].height) for index in train)
+        if smallest // settings.start_downscale < SMALLEST_PICTURE:
+            raise ValueError(
+                f"{tracking.path}: pictures of {smallest} pixels; with --start_downscale {settings.start_downscale} they must "
+                f"have at least {SMALLEST_PICTURE * settings.start_downscale}"
+            )
+        if all(pictures.is_dark(index) for index in train):
+            raise ValueError(
+                f"{tracking.path}: every picture to learn from is black or transparent; is the mask inverted?"
+            )
+        params = tracking.params.to(device)
+        return cls(tracking, head.to(device), settings, pictures, params, scene_extent(tracking, settings))
+
+    @property
+    def train(self) -> tuple[int, ...]:
+        return self.tracking.splits["train"]
+
+    def begin(self) -> FitState:
+        """One Gaussian a face, as large as it, half a shade from grey."""
+        faces = torch.arange(self.head.n_faces)
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        count = len(faces)
+        cloud = Cloud(
+            positions=torch.zeros(count, 3),
+            log_scales=torch.zeros(count, 3),
+            quats=torch.tensor([1.0, 0, 0, 0]).repeat(count, 1),
+            opacities=torch.full((count,), self.settings.init_opacity).logit(),
+            sh_dc=torch.rand(count, 1, 3, generator=generator) * MAX_FIRST_COLOR,
+            sh_rest=torch.zeros(count, (self.settings.sh_degree + 1) ** 2 - 1, 3),
+            faces=faces,
+        ).map(lambda value: value.to(self.head.device))
+        names = ("expr", *POSES, "translation") if self.settings.finetune_head else ()
+        state = FitState.begin(cloud, {name: self.params.tensors()[name].clone() for name in names})
+        if not any(
+            (screen_radii(self.posed(state, index), self.pictures.camera(index)) > 0).any() for index in self.train
+        ):
+            raise ValueError(
+                f"{self.tracking.path}: no camera sees the head; look at it with "
+                f"`python -m gaussian_tokenizer.inspect {self.tracking.path} --picture look.png` (camera convention?)"
+            )
+        return state
+
+    def posed(self, state: FitState, index: int) -> Gaussians:
+        """The Gaussians at the moment of picture `index`, T = 1."""
+        row = self.pictures.row(index)
+        params = self.params.frame(row)
+        if state.head:
+            params = replace(params, **{name: value[row : row + 1] for name, value in state.head.items()})
+        cloud = state.cloud
+        local = Local(cloud.positions, cloud.log_scales, cloud.quats, cloud.faces)
+        placed = ride_on_faces(local, self.head.pose(params).vertices, self.head.faces)
+        degree = min(self.settings.sh_degree, state.iteration // self.settings.sh_degree_interval)
+        sh = torch.cat((cloud.sh_dc, cloud.sh_rest[:, : (degree + 1) ** 2 - 1]), 1)
+        return Gaussians(placed.positions, placed.scales, placed.quats, cloud.opacities.sigmoid(), sh)
+
+    def downscale(self, iteration: int) -> int:
+        """Pictures of step `iteration` have 1/n of their side: halved so often in equal parts of the time."""
+        halvings = int(math.log2(self.settings.start_downscale))
+        if iteration >= self.settings.full_resolution_from or halvings == 0:
+            return 1
+        return self.settings.start_downscale >> (halvings * iteration // self.settings.full_resolution_from)
+
+    def avatar(self, state: FitState) -> GaussianAvatar:
+        """The result: an avatar with head parameters of every timestep."""
+        cloud = state.cloud.map(lambda value: value.detach().cpu())
+        head = {name: value.detach().cpu() for name, value in state.head.items()}
+        return GaussianAvatar(
+            positions=cloud.positions,
+            faces=cloud.faces,
+            sh=torch.cat((cloud.sh_dc, cloud.sh_rest), 1),
+            opacities=cloud.opacities,
+            scales=cloud.log_scales,
+            quats=cloud.quats,
+            params=replace(self.tracking.params, layout=None, **head),
+        ).with_head(self.head.to("cpu"))
+
+
+def optimise(fit: Fit, state: FitState, after_step: Callable[[FitState, float], None]) -> None:
+    """Carry out the steps that are left; `after_step` gets the state, and the step's loss, after each."""
+    settings = fit.settings
+    while state.iteration < settings.iterations:
+        loss = _step(fit, state)
+        state.iteration += 1
+        iteration = state.iteration
+        if settings.densify_from < iteration < settings.densify_until and iteration % settings.densify_interval == 0:
+            state.apply(
+                control_density(state.cloud, evidence(fit, state), rules(fit, iteration), _generator(fit, state))
+            )
+            if len(state.cloud) == 0:
+                raise ValueError(
+                    f"{fit.tracking.path}: no Gaussian is in any picture after {iteration} steps; are pictures, cameras and "
+                    "head parameters those of one recording?"
+                )
+        if _resets_opacities(settings, iteration):
+            state.lower_opacities(OPACITY_AFTER_RESET)
+        after_step(state, loss)
+
+
+def scene_extent(tracking: Tracking, settings: FitSettings) -> float:
+    """Metres: 1.1 times the farthest training camera from their middle, within bounds.
+
+    Learning rate and sizes are relative to it. One camera that stands still has no extent of its own, which without the lower
+    bound would stop all positions, make everything split, and nothing be cloned (GaussianAvatars, issue 87).
+    """
+    if settings.scene_extent is not None:
+        return settings.scene_extent
+    places = np.stack([np.linalg.inv(tracking.frames[index].viewmat)[:3, 3] for index in tracking.splits["train"]])
+    farthest = float(np.linalg.norm(places - places.mean(0), axis=1).max())
+    return min(max(EXTENT_MARGIN * farthest, settings.min_extent), settings.max_extent)
+
+
+def learning_rates(fit: Fit, iteration: int) -> dict[str, float]:
+    """By the names of `FitState.parameters`; that of positions falls exponentially."""
+    settings = fit.settings
+    progress = min(iteration / settings.iterations, 1.0)
+    position = settings.position_lr ** (1 - progress) * settings.position_lr_final**progress
+    return {
+        "positions": position * fit.extent,
+        "log_scales": settings.scale_lr,
+        "quats": settings.rotation_lr,
+        "opacities": settings.opacity_lr,
+        "sh_dc": settings.color_lr,
+        "sh_rest": settings.sh_lr,
+        "head.expr": settings.expr_lr,
+        "head.translation": settings.translation_lr,
+        **{f"head.{name}": settings.pose_lr for name in POSES},
+    }
+
+
+def rules(fit: Fit, iteration: int) -> Rules:
+    """Density control's rules in metres and pixels."""
+    settings = fit.settings
+    prune_large = 0 < settings.prune_large_from < iteration
+    return Rules(
+        min_gradient=settings.min_gradient,
+        clone_below=settings.clone_below * fit.extent,
+        min_opacity=settings.min_opacity,
+        max_scale=settings.max_scale * fit.extent if prune_large else None,
+        max_radius=settings.max_radius if prune_large else None,
+        min_pixels=settings.min_pixels,
+        limits=settings.limits,
+    )
+
+
+@torch.no_grad()
+def evidence(fit: Fit, state: FitState) -> Evidence:
+    """What density control is to judge by."""
+    settings = fit.settings
+    pixels, on_face = torch.zeros_like(state.radii), state.radii.new_zeros(fit.head.n_faces)
+    if settings.limits is not None:
+        pixels, on_face = most_pixels(fit, state)
+    posed = fit.posed(state, fit.train[0])
+    return Evidence(
+        gradients=state.gradient_sums / state.views.clamp(min=1),
+        scales=posed.scales[0].amax(1),
+        radii=state.radii,
+        pixels=pixels,
+        unseen=(on_face < settings.min_face_pixels) & settings.allow_empty_faces,
+    )
+
+
+@torch.no_grad()
+def most_pixels(fit: Fit, state: FitState) -> tuple[Tensor, Tensor]:
+    """The pixels that each Gaussian (N,), and all of a face (F,), make up of the picture where they make up most.
+
+    In pixels of the pictures' own size; looked at are `visibility_pictures`, one of each camera at least.
+    """
+    most = torch.zeros_like(state.radii)
+    on_face = most.new_zeros(fit.head.n_faces)
+    downscale = fit.downscale(state.iteration)
+    cameras = {fit.tracking.frames[index].camera for index in fit.train}
+    count = max(fit.settings.visibility_pictures, len(cameras))
+    for index in evenly_spread(fit.tracking, fit.train, count):
+        shares = pixels_covered(fit.posed(state, index), fit.pictures.camera(index, downscale)) * downscale**2
+        most = most.maximum(shares)
+        on_face = on_face.maximum(torch.zeros_like(on_face).index_add_(0, state.cloud.faces, shares))
+    return most, on_face
+
+
+def _step(fit: Fit, state: FitState) -> float:
+    """Draw pictures, follow the gradient, note what density control wants to know; the loss."""
+    settings = fit.settings
+    for value in state.parameters().values():
+        value.requires_grad_()
+    total = 0.0
+    for index in _pictures_of_step(fit, state.iteration):
+        downscale = fit.downscale(state.iteration)
+        camera, truth = fit.pictures.camera(index, downscale), fit.pictures.truth(index, downscale)
+        posed = fit.posed(state, index)
+        posed.positions.retain_grad()
+        radii = screen_radii(posed, camera)
+        visible = radii > 0
+        loss = (
+            photometric_loss(render(posed, camera, settings.background).image, truth, settings.ssim_weight)
+            + settings.position_weight
+            * position_regulariser(state.cloud.positions[visible], settings.position_threshold)
+            + settings.scale_weight * scale_regulariser(state.cloud.log_scales[visible], settings.scale_threshold)
+        )
+        (loss / settings.pictures_per_step).backward()
+        total += loss.item() / settings.pictures_per_step
+        gradient = posed.positions.grad
+        assert gradient is not None
+        on_screen = screen_gradients(gradient[0] * settings.pictures_per_step, posed.positions[0].detach(), camera)
+        state.gradient_sums += on_screen * visible
+        state.views += visible
+        state.radii = state.radii.maximum(radii * downscale)
+    state.adam_step(learning_rates(fit, state.iteration))
+    for value in state.parameters().values():
+        value.requires_grad_(False)
+    return total
+
+
+def _pictures_of_step(fit: Fit, iteration: int) -> list[int]:
+    """Every training picture once, in a random order, then again in another."""
+    chosen = []
+    for number in range(iteration * fit.settings.pictures_per_step, (iteration + 1) * fit.settings.pictures_per_step):
+        epoch, position = divmod(number, len(fit.train))
+        order = np.random.default_rng((fit.settings.seed, epoch)).permutation(len(fit.train))
+        chosen.append(fit.train[order[position]])
+    return chosen
+
+
+def _generator(fit: Fit, state: FitState) -> torch.Generator:
+    """Random numbers of one density control, whatever came before."""
+    words = np.random.SeedSequence((fit.settings.seed, state.iteration)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+
+
+def _resets_opacities(settings: FitSettings, iteration: int) -> bool:
+    if not settings.opacity_reset_interval > 0 or iteration >= settings.densify_until:
+        return False
+    # On white, which faint white Gaussians could fake, one more reset when density control begins.
+    at_start = settings.background == 1.0 and iteration == settings.densify_from
+    return at_start or iteration % settings.opacity_reset_interval == 0

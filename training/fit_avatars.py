@@ -1,0 +1,233 @@
+"""Fit a Gaussian avatar to every tracked subject of a folder, with 4 to 15 Gaussians on every occupied face.
+
+    accelerate launch training/fit_avatars.py training/configs/fit_demo.yaml --data subjects --head procedural:600 \\
+        --output avatars                                                               # minutes a subject on one CPU core
+    accelerate launch training/fit_avatars.py training/configs/fit_paper.yaml --data tracked --head flame.safetensors \\
+        --output avatars --shorten 20                                                  # on one GPU or several, 30,000 steps
+
+Subjects are spread over the processes that `accelerate launch` starts. Run again, the command goes on: finished subjects are
+kept, interrupted ones continue where they were, those that failed are named (`--retry_failed true` tries them once more). Every
+field of the YAML file can be given again on the command line. The output is what `gaussian_tokenizer.build_corpus` reads; each
+subject's folder also has `fit_report.json` and `fit.png`.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.subject import write_subject
+from gaussian_tokenizer.tracking import Tracking, find_trackings, load_tracking
+from gaussian_tokenizer.transforms import Frame
+from training.arguments import exit_on_user_error, parse_arguments
+from training.avatar_fitting import Fit, optimise
+from training.exact_trainer import disk_is_full
+from training.fit_arguments import FitArguments, FitSettings
+from training.fit_pictures import evenly_spread
+from training.fit_queue import Job, order_of
+from training.fit_report import fit_report, write_report
+from training.fit_state import FitState
+from training.losses import ssim
+
+POLL_SECONDS = 1.0
+STEPS_BETWEEN_FIGURES = 50  # in the progress bar
+CARRIED = ("psnr", "psnr_tokenized", "num_points", "iterations")  # figures that go with the avatar's metadata
+
+
+class Interrupted(Exception):
+    """A signal asked the process to stop; what it was at is saved."""
+
+
+def main() -> None:
+    arguments, settings = parse_arguments(sys.argv[1:], FitArguments, FitSettings, description=__doc__.split("\n\n")[0])
+    # Subjects share nothing, so the processes form no group that one of them could keep waiting or bring down.
+    process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(1)  # the rasteriser has one; the order of all other sums is then the same everywhere, too
+    ssim(torch.zeros(1, 11, 11, 3), torch.zeros(1, 11, 11, 3))  # what is not installed should be said now
+    head = load_head(arguments.head)
+    jobs = [Job(path, Path(arguments.output)) for path in find_trackings(arguments.data)]
+    finished = [job.is_finished(settings.to_dict()) for job in jobs]
+    for job in jobs:
+        job.check_checkpoint({"settings": settings.to_dict()})
+    Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    worker = Worker(arguments, settings, head)
+    if process == 0:
+        print(f"{len(jobs)} subjects, {sum(finished)} finished; {processes} processes, {worker.device}", flush=True)
+    with worker.listening():
+        try:
+            worker.work_through(order_of(jobs, process, processes))
+        except Interrupted as stop:
+            print(f"\n{stop}; run the same command again to go on from there", file=sys.stderr, flush=True)
+            sys.exit(128 + worker.signals[0])
+    failures = {job.name: failure["reason"] for job in jobs if (failure := job.failure()) is not None}
+    if process == 0:
+        print(f"{len(jobs) - len(failures)} avatars in {arguments.output}", flush=True)
+    if failures:
+        lines = "".join(f"\n  {name}: {reason}" for name, reason in failures.items())
+        sys.exit(f"{len(failures)} of {len(jobs)} subjects failed; --retry_failed true tries them again:{lines}")
+
+
+class Worker:
+    """One process: takes subjects that nobody else fits until all are finished or have failed."""
+
+    def __init__(self, arguments: FitArguments, settings: FitSettings, head: HeadModel):
+        self.arguments, self.settings, self.head = arguments, settings, head
+        self.place = int(os.environ.get("LOCAL_RANK", 0))
+        on_gpu = torch.cuda.is_available() and not arguments.use_cpu
+        self.device = torch.device("cuda", self.place % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
+        self.signals: list[int] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C are noted, to stop after the step that is being done; a second one has its usual effect."""
+
+        def note(number: int, _frame: object) -> None:
+            self.signals.append(number)
+            signal.signal(number, before[number])
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def work_through(self, jobs: list[Job]) -> None:
+        failed = {job.name: failure for job in jobs if (failure := job.failure()) is not None}
+        while jobs:
+            elsewhere = []
+            for job in jobs:
+                if self.signals:
+                    raise Interrupted("stopped between two subjects")
+                if job.is_finished(self.settings.to_dict()):
+                    continue
+                with job.claim() as mine:
+                    if not mine:
+                        elsewhere.append(job)
+                    elif job.is_finished(self.settings.to_dict()):
+                        job.clean()
+                    # Not what another process has just tried in vain.
+                    elif job.failure() is None or (
+                        self.arguments.retry_failed and job.failure() == failed.get(job.name)
+                    ):
+                        self.attempt(job)
+            jobs = elsewhere
+            if jobs:  # should the process that is at one of them die, it is ours
+                time.sleep(POLL_SECONDS)
+
+    def attempt(self, job: Job) -> None:
+        """Fit a subject; what is wrong with it is recorded, a full disk ends everything."""
+        try:
+            self.fit(job)
+        except Interrupted:
+            raise
+        except Exception as error:
+            if disk_is_full(error):
+                raise ValueError(
+                    f"the disk is full: {job.name} could not be written ({error}). Finished subjects and earlier checkpoints are "
+                    "whole; free space and run the same command again"
+                ) from error
+            reason = " ".join(str(error).split())
+            if not isinstance(error, ValueError | OSError):
+                reason = f"{type(error).__name__}: {reason}"
+            job.record_failure(reason, traceback=traceback.format_exc().splitlines())
+            tqdm.write(f"{job.name} failed: {reason}", file=sys.stderr)
+
+    def fit(self, job: Job) -> None:
+        tracking = load_tracking(job.source, self.head)
+        fit = Fit.of(tracking, self.head, self.settings, self.device, self.arguments.picture_cache)
+        identity = {"settings": self.settings.to_dict(), "data": fingerprint(tracking, self.head)}
+        job.check_checkpoint(identity)
+        state = FitState.load(job.checkpoint, self.device) if job.checkpoint.exists() else fit.begin()
+        self.optimise(job, fit, state, identity)
+        avatar = fit.avatar(state)
+        report = fit_report(fit, state, avatar, self.arguments.max_eval_pictures) | {
+            "settings": self.settings.to_dict()
+        }
+        staging = job.work / "result"
+        shutil.rmtree(staging, ignore_errors=True)
+        frames = result_frames(fit, avatar, self.arguments.max_result_pictures)
+        metadata = tracking.metadata | {
+            "avatar_id": tracking.subject_id,
+            "fit": {name: report[name] for name in CARRIED},
+        }
+        write_subject(staging, avatar, frames, metadata)
+        write_report(fit, avatar, report, staging)
+        staging.rename(job.result)
+        job.clean()
+        faces = report["points_per_face"]
+        figures = [f"{report['num_points']:,} points, {faces['min']} to {faces['max']} on a face"]
+        figures += [f"held-out camera {report['psnr']:.2f} dB"] if report["psnr"] is not None else []
+        tqdm.write(f"{job.name}: {'; '.join(figures)}")
+
+    def optimise(self, job: Job, fit: Fit, state: FitState, identity: dict) -> None:
+        """All steps that are left, with checkpoints and a progress bar."""
+        clocks = {"wall": time.perf_counter, "cpu": time.process_time}
+        begin = {name: clock() - state.seconds[name] for name, clock in clocks.items()}
+        with tqdm(
+            desc=job.name,
+            total=fit.settings.iterations,
+            initial=state.iteration,
+            unit="step",
+            position=self.place,
+            mininterval=1.0,
+            disable=self.arguments.disable_tqdm,
+        ) as bar:
+
+            def after_step(state: FitState, loss: float) -> None:
+                bar.update()
+                last = state.iteration == fit.settings.iterations
+                if state.iteration % STEPS_BETWEEN_FIGURES == 0:
+                    bar.set_postfix(points=f"{len(state.cloud):,}", loss=f"{loss:.4f}")
+                if last or self.signals or state.iteration % self.arguments.save_every == 0:
+                    state.seconds = {name: clock() - begin[name] for name, clock in clocks.items()}
+                    state.save(job.checkpoint, identity)
+                if self.signals:
+                    raise Interrupted(
+                        f"{job.name} saved after {state.iteration:,} of {fit.settings.iterations:,} steps"
+                    )
+
+            optimise(fit, state, after_step)
+
+
+def fingerprint(tracking: Tracking, head: HeadModel) -> str:
+    """16 hex digits of what a fit reads, the content of the pictures aside."""
+    digest = hashlib.sha256(head.hash.encode())
+    for frame in tracking.frames:
+        size = frame.image.stat().st_size if isinstance(frame.image, Path) else 0
+        digest.update(repr((frame.timestep, frame.camera, frame.viewmat.tolist(), frame.K.tolist(), size)).encode())
+    for name, value in tracking.params.tensors().items():
+        digest.update(name.encode() + np.ascontiguousarray(value.numpy()).tobytes())
+    digest.update(repr(sorted(tracking.splits.items())).encode())
+    return digest.hexdigest()[:16]
+
+
+def result_frames(fit: Fit, avatar: GaussianAvatar, count: int | None) -> list[Frame]:
+    """Pictures for the corpus: transparent where the person is not, with the head parameters that the fit found."""
+    assert avatar.params is not None
+    frames = []
+    for index in evenly_spread(fit.tracking, range(len(fit.tracking.frames)), count):
+        frame = fit.tracking.frames[index]
+        image = frame.image
+        if frame.mask is not None or not (isinstance(image, Path) and image.suffix.lower() == ".png"):
+            image = (fit.pictures.rgba(index) * 255).round().to(torch.uint8).cpu().numpy()
+        params = avatar.params.frame(fit.pictures.row(index))
+        frames.append(replace(frame, image=image, mask=None, params=params))
+    return frames
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,90 @@
+"""What a fit minimises, and what it measures of every Gaussian on the way.
+
+    loss = 0.8 L1 + 0.2 (1 - SSIM) + 0.01 mean relu(|x| - 1) + 1.0 mean |relu(s - 0.6)|       (Qian et al. 2024, section 3.4)
+
+x and s are position and scales relative to the face, in units of its size; the means run over the Gaussians in the picture.
+
+Axes: N Gaussians, H W pixels.
+"""
+
+import torch
+from torch import Tensor
+
+from gaussian_tokenizer.cameras import Cameras
+from gaussian_tokenizer.gaussians import SH_DC, Gaussians
+from gaussian_tokenizer.rasterizer import project
+from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rotations import quaternion_to_matrix
+from training.losses import ssim
+
+NEAR, EPS2D = 0.01, 0.3  # as in `render`
+RADIUS = 3.0  # standard deviations: how far a Gaussian is counted as covering the screen (3D Gaussian Splatting)
+
+
+def photometric_loss(image: Tensor, truth: Tensor, ssim_weight: float) -> Tensor:
+    """(1 - w) L1 + w (1 - SSIM) of pictures (B, H, W, 3)."""
+    l1 = (image - truth).abs().mean()
+    return l1 if ssim_weight == 0 else (1 - ssim_weight) * l1 + ssim_weight * (1 - ssim(image, truth).mean())
+
+
+def position_regulariser(positions: Tensor, threshold: float) -> Tensor:
+    """Mean of how far face-local positions (N, 3) are beyond `threshold` face sizes from the face's centre."""
+    return _mean((_length(positions) - threshold).relu())
+
+
+def scale_regulariser(log_scales: Tensor, threshold: float) -> Tensor:
+    """Mean length of what face-local scales, exp of (N, 3), exceed `threshold` face sizes by."""
+    return _mean(_length((log_scales.exp() - threshold).relu()))
+
+
+@torch.no_grad()
+def screen_radii(gaussians: Gaussians, camera: Cameras) -> Tensor:
+    """(N,) pixels, three standard deviations of the longer axis; 0 for a Gaussian outside the picture. T = C = 1."""
+    viewmat, K = camera.viewmats[0].double(), camera.Ks[0].double()
+    axes = quaternion_to_matrix(gaussians.quats[0].double()) * gaussians.scales[0].double()[:, None]
+    means, shapes, depths = project(
+        gaussians.positions[0].double(), axes, viewmat, K, camera.width, camera.height, EPS2D
+    )
+    slope, over_rows, inside = shapes.unbind(1)
+    # The covariance is [[inside + slope^2 over_rows, slope over_rows], [slope over_rows, over_rows]].
+    half = (inside + slope**2 * over_rows + over_rows) / 2
+    radii = RADIUS * (half + (half**2 - inside * over_rows).clamp(min=0).sqrt()).sqrt()
+    size = means.new_tensor([camera.width, camera.height])
+    on_screen = ((means + radii[:, None] > 0) & (means - radii[:, None] < size)).all(1)
+    return torch.where(on_screen & (depths > NEAR), radii, 0.0).float()
+
+
+@torch.no_grad()
+def screen_gradients(gradients: Tensor, positions: Tensor, camera: Cameras) -> Tensor:
+    """(N,) lengths of the loss's gradient along the screen, in half picture sizes, from that of world positions (N, 3).
+
+    A move of du pixels is a move of du z / f metres across the viewing axis, so dL/du = (z / f) dL/dx in camera axes; 3D
+    Gaussian Splatting measures screens from -1 to 1, hence times half the width or height. What a move changes besides (the
+    projected size and the direction of view) is counted too, and small: size and distance of a head differ by the factor ten.
+    """
+    rotation, offset = camera.viewmats[0, :2, :3].to(gradients), camera.viewmats[0, 2].to(gradients)
+    depths = positions @ offset[:3] + offset[3]
+    half_sizes = gradients.new_tensor([camera.width, camera.height]) / 2
+    focal = camera.Ks[0, [0, 1], [0, 1]].to(gradients)
+    return depths.abs() * (gradients @ rotation.T * (half_sizes / focal)).norm(dim=1)
+
+
+@torch.enable_grad()
+def pixels_covered(gaussians: Gaussians, camera: Cameras) -> Tensor:
+    """(N,) how many pixels each Gaussian makes up: its share of every pixel, summed. T = C = 1.
+
+    A picture is linear in the colours, so the shares are the gradient of its sum.
+    """
+    colors = torch.zeros_like(gaussians.sh[:, :1]).requires_grad_()
+    grey = Gaussians(gaussians.positions, gaussians.scales, gaussians.quats, gaussians.opacities, colors)
+    (shares,) = torch.autograd.grad(render(grey, camera, background=0.0).image[..., 0].sum(), colors)
+    return shares[:, 0, 0] / SH_DC
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.sum() / max(len(values), 1)
+
+
+def _length(vectors: Tensor) -> Tensor:
+    # Clamped under the root, so that a zero vector has a zero gradient instead of NaN.
+    return vectors.square().sum(-1).clamp(min=1e-20).sqrt()

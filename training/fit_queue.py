@@ -1,0 +1,137 @@
+"""Which subjects are to be fitted, and who does it: folders and files are the only state that processes share.
+
+    <output>/<subject>/                   a finished avatar, with fit_report.json; it appears whole or not at all
+    <output>/.fit/<subject>/checkpoint.safetensors, failed.json, claim
+
+A process holds a lock on `claim` while it fits a subject. The system lets go of it when the process dies, however it dies, so
+another one can take the subject over from its checkpoint. Several machines may work on one shared folder.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gaussian_tokenizer.atomic import atomic_file
+from training.fit_report import REPORT_NAME
+from training.fit_state import differences, saved_identity
+
+FAILURE_NAME, CHECKPOINT_NAME = "failed.json", "checkpoint.safetensors"
+WORK_FOLDER = ".fit"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One subject to be fitted."""
+
+    source: Path  # the tracking
+    output: Path
+
+    @property
+    def name(self) -> str:
+        folder = self.source if self.source.is_dir() else self.source.parent
+        return folder.resolve().name
+
+    @property
+    def result(self) -> Path:
+        return self.output / self.name
+
+    @property
+    def work(self) -> Path:
+        return self.output / WORK_FOLDER / self.name
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.work / CHECKPOINT_NAME
+
+    def is_finished(self, settings: Mapping[str, Any]) -> bool:
+        """ValueError if there is a folder of the subject that was not fitted with these settings."""
+        if not self.result.exists():
+            return False
+        try:
+            report = json.loads((self.result / REPORT_NAME).read_text(encoding="utf-8"))
+            found = report["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{self.result}: is there, but was not fitted (no {REPORT_NAME}); give another --output, or remove it"
+            ) from None
+        if found != dict(settings):
+            raise ValueError(
+                f"{self.result}: fitted with other settings: {differences(found, settings)}; give the same, another "
+                "--output, or remove it"
+            )
+        return True
+
+    def check_checkpoint(self, identity: Mapping[str, Any]) -> None:
+        """ValueError if there is a checkpoint that disagrees with these parts of a fit's identity."""
+        if not self.checkpoint.exists():
+            return
+        found = saved_identity(self.checkpoint)
+        found = {name: found.get(name) for name in identity}
+        if found != dict(identity):
+            raise ValueError(
+                f"{self.checkpoint}: begun otherwise: {differences(found, identity)}; give the same, or remove it to begin again"
+            )
+
+    def failure(self) -> dict[str, Any] | None:
+        """Why the subject failed, if it did: `reason`, and in `attempts` how often it was tried."""
+        try:
+            failure = json.loads((self.work / FAILURE_NAME).read_text(encoding="utf-8"))
+            return {"reason": str(failure["reason"]), "attempts": int(failure["attempts"])}
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.work / FAILURE_NAME}: does not say why the subject failed; remove it") from None
+
+    def record_failure(self, reason: str, **more: Any) -> None:
+        before = self.failure()
+        failure = {
+            "subject": self.name,
+            "reason": reason,
+            "attempts": (before["attempts"] if before else 0) + 1,
+            **more,
+        }
+        with atomic_file(self.work / FAILURE_NAME) as file:
+            file.write((json.dumps(failure, indent=2, ensure_ascii=False) + "\n").encode())
+
+    @contextmanager
+    def claim(self) -> Iterator[bool]:
+        """Whether the subject is this process's own for as long as the block lasts."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(self.work / "claim", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                yield False
+                return
+            # Whoever finished the subject took the folder away, and with it the file this lock is on.
+            if not _is_same(file.fileno(), self.work / "claim"):
+                yield False
+                return
+            yield True
+
+    def clean(self) -> None:
+        """Remove what was kept to go on from."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def order_of(jobs: list[Job], process: int, processes: int) -> list[Job]:
+    """Every process begins with its own share, each n-th, and then looks after those of the others."""
+    return [job for shift in range(processes) for job in jobs[(process + shift) % processes :: processes]]
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    here = os.fstat(descriptor)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)

@@ -1,0 +1,178 @@
+"""How good a fitted avatar is: the figures of `fit_report.json`, and `fit.png` to look at.
+
+Pictures that the fit never saw are drawn on the fit's background and compared with the true ones: those of a held-out camera
+(`val`) and of held-out timesteps (`test`, with the expression and pose that the tracker found). The avatar is also spelt as
+tokens and read back, its other attributes kept, to see what the tokenizer's 1,024 levels cost.
+"""
+
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.rendering import render
+from training.avatar_fitting import Fit
+from training.fit_pictures import evenly_spread
+from training.fit_state import FitState
+from training.losses import psnr, ssim
+
+logger = logging.getLogger(__name__)
+
+REPORT_NAME, PICTURE_NAME = "fit_report.json", "fit.png"
+N_BINS = 1024
+MARGIN = 0.05  # of the tokenizer's box around the avatar, as build_corpus has it around all
+PACKAGES = ("avatar-pointillist", "torch", "numpy", "gsplat")
+SHOWN = 3  # pictures of each kind
+ERROR_GAIN = 4  # errors are shown so much brighter
+
+
+def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_pictures: int) -> dict[str, Any]:
+    """What `fit_report.json` holds; None where a split has no pictures."""
+    avatar = avatar.to(fit.head.device)
+    kinds = {"": "val", "_timesteps": "test", "_train": "train"}
+    chosen = {
+        name: evenly_spread(fit.tracking, fit.tracking.splits[split], max_pictures) for name, split in kinds.items()
+    }
+    figures: dict[str, Any] = {}
+    for name, indices in chosen.items():
+        figures[f"psnr{name}"], figures[f"ssim{name}"] = picture_metrics(fit, avatar, indices)
+    judged = chosen[""] or chosen["_timesteps"] or chosen["_train"]
+    figures["psnr_tokenized"], _ = picture_metrics(fit, tokenized(avatar), judged)
+    return {
+        "subject_id": fit.tracking.subject_id,
+        **figures,
+        "n_bins": N_BINS,
+        "num_points": len(avatar),
+        "points_per_face": points_per_face(avatar.faces, fit.head.n_faces),
+        "iterations": state.iteration,
+        "scene_extent": fit.extent,
+        "num_pictures": {split: len(indices) for split, indices in fit.tracking.splits.items()},
+        "picture_size": [fit.tracking.frames[fit.train[0]].width, fit.tracking.frames[fit.train[0]].height],
+        "head": {"name": fit.head.name, "hash": fit.head.hash, "n_faces": fit.head.n_faces},
+        "device": torch.cuda.get_device_name(fit.head.device) if fit.head.device.type == "cuda" else "cpu",
+        "versions": versions(),
+        "seconds": {name: round(value, 1) for name, value in state.seconds.items()},
+    }
+
+
+def points_per_face(faces: Tensor, n_faces: int) -> dict[str, Any]:
+    """Minimum, median and maximum over the occupied faces, share of empty faces, and faces by their number of points."""
+    counts = faces.bincount(minlength=n_faces).cpu()
+    occupied = counts[counts > 0]
+    return {
+        "min": int(occupied.min()),
+        "median": float(np.median(occupied)),
+        "max": int(occupied.max()),
+        "share_empty": 1 - len(occupied) / n_faces,
+        "histogram": counts.bincount().tolist(),
+    }
+
+
+@torch.no_grad()
+def picture_metrics(fit: Fit, avatar: GaussianAvatar, indices: Sequence[int]) -> tuple[float | None, float | None]:
+    """Mean PSNR (dB) and SSIM of drawn pictures against true ones."""
+    values = []
+    for index in indices:
+        image, truth = draw(fit, avatar, index), fit.pictures.truth(index)
+        values.append(torch.cat((psnr(image, truth), ssim(image, truth))))
+    if not values:
+        return None, None
+    mean_psnr, mean_ssim = torch.stack(values).double().mean(0).tolist()
+    return mean_psnr, mean_ssim
+
+
+@torch.no_grad()
+def draw(fit: Fit, avatar: GaussianAvatar, index: int) -> Tensor:
+    """(1, H, W, 3) the avatar at the moment, and from the camera, of a picture."""
+    assert avatar.params is not None
+    posed = avatar.posed(avatar.params.frame(fit.pictures.row(index)), method="face_frames")
+    return render(posed, fit.pictures.camera(index), fit.settings.background).image.clamp(0, 1)
+
+
+def tokenized(avatar: GaussianAvatar) -> GaussianAvatar:
+    """The avatar with the positions that are left of it after `N_BINS` levels an axis."""
+    assert avatar.head is not None
+    tokenizer = GaussianTokenizer(n_bins=N_BINS, n_faces=avatar.head.n_faces)
+    tokenizer.fit(avatar, MARGIN)
+    encoded = tokenizer(avatar, return_order=True)
+    order = torch.as_tensor(encoded["order"], device=avatar.faces.device)
+    points = GaussianAvatar.from_points(tokenizer.decode(encoded["input_ids"]), avatar.params, avatar.head)
+    others = {name: avatar.tensors()[name][order] for name in ("sh", "opacities", "scales", "quats")}
+    return replace(points, **others)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_report(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], folder: Path) -> None:
+    """`fit.png`, where matplotlib is installed, and `fit_report.json` into a folder."""
+    try:
+        draw_fit(fit, avatar, report, folder / PICTURE_NAME)
+    except ImportError as error:
+        logger.warning("%s", error)
+    with atomic_file(folder / REPORT_NAME) as file:
+        file.write((json.dumps(report, indent=2) + "\n").encode())
+
+
+def draw_fit(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], path: Path) -> None:
+    """Write the picture: truth, drawing and error of some pictures of each kind, and the histogram of points on faces.
+
+    ImportError with the line to install if matplotlib is not there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('fit.png needs matplotlib: pip install "avatar-pointillist[demo]"') from None
+    avatar = avatar.to(fit.head.device)
+    titles, columns = [], []
+    for split, title in (("val", "held-out camera"), ("test", "held-out moment"), ("train", "learned from")):
+        for index in evenly_spread(fit.tracking, fit.tracking.splits[split], SHOWN):
+            truth, drawn = (
+                picture[0].cpu().numpy() for picture in (fit.pictures.truth(index), draw(fit, avatar, index))
+            )
+            error = np.clip(1 - ERROR_GAIN * np.abs(drawn - truth).mean(-1, keepdims=True), 0, 1).repeat(3, -1)
+            titles.append(title)
+            columns.append(np.concatenate((truth, drawn, error)))
+    width = columns[0].shape[1]
+    height = columns[0].shape[0] / width / 3
+    figure = Figure(figsize=(1.3 * len(columns) + 0.3, 3.9 * height + 2.2), dpi=120, layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=(3.9 * height, 1.7))
+    upper.imshow(np.concatenate(columns, 1), interpolation="nearest")
+    upper.set_xticks([width * (column + 0.5) for column in range(len(columns))], titles)
+    upper.set_yticks([width * height * (row + 0.5) for row in range(3)], ["truth", "fit", f"error x {ERROR_GAIN}"])
+    upper.tick_params(length=0, labelsize=7, top=False, labeltop=True, bottom=False, labelbottom=False)
+    upper.spines[:].set_visible(False)
+    draw_histogram(lower, report)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def draw_histogram(axes: Any, report: dict[str, Any]) -> None:
+    """Points on faces, and under it the figures of a report."""
+    counts = np.asarray(report["points_per_face"]["histogram"])
+    axes.bar(np.arange(len(counts)), counts, color=["#b0b0b0"] + ["#3b6ea5"] * (len(counts) - 1))
+    named = (("held-out camera", "psnr"), ("held-out moments", "psnr_timesteps"), ("as tokens", "psnr_tokenized"))
+    figures = [f"{title} {report[key]:.2f} dB" for title, key in named if report[key] is not None]
+    axes.set_title(f"{report['subject_id']}: {report['num_points']:,} points; " + ", ".join(figures), fontsize=8)
+    axes.set_xlabel("points on a face", fontsize=8)
+    axes.set_ylabel("faces", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
