@@ -104,8 +104,8 @@ def control_density(cloud: Cloud, evidence: Evidence, rules: Rules, generator: t
     """One step: prune, grow, and keep to the limits. `generator` (CPU) places the children of splits.
 
     Without limits: a Gaussian is not pruned if all of its face would be (GaussianAvatars). With them the same holds, but a
-    face in `evidence.unseen` loses all of its own, and a full face those that are hardly to be seen; of the Gaussians of a face that
-    ask to grow, those most useful (gradient times opacity, the first of equals) do as long as there is room.
+    face in `evidence.unseen` loses all of its own, and a full face as many of its hardly visible ones as others ask to grow; of
+    those the most useful (gradient times opacity, the first of equals) grow as long as there is room.
     """
     n_faces = len(evidence.unseen)
     usefulness = evidence.gradients * cloud.opacities.sigmoid()

@@ -19,7 +19,7 @@ from training.decoder_arguments import DecoderArguments, DecoderTrainingArgument
 
 ROOT = Path(__file__).parents[2]
 EVERY = sorted((ROOT / "training" / "configs").glob("*.yaml"))
-CONFIGS = [path for path in EVERY if not path.stem.startswith("decoder_")]
+CONFIGS = [path for path in EVERY if not path.stem.startswith(("decoder_", "fit_"))]
 DECODER_CONFIGS = [path for path in EVERY if path.stem.startswith("decoder_")]
 LAUNCHES = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "training" / "configs" / "accelerate").glob("*.yaml"))]
 

@@ -174,7 +174,8 @@ def test_avatars_without_pictures_are_refused_where_the_model_reads_a_portrait(t
     head = HeadModel.procedural(600)
     for i in range(3):
         synthesize_subject(head, i, 20).avatar.save(tmp_path / "avatars" / f"a{i}")
-    build(tmp_path / "avatars", head, tmp_path / "corpus", BuildSettings(num_validation=1), progress=False)
+    settings = BuildSettings(num_validation=1, allow_unknown_licence=True)
+    build(tmp_path / "avatars", head, tmp_path / "corpus", settings, progress=False)
     corpus = load_corpus(tmp_path / "corpus")
     with pytest.raises(ValueError, match=r"2 avatars of 'train' have no pictures.*--use_vision_encoder false"):
         AvatarRows(corpus, "train", use_images=True, use_heads=True)
