@@ -16,10 +16,12 @@ from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
 from training.arguments import DataArguments, ModelArguments, PretrainArguments, flag_named, parse_arguments
 from training.decoder_arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
+from training.fit_arguments import FitArguments, FitSettings
 
 ROOT = Path(__file__).parents[2]
 EVERY = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 CONFIGS = [path for path in EVERY if not path.stem.startswith(("decoder_", "fit_"))]
+FIT_CONFIGS = [path for path in EVERY if path.stem.startswith("fit_")]
 DECODER_CONFIGS = [path for path in EVERY if path.stem.startswith("decoder_")]
 LAUNCHES = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "training" / "configs" / "accelerate").glob("*.yaml"))]
 
@@ -142,6 +144,14 @@ def test_every_configuration_parses_and_gives_a_valid_model(path, monkeypatch):
     assert config.hidden_size == settings["hidden_size"] and config.sliding_window == settings["sliding_window"]
     assert config.freeze_vision_encoder == bool(model.vision_model)
     assert training.max_steps == settings["max_steps"]
+
+
+@pytest.mark.parametrize("path", FIT_CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_of_fits_parses_and_keeps_the_papers_limits(path):
+    words = ["--data", "a", "--head", "procedural", "--output", "b"]
+    _, settings = parse_arguments([str(path), *words], FitArguments, FitSettings, description="test")
+    assert settings.iterations == yaml.safe_load(path.read_text()).get("iterations", 600_000)
+    assert (settings.limits.low, settings.limits.high) == (4, 15)
 
 
 @pytest.mark.parametrize("path", DECODER_CONFIGS, ids=lambda path: path.stem)
