@@ -11,7 +11,7 @@ Speed, one process, in turns, the fastest of the rounds; every file is flushed t
 Subjects: "captures" have 27,000 points on 10,144 faces and 128 pictures of 512 x 512 pixels (noise that takes PNG a quarter
 of a megabyte, as a head does), "clouds" the points alone, "small" ones 100 points on 600 faces and one picture of 16 x 16.
 Processes: the same build with 1 and 2, less the start of the pool; beside it what two processes gain on a plain loop, which
-on a busy machine is little. The busiest process says what is shared out: its processor time bounds the speed-up.
+on a busy machine is little.
 Memory: the largest sum of resident memory of `build_corpus` and of `synthesize --corpus` with all their processes, looked at
 five times a second. The many subjects of `build_corpus` are hard links to 20, each with an id of its own.
 """
@@ -27,11 +27,9 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -46,6 +44,7 @@ from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_builder import build
+from gaussian_tokenizer.corpus_shards import ROW_GROUP_BYTES
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.parallel import runner
@@ -53,7 +52,7 @@ from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import Frame, Subject, find_subjects, write_subject
 
 SEEDS = 20  # different subjects among the many
-ROW_GROUP_BYTES = 32 * 2**20
+
 ABOUT = {"licence": "CC0-1.0", "consent": "synthetic, no person"}
 
 
@@ -236,16 +235,14 @@ def write_file(path: Path, content: bytes) -> None:
 
 def measure_processes(name: str, subjects: Path, kind: Kind, folder: Path, rounds: int) -> dict:
     head = HeadModel.procedural(kind.faces)
-    head.save(folder / "head.safetensors")
-    numbers = (1, 2)
-    seconds, busiest, loop = ({number: float("inf") for number in numbers} for _ in range(3))
+    seconds, loop = ({1: float("inf"), 2: float("inf")} for _ in range(2))
     for _ in range(rounds):
-        for number in numbers:
+        for number in seconds:
             shutil.rmtree(folder / "corpus", ignore_errors=True)
-            took, busy = watched(partial(build, subjects, head, folder / "corpus", num_proc=number, progress=False))
-            start = watched(partial(start_pool, head, folder / "head.safetensors")) if number > 1 else (0.0, 0.0)
-            seconds[number] = min(seconds[number], took - start[0])
-            busiest[number] = min(busiest[number], busy - start[1])
+            start = time.perf_counter()
+            build(subjects, head, folder / "corpus", num_proc=number, progress=False)
+            took = time.perf_counter() - start - (start_of_pool(head, folder) if number > 1 else 0)
+            seconds[number] = min(seconds[number], took)
             loop[number] = min(loop[number], plain_loop(number))
     shutil.rmtree(folder / "corpus", ignore_errors=True)
     return {
@@ -253,36 +250,17 @@ def measure_processes(name: str, subjects: Path, kind: Kind, folder: Path, round
         "1 process, s": seconds[1],
         "2 processes, s": seconds[2],
         "speed-up": seconds[1] / seconds[2],
-        "of a plain loop": loop[1] / loop[2],
-        "CPU s of 1": busiest[1],
-        "CPU s of the busiest of 2": busiest[2],
-        "bound of the speed-up": busiest[1] / busiest[2],
+        "speed-up of a plain loop": loop[1] / loop[2],
     }
 
 
-def watched(call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds that a call takes, and processor seconds of the busiest process of its family, this one included."""
-    own, spent, done = os.getpid(), dict[int, float](), threading.Event()
-    before = processor_seconds(own)
-
-    def watch() -> None:
-        while not done.wait(0.1):
-            spent.update({pid: processor_seconds(pid) for pid in family(own)})
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+def start_of_pool(head: HeadModel, folder: Path) -> float:
+    """Seconds until two processes are there and have answered."""
+    head.save(folder / "head.safetensors")
     start = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    return seconds, max({**spent, own: processor_seconds(own) - before}.values())
-
-
-def start_pool(head: HeadModel, head_file: Path) -> None:
-    """Start two processes: they import everything, and answer."""
-    with runner(2, head, head_file) as run:
+    with runner(2, head, folder / "head.safetensors") as run:
         run(answer, [(0.5,)] * 2, "", progress=False)
+    return time.perf_counter() - start - 0.5
 
 
 def answer(seconds: float, head: HeadModel) -> None:
@@ -363,14 +341,6 @@ def family(pid: int) -> list[int]:
     except OSError:  # gone meanwhile
         return [pid]
     return [pid, *(member for child in children for member in family(child))]
-
-
-def processor_seconds(pid: int) -> float:
-    try:
-        times = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]  # after the name: user, system
-        return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
-    except OSError:
-        return 0.0
 
 
 def resident(pid: int) -> int:

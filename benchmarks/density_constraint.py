@@ -36,7 +36,7 @@ from gaussian_tokenizer.subject import find_subjects
 
 HEAD = "procedural:600"
 N_BINS = 128
-WAYS = {"4 to 15": "true", "no limit": "false"}  # --density_constraint
+WAYS = {"limited": "4 to 15", "free": "no limit"}  # name of a folder: points on a face
 SHORT = {  # for pictures of 64 pixels
     "iterations": 240, "start_downscale": 2, "full_resolution_from": 120, "densify_until": 210, "densify_interval": 20,
 }  # fmt: skip
@@ -60,15 +60,16 @@ def main() -> None:
     synthesize(output / "one", 1, image_size=128, timesteps=6)
     synthesize(output / "several", arguments.num_subjects, image_size=64, timesteps=4)
     for name, schedule in (("one", {}), ("several", SHORT)):
-        for way, limited in WAYS.items():
-            fit(output / name, output / f"{name}, {way}", density_constraint=limited, **schedule)
+        for way in WAYS:
+            limited = "true" if way == "limited" else "false"
+            fit(output / name, output / f"{name}-{way}", density_constraint=limited, **schedule)
     fits = [fit_row(name, way, output) for name in ("one", "several") for way in WAYS]
 
     tokenizer = shared_tokenizer(output)
     models = []
     for way in WAYS:
-        build(output / f"several, {way}", tokenizer, arguments.num_heldout, output / f"corpus, {way}")
-        pretrain(output / f"corpus, {way}", arguments.steps, output / f"model, {way}")
+        build(output / f"several-{way}", tokenizer, arguments.num_heldout, output / f"corpus-{way}")
+        pretrain(output / f"corpus-{way}", arguments.steps, output / f"model-{way}")
         models.append(model_row(way, output))
     draw(fits, models, output, arguments.picture)
     targets = judge(fits)
@@ -102,7 +103,7 @@ def fit(data: Path, output: Path, **settings: object) -> None:
 def shared_tokenizer(output: Path) -> Path:
     """One box for the points of both ways, or levels would differ in size."""
     head = load_head(HEAD)
-    avatars = [subject.load_avatar(head) for way in WAYS for subject in find_subjects(output / f"several, {way}")]
+    avatars = [subject.load_avatar(head) for way in WAYS for subject in find_subjects(output / f"several-{way}")]
     tokenizer = GaussianTokenizer(
         n_bins=N_BINS, n_faces=head.n_faces, image_size=56, head_name=head.name, head_hash=head.hash
     )
@@ -134,7 +135,7 @@ def reports(folder: Path) -> list[dict]:
 
 def fit_row(name: str, way: str, output: Path) -> dict:
     """Means over the subjects, the largest face of all of them."""
-    found = reports(output / f"{name}, {way}")
+    found = reports(output / f"{name}-{way}")
     faces = [report["points_per_face"] for report in found]
 
     def mean(key: str) -> float:
@@ -143,7 +144,7 @@ def fit_row(name: str, way: str, output: Path) -> dict:
     return {
         "subjects": len(found),
         "pixels": found[0]["picture_size"][0],
-        "on a face": way,
+        "on a face": WAYS[way],
         "PSNR camera": round(mean("psnr"), 2),
         "PSNR moments": round(mean("psnr_timesteps"), 2),
         "PSNR tokens": round(mean("psnr_tokenized"), 2),
@@ -156,11 +157,11 @@ def fit_row(name: str, way: str, output: Path) -> dict:
 
 
 def model_row(way: str, output: Path) -> dict:
-    report = json.loads((output / f"model, {way}" / "training_report.json").read_text())
-    points, people, tokens = held_out(output / f"corpus, {way}")
+    report = json.loads((output / f"model-{way}" / "training_report.json").read_text())
+    points, people, tokens = held_out(output / f"corpus-{way}")
     nats = report["heldout_nll"] * tokens
     return {
-        "on a face": way,
+        "on a face": WAYS[way],
         "steps": report["steps"],
         "parameters": report["num_parameters"],
         "held-out points a person": round(points / people),
@@ -198,24 +199,26 @@ def draw(fits: list[dict], models: list[dict], output: Path, path: Path) -> None
     """Points on the faces of the one subject, and the loss of the point models over their steps."""
     from matplotlib.figure import Figure
 
-    colors = {"4 to 15": "#3b6ea5", "no limit": "#c2703d"}
+    colors = {"limited": "#3b6ea5", "free": "#c2703d"}
     figure = Figure(figsize=(10, 3.4), dpi=120, layout="constrained")
     histogram, points, people = figure.subplots(1, 3)
     for row, way in zip(fits, WAYS):
-        (report,) = reports(output / f"one, {way}")
+        (report,) = reports(output / f"one-{way}")
         counts = np.repeat(
             np.arange(len(report["points_per_face"]["histogram"])), report["points_per_face"]["histogram"]
         )
         shown = np.sort(counts)[::-1]
-        label = f"{way}: {row['points']:,} points, {row['PSNR camera']:.2f} dB"
+        label = f"{WAYS[way]}: {row['points']:,} points, {row['PSNR camera']:.2f} dB"
         histogram.plot(np.arange(1, len(shown) + 1), shown, color=colors[way], label=label)
     histogram.set(xlabel="face, fullest first", ylabel="points on it", yscale="symlog", title="one subject, 128 pixels")
     for row, way in zip(models, WAYS):
-        log = json.loads((output / f"model, {way}" / "training_log.json").read_text())
+        log = json.loads((output / f"model-{way}" / "training_log.json").read_text())
         evaluated = [(entry["step"], entry["eval_nll"]) for entry in log if "eval_nll" in entry]
         steps, nll = np.array(evaluated).T
-        points.plot(steps, nll * row["nats a point"] / row["nats a token"], "o-", color=colors[way], label=way)
-        people.plot(steps, nll * row["nats a person"] / row["nats a token"] / 1000, "o-", color=colors[way], label=way)
+        points.plot(steps, nll * row["nats a point"] / row["nats a token"], "o-", color=colors[way], label=WAYS[way])
+        people.plot(
+            steps, nll * row["nats a person"] / row["nats a token"] / 1000, "o-", color=colors[way], label=WAYS[way]
+        )
     points.set(xlabel="step", ylabel="nats a point", title="point model, people not seen")
     people.set(xlabel="step", ylabel="thousand nats a person", title="the same, whole sentences", ylim=(0, None))
     for axes in (histogram, points, people):

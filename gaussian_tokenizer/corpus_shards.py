@@ -32,7 +32,7 @@ from gaussian_tokenizer.corpus_subjects import CAMERA, POSE, about_of, subject_f
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
-ROW_GROUP_BYTES = 32 * 2**20
+ROW_GROUP_BYTES = 8 * 2**20  # small enough that memory stays low, large enough for one request to an object store
 ROW_GROUP_ROWS = 1000
 
 

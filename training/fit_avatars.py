@@ -72,6 +72,13 @@ def main() -> None:
         except Interrupted as stop:
             print(f"\n{stop}; run the same command again to go on from there", file=sys.stderr, flush=True)
             sys.exit(128 + worker.signals[0])
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            raise ValueError(
+                f"the disk is full ({error}). Finished subjects and earlier checkpoints are whole; free space and run the same "
+                "command again"
+            ) from error
     failures = {job.name: failure["reason"] for job in jobs if (failure := job.failure()) is not None}
     if process == 0:
         print(f"{len(jobs) - len(failures)} avatars in {arguments.output}", flush=True)
@@ -129,17 +136,14 @@ class Worker:
                 time.sleep(POLL_SECONDS)
 
     def attempt(self, job: Job) -> None:
-        """Fit a subject; what is wrong with it is recorded, a full disk ends everything."""
+        """Fit a subject; what is wrong with it is recorded. A full disk is wrong with all of them, and ends the run."""
         try:
             self.fit(job)
         except Interrupted:
             raise
         except Exception as error:
-            if disk_is_full(error):
-                raise ValueError(
-                    f"the disk is full: {job.name} could not be written ({error}). Finished subjects and earlier checkpoints are "
-                    "whole; free space and run the same command again"
-                ) from error
+            if isinstance(error, OSError) and disk_is_full(error):
+                raise
             reason = " ".join(str(error).split())
             if not isinstance(error, ValueError | OSError):
                 reason = f"{type(error).__name__}: {reason}"
@@ -150,6 +154,8 @@ class Worker:
         tracking = load_tracking(job.source, self.head)
         fit = Fit.of(tracking, self.head, self.settings, self.device, self.arguments.picture_cache)
         identity = {"settings": self.settings.to_dict(), "data": fingerprint(tracking, self.head)}
+        if job.failure() is not None:
+            job.forget_unless(identity)  # what was wrong with it may have been mended
         job.check_checkpoint(identity)
         state = FitState.load(job.checkpoint, self.device) if job.checkpoint.exists() else fit.begin()
         self.optimise(job, fit, state, identity)

@@ -79,6 +79,11 @@ class Job:
                 f"{self.checkpoint}: begun otherwise: {differences(found, identity)}; give the same, or remove it to begin again"
             )
 
+    def forget_unless(self, identity: Mapping[str, Any]) -> None:
+        """Remove a checkpoint of another fit."""
+        if self.checkpoint.exists() and saved_identity(self.checkpoint) != dict(identity):
+            self.checkpoint.unlink()
+
     def failure(self) -> dict[str, Any] | None:
         """Why the subject failed, if it did: `reason`, and in `attempts` how often it was tried."""
         try:
@@ -104,7 +109,12 @@ class Job:
     def claim(self) -> Iterator[bool]:
         """Whether the subject is this process's own for as long as the block lasts."""
         self.work.mkdir(parents=True, exist_ok=True)
-        with open(self.work / "claim", "w") as file:
+        try:
+            file = open(self.work / "claim", "w")  # noqa: SIM115 (closed below)
+        except FileNotFoundError:  # just finished by another, and cleaned up
+            yield False
+            return
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

@@ -1,14 +1,14 @@
 """Building corpora: the same bytes whatever happens on the way, and one clear line where it cannot be done."""
 
 import json
+import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import datasets
@@ -116,21 +116,22 @@ def test_the_number_of_torch_threads_does_not_matter_and_is_left_alone(subjects,
 def test_a_build_killed_at_random_moments_ends_with_the_same_bytes(subjects, tmp_path, expected):
     output = tmp_path / "corpus"
     staging = staging_folder(output)
+    # From a server without threads: a fork of this process would inherit locks that nobody gives back.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gaussian_tokenizer.corpus_builder"])
     rng = random.Random(0)
     num_shards = sum(name.endswith(".parquet") for name in expected)
     found = set()
     for _ in range(20):
-        process = os.fork()
-        if process == 0:
-            build(subjects, HEAD, output, SETTINGS, progress=False)
-            os._exit(0)
+        process = context.Process(target=build, args=(subjects, HEAD, output, SETTINGS), kwargs={"progress": False})
+        process.start()
         # Wait for a random part of the work, then a random moment more.
         wanted, deadline = rng.randrange(num_shards), time.monotonic() + 5
         while len(list(staging.glob("done/*.json"))) < wanted and not output.exists() and time.monotonic() < deadline:
             time.sleep(0.0005)
         time.sleep(rng.random() * 0.01)
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
+        process.kill()
+        process.join()
         found.add(len(list(staging.glob("done/*.json"))))
         if output.exists():
             break
@@ -147,7 +148,8 @@ def test_a_killed_command_leaves_no_process_behind_and_is_continued(subjects, tm
     output = tmp_path / "corpus"
     staging = staging_folder(output)
     command_process = start(command(subjects, output, "--num_proc", 2))
-    while command_process.poll() is None and not list(staging.glob("done/*.json")):
+    deadline = time.monotonic() + 120
+    while command_process.poll() is None and not list(staging.glob("done/*.json")) and time.monotonic() < deadline:
         time.sleep(0.002)
     family = descendants(command_process.pid)
     command_process.send_signal(signal.SIGKILL)
@@ -169,40 +171,64 @@ def descendants(process):
     return [int(child) for child in children] + [p for child in children for p in descendants(int(child))]
 
 
-def test_a_build_stopped_after_any_of_its_renames_ends_with_the_same_bytes(tmp_path, monkeypatch):
+STOPPED_AFTER_EVERY_RENAME = """
+import os, shutil, sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from gaussian_tokenizer.corpus_builder import build
+from gaussian_tokenizer.corpus_plan import BuildSettings
+from gaussian_tokenizer.head_model import HeadModel
+
+subjects, output = Path(sys.argv[1]), Path(sys.argv[2])
+settings = BuildSettings(**eval(sys.argv[3]))
+head = HeadModel.procedural(600)
+steps = stop_at = 0
+
+
+def last(real):
+    def step(*arguments, **keywords):
+        global steps
+        real(*arguments, **keywords)
+        steps += 1
+        if steps == stop_at:
+            os._exit(9)
+
+    return step
+
+
+def built():  # in a process of its own: this one stays without threads, and may be forked
+    process = os.fork()
+    if process == 0:
+        build(subjects, head, output, settings, progress=False)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+os.replace, os.rename = last(os.replace), last(os.rename)
+while True:
+    steps, stop_at = 0, stop_at + 1
+    if built() == 0:
+        break
+    steps = 1000  # now undisturbed
+    assert built() == 0
+    output.rename(f"{output}-{stop_at}")
+"""
+
+
+def test_a_build_stopped_after_any_of_its_renames_ends_with_the_same_bytes(tmp_path):
     folder = make_subjects(tmp_path / "subjects", 4)
     settings = replace(SETTINGS, num_validation=1)
     build(folder, HEAD, tmp_path / "reference", settings, progress=False)
     expected = contents(tmp_path / "reference")
-    output = tmp_path / "corpus"
-    steps = stop_at = 0
-
-    def last(real):
-        def step(*arguments, **keywords):
-            nonlocal steps
-            real(*arguments, **keywords)
-            steps += 1
-            if steps == stop_at:
-                os._exit(9)
-
-        return step
-
-    monkeypatch.setattr(os, "replace", last(os.replace))
-    monkeypatch.setattr(os, "rename", last(os.rename))
-    while True:
-        steps, stop_at = 0, stop_at + 1
-        shutil.rmtree(output, ignore_errors=True)
-        process = os.fork()
-        if process == 0:
-            build(folder, HEAD, output, settings, progress=False)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        if status == 0:
-            break
-        steps = 1000  # now undisturbed
-        build(folder, HEAD, output, settings, progress=False)
-        assert contents(output) == expected and not staging_folder(output).exists()
-    assert stop_at > 2 * sum(name.endswith(".parquet") for name in expected)  # a shard and its record, and more
+    words = [sys.executable, "-c", STOPPED_AFTER_EVERY_RENAME, folder, tmp_path / "corpus", asdict(settings)]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    stopped = list(tmp_path.glob("corpus-*"))
+    assert all(contents(output) == expected for output in [*stopped, tmp_path / "corpus"])
+    # After each shard and each record of one, and more.
+    assert len(stopped) > 2 * sum(name.endswith(".parquet") for name in expected)
+    assert not list(tmp_path.glob(".corpus*"))
 
 
 def test_finished_shards_are_kept_and_damaged_ones_are_written_again(subjects, tmp_path, expected, monkeypatch):

@@ -23,7 +23,7 @@ from gaussian_tokenizer.synthesize import synthesize
 from training import fit_avatars
 from training.arguments import exit_on_user_error
 from training.fit_queue import Job, order_of
-from training.fit_state import FitState
+from training.fit_state import FitState, saved_identity
 
 DEBUG = Path(fit_avatars.__file__).parent / "configs" / "fit_debug.yaml"
 HEAD = "procedural:600"
@@ -173,6 +173,23 @@ def test_a_fit_begun_with_other_settings_or_data_is_not_gone_on_with(one, tmp_pa
     assert "begun otherwise: seed is 0, asked for 1" in run(one, output, "--seed", "1")
 
 
+def test_a_failed_subject_begins_anew_if_its_data_were_mended(one, tmp_path, monkeypatch, no_picture):
+    data, output = tmp_path / "people", tmp_path / "avatars"
+    shutil.copytree(one, data)
+    job = Job(data / "synthetic-0-000000", output)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_avatars, "fit_report", lambda *_: exec("raise MemoryError('no memory')"))
+        run(data, output)
+    before = saved_identity(job.checkpoint)
+    path = data / "synthetic-0-000000" / "flame_param" / "00001.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | {"expr": arrays["expr"] * 0.5})
+    seen = []
+    monkeypatch.setattr(fit_avatars, "optimise", lambda fit, state, after: seen.append(state.iteration))
+    run(data, output, "--retry_failed")
+    assert seen == [0] and before["settings"]["iterations"] == STEPS
+
+
 def test_one_bad_subject_is_recorded_and_the_others_are_fitted(no_picture, people, tmp_path, reference):
     data, output = tmp_path / "people", tmp_path / "avatars"
     shutil.copytree(people, data)
@@ -236,25 +253,22 @@ def test_a_process_waits_for_what_another_fits_and_takes_it_over_if_that_dies(
     output = tmp_path / "avatars"
     job = Job(people / "synthetic-0-000001", output)
     job.work.mkdir(parents=True)
+    # Dies a moment after this process has finished everything else.
     holding = (
-        "import fcntl, sys, time; file = open(sys.argv[1], 'w'); "
-        "fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); time.sleep(99)"
+        "import fcntl, os, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True)\n"
+        "end = time.monotonic() + 60\n"
+        "while not os.path.exists(sys.argv[2]) and time.monotonic() < end: time.sleep(0.01)\n"
+        "time.sleep(0.5); print(os.path.exists(sys.argv[3]), flush=True)"
     )
-    other = subprocess.Popen([sys.executable, "-c", holding, str(job.work / "claim")], stdout=subprocess.PIPE)
+    files = [job.work / "claim", output / "synthetic-0-000000", job.result]
+    other = subprocess.Popen([sys.executable, "-c", holding, *map(str, files)], stdout=subprocess.PIPE, text=True)
     other.stdout.readline()
-    waited = []
-
-    def wait(_seconds: float) -> None:
-        waited.append((job.result.exists(), (output / "synthetic-0-000000").exists()))
-        if len(waited) == 2:
-            other.kill()
-            other.communicate()
-
-    monkeypatch.setattr(fit_avatars.time, "sleep", wait)
+    monkeypatch.setattr(fit_avatars, "POLL_SECONDS", 0.05)
     monkeypatch.setenv("RANK", "1")  # begins with the second subject, which is taken
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(people, output) == ""
-    assert waited == [(False, True), (False, True)]
+    said, _ = other.communicate(timeout=60)
+    assert said.strip() == "False" and other.returncode == 0
     for name in ("synthetic-0-000000", "synthetic-0-000001"):
         assert content(output / name) == content(reference / name)
 

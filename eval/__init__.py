@@ -1,0 +1,1 @@
+"""Measuring avatars: metrics, the reenactment bench with its report, and a viewer in the browser."""
