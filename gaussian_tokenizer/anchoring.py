@@ -100,6 +100,12 @@ def closest_point_barycentrics(points: Tensor, triangles: Tensor) -> Tensor:
     return stacked[torch.arange(len(points), device=points.device), best]
 
 
+def nearest_on_faces(points: Tensor, point_faces: Tensor, vertices: Tensor, faces: Tensor) -> Tensor:
+    """The nearest point (N, 3) on the face that each of `points` (N, 3) is bound to, of the mesh `vertices` (V, 3)."""
+    triangles = vertices[faces[point_faces]]  # (N, 3, 3)
+    return torch.einsum("nc,nci->ni", closest_point_barycentrics(points, triangles), triangles)
+
+
 def interpolate(per_vertex: Tensor, head_faces: Tensor, point_faces: Tensor, barycentrics: Tensor) -> Tensor:
     """Values at N points of a mesh, (N, ...), of a quantity per vertex (V, ...), e.g. skinning weights (V, J).
 

@@ -23,6 +23,8 @@ class GaussianDecoderConfig(PreTrainedConfig):
         point_feature_size: width of the point model whose hidden states are read.
         point_frequencies: octaves of the positional encoding; point_extent: metres mapped to [-1, 1];
             point_centre: metres, subtracted before.
+        read_anchors: also tell each point where the nearest point of its face is on the subject's own head, and learn how far
+            to pull it there (not in the paper). What the point model placed beside the head can then be put right.
         vision_config: a `Dinov2Config` (or dict) of the portrait encoder; default ViT-L/14, as in `PointillistConfig`.
         vision_layers: 0-based layers whose patch tokens are fused; default LAM's [4, 11, 17, 23] for 24 layers, else four
             evenly spread ones that end with the last.
@@ -47,6 +49,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
     point_frequencies: int = 8
     point_extent: float = 0.2
     point_centre: list[float] | None = None
+    read_anchors: bool = False
 
     vision_config: dict | PreTrainedConfig | None = None
     vision_layers: list[int] | None = None
@@ -90,6 +93,10 @@ class GaussianDecoderConfig(PreTrainedConfig):
         """Raise `ValueError` where a field is out of its range or two contradict each other."""
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; found {self.mode!r}")
+        if self.read_anchors and self.mode not in ("full", "position"):
+            raise ValueError(
+                f"read_anchors is for the modes full and position, whose points have faces; found {self.mode!r}"
+            )
         if self.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers must be at least 1, found {self.num_hidden_layers}")
         if self.hidden_size % self.num_attention_heads or self.hidden_size % 2:

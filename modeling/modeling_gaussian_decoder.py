@@ -32,7 +32,8 @@ EXPONENT_LIMIT = 15.0  # above it the gradient of exp is held, so that an overfl
 class GaussianDecoderOutput(ModelOutput):
     """Gaussians in canonical space, activated, float32 whatever the precision of the blocks.
 
-    positions: (B, N, 3) metres, the points moved by `offsets` (B, N, 3), each within +-max_offset.
+    positions: (B, N, 3) metres, the points (with `read_anchors`: pulled to their anchors) moved by `offsets` (B, N, 3), each
+        within +-max_offset.
     scales: (B, N, 3) metres, one standard deviation along each axis, 0 to max_scale. At max_scale the gradient is zero.
     quats: (B, N, 4) wxyz, unit length. opacities: (B, N) in 0..1.
     sh: (B, N, K, 3) coefficients, K = (sh_degree + 1)^2; rgb = sum of basis * sh + 0.5.
@@ -129,6 +130,7 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
         pixel_values: Tensor | None = None,
         image_embeds: Tensor | None = None,
         point_mask: Tensor | None = None,
+        anchors: Tensor | None = None,
     ) -> GaussianDecoderOutput:
         """One pass.
 
@@ -138,11 +140,13 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
                 point; needed by the modes "full" and "ar_feature", not read by the others.
             pixel_values: (B, 3, h, w) portrait, ImageNet-normalised, or `image_embeds` (B, M, E) from `encode_image`.
             point_mask: (B, N) bool, False on padding. Real points come out as they would without the padding.
+            anchors: (B, N, 3) metres, canonical space: the nearest point on the face of each point, on the subject's own head;
+                needed if the configuration says `read_anchors`, else not read.
 
         Raises:
             ValueError: an input is missing, or its shape does not fit the configuration or the other inputs.
         """
-        self._check(positions, point_features, pixel_values, image_embeds, point_mask)
+        self._check(positions, point_features, pixel_values, image_embeds, point_mask, anchors)
         if image_embeds is None:
             image_embeds = self.encode_image(pixel_values)
         layers = image_embeds.to(self.image_proj.weight.dtype).chunk(len(self.layer_proj), dim=-1)
@@ -155,12 +159,14 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
             positions = positions.masked_fill(~point_mask[..., None], 0)
             if point_features is not None:
                 point_features = point_features.masked_fill(~point_mask[..., None, None], 0)
-        points = self.embed(positions, point_features)
+            if anchors is not None:
+                anchors = anchors.masked_fill(~point_mask[..., None], 0)
+        points = self.embed(positions, point_features, anchors)
 
         mask = self._attention_mask(point_mask, context)
         for block in self.blocks:
             points, context = block(points, context, mask)
-        return self.head(self.norm(points), positions.float(), point_mask)
+        return self.head(self.norm(points), positions.float(), anchors, point_mask)
 
     def _attention_mask(self, point_mask: Tensor | None, context: Tensor) -> Tensor | None:
         """What the attention function takes."""
@@ -172,7 +178,7 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
         # The same for every query, hence (B, 1, 1, S): an S x S mask of 31,000 tokens would be a gigabyte a row.
         return visible[:, None, None]
 
-    def _check(self, positions, point_features, pixel_values, image_embeds, point_mask) -> None:
+    def _check(self, positions, point_features, pixel_values, image_embeds, point_mask, anchors) -> None:
         config = self.config
         if positions.ndim != 3 or positions.shape[-1] != 3:
             raise ValueError(f"positions must be (B, N, 3), found {tuple(positions.shape)}")
@@ -184,6 +190,9 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
                 raise ValueError(
                     f'mode "{config.mode}" needs point_features {expected} (B, N, 4, point_feature_size), found {found}'
                 )
+        if config.read_anchors and (anchors is None or anchors.shape != positions.shape):
+            found = None if anchors is None else tuple(anchors.shape)
+            raise ValueError(f"read_anchors needs anchors {tuple(positions.shape)} (B, N, 3), found {found}")
         if point_mask is not None and tuple(point_mask.shape) != (batch, count):
             raise ValueError(f"point_mask must be (B, N) = {(batch, count)}, found {tuple(point_mask.shape)}")
         if (pixel_values is None) == (image_embeds is None):
@@ -199,7 +208,7 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
 
 
 class PointEmbedding(nn.Module):
-    """Positions (B, N, 3) and/or point features (B, N, 4, D_ar) -> (B, N, D), by the configuration's mode."""
+    """Positions (B, N, 3), point features (B, N, 4, D_ar), anchors (B, N, 3) -> (B, N, D); which of them, the mode says."""
 
     def __init__(self, config: GaussianDecoderConfig):
         super().__init__()
@@ -211,18 +220,26 @@ class PointEmbedding(nn.Module):
         if config.reads_point_features:
             self.feature_mlp = branch(4 * config.point_feature_size, width)
             branches += 1
+        if config.read_anchors:
+            self.anchor_mlp = branch(2 * (3 * 2 * config.point_frequencies + 3), width)
+            branches += 1
         self.proj = nn.Linear(branches * width, width)
 
-    def forward(self, positions: Tensor, point_features: Tensor | None) -> Tensor:
+    def forward(self, positions: Tensor, point_features: Tensor | None, anchors: Tensor | None) -> Tensor:
         dtype = self.proj.weight.dtype
+        centre = torch.tensor(self.config.point_centre, device=positions.device)
         parts = []
         if self.config.reads_positions:
-            centre = torch.tensor(self.config.point_centre, device=positions.device)
-            unit = (positions.float() - centre) / self.config.point_extent
-            parts.append(self.position_mlp(positional_encoding(unit, self.config.point_frequencies).to(dtype)))
+            parts.append(self.position_mlp(self.encode(positions - centre).to(dtype)))
         if self.config.reads_point_features:
             parts.append(self.feature_mlp(point_features.to(dtype).flatten(-2)))
+        if self.config.read_anchors:
+            both = torch.cat((self.encode(anchors - centre), self.encode(positions.float() - anchors.float())), dim=-1)
+            parts.append(self.anchor_mlp(both.to(dtype)))
         return self.proj(torch.cat(parts, dim=-1))
+
+    def encode(self, metres: Tensor) -> Tensor:
+        return positional_encoding(metres.float() / self.config.point_extent, self.config.point_frequencies)
 
 
 def branch(inputs: int, width: int) -> nn.Sequential:
@@ -349,11 +366,15 @@ class GaussianHead(nn.Module):
         self.offset = AttributeLinear(width, 3, initial=[0.0] * 3)
         self.opacity = AttributeLinear(width, 1, initial=[faint])
         self.quat = AttributeLinear(width, 4, initial=[1.0, 0.0, 0.0, 0.0])
+        if config.read_anchors:
+            self.pull = AttributeLinear(width, 1, initial=[0.0])
         if config.sh_degree:
             rest = 3 * ((config.sh_degree + 1) ** 2 - 1)
             self.sh_rest = AttributeLinear(width, rest, initial=[0.0] * rest)
 
-    def forward(self, points: Tensor, positions: Tensor, point_mask: Tensor | None) -> GaussianDecoderOutput:
+    def forward(
+        self, points: Tensor, positions: Tensor, anchors: Tensor | None, point_mask: Tensor | None
+    ) -> GaussianDecoderOutput:
         config = self.config
         x = self.mlp(points)
         # Half precision would round a position of 0.2 m to 0.1-1 mm: no autocast from here on.
@@ -361,6 +382,8 @@ class GaussianHead(nn.Module):
             x = x.float()
             offsets = (self.offset(x).sigmoid() - 0.5) * (2 * config.max_offset)
             opacities = self.opacity(x).sigmoid()[..., 0]
+            if config.read_anchors:  # at first half way
+                positions = positions + self.pull(x).sigmoid() * (anchors.float() - positions)
             if point_mask is not None:
                 offsets = offsets * point_mask[..., None]
                 opacities = opacities * point_mask

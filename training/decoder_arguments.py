@@ -25,6 +25,12 @@ class DecoderArguments:
     hidden_size: int = field(default=1024, metadata={"help": "width of the decoder"})
     num_hidden_layers: int = field(default=12, metadata={"help": "joint-attention blocks"})
     num_attention_heads: int = field(default=16, metadata={"help": "heads of each attention"})
+    read_anchors: bool = field(
+        default=False,
+        metadata={
+            "help": "tell each point where its face is on the subject's own head, and learn to pull it there (not in the paper)"
+        },
+    )
     sh_degree: int = field(default=0, metadata={"help": "degree of the colours' spherical harmonics"})
     init_scale: float = field(default=0.0067379, metadata={"help": "metres, size of a new decoder's Gaussians"})
     max_scale: float = field(default=0.01, metadata={"help": "metres, size a Gaussian cannot exceed"})
@@ -64,6 +70,13 @@ class FrameArguments:
     num_targets: int = field(default=4, metadata={"help": "frames of a subject drawn in a step"})
     random_source: bool = field(
         default=False, metadata={"help": "read any of a subject's pictures instead of its first one"}
+    )
+    own_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the sentences that the point model writes itself, once for each subject and before training, in "
+            "the place of the true one: the decoder then meets what it will meet at use (the paper: 0)"
+        },
     )
     animation: str = field(default="lbs", metadata={"help": "how Gaussians follow the head: lbs or face_frames"})
     feature_cache: str | None = field(

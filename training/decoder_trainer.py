@@ -15,15 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gaussian_tokenizer.anchoring import nearest_on_faces
 from gaussian_tokenizer.animation import animate
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.rendering import render
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.decoding import to_gaussians
 from modeling.point_features import FeatureCache, point_features
 from training.exact_trainer import ExactTrainer
 from training.frames import cameras_of, motion_of, on_background
-from training.losses import PerceptualLoss, offset_regulariser, psnr, ssim
+from training.losses import PerceptualLoss, offset_regulariser
 
 CONDITION = ("pixel_values", "head_vertices", "head_normals")
 
@@ -107,6 +109,7 @@ class DecoderTrainer(ExactTrainer):
             point_features=self.features(batch) if config.reads_point_features else None,
             pixel_values=batch["pixel_values"],
             point_mask=None if min(points.counts) == max(points.counts) else points.mask,
+            anchors=self.anchors(batch, points) if config.read_anchors else None,
         )
         images = []
         for row, count in enumerate(points.counts):
@@ -131,6 +134,12 @@ class DecoderTrainer(ExactTrainer):
         for row, (own_positions, own_faces) in enumerate(rows):
             positions[row, : counts[row]], faces[row, : counts[row]] = own_positions.to(device), own_faces.to(device)
         return Points(positions, faces, counts)
+
+    def anchors(self, batch: Mapping[str, Tensor], points: Points) -> Tensor:
+        """(B, N, 3) metres: the nearest point on each point's face, on the subject's own canonical head."""
+        heads = [self.head.canonical_vertices(motion_of(batch, row)) for row in range(len(points.counts))]
+        rows = zip(points.positions, points.faces, heads)
+        return torch.stack([nearest_on_faces(*row, self.head.faces) for row in rows])
 
     @torch.no_grad()
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:

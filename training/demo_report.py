@@ -18,11 +18,11 @@ from gaussian_tokenizer.export import save_video
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.motions import expression_frames, synthetic_motion
+from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.rendering import render
 from modeling import PointillistForCausalLM
 from training.frames import SubjectRows, cameras_of, motion_of, on_background
-from training.losses import psnr, ssim
 from training.metrics import slot_metrics, slot_sums
 from training.windows import AvatarRows, EvaluationWindows, collate_windows
 

@@ -40,7 +40,6 @@ from training.fit_pictures import evenly_spread
 from training.fit_queue import Job, order_of
 from training.fit_report import fit_report, write_report
 from training.fit_state import FitState
-from training.losses import ssim
 
 POLL_SECONDS = 1.0
 STEPS_BETWEEN_FIGURES = 50  # in the progress bar
@@ -56,7 +55,6 @@ def main() -> None:
     # Subjects share nothing, so the processes form no group that one of them could keep waiting or bring down.
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(1)  # the rasteriser has one; the order of all other sums is then the same everywhere, too
-    ssim(torch.zeros(1, 11, 11, 3), torch.zeros(1, 11, 11, 3))  # what is not installed should be said now
     head = load_head(arguments.head)
     jobs = [Job(path, Path(arguments.output)) for path in find_trackings(arguments.data)]
     finished = [job.is_finished(settings.to_dict()) for job in jobs]

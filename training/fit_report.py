@@ -20,12 +20,12 @@ from torch import Tensor
 
 from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.rendering import render
 from training.avatar_fitting import Fit
 from training.fit_pictures import evenly_spread
 from training.fit_state import FitState
-from training.losses import psnr, ssim
 
 logger = logging.getLogger(__name__)
 

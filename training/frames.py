@@ -7,7 +7,7 @@ the expression and pose of its moment, and a background on which truth and drawi
 Axes: B subjects, C target frames, H W pixels, S shape, E expression.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,11 +75,27 @@ class SubjectRows:
 
 
 class TrainSubjects(Dataset):
-    """`num_items` subjects with `num_targets` of their frames each; in every epoch each subject once."""
+    """`num_items` subjects with `num_targets` of their frames each; in every epoch each subject once.
 
-    def __init__(self, subjects: SubjectRows, num_items: int, num_targets: int, seed: int, random_source: bool):
+    Args:
+        random_source: read any picture of a subject instead of its first.
+        own_sentences: of every subject, a sentence to be read in the place of the true one (see `own_sentences`), ..
+        own_share: .. and in which share of the items.
+    """
+
+    def __init__(
+        self,
+        subjects: SubjectRows,
+        num_items: int,
+        num_targets: int,
+        seed: int,
+        random_source: bool,
+        own_sentences: Sequence[np.ndarray] = (),
+        own_share: float = 0.0,
+    ):
         self.subjects, self.num_items, self.num_targets = subjects, num_items, num_targets
         self.seed, self.random_source = seed, random_source
+        self.own_sentences, self.own_share = own_sentences, own_share
 
     def __len__(self) -> int:
         return self.num_items
@@ -92,6 +108,8 @@ class TrainSubjects(Dataset):
         rows = self.subjects.frame_rows(row)
         chosen = random.choice(len(rows), self.num_targets, replace=len(rows) < self.num_targets)
         background = random.choice(BACKGROUNDS, self.num_targets).astype(np.float32)
+        if random.random() < self.own_share:
+            item["input_ids"] = self.own_sentences[row]
         return item | self.subjects.targets([rows[i] for i in chosen]) | {"background": background}
 
 

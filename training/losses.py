@@ -2,7 +2,7 @@
 
     loss = 1.0 L1 + 0.5 (1 - SSIM) + 0.1 LPIPS + 0.1 mean |offset / max_offset|^2        (weights: notes on the paper)
 
-Pictures are (B, H, W, 3) in 0..1. SSIM is torchmetrics' (Gaussian window of 11, sigma 1.5; Wang et al. 2004), LPIPS the `lpips`
+Pictures are (B, H, W, 3) in 0..1. SSIM has a Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004); LPIPS is the `lpips`
 package's VGG network (Zhang et al. 2018), whose backbone weights are a file of one's own: nothing is downloaded here.
 """
 
@@ -11,30 +11,6 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-
-
-def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """(B,) peak signal-to-noise ratio in dB of each picture, for a peak of 1."""
-    return -10 * (images - truth).square().flatten(1).mean(1).clamp(min=1e-12).log10()
-
-
-def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """(B,) structural similarity of each picture, 1 for equal ones; differentiable.
-
-    Raises:
-        ImportError: torchmetrics is not installed.
-        ValueError: the pictures are smaller than the window of 11 pixels.
-    """
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    except ImportError:
-        raise ImportError('SSIM needs torchmetrics: pip install "avatar-pointillist[decoder]"') from None
-    if min(images.shape[1:3]) < 11:
-        raise ValueError(
-            f"SSIM looks through a window of 11 pixels, found pictures of {images.shape[2]}x{images.shape[1]}"
-        )
-    first, second = (rearrange(x, "b h w c -> b c h w") for x in (images, truth))
-    return structural_similarity_index_measure(first, second, data_range=1.0, reduction="none").reshape(len(images))
 
 
 def offset_regulariser(offsets: Tensor, mask: Tensor, max_offset: float) -> Tensor:

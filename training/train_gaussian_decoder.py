@@ -17,6 +17,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import set_seed
 from transformers.trainer_pt_utils import get_model_param_count
@@ -24,6 +25,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from gaussian_tokenizer.animation import METHODS
 from gaussian_tokenizer.corpus import Corpus, load_corpus
 from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.picture_metrics import psnr, ssim
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import FeatureCache
 from training.arguments import exit_on_user_error, flag_named, parse_arguments
@@ -31,8 +33,9 @@ from training.decoder_arguments import DecoderArguments, DecoderTrainingArgument
 from training.decoder_trainer import DecoderTrainer, LossWeights
 from training.exact_trainer import checkpoint_to_resume
 from training.frames import EvaluationSubjects, SubjectRows, TrainSubjects, collate_subjects, mean_images, on_background
-from training.losses import PerceptualLoss, psnr, ssim
+from training.losses import PerceptualLoss
 from training.model_card import decoder_card
+from training.own_sentences import own_sentences
 
 
 def main() -> None:
@@ -50,6 +53,8 @@ def main() -> None:
         )
     if frames.num_targets < 1:
         raise ValueError(f"--num_targets must be at least 1, found {frames.num_targets}")
+    if not 0 <= frames.own_share <= 1:
+        raise ValueError(f"--own_share is a share, 0 to 1, found {frames.own_share}")
     if frames.animation not in METHODS:
         raise ValueError(f"--animation {frames.animation}: expected {' or '.join(METHODS)}")
     checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, arguments.output_dir)
@@ -66,10 +71,18 @@ def main() -> None:
     heldout = SubjectRows(corpus, frames.eval_split, use_heads, frames.max_eval_avatars)
     subjects_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
     items = arguments.max_steps * subjects_a_step
+    sentences: list[np.ndarray] = []
+    if frames.own_share:
+        folder = Path(frames.feature_cache or arguments.output_dir) / "own_sentences"
+        sentences = own_sentences(
+            point_model.to(arguments.device), train, folder, arguments.seed, not arguments.disable_tqdm
+        )
     trainer = DecoderTrainer(
         model=model,
         args=arguments,
-        train_dataset=TrainSubjects(train, items, frames.num_targets, arguments.seed, frames.random_source),
+        train_dataset=TrainSubjects(
+            train, items, frames.num_targets, arguments.seed, frames.random_source, sentences, frames.own_share
+        ),
         eval_dataset=EvaluationSubjects(heldout, frames.max_eval_frames),
         data_collator=partial(collate_subjects, pad_token_id=point_model.config.pad_token_id),
         point_model=point_model,

@@ -43,6 +43,7 @@ class AvatarRows:
         self.use_heads = use_heads
         # A point has four tokens, a sentence a beginning and an end.
         self.lengths = 4 * np.asarray(self.avatars["num_points"], dtype=np.int64) + 2
+        self.ids = [str(avatar_id) for avatar_id in self.avatars["avatar_id"]]
 
     def __len__(self) -> int:
         return len(self.avatars)

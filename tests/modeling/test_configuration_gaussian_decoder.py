@@ -41,6 +41,7 @@ def test_the_defaults_are_the_papers():
         (dict(init_scale=0.01), "gradient is zero"),
         (dict(init_opacity=1.0), "init_opacity"),
         (dict(point_extent=0.0), "point_extent positive"),
+        (dict(mode="ar_feature", read_anchors=True), "read_anchors is for the modes full and position"),
     ],
 )
 def test_contradictory_fields_are_refused(fields, message):

@@ -248,6 +248,37 @@ def test_coordinates_are_normalised_by_the_configured_box():
     torch.testing.assert_close(there(**moved).sh, here(**batch).sh, atol=1e-4, rtol=1e-4)
 
 
+# ---- anchors ----
+
+
+def anchored(batch: dict) -> dict:
+    return {**batch, "anchors": batch["positions"] + torch.tensor([0.0, 0.01, 0.02])}
+
+
+@torch.no_grad()
+def test_a_new_decoder_that_reads_anchors_puts_points_half_way_to_them():
+    batch = anchored(batch_of())
+    output = build(read_anchors=True)(**batch)
+    torch.testing.assert_close(output.positions, (batch["positions"] + batch["anchors"]) / 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["full", "position"])
+def test_anchors_move_what_each_point_becomes_and_padding_does_not(mode):
+    decoder, batch = stir(build(read_anchors=True, mode=mode)), anchored(batch_of())
+    batch["point_mask"] = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    base, moved = decoder(**batch), decoder(**{**batch, "anchors": batch["anchors"] + 0.01})
+    assert not torch.equal(base.sh, moved.sh) and not torch.equal(base.positions, moved.positions)
+    batch["anchors"][1, 4:] = math.nan
+    assert torch.equal(decoder(**batch).positions[1, :4], base.positions[1, :4])
+    assert all(value.isfinite().all() for value in decoder(**batch).values())
+
+
+def test_missing_anchors_are_named():
+    with pytest.raises(ValueError, match=r"read_anchors needs anchors \(2, 7, 3\) \(B, N, 3\), found None"):
+        build(read_anchors=True)(**batch_of())
+
+
 # ---- padding and attention implementations ----
 
 

@@ -1,6 +1,7 @@
 """The decoder's trainer in this process: its loss and its metrics against the same written out, every mode, every gradient."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,6 +10,8 @@ from transformers import Dinov2Config
 
 from gaussian_tokenizer.animation import animate
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.rendering import render
 from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
 from modeling.point_features import FeatureCache, point_features
@@ -23,7 +26,6 @@ from training.frames import (
     motion_of,
     on_background,
 )
-from training.losses import psnr, ssim
 
 PAPER = LossWeights()
 MODES = ("full", "ar_feature", "position", "flame_position")
@@ -111,9 +113,9 @@ def test_the_loss_is_the_papers_sum_over_pictures_drawn_one_subject_at_a_time(ma
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_parameter_of_every_mode_learns_and_nothing_else_does(make_trainer, mode):
-    trainer = make_trainer(mode)
+@pytest.mark.parametrize(("mode", "read_anchors"), [*((mode, False) for mode in MODES), ("full", True)])
+def test_every_parameter_of_every_mode_learns_and_nothing_else_does(make_trainer, mode, read_anchors):
+    trainer = make_trainer(mode, read_anchors=read_anchors)
     frozen = copy.deepcopy(trainer.frozen[0].state_dict())
     loss = trainer.compute_loss(trainer.model, batch_of(trainer))
     loss.backward()
@@ -132,6 +134,22 @@ def test_every_parameter_of_every_mode_learns_and_nothing_else_does(make_trainer
     assert not still
     assert all(torch.equal(value, frozen[name]) for name, value in trainer.frozen[0].state_dict().items())
     assert not any(parameter.requires_grad for parameter in trainer.frozen[0].parameters())
+
+
+def test_anchors_are_the_nearest_points_of_the_faces_on_each_subjects_own_head(make_trainer, head):
+    trainer = make_trainer(read_anchors=True)
+    batch = batch_of(trainer)
+    points = trainer.points(batch, "full")
+    anchors = trainer.anchors(batch, points)
+    corners = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)).log().neg()
+    samples = corners / corners.sum(-1, keepdim=True)  # barycentrics, uniform over a triangle
+    for row in range(2):
+        person = replace(HeadParameters.zeros(head.n_shape, head.n_expression), shape=batch["shape"][row])
+        triangles = head.canonical_vertices(person)[head.faces[points.faces[row, :10]]]
+        tried = (torch.einsum("sc,nci->nsi", samples, triangles) - points.positions[row, :10, None]).norm(dim=-1)
+        found = (anchors[row, :10] - points.positions[row, :10]).norm(dim=-1)
+        assert (found <= tried.min(1).values + 1e-6).all(), "no point of the face is nearer"
+        assert (tried.min(1).values - found < 1e-3).all(), "the distance is that to the face, not to something nearer"
 
 
 def test_evaluation_is_the_mean_over_all_held_out_frames_on_white(make_trainer):

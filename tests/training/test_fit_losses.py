@@ -8,6 +8,7 @@ import torch
 
 from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.picture_metrics import ssim
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.rotations import quaternion_to_matrix
 from training.fit_losses import (
@@ -18,7 +19,6 @@ from training.fit_losses import (
     screen_gradients,
     screen_radii,
 )
-from training.losses import ssim
 
 CAMERA = Cameras.look_at([0.02, 0.05, 0.6], [0.0, 0.0, 0.0], focal=100.0, width=48, height=32)
 

@@ -1,0 +1,53 @@
+"""PSNR and SSIM against scikit-image and torchmetrics."""
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from gaussian_tokenizer.picture_metrics import psnr, ssim
+
+
+def pictures(seed: int, size: tuple[int, int] = (40, 32)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two pairs of smooth pictures (2, H, W, 3) with noise of different strength."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[: size[0], : size[1]] / 10
+    truth = np.stack([0.5 + 0.4 * np.sin(x[..., None] + y[..., None] * np.arange(1, 4) + phase) for phase in (0, 1)])
+    noise = np.array([0.02, 0.2])[:, None, None, None] * random.standard_normal(truth.shape)
+    return torch.from_numpy(np.clip(truth + noise, 0, 1)).float(), torch.from_numpy(truth).float()
+
+
+def test_psnr_is_that_of_scikit_image_picture_by_picture():
+    images, truth = pictures(0)
+    expected = [peak_signal_noise_ratio(t.numpy(), i.numpy(), data_range=1) for i, t in zip(images, truth)]
+    np.testing.assert_allclose(psnr(images, truth).numpy(), expected, rtol=1e-5)
+    assert psnr(truth, truth).isfinite().all()
+
+
+def test_ssim_is_the_published_formula_with_a_gaussian_window_of_11_pixels():
+    """As scikit-image and torchmetrics compute it, where the whole window lies in the picture."""
+    images, truth = pictures(1, (60, 50))
+    settings = dict(data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    for image, true, found in zip(images, truth, ssim(images, truth)):
+        expected = structural_similarity(true.numpy(), image.numpy(), channel_axis=-1, **settings)
+        assert float(found) == pytest.approx(expected, abs=1e-5)
+        _, full = structural_similarity_index_measure(
+            image.permute(2, 0, 1)[None], true.permute(2, 0, 1)[None], data_range=1.0, return_full_image=True
+        )
+        assert float(found) == pytest.approx(float(full[..., 5:-5, 5:-5].mean()), abs=1e-5)
+    assert ssim(truth, truth).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_ssim_of_one_picture_has_one_value_and_a_gradient():
+    images, truth = pictures(2)
+    image = images[1:].clone().requires_grad_()
+    value = ssim(image, truth[1:])
+    assert value.shape == (1,)
+    value.sum().backward()
+    assert image.grad.abs().sum() > 0
+
+
+def test_pictures_smaller_than_the_window_are_refused():
+    with pytest.raises(ValueError, match="11 pixels, found pictures of 8x20"):
+        ssim(torch.zeros(1, 20, 8, 3), torch.zeros(1, 20, 8, 3))
