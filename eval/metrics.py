@@ -1,0 +1,224 @@
+"""The mathematics of the metrics: pictures, features, landmarks, rotations in; one number a frame (or a set) out.
+
+    pictures (N, H, W, 3) uint8 -> psnr, ssim
+    features (N, D)             -> frechet_distance (FID), cosine_similarity (CSIM, CLIP)
+    landmarks (N, K, 2)         -> keypoint_distance (AKD)
+    rotations (N, 3, 3)         -> pose_distance_geodesic, pose_distance_euler (APD)
+    expressions (N, E)          -> expression_distance (AED)
+
+No network lives here (`eval.networks` has those) and everything is float64. A row of NaN says that no face was found: the
+distance of that frame is NaN too, never zero. Definitions, and why these: docs/metrics.md. From the command line,
+
+    python -m eval.metrics doctor
+
+says which metrics can be computed on this machine, and what the others lack.
+"""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+MAX_ROTATION_ERROR = 1e-3  # of R R^T - I; single precision stays below 1e-5, a matrix of zeros or with a scale does not
+
+
+def psnr(a: ArrayLike, b: ArrayLike) -> Array:
+    """(N,) peak signal-to-noise ratio in dB of pictures (N, H, W, 3) uint8, 10 log10(255² / mean square); inf for equal ones."""
+    a, b = _pictures(a, b)
+    error = np.array([np.square(x.astype(np.float64) - y).mean() for x, y in zip(a, b)])
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(255.0**2 / error)
+
+
+def ssim(a: ArrayLike, b: ArrayLike) -> Array:
+    """(N,) structural similarity of pictures (N, H, W, 3) uint8 (Wang et al. 2004), 1 for equal ones.
+
+    Gaussian window of 11 pixels with sigma 1.5, each channel by itself; the mean over channels and over the pixels around which
+    the whole window lies in the picture.
+
+    Raises:
+        ValueError: pictures smaller than the window.
+    """
+    import torch
+
+    from gaussian_tokenizer import picture_metrics
+
+    a, b = _pictures(a, b)
+    pairs = ((torch.from_numpy(x / 255.0)[None], torch.from_numpy(y / 255.0)[None]) for x, y in zip(a, b))
+    return np.array(
+        [float(picture_metrics.ssim(*pair)) for pair in pairs]
+    )  # one by one: five copies are held at a time
+
+
+def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
+    """|μx - μy|² + Tr(Σx + Σy - 2 (Σx Σy)^½) of features (N, D) and (M, D): FID where they are Inception's (Heusel et al. 2017).
+
+    With centred features X and Y, divided by the square root of N - 1 and M - 1, Σx = XᵀX and Σy = YᵀY, and the non-zero
+    eigenvalues of Σx Σy are the squared singular values of X Yᵀ. The trace of the root is thus their plain sum, and no root
+    is ever taken of the rounding errors that stand where a rank-deficient covariance (N <= D) has zeros.
+
+    Raises:
+        ValueError: fewer than two rows, different widths, a value that is not finite.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    for features in (x, y):
+        if features.ndim != 2 or len(features) < 2 or features.shape[1] != x.shape[-1]:
+            raise ValueError(
+                f"the Fréchet distance compares features (N, D) and (M, D) with at least two rows, found {x.shape} and {y.shape}"
+            )
+        if not np.isfinite(features).all():
+            row = int(np.argmin(np.isfinite(features).all(1)))
+            raise ValueError(f"row {row} of the features is not finite; leave out what has no features, and count it")
+    shift = x.mean(0) - y.mean(0)
+    spread_x, spread_y = _spread(x), _spread(y)
+    root = np.linalg.svd(spread_x @ spread_y.T, compute_uv=False).sum()
+    squared = shift @ shift + np.square(spread_x).sum() + np.square(spread_y).sum() - 2 * root
+    return max(float(squared), 0.0)
+
+
+def keypoint_distance(a: ArrayLike, b: ArrayLike) -> Array:
+    """(N,) mean Euclidean distance of landmarks (N, K, 2), in their unit (pixels); averaged over frames it is AKD."""
+    a, b = _same_shape(a, b, "landmarks", (None, None, 2))
+    return np.linalg.norm(a - b, axis=-1).mean(-1)
+
+
+def pose_distance_geodesic(a: ArrayLike, b: ArrayLike) -> Array:
+    """(N,) angle in radians, 0 to π, of the rotation that takes a (N, 3, 3) to b: independent of any choice of axes.
+
+    From |a - b| = 2 √2 sin(angle / 2), which is exact for small angles, where the arc cosine of the trace is not.
+    """
+    a, b = _rotations(a, b)
+    chord = np.sqrt(np.square(a - b).sum((-2, -1))) / (2 * np.sqrt(2))
+    return 2 * np.arcsin(np.minimum(chord, 1.0))
+
+
+def pose_distance_euler(a: ArrayLike, b: ArrayLike) -> Array:
+    """(N,) mean absolute difference in radians of the three Euler angles of rotations (N, 3, 3): APD as it is published.
+
+    The angles are those of R = Rz Ry Rx, as in Deep3DFaceRecon; differences go the short way round.
+    """
+    a, b = _rotations(a, b)
+    difference = _euler_angles(a) - _euler_angles(b)
+    return np.abs(np.arctan2(np.sin(difference), np.cos(difference))).mean(-1)
+
+
+def expression_distance(a: ArrayLike, b: ArrayLike) -> Array:
+    """(N,) mean absolute difference of expression coefficients (N, E); averaged over frames it is AED."""
+    a, b = _same_shape(a, b, "expressions", (None, None))
+    return np.abs(a - b).mean(-1)
+
+
+def cosine_similarity(a: ArrayLike, b: ArrayLike) -> Array:
+    """(N,) cosine of the angle between features (N, D), -1 to 1; NaN where either is NaN or zero. CSIM, CLIP similarity."""
+    a, b = _same_shape(a, b, "features", (None, None))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(-1) / np.sqrt(np.square(a).sum(-1) * np.square(b).sum(-1))
+
+
+def _pictures(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape or a.ndim != 4 or a.shape[3] != 3 or not a.dtype == b.dtype == np.uint8:
+        raise ValueError(
+            f"expected two stacks of pictures (N, H, W, 3) uint8 of one size, found {a.shape} {a.dtype} and {b.shape} {b.dtype}"
+        )
+    return a, b
+
+
+def _spread(features: Array) -> Array:
+    """A matrix S of at most D rows with SᵀS the unbiased covariance of features (N, D)."""
+    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    return np.asarray(np.linalg.qr(centred, mode="r")) if len(centred) > centred.shape[1] else centred
+
+
+def _same_shape(a: ArrayLike, b: ArrayLike, what: str, shape: tuple[int | None, ...]) -> tuple[Array, Array]:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or len(a.shape) != len(shape) or any(e not in (None, s) for e, s in zip(shape, a.shape)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"expected {what} ({wanted}) of one shape, found {a.shape} and {b.shape}")
+    return a, b
+
+
+def _rotations(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
+    a, b = _same_shape(a, b, "rotations", (None, 3, 3))
+    for matrices in (a, b):
+        error = np.abs(matrices @ matrices.swapaxes(-2, -1) - np.eye(3)).max((-2, -1))
+        with np.errstate(invalid="ignore"):
+            wrong = (error > MAX_ROTATION_ERROR) | (np.linalg.det(matrices) < 0)  # false for NaN: no face found
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise ValueError(f"matrix {row} is no rotation: {matrices[row].tolist()}; where no face was found give NaN")
+    return a, b
+
+
+def _euler_angles(rotations: Array) -> Array:
+    """(N, 3) angles about x, y and z of R = Rz Ry Rx, in radians."""
+    x = np.arctan2(rotations[:, 2, 1], rotations[:, 2, 2])
+    y = np.arcsin(np.clip(-rotations[:, 2, 0], -1, 1))
+    z = np.arctan2(rotations[:, 1, 0], rotations[:, 0, 0])
+    return np.stack((x, y, z), -1)
+
+
+# The command line: which metric can be computed here.
+
+NETWORK_OF_METRIC = {"LPIPS": "lpips", "FID": "inception", "AKD, APD, AED": "face", "CSIM": "arcface", "CLIP": "clip"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `doctor`; returns the exit status: 0, or 1 if a file that was given is not what its flag asks for."""
+    from eval.networks import add_network_flags, options_from
+
+    parser = argparse.ArgumentParser(prog="python -m eval.metrics", description="Metrics of avatars.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = "list the metrics, the network each needs, and what is missing on this machine"
+    doctor = commands.add_parser("doctor", help=about, description=f"{about[0].upper()}{about[1:]}. Downloads nothing.")
+    add_network_flags(doctor)
+    rows, status = _diagnosis(options_from(parser.parse_args(arguments)))
+    _print_table([("metric", "status", "network", "weights, or what is missing and what to do"), *rows])
+    print(
+        "\nThe mathematics of every metric is ready: features, landmarks and rotations from elsewhere need no network."
+    )
+    return status
+
+
+def _diagnosis(options) -> tuple[list[tuple[str, str, str, str]], int]:
+    """Rows (metric, status, network, what to do) of the table, and the exit status."""
+    from eval.networks import OPENERS, Missing
+
+    rows = [(metric, "ready", "none: mathematics", "") for metric in ("PSNR", "SSIM")]
+    status = 0
+    for metric, name in NETWORK_OF_METRIC.items():
+        try:
+            network = OPENERS[name](options)
+        except (ValueError, OSError) as error:
+            lines = textwrap.wrap(str(error), 100, break_long_words=False, break_on_hyphens=False)
+            rows.append((metric, "wrong", name, "\n".join(lines)))
+            status = 1
+            continue
+        if isinstance(network, Missing):
+            rows.append((metric, "missing", network.network, f"{network.reason}\n{network.remedy}"))
+        else:
+            about = network.describe()
+            weights = f"{about['weights']}\nsha256 {about['sha256'][:16]}"
+            rows.append((metric, "ready", f"{about['name']}, {about['package']} {about['version']}", weights))
+    return rows, status
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(line) for row in rows for line in row[column].split("\n")) for column in range(len(rows[0]))]
+    widths[-1] = 0
+    for index, row in enumerate(rows):
+        cells = [cell.split("\n") for cell in row]
+        for line in range(max(map(len, cells))):
+            parts = [cell[line] if line < len(cell) else "" for cell in cells]
+            print("  ".join(part.ljust(width) for part, width in zip(parts, widths)).rstrip())
+        if index == 0:
+            print("  ".join("-" * max(width, len(name)) for width, name in zip(widths, row)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

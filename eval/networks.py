@@ -1,0 +1,102 @@
+"""The networks behind the metrics: one dataclass of options (each a command-line flag), one call that opens what can be had.
+
+    NetworkOptions -> open_networks -> Networks: each field a network, or `Missing` with the reason and the remedy
+
+| field | network | package | gives |
+|---|---|---|---|
+| lpips | AlexNet or VGG16 with LPIPS' linear heads | lpips | (N,) distances of two stacks of pictures |
+| inception | InceptionV3 of FID | torch-fidelity | (N, 2048) features |
+| face | FaceLandmarker | mediapipe | `FaceReading`: landmarks, rotations, expressions |
+| clip | CLIP's picture encoder | transformers | (N, D) features |
+| arcface | ArcFace | onnxruntime | (N, 512) features of aligned faces |
+
+Pictures are (N, H, W, 3) uint8, results NumPy. Nothing is downloaded, and packages are imported only where they are used.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from eval.networks_faces import ArcFace, FaceLandmarks, FaceReading, open_arcface, open_face
+from eval.networks_files import Missing
+from eval.networks_pictures import Clip, Inception, Lpips, open_clip, open_inception, open_lpips
+
+__all__ = [
+    "OPENERS",
+    "ArcFace",
+    "Clip",
+    "FaceLandmarks",
+    "FaceReading",
+    "Inception",
+    "Lpips",
+    "Missing",
+    "NetworkOptions",
+    "Networks",
+    "add_network_flags",
+    "open_networks",
+    "options_from",
+]
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Which networks, and where their weights lie."""
+
+    lpips_net: str = field(default="alex", metadata={"help": "backbone of LPIPS", "choices": ("alex", "vgg")})
+    lpips_weights: str | None = field(
+        default=None, metadata={"help": "its weights: torchvision's alexnet-owt-7be5be79.pth or vgg16-397923af.pth"}
+    )
+    inception_weights: str | None = field(
+        default=None, metadata={"help": "weights of FID's network: weights-inception-2015-12-05-6726825d.pth"}
+    )
+    landmark_weights: str | None = field(
+        default=None, metadata={"help": "MediaPipe's face_landmarker.task, for AKD, APD, AED and CSIM"}
+    )
+    clip_model: str | None = field(
+        default=None, metadata={"help": "folder of a CLIP model of transformers, or the Hub id of a cached one"}
+    )
+    arcface_weights: str | None = field(default=None, metadata={"help": "an ArcFace network as ONNX: w600k_r50.onnx"})
+    device: str = field(default="cpu", metadata={"help": "where networks of torch and onnxruntime run: cpu, cuda"})
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What is to be had on this machine."""
+
+    lpips: Lpips | Missing
+    inception: Inception | Missing
+    face: FaceLandmarks | Missing
+    clip: Clip | Missing
+    arcface: ArcFace | Missing
+
+
+OPENERS: dict[str, Callable[[NetworkOptions], Any]] = {
+    "lpips": lambda options: open_lpips(options.lpips_net, options.lpips_weights, options.device),
+    "inception": lambda options: open_inception(options.inception_weights, options.device),
+    "face": lambda options: open_face(options.landmark_weights),
+    "clip": lambda options: open_clip(options.clip_model, options.device),
+    "arcface": lambda options: open_arcface(options.arcface_weights, options.landmark_weights, options.device),
+}
+
+
+def open_networks(options: NetworkOptions) -> Networks:
+    """Open every network whose package is installed and whose weights are given.
+
+    Raises:
+        FileNotFoundError: weights that were given are not there.
+        ValueError: they are those of another network, naming the file, what was found and what was expected.
+    """
+    return Networks(**{name: opener(options) for name, opener in OPENERS.items()})
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field of `NetworkOptions`."""
+    group = parser.add_argument_group("networks of the metrics")
+    for option in fields(NetworkOptions):
+        group.add_argument(f"--{option.name}", default=option.default, **option.metadata)
+
+
+def options_from(flags: argparse.Namespace) -> NetworkOptions:
+    """The options that the flags of `add_network_flags` were parsed to."""
+    return NetworkOptions(**{option.name: getattr(flags, option.name) for option in fields(NetworkOptions)})

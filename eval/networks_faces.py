@@ -1,0 +1,236 @@
+"""Networks that look at faces: landmarks, head rotation and expression by MediaPipe, identity by ArcFace.
+
+A picture in which no face is found gives a row of NaN, never zeros: what follows counts it. Landmarks are in pixels, a
+pixel's centre at (column + 0.5, row + 0.5).
+"""
+
+import os
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from eval.networks_files import Missing, batches, find_weights, source_of
+
+Array = NDArray[np.float64]
+
+LANDMARK_FILE = "face_landmarker.task"
+LANDMARK_MEMBERS = (
+    "face_detector.tflite",
+    "face_landmarks_detector.tflite",
+    "face_blendshapes.tflite",
+    "geometry_pipeline_metadata_landmarks.binarypb",
+)
+LANDMARK_NETWORK = "FaceLandmarker, mediapipe"
+EXPRESSIONS = 52
+
+# MediaPipe's mesh has 478 vertices and no contour of its own. These are the ones nearest to the 68 points of iBUG, on which
+# AKD is published, in iBUG's order: from the left of the picture to the right.
+MESH_68 = (
+    127, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 356,  # jaw
+    70, 63, 105, 66, 107, 336, 296, 334, 293, 300,  # brows
+    168, 197, 5, 4, 98, 97, 2, 326, 327,  # nose
+    33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380,  # eyes
+    61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181,  # lips, outside
+    78, 82, 13, 312, 308, 317, 14, 87,  # lips, inside
+)  # fmt: skip
+
+# Where ArcFace expects eyes, nose and mouth corners in its 112 x 112 crop (x, y); InsightFace counts from pixel centres.
+ARCFACE_SIZE = 112
+ARCFACE_FIVE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
+ARCFACE_TEMPLATE = ARCFACE_FIVE + 0.5
+ARCFACE_FILE = "w600k_r50.onnx"
+
+
+@dataclass(frozen=True)
+class FaceReading:
+    """The faces of N pictures; NaN in every row whose picture shows none."""
+
+    landmarks: Array  # (N, 68, 2) pixels x, y
+    rotations: Array  # (N, 3, 3) head to camera
+    expressions: Array  # (N, 52) blendshape weights, 0 to 1
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """(N,) whether there is a face."""
+        return np.asarray(np.isfinite(self.landmarks).all((1, 2)))
+
+
+def open_face(weights: str | None) -> "FaceLandmarks | Missing":
+    """MediaPipe's FaceLandmarker."""
+    path = Path(weights) if weights else None
+    packages = {"mediapipe": "mediapipe"}
+    found = find_weights(LANDMARK_NETWORK, packages, path, "--landmark_weights", LANDMARK_FILE)
+    return found if isinstance(found, Missing) else FaceLandmarks(found)
+
+
+class FaceLandmarks:
+    """Landmarks, rotation and expression of the most prominent face of each picture."""
+
+    def __init__(self, weights: Path):
+        from mediapipe.tasks.python import BaseOptions, vision
+
+        check_task_file(weights)
+        options = vision.FaceLandmarkerOptions(
+            base_options=BaseOptions(model_asset_path=str(weights)),
+            num_faces=1,
+            output_face_blendshapes=True,
+            output_facial_transformation_matrixes=True,
+        )
+        try:
+            self.landmarker = vision.FaceLandmarker.create_from_options(options)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"--landmark_weights {weights}: mediapipe refuses it ({str(error).splitlines()[0]}); "
+                f"expected MediaPipe's {LANDMARK_FILE}"
+            ) from None
+        self.source = source_of("FaceLandmarker, 68 of 478 points", "mediapipe", weights)
+
+    def describe(self) -> dict[str, str]:
+        """What the numbers were computed with."""
+        return asdict(self.source)
+
+    def __call__(self, images: np.ndarray) -> FaceReading:
+        """Faces of pictures (N, H, W, 3) uint8, each picture by itself: no tracking from one to the next."""
+        import mediapipe
+
+        results = []
+        for (part,) in batches(images):
+            for image in part.permute(0, 2, 3, 1).contiguous().numpy():
+                results.append(self.landmarker.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, image)))
+        return reading_of(results, *images.shape[1:3])
+
+
+def reading_of(results: list, height: int, width: int) -> FaceReading:
+    """FaceLandmarker's results for N pictures of one size as arrays."""
+    landmarks = np.full((len(results), len(MESH_68), 2), np.nan)
+    rotations = np.full((len(results), 3, 3), np.nan)
+    expressions = np.full((len(results), EXPRESSIONS), np.nan)
+    for row, result in enumerate(results):
+        if not (result.face_landmarks and result.facial_transformation_matrixes and result.face_blendshapes):
+            continue
+        mesh = np.array([(point.x, point.y) for point in result.face_landmarks[0]])
+        landmarks[row] = mesh[list(MESH_68)] * (width, height)
+        rotations[row] = nearest_rotation(np.asarray(result.facial_transformation_matrixes[0])[:3, :3])
+        expressions[row] = [shape.score for shape in result.face_blendshapes[0]]
+    return FaceReading(landmarks, rotations, expressions)
+
+
+def nearest_rotation(matrix: np.ndarray) -> Array:
+    """The rotation nearest to a (3, 3) matrix, which may have a scale: U Vᵀ of its singular value decomposition."""
+    left, _, right = np.linalg.svd(np.asarray(matrix, np.float64))
+    return left @ np.diag([1, 1, np.sign(np.linalg.det(left @ right))]) @ right
+
+
+def check_task_file(weights: Path) -> None:
+    """A `.task` file is an archive of networks; say what is wrong in our words rather than in a graph's."""
+    try:
+        with zipfile.ZipFile(weights) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        raise ValueError(
+            f"--landmark_weights {weights}: is no archive of networks; expected MediaPipe's {LANDMARK_FILE}"
+        ) from None
+    lacking = [name for name in LANDMARK_MEMBERS if name not in names]
+    if lacking:
+        some = ", ".join([*names[:3], "..."][: len(names)]) or "nothing"
+        raise ValueError(
+            f"--landmark_weights {weights}: holds {some}, but not {lacking[0]}; expected MediaPipe's {LANDMARK_FILE}"
+        )
+
+
+def open_arcface(weights: str | None, landmark_weights: str | None, device: str) -> "ArcFace | Missing":
+    """An ArcFace network, and the landmarks that its crops are aligned with."""
+    # From 1.29 on, onnxruntime reports its use to its maker unless it is told not to before it starts.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    path, name = Path(weights) if weights else None, "ArcFace, onnxruntime"
+    found = find_weights(name, {"onnxruntime": "onnxruntime"}, path, "--arcface_weights", ARCFACE_FILE)
+    face = open_face(landmark_weights)
+    lacks = [part for part in (found, face) if isinstance(part, Missing)]
+    if not isinstance(found, Missing):  # also without landmarks: a wrong file is an error first
+        arcface = ArcFace(found, device, face if isinstance(face, FaceLandmarks) else None)
+        if not lacks:
+            return arcface
+    reason = "; ".join(f"{lack.network.split(',')[0]}: {lack.reason}" for lack in lacks)
+    return Missing(name, reason, "; ".join(lack.remedy for lack in lacks))
+
+
+class ArcFace:
+    """Identity features (Deng et al. 2019) of aligned faces, compared by their cosine: CSIM.
+
+    `face` finds the landmarks of pictures that come without; None allows only pictures with theirs. Pixels enter as
+    (value - 127.5) / 127.5 in RGB, as InsightFace's networks of ONNX from PyTorch want them.
+    """
+
+    def __init__(self, weights: Path, device: str, face: FaceLandmarks | None):
+        import onnxruntime
+
+        expected = f"an ArcFace network (..., 3, {ARCFACE_SIZE}, {ARCFACE_SIZE}) -> (..., 512), as {ARCFACE_FILE}"
+        cuda = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
+        try:
+            self.session = onnxruntime.InferenceSession(str(weights), providers=[*cuda, "CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no common kind
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(f"--arcface_weights {weights}: no ONNX network ({reason}); expected {expected}") from None
+        inputs = [value.shape for value in self.session.get_inputs()]
+        outputs = [value.shape for value in self.session.get_outputs()]
+        if [shape[1:] for shape in inputs] != [[3, ARCFACE_SIZE, ARCFACE_SIZE]] or [s[-1] for s in outputs] != [512]:
+            raise ValueError(f"--arcface_weights {weights}: maps {inputs} to {outputs}; expected {expected}")
+        self.input = self.session.get_inputs()[0].name
+        self.source = source_of("ArcFace, five-point alignment", "onnxruntime", weights)
+        self.face = face
+
+    def describe(self) -> dict[str, str]:
+        """What the numbers were computed with."""
+        return asdict(self.source)
+
+    def __call__(self, images: np.ndarray, landmarks: np.ndarray | None = None) -> Array:
+        """(N, 512) features of pictures (N, H, W, 3) uint8, NaN where no face was found.
+
+        `landmarks` (N, 68, 2) of the same pictures save finding them again.
+        """
+        if landmarks is None:
+            assert self.face is not None, "pictures without landmarks, and nothing to find them with"
+            landmarks = self.face(images).landmarks
+        features = np.full((len(images), 512), np.nan)
+        for row, (image, points) in enumerate(zip(images, five_points(landmarks))):
+            if np.isfinite(points).all():
+                pixels = aligned_face(image, points).astype(np.float32).transpose(2, 0, 1)[None]
+                features[row] = self.session.run(None, {self.input: (pixels - 127.5) / 127.5})[0].reshape(512)
+        return features
+
+
+def five_points(landmarks: np.ndarray) -> Array:
+    """(N, 68, 2) iBUG points -> (N, 5, 2): the eyes left and right in the picture, tip of the nose, corners of the mouth."""
+    points = np.asarray(landmarks, np.float64)
+    eyes = [points[:, 36:42].mean(1), points[:, 42:48].mean(1)]
+    return np.stack([*eyes, points[:, 30], points[:, 48], points[:, 54]], axis=1)
+
+
+def aligned_face(image: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(112, 112, 3) uint8 crop in which the five points (5, 2) of a picture (H, W, 3) uint8 lie nearest to ArcFace's template.
+
+    Bilinear, black outside the picture.
+    """
+    rotation, shift = similarity(ARCFACE_TEMPLATE, points)  # from the crop back to the picture, as PIL samples
+    coefficients = np.concatenate((rotation, shift[:, None]), axis=1).ravel()
+    options = ((ARCFACE_SIZE, ARCFACE_SIZE), Image.Transform.AFFINE, tuple(coefficients), Image.Resampling.BILINEAR)
+    # in floats: PIL's own bytes are cut off below the point, half a grey level too dark on average
+    channels = [Image.fromarray(plane).transform(*options) for plane in image.astype(np.float32).transpose(2, 0, 1)]
+    return np.rint(np.stack([np.asarray(channel) for channel in channels], -1)).astype(np.uint8)
+
+
+def similarity(source: np.ndarray, target: np.ndarray) -> tuple[Array, Array]:
+    """Scaled rotation A (2, 2) and shift t (2,) for which A source + t is nearest to target, both (K, 2), in least squares.
+
+    In complex numbers the problem is one of one unknown: the slope of a line through the centred points.
+    """
+    z, w = (points[:, 0] + 1j * points[:, 1] for points in (source, target))
+    slope = np.vdot(z - z.mean(), w - w.mean()) / np.vdot(z - z.mean(), z - z.mean()).real
+    matrix = np.array([[slope.real, -slope.imag], [slope.imag, slope.real]])
+    return matrix, target.mean(0) - matrix @ source.mean(0)

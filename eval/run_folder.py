@@ -1,0 +1,50 @@
+"""Whose folder this is: a run goes on only in its own, with the same model, data set and settings."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.transforms import read_json
+
+RUN_NAME = "run.json"
+
+
+def claim(output: Path, own: dict[str, Any]) -> None:
+    """Make the output folder this run's; ValueError with what differs if it is that of another."""
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / RUN_NAME
+    if not path.is_file():
+        if any(not each.name.startswith(".") for each in output.iterdir()):
+            raise ValueError(f"{output}: is not empty and no folder of this bench; choose another --output_dir")
+        write(path, json.dumps(own, indent=2) + "\n")
+        return
+    found = read_json(path)
+    differing = [key for key in own if found.get(key, "missing") != own[key]]
+    if differing:
+        lines = "; ".join(f"{key} was {found.get(key)!r}, is {own[key]!r}" for key in differing)
+        raise ValueError(f"{output}: holds another run ({lines}); choose another --output_dir")
+
+
+def weights_digest(networks: Sequence[torch.nn.Module], settings: Sequence[Any]) -> str:
+    """16 hex digits over weights and settings; where they lie does not matter."""
+    found = hashlib.sha256()
+    for network in networks:
+        for name, value in network.state_dict().items():
+            found.update(name.encode())
+            found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    ignored = {"_name_or_path", "transformers_version"}
+    plain = [
+        {k: v for k, v in each.items() if k not in ignored} if isinstance(each, dict) else each for each in settings
+    ]
+    found.update(json.dumps(plain, sort_keys=True, default=str).encode())
+    return found.hexdigest()[:16]
+
+
+def write(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,115 @@
+"""Who drives whom, what another method is given, and every way in which its frames can be wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval.protocol import check_frames, export_protocol, frame_name, make_pairs, read_frames
+from gaussian_tokenizer.export import save_video
+from gaussian_tokenizer.head_parameters import HeadParameters
+
+
+@pytest.fixture
+def handed_in(clips, tmp_path) -> Path:
+    """Frames of a method that hands in the driver's pictures."""
+    pairs = make_pairs(clips, "both", 0)
+    export_protocol(tmp_path / "protocol", pairs, 0)
+    for pair in json.loads((tmp_path / "protocol" / "protocol.json").read_text())["pairs"]:
+        target = tmp_path / "peer" / pair["mode"] / pair["name"]
+        target.mkdir(parents=True)
+        for name in pair["frames"]:
+            shutil.copy(tmp_path / "protocol" / "drivers" / pair["driver"] / name, target / name)
+    return tmp_path / "peer"
+
+
+def test_in_self_reenactment_a_clip_drives_its_own_first_frame(clips):
+    pairs = make_pairs(clips, "self", 0)
+    assert [(pair.source, pair.driver, list(pair.rows)) for pair in pairs] == [
+        (clip, clip, [1, 2, 3]) for clip in clips
+    ]
+
+
+def test_in_cross_reenactment_everybody_drives_once_and_nobody_himself(clips):
+    found = set()
+    for seed in range(8):
+        pairs = make_pairs(clips, "cross", seed)
+        assert [pair.source for pair in pairs] == clips
+        assert {pair.driver.subject_id for pair in pairs} == {clip.subject_id for clip in clips}
+        assert all(pair.driver is not pair.source for pair in pairs)
+        found.add(tuple(pair.driver.subject_id for pair in pairs))
+    assert len(found) == 2  # of three people there are two such cycles, and the seed chooses
+
+
+def test_one_subject_has_nobody_to_drive_it(clips):
+    for mode in ("cross", "both"):
+        with pytest.raises(ValueError, match="needs two subjects, one to drive the other; the dataset has 1"):
+            make_pairs(clips[:1], mode, 0)
+
+
+def test_the_exported_protocol_holds_what_the_pairs_are_made_of(clips, tmp_path):
+    pairs = make_pairs(clips, "cross", 0)
+    export_protocol(tmp_path / "protocol", pairs, 0)
+    pair, folder = pairs[1], tmp_path / "protocol"
+    source, driver = pair.source.subject_id, pair.driver.subject_id
+    assert np.array_equal(np.asarray(Image.open(folder / "sources" / f"{source}.png")), pair.source.picture(0))
+    assert HeadParameters.load(folder / "sources" / f"{source}.npz").num_frames == 1
+    motion = HeadParameters.load(folder / "drivers" / driver / "flame_param.npz")
+    cameras = json.loads((folder / "drivers" / driver / "cameras.json").read_text())["frames"]
+    for row in pair.rows:
+        drawn = np.asarray(Image.open(folder / "drivers" / driver / frame_name(row)))
+        assert np.array_equal(drawn, pair.driver.picture(row))
+        assert np.array_equal(motion.expr[row], pair.driver.params.expr[row])
+        assert np.array_equal(cameras[row]["viewmat"], pair.driver.cameras.viewmats[row])
+
+
+def test_a_protocol_is_not_written_over_something_else(clips, tmp_path):
+    (tmp_path / "mine.txt").write_text("dear diary")
+    with pytest.raises(ValueError, match="not empty"):
+        export_protocol(tmp_path, make_pairs(clips, "self", 0), 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_frames_handed_in_as_asked_are_accepted_and_read(clips, handed_in):
+    for mode in ("self", "cross"):
+        pairs = make_pairs(clips, mode, 0)
+        assert not check_frames(handed_in, pairs)
+        for pair in pairs:
+            assert np.array_equal(read_frames(handed_in, pair), pair.driver.pictures(pair.rows))
+
+
+def test_every_missing_extra_corrupt_and_differently_sized_frame_is_listed(clips, handed_in):
+    pairs = make_pairs(clips, "self", 0)
+    first, second = (f"self/{pair.name}" for pair in pairs[:2])
+    (handed_in / first / "00001.png").unlink()
+    Image.new("RGB", (32, 32)).save(handed_in / first / "00004.png")
+    (handed_in / second / "00002.png").write_bytes((handed_in / second / "00002.png").read_bytes()[:200])
+    Image.new("RGB", (64, 32)).save(handed_in / second / "00003.png")
+    (handed_in / "self" / ".DS_Store").write_text("what systems leave behind")
+    problems = check_frames(handed_in, pairs)
+    assert problems.missing == (f"{first}/00001.png",)
+    assert problems.extra == (f"{first}/00004.png",)
+    assert len(problems.unreadable) == 1 and f"{second}/00002.png is not a readable picture" in problems.unreadable[0]
+    assert problems.wrong_size == (f"{second}/00003.png is (64, 32), expected (32, 32)",)
+    assert len(problems.lines()) == 4
+
+
+def test_a_video_stands_for_the_frames_of_a_pair(clips, handed_in):
+    pytest.importorskip("imageio_ffmpeg")
+    pairs = make_pairs(clips, "self", 0)
+    for pair in pairs[:3]:
+        shutil.rmtree(handed_in / "self" / pair.name)
+        save_video(handed_in / "self" / f"{pair.name}.mp4", pair.driver.pictures(pair.rows))
+    assert not check_frames(handed_in, pairs)
+    read = read_frames(handed_in, pairs[0]).astype(int)
+    assert np.abs(read - pairs[0].driver.pictures(pairs[0].rows)).mean() < 8  # H.264 loses some
+
+    save_video(handed_in / "self" / f"{pairs[0].name}.mp4", pairs[0].driver.pictures([1, 2]))
+    broken = handed_in / "self" / f"{pairs[1].name}.mp4"
+    broken.write_bytes(broken.read_bytes()[:300])
+    problems = check_frames(handed_in, pairs)
+    assert problems.missing == (f"self/{pairs[0].name}.mp4 has 2 frames, expected 3",)
+    assert len(problems.unreadable) == 1 and f"{pairs[1].name}.mp4 is not a readable video" in problems.unreadable[0]
