@@ -1,0 +1,116 @@
+"""Look at avatars in the browser: turn them, move them, colour their points, compare two, save them.
+
+    python -m eval.viewer --avatar subjects/synthetic-0-000000
+    python -m eval.viewer --avatar fitted --head flame.safetensors --compare generated --motion flame_param.npz
+    python -m eval.viewer --model outputs/demo/pipeline --image outputs/demo/portrait.png
+
+Opens no window: it prints an address for the browser of this machine and serves it until Ctrl+C. Runs on a CPU.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from eval.viewer_controls import motions
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.head_model import HeadModel, load_head
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.viewer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--avatar", type=Path, help="a GaussianAvatars folder or a .safetensors avatar")
+    source.add_argument("--model", help="a pipeline, folder or Hub id, that makes the avatar from --image")
+    parser.add_argument("--image", type=Path, help="portrait for --model")
+    parser.add_argument("--seed", type=int, default=0, help="of what --model makes: another seed, another avatar")
+    parser.add_argument("--compare", type=Path, help="a second avatar, of the same head model, shown at the right")
+    parser.add_argument(
+        "--head",
+        help="head model of --avatar: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder "
+        "(default: the built-in one, if the avatar says it was made on that)",
+    )
+    parser.add_argument("--motion", help="a flame_param.npz or a folder of them, to play beside the built-in motions")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve (default: 127.0.0.1, this machine alone); 0.0.0.0 lets others in",
+    )
+    parser.add_argument("--port", type=int, default=8080, help="port to serve; 0 takes any that is free")
+    options = parser.parse_args(arguments)
+    if (options.model is None) != (options.image is None):
+        parser.error("--model and --image go together: a portrait, and what makes an avatar of it")
+    if options.model is not None and options.head is not None:
+        parser.error("--head is of --avatar; a pipeline has its own head model")
+    if not 0 <= options.port <= 65535:
+        parser.error(f"--port {options.port}: expected 0 to 65535")
+    try:
+        view(options)
+    except KeyboardInterrupt:
+        print()
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(1, f"error: {' '.join(str(error).split())}\n")
+
+
+def view(options: argparse.Namespace) -> None:
+    """Open the avatars, serve them until interrupted."""
+    try:
+        from eval.viewer_page import Page, check_address, open_server
+    except ImportError as error:
+        raise ImportError(f'the viewer needs viser ({error}): pip install "avatar-pointillist[viewer]"') from error
+    torch.set_num_threads(1)  # a pose is too little work to share, and the browser needs the other cores
+    check_address(options.host, options.port)  # not after the minutes that making an avatar may take
+    first = open_avatar(options.avatar, options.head) if options.model is None else make_avatar(options)
+    assert first.head is not None
+    name = called(options.avatar) if options.model is None else options.image.stem
+    avatars = {name: first}
+    if options.compare is not None:
+        second = called(options.compare)
+        avatars[second if second != name else f"{second} (compared)"] = open_on(options.compare, first.head)
+    played = motions(first.head, options.motion, first)
+    server = open_server(options.host, options.port)
+    try:
+        page = Page(server, avatars, played)
+        print(f"http://{options.host}:{server.get_port()} shows {', '.join(avatars)}; Ctrl+C ends", flush=True)
+        page.run()
+    finally:
+        server.stop()
+
+
+def open_avatar(path: Path, head: str | None) -> GaussianAvatar:
+    """An avatar with its head model; without `head` the built-in one, where the avatar was made on it."""
+    if head is not None:
+        return open_on(path, load_head(head))
+    avatar = GaussianAvatar.load(path)
+    made_on = avatar.head_name
+    if made_on is None or not made_on.startswith("procedural"):
+        said = "does not say which head model it was made on" if made_on is None else f"was made on {made_on!r}"
+        raise ValueError(f"{path}: {said}; give that with --head")
+    return open_on(path, load_head(made_on))
+
+
+def open_on(path: Path, head: HeadModel) -> GaussianAvatar:
+    return GaussianAvatar.load(path, head=head)
+
+
+def called(path: Path) -> str:
+    return path.resolve().name.removesuffix(".safetensors")
+
+
+def make_avatar(options: argparse.Namespace) -> GaussianAvatar:
+    """What the pipeline makes of the portrait."""
+    from modeling.generate import open_portrait
+    from modeling.pipeline import AvatarPipeline
+
+    portrait = open_portrait(options.image)
+    pipeline = AvatarPipeline.from_pretrained(options.model)
+    avatar = pipeline(portrait, seed=options.seed, progress=True)
+    assert isinstance(avatar, GaussianAvatar)
+    return avatar
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Avatars as bytes of a file that the browser saves: PLY and `.splat` of the pose on the screen, or the whole avatar.
+
+The zip holds the GaussianAvatars folder that `GaussianAvatar.save` writes: it can be moved and opened again here.
+"""
+
+import io
+import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.export import save_splats
+from gaussian_tokenizer.head_parameters import HeadParameters
+
+
+@torch.inference_mode()
+def splat_bytes(avatar: GaussianAvatar, params: HeadParameters, suffix: str) -> bytes:
+    """The Gaussians in the one frame of `params` as `.ply` or `.splat`; ImportError where gsplat is missing."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"avatar{suffix}"
+        save_splats(path, avatar.posed(params))
+        return path.read_bytes()
+
+
+def folder_bytes(avatar: GaussianAvatar, name: str) -> bytes:
+    """A zip of the folder `name`; the same bytes for the same avatar."""
+    content = io.BytesIO()
+    with TemporaryDirectory() as temporary, zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        folder = Path(temporary) / name
+        avatar.save(folder)
+        for path in sorted(folder.rglob("*")):
+            entry = zipfile.ZipInfo(str(path.relative_to(temporary)))  # of 1980: no time of day in it
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return content.getvalue()
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """A picture (H, W, 3 or 4) uint8 as PNG."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="PNG")
+    return content.getvalue()

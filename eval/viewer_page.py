@@ -1,0 +1,285 @@
+"""The page in the browser: one or two avatars, the panel beside them, and the loop that keeps the picture up to date.
+
+viser serves the page and draws the splats by WebGL; the server only poses. Sliders, menus and buttons do no work of their
+own: they wake the loop, which alone writes to the scene and takes the values as they then are. A slider dragged fast thus
+costs as many poses as the machine can make, never a queue of them, and a browser that goes away leaves nothing behind.
+"""
+
+import contextlib
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import viser
+from viser import ViserServer
+
+from eval.viewer_colors import MODES, point_colors
+from eval.viewer_controls import STILL, Slider, sliders, to_parameters
+from eval.viewer_exports import folder_bytes, png_bytes, splat_bytes
+from eval.viewer_posing import Rig
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.cameras import portrait_cameras
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
+
+# The page is in centimetres: viser sends covariances as float16, which ends at Gaussians of 0.2 mm when they are in metres.
+UNITS = 100.0
+FPS = 25.0
+FIELD_OF_VIEW = 20.0  # degrees from the lower to the upper border: that of a portrait lens
+ROOM = 1.25  # around what a portrait shows: for much hair, and for turning
+TWO_FURTHER = 1.2  # than one alone
+DRAWN_AS = ("Gaussians", "dots")
+DOT = 0.0016  # metres across
+OTHER_PORT = "choose another --port, or 0 for any that is free"
+APART = 0.7  # of two avatars, in parts of the height that a portrait shows
+
+
+@dataclass(eq=False)
+class Shown:
+    """An avatar on the page."""
+
+    name: str
+    avatar: GaussianAvatar
+    offset: np.ndarray  # (3,) metres, where its head's origin stands
+    rig: Rig = field(init=False)
+    opacities: np.ndarray = field(init=False)  # (N, 1) uint8
+    colors: dict[str, np.ndarray] = field(init=False, default_factory=dict)  # (N, 3) uint8 by mode, as asked for
+
+    def __post_init__(self) -> None:
+        self.rig = Rig.of(self.avatar)
+        assert self.avatar.opacities is not None
+        self.opacities = _to_bytes(self.avatar.opacities.sigmoid()[:, None].numpy())
+
+    def posed(self, params: HeadParameters, color: str, drawn_as: str) -> dict[str, np.ndarray]:
+        """What viser draws, by the names of its handles, in units of the page."""
+        if color not in self.colors:
+            self.colors[color] = _to_bytes(point_colors(self.avatar, color))
+        posed = self.rig.pose(params)
+        centers = (posed.centers + self.offset.astype(np.float32)) * UNITS
+        if drawn_as == "dots":
+            return {"points": centers, "colors": self.colors[color]}
+        return {
+            "centers": centers,
+            "covariances": posed.covariances * UNITS**2,
+            "rgbs": self.colors[color],
+            "opacities": self.opacities,
+        }
+
+
+class Page:
+    """The scene and the panel of one server; `run` keeps them up to date until the process ends."""
+
+    def __init__(
+        self, server: ViserServer, avatars: Mapping[str, GaussianAvatar], motions: Mapping[str, HeadParameters]
+    ) -> None:
+        """One or two avatars of one head model, from left to right, by name; `motions` by name."""
+        head = next(iter(avatars.values())).head
+        assert head is not None
+        self.head: HeadModel = head
+        self.server, self.motions = server, {STILL: None, **motions}
+        self.changed = threading.Event()
+        self.started = 0.0  # when the motion would have been at its first frame
+        distance, target, height = view(head)
+        places = np.linspace(-1, 1, len(avatars)) * APART * height / 2 if len(avatars) > 1 else [0.0]
+        self.shown = [
+            Shown(name, avatar, np.array((x, 0.0, 0.0))) for (name, avatar), x in zip(avatars.items(), places)
+        ]
+        self._look(target, distance * (1 if len(avatars) == 1 else TWO_FURTHER))
+        self._build_panel()
+        self.handles: list[Any] = []
+        self.drawn_as = ""  # which of DRAWN_AS the handles are
+        self.draw()
+
+    def run(self) -> None:
+        """Draw whenever something changed or a motion plays; returns never."""
+        while True:
+            begun = time.perf_counter()
+            self.changed.clear()
+            self.draw()
+            rest = max(0.0, 1 / FPS - (time.perf_counter() - begun))
+            self.changed.wait(rest if self.playing else None)
+
+    def draw(self) -> None:
+        """The avatars in the pose and colours that the panel says now."""
+        params, drawn_as = self.parameters(), self.form.value
+        posed = [shown.posed(params, self.color.value, drawn_as) for shown in self.shown]
+        with self.server.atomic():
+            if drawn_as != self.drawn_as:
+                # Hidden splats would be drawn off the screen, at the full price of drawing.
+                for handle in self.handles:
+                    handle.remove()
+                self.handles = [self._add(f"/avatar_{index}", drawn_as, each) for index, each in enumerate(posed)]
+                self.drawn_as = drawn_as
+            elif drawn_as == "dots":
+                for handle, each in zip(self.handles, posed):
+                    handle.points, handle.colors = each["points"], each["colors"]
+            else:
+                for handle, each in zip(self.handles, posed):
+                    handle.set_gaussians(**each)
+        self.server.flush()
+
+    def _add(self, name: str, drawn_as: str, posed: dict[str, Any]) -> Any:
+        scene = self.server.scene
+        if drawn_as == "dots":
+            return scene.add_point_cloud(
+                name, **posed, point_size=DOT * UNITS, point_shape="circle", point_shading="flat", precision="float32"
+            )
+        return scene.add_gaussian_splats(name, **posed)
+
+    @property
+    def playing(self) -> bool:
+        return self.play.value and self.motion.value != STILL
+
+    def parameters(self) -> HeadParameters:
+        """The one frame on the screen: that of the motion, with the sliders added."""
+        motion = self.motions[self.motion.value]
+        if motion is None:
+            frame = None
+        else:
+            if self.playing:
+                self.frame = int((time.perf_counter() - self.started) * FPS)
+            frame = motion.frame(self.frame % motion.num_frames)
+        return to_parameters([(slider, handle.value) for slider, handle in self.sliders], self.head, frame)
+
+    def _look(self, target: np.ndarray, distance: float) -> None:
+        scene, camera = self.server.scene, self.server.initial_camera
+        scene.set_up_direction("+y")
+        scene.world_axes.visible = False
+        camera.fov = np.radians(FIELD_OF_VIEW)
+        camera.position = (target + np.array((0, 0, distance))) * UNITS
+        camera.look_at = target * UNITS
+        camera.near, camera.far = 1.0, 10_000.0
+
+    def _build_panel(self) -> None:
+        gui = self.server.gui
+        # Its button would open a tunnel through somebody else's server.
+        gui.configure_theme(show_logo=False, show_share_button=False, control_width="medium")
+        gui.main_panel.dock_right()
+        counts = [f"{shown.name}: {len(shown.avatar):,} points" for shown in self.shown]
+        gui.add_markdown("  \n".join(counts))
+        self.color = gui.add_dropdown("colour", MODES)
+        self.form = gui.add_dropdown("drawn as", DRAWN_AS, hint="dots are fast where no graphics card draws the page")
+        self.motion = gui.add_dropdown("motion", tuple(self.motions))
+        self.play = gui.add_checkbox("play", True)
+        self.frame = 0
+        self.sliders: list[tuple[Slider, viser.GuiSliderHandle[float]]] = []
+        for group, specifications in sliders(self.head).items():
+            with gui.add_folder(group):
+                for each in specifications:
+                    handle = gui.add_slider(each.label, each.low, each.high, each.step, 0.0)
+                    self.sliders.append((each, handle))
+        reset = gui.add_button("sliders to zero")
+        for _, handle in self.sliders:
+            handle.on_update(lambda _: self.changed.set())
+        self.color.on_update(lambda _: self.changed.set())
+        self.form.on_update(lambda _: self.changed.set())
+        self.motion.on_update(lambda _: self._start(0))
+        self.play.on_update(lambda _: self._start(self.frame))
+        reset.on_click(lambda _: self._reset())
+        with gui.add_folder("save"):
+            self._build_exports()
+
+    def _build_exports(self) -> None:
+        gui = self.server.gui
+        names = [shown.name for shown in self.shown]
+        which = gui.add_dropdown("avatar", names, visible=len(names) > 1)
+
+        def chosen() -> Shown:
+            return self.shown[names.index(which.value)]
+
+        def offer(label: str, hint: str, suffix: str, make: Callable[[Shown], bytes]) -> None:
+            button = gui.add_button(label, hint=hint)
+
+            @button.on_click
+            def _(event: viser.GuiEvent) -> None:
+                shown = chosen()
+                if event.client is not None:
+                    _send(event.client, f"{shown.name}{suffix}", lambda: make(shown))
+
+        pose = "the Gaussians as they are posed now, for "
+        offer(
+            "PLY",
+            pose + "any splat viewer",
+            ".ply",
+            lambda shown: splat_bytes(shown.avatar, self.parameters(), ".ply"),
+        )
+        offer(
+            ".splat",
+            pose + "viewers of .splat",
+            ".splat",
+            lambda shown: splat_bytes(shown.avatar, self.parameters(), ".splat"),
+        )
+        offer(
+            "GaussianAvatars folder (zip)",
+            "the avatar, to be moved elsewhere",
+            ".zip",
+            lambda shown: folder_bytes(shown.avatar, shown.name),
+        )
+        picture = gui.add_button("screenshot", hint="PNG of the view, transparent behind the head")
+
+        @picture.on_click
+        def _(event: viser.GuiEvent) -> None:
+            if event.client is not None:
+                client = event.client
+                _send(client, "screenshot.png", lambda: _screenshot(client))
+
+    def _start(self, frame: int) -> None:
+        self.started = time.perf_counter() - frame / FPS
+        self.frame = frame
+        self.changed.set()
+
+    def _reset(self) -> None:
+        for _, handle in self.sliders:
+            handle.value = 0.0  # type: ignore[misc]  # it has a setter, apart from its getter
+        self.changed.set()
+
+
+def view(head: HeadModel) -> tuple[float, np.ndarray, float]:
+    """Distance of the camera in metres, the point it looks at (3,), and the height that it sees there."""
+    camera = portrait_cameras(head, size=1)
+    height = ROOM / float(camera.Ks[0, 0, 0])  # of a picture of 1 pixel, a metre away
+    target = camera.positions[0].numpy() - np.array((0.0, 0.0, 1.0))
+    return height / 2 / np.tan(np.radians(FIELD_OF_VIEW / 2)), target, height
+
+
+def check_address(host: str, port: int) -> None:
+    """ValueError where a server cannot listen; port 0 stands for any that is free."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}; {OTHER_PORT}") from None
+
+
+def open_server(host: str, port: int) -> ViserServer:
+    """A server at exactly this address; ValueError where that is not to be had."""
+    check_address(host, port)
+    with contextlib.redirect_stdout(io.StringIO()):  # the address is told once, when there is something to see
+        server = ViserServer(host=host, port=port, label="avatar", verbose=False)
+    # viser takes the next port where one is in use; whoever opens the usual address would look at another program.
+    if port not in (0, server.get_port()):
+        server.stop()
+        raise ValueError(f"cannot listen on {host} port {port}: it was taken just now; {OTHER_PORT}")
+    return server
+
+
+def _send(client: viser.ClientHandle, name: str, make: Callable[[], bytes]) -> None:
+    """The file to the browser, or what is wrong with it as a notice there."""
+    try:
+        client.send_file_download(name, make(), save_immediately=True)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # viser: RuntimeError where a browser went away
+        client.add_notification(f"{name} was not saved", " ".join(str(error).split()), color="red")
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """0..1 to the nearest of 0..255, where viser would take the next lower."""
+    return (values * 255 + 0.5).astype(np.uint8)
+
+
+def _screenshot(client: viser.ClientHandle) -> bytes:
+    camera = client.camera
+    return png_bytes(client.get_render(camera.image_height, camera.image_width, transport_format="png", timeout=30.0))

@@ -1,0 +1,126 @@
+"""The command line of the viewer, and the page as far as it goes without a browser."""
+
+import shutil
+import socket
+
+import numpy as np
+import pytest
+
+pytest.importorskip("viser", reason="the viewer needs viser: pip install 'avatar-pointillist[viewer]'")
+
+from eval.viewer import main, open_avatar
+from eval.viewer_page import UNITS, Page, open_server
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.motions import synthetic_motion
+from gaussian_tokenizer.synthetic import synthesize_subject
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("viewer") / "ada"
+    synthesize_subject(HeadModel.procedural(600), 1, num_points=80).avatar.save(folder)
+    return folder
+
+
+@pytest.fixture
+def server():
+    server = open_server("127.0.0.1", 0)
+    yield server
+    server.stop()
+
+
+def refusal(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code in (1, 2)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def slider(page: Page, label: str):
+    return next(handle for each, handle in page.sliders if each.label == label)
+
+
+def test_help_tells_the_options(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "127.0.0.1" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_avatar_is_named(capsys, tmp_path):
+    assert f"{tmp_path}: holds neither point_cloud.ply" in refusal(capsys, "--avatar", tmp_path, "--port", 0)
+
+
+def test_an_avatar_of_another_head_model_is_refused(capsys, folder):
+    said = refusal(capsys, "--avatar", folder, "--head", "procedural:800", "--port", 0)
+    assert "procedural:600" in said and "procedural:800" in said
+
+
+def test_the_built_in_head_needs_no_naming_and_others_do(capsys, folder, tmp_path):
+    assert open_avatar(folder, None).head.n_faces == 600
+    unknown = shutil.copytree(folder, tmp_path / "unknown")
+    (unknown / "metadata.json").unlink()
+    said = refusal(capsys, "--avatar", unknown, "--port", 0)
+    assert "does not say which head model" in said and "--head" in said
+
+
+def test_a_picture_that_cannot_be_read_is_named(capsys, tmp_path):
+    broken = tmp_path / "portrait.png"
+    broken.write_bytes(b"not a picture")
+    assert f"{broken}: not a picture" in refusal(capsys, "--model", tmp_path, "--image", broken, "--port", 0)
+
+
+def test_a_model_without_a_portrait_is_refused(capsys, tmp_path):
+    assert "--image" in refusal(capsys, "--model", tmp_path)
+
+
+def test_a_port_in_use_is_one_clear_error(capsys, folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = refusal(capsys, "--avatar", folder, "--port", port)
+    assert said.count("\n") == 1 and f"port {port}" in said and "--port" in said
+
+
+def test_the_server_listens_where_it_was_told_and_nowhere_else(server):
+    assert server.get_host() == "127.0.0.1"
+    with pytest.raises(ValueError, match="cannot listen"):
+        open_server("127.0.0.1", server.get_port())
+
+
+def test_the_page_draws_what_its_controls_say(server, folder):
+    avatar = open_avatar(folder, None)
+    page = Page(server, {"ada": avatar}, {"nod": synthetic_motion("nod", avatar.head, 8)})
+    slider(page, "neck turn").value = 40.0
+    page.draw()
+    expected = avatar.posed(page.parameters())
+    np.testing.assert_allclose(page.handles[0].centers / UNITS, expected.positions[0].numpy(), atol=1e-6)
+    true_colors = page.handles[0].rgbs.copy()
+    page.color.value = "face"
+    page.draw()
+    assert (page.handles[0].rgbs != true_colors).any()
+    page.form.value = "dots"
+    page.draw()
+    np.testing.assert_allclose(page.handles[0].points / UNITS, expected.positions[0].numpy(), atol=1e-6)
+
+
+def test_a_motion_plays_until_it_is_stopped(server, folder):
+    avatar = open_avatar(folder, None)
+    page = Page(server, {"ada": avatar}, {"nod": synthetic_motion("nod", avatar.head, 8)})
+    assert not page.playing
+    page.motion.value = "nod"
+    assert page.playing
+    page.started -= 3 / 25  # as if three frames had passed
+    page.parameters()
+    page.play.value = False
+    stopped = page.parameters()
+    assert page.frame >= 3 and (stopped.neck_pose == page.parameters().neck_pose).all()
+
+
+def test_two_avatars_stand_side_by_side(server, folder):
+    avatar = open_avatar(folder, None)
+    page = Page(server, {"ada": avatar, "ada (compared)": avatar}, {})
+    left, right = (handle.centers for handle in page.handles)
+    assert (right[:, 0] - left[:, 0] > 0.2 * UNITS).all()
+    np.testing.assert_allclose(left[:, 1:], right[:, 1:], atol=1e-5)

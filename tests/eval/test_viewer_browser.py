@@ -1,0 +1,263 @@
+"""The viewer as a person meets it: started as a program, opened in a real Chromium, used by mouse and keyboard."""
+
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.cameras import Cameras
+from gaussian_tokenizer.head_model import load_head
+from gaussian_tokenizer.ply import read_gaussian_ply
+from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.synthetic import synthesize_subject
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+if CHROMIUM is None:
+    pytest.skip("no Chromium on the PATH: apt-get install chromium", allow_module_level=True)
+viewer_page = pytest.importorskip("eval.viewer_page", reason="needs viser: pip install 'avatar-pointillist[viewer]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+FLAGS = (
+    "--no-sandbox --disable-gpu-sandbox --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader"
+)
+NUM_POINTS = int(os.environ.get("VIEWER_POINTS", "800"))  # 27000 for the figures of docs/viewer.md
+HEAD = "procedural:600" if NUM_POINTS < 10_000 else "procedural"
+WIDTH, HEIGHT, PANEL, NOTICE = 1000, 420, 330, 320  # viser's notice about slow drawing lies at the left
+# Behind every draw of the scene, before the browser takes the picture away: look at it small, and note when it changed.
+WATCH = """
+(() => {
+  const small = document.createElement('canvas'); small.width = small.height = 64;
+  const pen = small.getContext('2d', {willReadFrequently: true});
+  const seen = window.seen = {changes: [], pixels: null, input: null};
+  let waiting = false;
+  const look = (canvas) => {
+    waiting = false;
+    pen.clearRect(0, 0, 64, 64); pen.drawImage(canvas, 0, 0, 64, 64);
+    const now = pen.getImageData(0, 0, 64, 64).data;
+    let apart = 0, ink = 0;
+    for (let i = 0; i < now.length; i++) {
+      if (seen.pixels && Math.abs(now[i] - seen.pixels[i]) > 8) apart++;
+      if (i % 4 == 3 && now[i] > 128) ink++;
+    }
+    seen.pixels = now; seen.ink = ink;
+    if (apart > 10) seen.changes.push(performance.now());
+  };
+  for (const name of ['drawElementsInstanced', 'drawArraysInstanced', 'drawArrays', 'drawElements']) {
+    const draw = WebGL2RenderingContext.prototype[name];
+    WebGL2RenderingContext.prototype[name] = function (...args) {
+      draw.apply(this, args);
+      if (!waiting) { waiting = true; const canvas = this.canvas; queueMicrotask(() => look(canvas)); }
+    };
+  }
+  for (const kind of ['pointerdown', 'keydown'])
+    window.addEventListener(kind, () => { seen.input = performance.now(); seen.changes = []; }, true);
+})();
+"""
+
+
+@pytest.fixture(scope="module")
+def avatar_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("viewer") / "ada"
+    synthesize_subject(load_head(HEAD), 0, num_points=NUM_POINTS).avatar.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(avatar_folder) -> Iterator[str]:
+    command = [sys.executable, "-m", "eval.viewer", "--avatar", str(avatar_folder), "--port", "0"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begun = time.perf_counter()
+    assert server.stdout is not None and server.stderr is not None
+    line = server.stdout.readline()
+    print(f"\nviewer: address {time.perf_counter() - begun:.1f} s after start")
+    match = re.match(r"http://\S+", line)
+    if match is None:
+        server.kill()
+        pytest.fail(f"the viewer said {line!r}: {server.stderr.read()}")
+    yield match[0]
+    assert server.poll() is None, "the viewer ended by itself"
+    server.send_signal(signal.SIGINT)
+    _, errors = server.communicate(timeout=20)
+    assert server.returncode == 0 and "Traceback" not in errors, errors
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser, address):
+    """The page, when the avatar is there."""
+    page = open_page(browser, address)
+    yield page
+    page.close()
+
+
+def open_page(browser, address: str):
+    page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+    page.set_default_timeout(60_000)
+    page.add_init_script(WATCH)
+    begun = time.perf_counter()
+    page.goto(address)
+    page.wait_for_function("window.seen && window.seen.ink > 200")
+    print(f"viewer: avatar drawn {time.perf_counter() - begun:.1f} s after the address was opened")
+    settle(page)
+    return page
+
+
+def settle(page) -> None:
+    """Until the picture has changed and then stayed as it is: splats fade in, slow machines draw late."""
+    page.wait_for_function("performance.now() - window.seen.changes.at(-1) > 500", polling=100)
+
+
+def photograph(page) -> np.ndarray:
+    """The scene and the notice, without the panel, (H, W, 3) uint8."""
+    content = page.screenshot(clip={"x": 0, "y": 0, "width": WIDTH - PANEL, "height": HEIGHT})
+    return np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def changed_pixels(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """(H, W) bool."""
+    return np.abs(after.astype(int) - before).max(-1) > 24
+
+
+def slider(page, label: str):
+    return (
+        page.get_by_text(label, exact=True).locator("xpath=ancestor::*[.//*[@role='slider']][1]").get_by_role("slider")
+    )
+
+
+def download(page, button: str) -> tuple[str, bytes]:
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name=button, exact=True).click()
+    return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
+
+
+def choose(page, menu: str, option: str) -> None:
+    page.get_by_text(menu, exact=True).locator("xpath=ancestor::*[.//input][1]").locator("input").first.click()
+    page.get_by_role("option", name=option, exact=True).click()
+    settle(page)
+
+
+def press(page, label: str, key: str) -> float:
+    """Press a key on a slider; milliseconds until the picture changed, by the browser's clock."""
+    slider(page, label).focus()
+    page.keyboard.press(key)
+    page.wait_for_function("window.seen.changes.length > 0")
+    time_taken = page.evaluate("window.seen.changes[0] - window.seen.input")
+    settle(page)
+    return time_taken
+
+
+def test_the_page_shows_what_the_rasteriser_draws(page, avatar_folder):
+    width = page.evaluate("document.querySelector('canvas').clientWidth")
+    head = load_head(HEAD)
+    avatar = GaussianAvatar.load(avatar_folder, head=head)
+    distance, target, _ = viewer_page.view(head)
+    eye = target + np.array((0, 0, distance))
+    focal = HEIGHT / 2 / np.tan(np.radians(viewer_page.FIELD_OF_VIEW / 2))
+    camera = Cameras.look_at(torch.tensor(eye).float(), target.tolist(), focal, width, HEIGHT)
+    drawn = render(avatar.canonical_gaussians(), camera).image[0].clamp(0, 1).numpy() * 255
+    beside = slice(NOTICE, WIDTH - PANEL)
+    drawn, picture = drawn[:, beside], photograph(page)[:, beside]
+    assert (picture < 250).any(-1).mean() > 0.1
+    assert np.abs(drawn - picture).mean() < 3
+
+
+def test_a_dragged_slider_moves_the_avatar_where_it_should(page):
+    before = photograph(page)
+    thumb = slider(page, "jaw open")
+    box = thumb.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    for step in range(1, 9):
+        page.mouse.move(box["x"] + 12 * step, box["y"] + box["height"] / 2)
+    page.mouse.up()
+    settle(page)
+    assert float(thumb.get_attribute("aria-valuenow")) > 10
+    moved = changed_pixels(before, photograph(page))
+    assert moved.sum() > 100
+    assert np.flatnonzero(moved.any(1)).min() > 0.4 * HEIGHT, "the jaw is in the lower half of the face"
+
+
+@pytest.mark.parametrize("drawn_as", ["dots", "Gaussians"])
+def test_keys_move_the_avatar_and_the_time_is_told(page, drawn_as):
+    choose(page, "drawn as", drawn_as)
+    times = [press(page, "neck turn", key) for key in ("Home", "End", "Home", "End")]
+    print(f"viewer: {NUM_POINTS} points as {drawn_as}, key to picture {np.median(times):.0f} ms, best {min(times):.0f}")
+    assert slider(page, "neck turn").get_attribute("aria-valuenow") == "60"
+
+
+def test_zero_brings_the_face_back_and_another_colour_repaints_it_in_place(page):
+    page.get_by_role("button", name="sliders to zero").click()
+    settle(page)
+    assert slider(page, "neck turn").get_attribute("aria-valuenow") == "0"
+    before = photograph(page)
+    choose(page, "colour", "generation order")
+    after = photograph(page)
+    assert changed_pixels(before, after).mean() > 0.05
+    assert ((after < 250).any(-1) != (before < 250).any(-1)).mean() < 0.02
+
+
+def test_dragging_turns_the_view(page):
+    before = photograph(page)
+    page.mouse.move(400, 300)
+    page.mouse.down()
+    page.mouse.move(480, 300, steps=4)
+    page.mouse.up()
+    settle(page)
+    assert changed_pixels(before, photograph(page)).sum() > 500
+
+
+def test_buttons_give_files_that_can_be_read_back(page, avatar_folder, tmp_path):
+    stored = GaussianAvatar.load(avatar_folder)
+    name, content = download(page, "GaussianAvatars folder (zip)")
+    assert name == "ada.zip"
+    zipfile.ZipFile(io.BytesIO(content)).extractall(tmp_path)
+    again = GaussianAvatar.load(tmp_path / "ada", head=load_head(HEAD))
+    assert torch.equal(again.positions, stored.positions) and torch.equal(again.faces, stored.faces)
+    name, content = download(page, "PLY")
+    (tmp_path / name).write_bytes(content)
+    assert len(read_gaussian_ply(tmp_path / name, with_faces=False).positions) == len(stored)
+    name, content = download(page, "screenshot")
+    picture = Image.open(io.BytesIO(content))
+    assert name == "screenshot.png" and picture.mode == "RGBA"
+    assert picture.getextrema()[3] == (0, 255)
+
+
+def test_a_page_that_closes_in_mid_drag_leaves_the_server_well(page, browser, address):
+    box = slider(page, "jaw open").bounding_box()
+    page.mouse.move(box["x"] + 5, box["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 60, box["y"] + 5, steps=3)
+    page.close()  # the button is still down
+    other = open_page(browser, address)
+    before = photograph(other)
+    press(other, "neck turn", "End")
+    assert changed_pixels(before, photograph(other)).sum() > 100
+    other.mouse.move(400, 300)
+    other.mouse.down()
+    other.mouse.move(440, 310, steps=3)
+    other.close()

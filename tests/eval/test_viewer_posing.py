@@ -1,0 +1,43 @@
+"""Fast posing against `GaussianAvatar.posed`, which has tests of its own."""
+
+import pytest
+import torch
+
+from eval.viewer_posing import Rig
+from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.motions import expression_frames, synthetic_motion
+from gaussian_tokenizer.rotations import quaternion_to_matrix
+from gaussian_tokenizer.synthetic import synthesize_subject
+
+
+@pytest.fixture(scope="module")
+def avatar() -> GaussianAvatar:
+    return synthesize_subject(HeadModel.procedural(600), 1, num_points=300).avatar
+
+
+def test_every_pose_is_that_of_the_avatar(avatar):
+    rig = Rig.of(avatar)
+    motion = synthetic_motion("look_around", avatar.head, 4)
+    poses = [*expression_frames(avatar.head).values(), *(motion.frame(index) for index in range(4))]
+    for params in poses:
+        expected = avatar.posed(params)
+        axes = quaternion_to_matrix(expected.quats[0]) * expected.scales[0, :, None]
+        splats = rig.pose(params)
+        torch.testing.assert_close(torch.from_numpy(splats.centers), expected.positions[0], atol=1e-6, rtol=0)
+        covariances = torch.from_numpy(splats.covariances)
+        assert (covariances - axes @ axes.mT).abs().max() < 1e-5 * (axes @ axes.mT).abs().max()
+
+
+def test_one_pose_leaves_no_trace_in_the_next(avatar):
+    rig, frames = Rig.of(avatar), expression_frames(avatar.head)
+    before = rig.pose(frames["neutral"])
+    rig.pose(frames["turn"])
+    after = rig.pose(frames["neutral"])
+    assert (before.centers == after.centers).all() and (before.covariances == after.covariances).all()
+
+
+def test_an_avatar_of_points_alone_is_refused(avatar):
+    points = GaussianAvatar.from_points(avatar.canonical_points(), avatar.params, avatar.head)
+    with pytest.raises(ValueError, match="holds points only"):
+        Rig.of(points)
