@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from eval.clips import Clip
@@ -26,6 +27,7 @@ from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering import render
 from modeling import AvatarPipeline, GaussianDecoder, to_gaussians
+from modeling.decoding import vertex_points
 
 BUILT_IN = ("truth", "ours", "flame_position", "copy-source", "mean-image")
 FRAMES_AT_ONCE = 8  # always the same frames together, or the last digits would depend on where a run was killed
@@ -156,26 +158,24 @@ def ours_maker(pipeline: AvatarPipeline, seed: int, **generate: Any) -> Maker:
 
 def flame_position_maker(pipeline: AvatarPipeline, decoder: GaussianDecoder) -> Maker:
     """The ablation without a point model: a Gaussian on every vertex of the head, of the subject's own shape."""
-    head = pipeline.head
-    # A face that each vertex is a corner of; which of them does not matter, the point lies on all.
-    faces = torch.zeros(head.n_vertices, dtype=torch.int64, device=head.device)
-    faces[head.faces.flatten()] = torch.arange(head.n_faces, device=head.device).repeat_interleave(3)
 
     def make(clips: Sequence[Clip]) -> Generated:
-        params = [source_params(clip).to(pipeline.device) for clip in clips]
-        inputs = pipeline.inputs([clip.portrait() for clip in clips], params)
-        with torch.no_grad():
-            decoded = decoder(
-                positions=torch.stack([head.canonical_vertices(own) for own in params]).float(),
-                pixel_values=inputs["pixel_values"],
-            )
-        avatars = [
-            GaussianAvatar.from_gaussians(to_gaussians(decoded, row), faces, own.canonical(), head)
-            for row, own in enumerate(params)
-        ]
+        params = [source_params(clip) for clip in clips]
+        portraits = pipeline.inputs([clip.portrait() for clip in clips], params)["pixel_values"]
+        avatars = [vertex_avatar(pipeline.head, decoder, *person) for person in zip(portraits, params)]
         return Generated(avatars, [0] * len(avatars))
 
     return make
+
+
+@torch.no_grad()
+def vertex_avatar(
+    head: HeadModel, decoder: GaussianDecoder, pixel_values: Tensor, params: HeadParameters
+) -> GaussianAvatar:
+    """What a decoder of mode "flame_position" makes of a portrait (3, h, w), as the pipeline prepares it, and a head."""
+    positions, faces = vertex_points(head, params.to(head.device))
+    decoded = decoder(positions=positions[None].float(), pixel_values=pixel_values[None])
+    return GaussianAvatar.from_gaussians(to_gaussians(decoded), faces, params.to(head.device).canonical(), head)
 
 
 def source_params(clip: Clip) -> HeadParameters:

@@ -1,10 +1,15 @@
-"""From what the Gaussian decoder returns to what a splatter draws.
+"""Around the Gaussian decoder: from a head to points it can read, and from what it returns to what a splatter draws.
 
 `GaussianDecoder` travels with its checkpoint and therefore knows nothing of this toolkit; here its batched, padded output becomes
 the `Gaussians` of one avatar. Canonical space: still unposed, one frame.
 """
 
+import torch
+from torch import Tensor
+
 from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
 
 from .modeling_gaussian_decoder import GaussianDecoderOutput
 
@@ -34,3 +39,15 @@ def to_gaussians(output: GaussianDecoderOutput, row: int = 0, num_points: int | 
         opacities=output.opacities[row, :count],
         sh=output.sh[row, :count],
     )
+
+
+def vertex_points(head: HeadModel, params: HeadParameters) -> tuple[Tensor, Tensor]:
+    """What a decoder of mode "flame_position" reads in the place of a generated cloud.
+
+    Returns:
+        The vertices (V, 3) of a person's head, metres in canonical space, and for each a face (V,) it is a corner of; which of
+        them does not matter, the vertex lies on all.
+    """
+    faces = torch.zeros(head.n_vertices, dtype=torch.int64, device=head.device)
+    faces[head.faces.flatten()] = torch.arange(head.n_faces, device=head.device).repeat_interleave(3)
+    return head.canonical_vertices(params), faces

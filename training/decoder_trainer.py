@@ -21,7 +21,7 @@ from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.rendering import render
 from modeling import GaussianDecoder, PointillistForCausalLM
-from modeling.decoding import to_gaussians
+from modeling.decoding import to_gaussians, vertex_points
 from modeling.point_features import FeatureCache, point_features
 from training.exact_trainer import ExactTrainer
 from training.frames import cameras_of, motion_of, on_background
@@ -185,14 +185,6 @@ class DecoderTrainer(ExactTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def vertex_points(head: HeadModel, params) -> tuple[Tensor, Tensor]:
-    """The canonical vertices of a head (V, 3) and for each a face (V,) it is a corner of, as points to decode."""
-    faces = torch.zeros(head.n_vertices, dtype=torch.int64, device=head.device)
-    numbers = torch.arange(head.n_faces, device=head.device).repeat_interleave(3)
-    faces[head.faces.flatten()] = numbers
-    return head.canonical_vertices(params), faces
 
 
 def decoder_of(trainer: DecoderTrainer) -> GaussianDecoder:

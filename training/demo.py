@@ -2,10 +2,10 @@
 
     python -m training.demo --output_dir outputs/demo        # what `make demo` runs
 
-Each step is a command of the toolkit, printed before it runs, so it can be repeated with other settings. At the end the models
+Each step is a command of the toolkit, printed before it runs, so it can be repeated with other settings. Then the models
 make avatars of held-out people from their portraits and head meshes alone. `report.json` says how close their points are to the
 true ones (chamfer distance) and their pictures to the true frames (PSNR, SSIM), `pictures/` shows them, `pipeline/` holds the
-four components for `AvatarPipeline.from_pretrained`.
+four components for `AvatarPipeline.from_pretrained`. Last comes the reenactment bench, on people of another seed: `bench/`.
 """
 
 import argparse
@@ -41,7 +41,8 @@ from training.demo_report import (
 )
 from training.frames import SubjectRows, mean_images
 
-STEPS = 5
+STEPS = 6
+BENCH_SEED = 77  # more than that of the training: other people
 
 
 def main() -> None:
@@ -63,6 +64,9 @@ def main() -> None:
         "--decoder_config", default="training/configs/decoder_demo.yaml", help="of training/train_gaussian_decoder.py"
     )
     parser.add_argument("--decoder_steps", type=int, help="steps of the decoder's training, if not those of its config")
+    parser.add_argument(
+        "--num_bench", type=int, default=8, help="people of the reenactment bench, 16 frames each; 0: no bench"
+    )
     parser.add_argument("--n_bins", type=int, default=128, help="quantisation levels an axis (the paper: 1,024)")
     parser.add_argument("--image_size", type=int, default=112, help="pixels of a picture, a multiple of 14")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,13 +81,15 @@ def main() -> None:
     # Two processes of one thread: matrices this small are not multiplied faster by two threads.
     launch = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
 
+    people = [
+        sys.executable, "-m", "gaussian_tokenizer.synthesize", "--head", arguments.head, "--num_points", str(arguments.num_points),
+        "--identity_scale", str(arguments.identity_scale), "--min_points_per_face", str(arguments.min_points_per_face),
+        "--num_proc", processes,
+    ]  # fmt: skip
     run(1, "synthetic subjects", [
-        sys.executable, "-m", "gaussian_tokenizer.synthesize", "--num_subjects", str(arguments.num_subjects),
-        "--num_points", str(arguments.num_points), "--identity_scale", str(arguments.identity_scale),
-        "--min_points_per_face", str(arguments.min_points_per_face),
-        "--views", str(arguments.views), "--timesteps", str(arguments.timesteps),
-        "--head", arguments.head, "--image_size", str(arguments.image_size), "--seed", str(arguments.seed),
-        "--output", str(output / "avatars"), "--num_proc", processes,
+        *people, "--num_subjects", str(arguments.num_subjects), "--views", str(arguments.views), "--timesteps",
+        str(arguments.timesteps), "--image_size", str(arguments.image_size), "--seed", str(arguments.seed),
+        "--output", str(output / "avatars"),
     ])  # fmt: skip
     run(2, "corpus", [
         sys.executable, "-m", "gaussian_tokenizer.build_corpus", "--avatars", str(output / "avatars"), "--head", arguments.head,
@@ -100,7 +106,7 @@ def main() -> None:
         "--feature_cache", str(output / "features"), "--seed", str(arguments.seed),
         *(["--max_steps", str(arguments.decoder_steps)] if arguments.decoder_steps else []),
     ])  # fmt: skip
-    announce(STEPS, "avatars of held-out people, from portrait and head mesh")
+    announce(5, "avatars of held-out people, from portrait and head mesh")
     corpus = load_corpus(output / "corpus")
     pipeline = AvatarPipeline(
         corpus.tokenizer,
@@ -125,6 +131,16 @@ def main() -> None:
         f"mean image {report['psnr_mean_image']:.2f} dB; {report['seconds'] / 60:.1f} minutes\n"
         f"look at {output / 'pictures' / 'avatars.png'}, motion.gif and generated.png; figures in {output / 'report.json'}"
     )
+    if arguments.num_bench:
+        run(STEPS, "reenactment bench: people of the bench", [
+            *people, "--num_subjects", str(arguments.num_bench), "--views", "4", "--timesteps", "4", "--image_size", "128",
+            "--seed", str(arguments.seed + BENCH_SEED), "--output", str(output / "bench_people"),
+        ])  # fmt: skip
+        run(STEPS, "reenactment bench", [
+            sys.executable, "eval/reenactment_bench.py", "--model", str(output / "pipeline"), "--dataset",
+            str(output / "bench_people"), "--output_dir", str(output / "bench"), "--max_points", str(4 * arguments.num_points),
+        ])  # fmt: skip
+    print(f"\nthe whole demo: {(time.perf_counter() - begin) / 60:.1f} minutes")
 
 
 def announce(number: int, title: str) -> None:

@@ -14,9 +14,10 @@ from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.rendering import render
 from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
+from modeling.decoding import vertex_points
 from modeling.point_features import FeatureCache, point_features
 from training.decoder_arguments import DecoderTrainingArguments
-from training.decoder_trainer import CONDITION, DecoderTrainer, LossWeights, vertex_points
+from training.decoder_trainer import CONDITION, DecoderTrainer, LossWeights
 from training.frames import (
     EvaluationSubjects,
     SubjectRows,

@@ -91,7 +91,20 @@ def test_every_token_that_the_tokenizer_would_not_have_written_counts(ids, point
 def test_a_miniature_of_the_demo_leaves_its_report_and_pictures(tmp_path, datasets_cache):
     output = tmp_path / "demo"
     command = [sys.executable, "-m", "training.demo", "--output_dir", output, "--config", "training/configs/debug.yaml"]
-    command += ["--num_subjects", 6, "--num_heldout", 2, "--num_generated", 2, "--image_size", 28, "--n_bins", 16]
+    command += [
+        "--num_subjects",
+        6,
+        "--num_heldout",
+        2,
+        "--num_generated",
+        2,
+        "--num_bench",
+        2,
+        "--image_size",
+        28,
+        "--n_bins",
+        16,
+    ]
     command += ["--decoder_config", "training/configs/decoder_debug.yaml", "--decoder_steps", 2, "--views", 2]
     command += ["--max_steps", 2, "--save_steps", 2, "--num_threads", 1]
     environment = os.environ | {
@@ -101,7 +114,7 @@ def test_a_miniature_of_the_demo_leaves_its_report_and_pictures(tmp_path, datase
         [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert all(f"=== {step}/5" in done.stdout for step in (1, 2, 3, 4, 5))
+    assert all(f"=== {step}/6" in done.stdout for step in range(1, 7))
     report = json.loads((output / "report.json").read_text())
     numbers = ("num_tokens", "train_loss_first", "train_loss_last", "heldout_nll", "unigram_nll", "uniform_nll")
     assert report["num_subjects"] == 6 and all(report[name] > 0 for name in numbers)
@@ -123,6 +136,9 @@ def test_a_miniature_of_the_demo_leaves_its_report_and_pictures(tmp_path, datase
     pipeline = AvatarPipeline.from_pretrained(output / "pipeline")
     assert len(pipeline(output / "portrait.png", seed=0, max_points=5)) >= 1
     assert (output / "corpus" / "corpus.json").is_file()
+    bench = json.loads((output / "bench" / "results.json").read_text())
+    assert len(bench["subjects"]) == 2 and bench["methods"]["ours"]["self"]["metrics"]["psnr"]["frames"] == 30
+    assert "copy-source" in done.stdout and (output / "bench" / "report.html").is_file()
     assert (output / "model" / "model.safetensors").is_file() and (output / "model" / "processor_config.json").is_file()
 
 

@@ -1,0 +1,162 @@
+"""What the Gaussian decoder makes of what it is told of a point: the paper's ablation, on open data.
+
+    make demo && python benchmarks/ablations.py      # forty minutes of two cores; started again it goes on where it was
+    python benchmarks/ablations.py --seeds 0 --steps 20 --output outputs/small_ablations
+
+The corpus and the point model are the demo's. Each decoder is trained from new weights for the same steps on the same people,
+with the demo's settings but for what its points tell:
+
+    full             position and hidden state of the point model (the paper)
+    position         positions of the points alone
+    ar_feature       hidden states alone
+    flame_position   no point model: the vertices of the person's head
+    full + anchors   as full, and where the point's face is on the person's head (ours)
+
+Then each makes avatars of the same held-out people from portrait and head parameters; those that read points dress the same clouds,
+written once. PSNR and SSIM are means over all frames of these people; +- is the standard deviation over the seeds.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from report import markdown_table, write_report
+
+from eval.methods import vertex_avatar
+from gaussian_tokenizer.cameras import portrait_cameras
+from gaussian_tokenizer.corpus import load_corpus
+from modeling import AvatarPipeline, GaussianDecoder
+from training.demo import reencoded, shape_parameters
+from training.demo_report import mean_image_metrics, on_white, picture_metrics, pictures_of, true_frames
+from training.frames import SubjectRows, mean_images
+
+WAYS = {
+    "full": ["--mode", "full", "--read_anchors", "false"],
+    "position": ["--mode", "position", "--read_anchors", "false"],
+    "ar_feature": ["--mode", "ar_feature", "--read_anchors", "false"],
+    "flame_position": ["--mode", "flame_position", "--read_anchors", "false"],
+    "full + anchors": ["--mode", "full", "--read_anchors", "true"],
+}
+SHOWN, SIZE = 5, 144  # people of the picture, pixels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("outputs/demo"), help="folder of a finished demo")
+    parser.add_argument("--output", type=Path, default=Path("outputs/ablations"), help="folder of the decoders")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=450, help="of each decoder's training")
+    parser.add_argument("--num_people", type=int, default=16, help="held-out people")
+    parser.add_argument("--config", default="training/configs/decoder_demo.yaml", help="all other settings")
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/ablations.png"))
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:  # seed by seed: when stopped, every way has as many
+        for way in WAYS:
+            train(way, seed, arguments)
+    torch.set_num_threads(1)
+    judged, pictures = judge(arguments)
+    rows = [table_row(way, values) for way, values in judged.items()]
+    print("\n" + markdown_table(rows))
+    draw(arguments.picture, pictures)
+    settings = {"seeds": arguments.seeds, "steps": arguments.steps, "people": arguments.num_people}
+    path = write_report("ablations", rows, **settings, by_seed=judged)
+    print(f"\nwritten: {path}, {arguments.picture}")
+
+
+def folder_of(way: str, seed: int, arguments: argparse.Namespace) -> Path:
+    return arguments.output / f"{way.replace(' + ', '_')}-{seed}"
+
+
+def train(way: str, seed: int, arguments: argparse.Namespace) -> None:
+    output = folder_of(way, seed, arguments)
+    report = output / "training_report.json"
+    if report.is_file() and json.loads(report.read_text())["steps"] == arguments.steps:
+        return
+    command = [
+        Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node", 2, "training/train_gaussian_decoder.py",
+        arguments.config, "--point_model", arguments.demo / "model", "--corpus", arguments.demo / "corpus",
+        "--head", arguments.demo / "pipeline" / "head.safetensors",
+        "--feature_cache", arguments.demo / "features", "--output_dir", output, "--seed", seed, "--max_steps", arguments.steps,
+        "--eval_steps", arguments.steps, "--save_steps", arguments.steps, *WAYS[way],
+    ]  # fmt: skip
+    print(f"\n=== {way}, seed {seed}\n$", shlex.join(map(str, command)), flush=True)
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    subprocess.run([str(word) for word in command], check=True, env=environment)
+
+
+@torch.no_grad()
+def judge(arguments: argparse.Namespace) -> tuple[dict, list[list[np.ndarray]]]:
+    """Way -> measure -> a value for each seed; and for the first people a row of pictures: portrait, one for each way."""
+    pipeline = AvatarPipeline.from_pretrained(arguments.demo / "pipeline")
+    corpus = load_corpus(arguments.demo / "corpus")
+    subjects = SubjectRows(corpus, "validation", use_heads=True, max_subjects=arguments.num_people)
+    rows = range(len(subjects))
+    people = [subjects.subject(row, None) for row in rows]
+    params = [shape_parameters(pipeline, person) for person in people]
+    frames = [true_frames(subjects, row) for row in rows]
+    portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in rows]
+    inputs = pipeline.inputs(portraits, params)
+    longest = 2 * int(subjects.rows.lengths.max()) // 4
+    written = pipeline.write(inputs, seed=0, max_points=longest, max_points_per_face=15, progress=True)
+    clouds = list(zip(*pipeline.points(written), inputs["pixel_values"], params))
+    means = mean_images(SubjectRows(corpus, "train", use_heads=False))
+    baseline = np.mean([mean_image_metrics(means, subjects, row) for row in rows], axis=0)
+    judged: dict = {"mean image": {"psnr": [float(baseline[0])], "ssim": [float(baseline[1])]}}
+    pictures = [[on_white(portraits[row], SIZE)] for row in rows[:SHOWN]]
+    for way in WAYS:
+        judged[way] = {"psnr": [], "ssim": [], "psnr_true_points": []}
+        for seed in arguments.seeds:
+            decoder = GaussianDecoder.from_pretrained(folder_of(way, seed, arguments)).eval()
+            pipeline.gaussian_decoder, found = decoder, []
+            for row in rows:
+                if way == "flame_position":
+                    avatar = known = vertex_avatar(pipeline.head, decoder, *clouds[row][2:])
+                else:
+                    avatar, known = (
+                        pipeline.dress(*clouds[row]),
+                        reencoded(pipeline, people[row], inputs, row, params[row]),
+                    )
+                found.append((*picture_metrics(avatar, frames[row]), picture_metrics(known, frames[row])[0]))
+                if seed == arguments.seeds[0] and row < SHOWN:
+                    pictures[row].append(pictures_of(avatar, None, portrait_cameras(pipeline.head, SIZE))[0])
+            for name, value in zip(judged[way], np.mean(found, axis=0)):
+                judged[way][name].append(float(value))
+    return judged, pictures
+
+
+def table_row(way: str, values: dict[str, list[float]]) -> dict[str, str]:
+    """Mean over the seeds and their standard deviation."""
+
+    def told(name: str, digits: int) -> str:
+        if name not in values:
+            return ""
+        spread = f" +- {np.std(values[name], ddof=1):.{digits}f}" if len(values[name]) > 1 else ""
+        return f"{np.mean(values[name]):.{digits}f}{spread}"
+
+    return {
+        "decoder": way,
+        "PSNR from the portrait": told("psnr", 2),
+        "SSIM from the portrait": told("ssim", 3),
+        "PSNR on true points": told("psnr_true_points", 2),
+    }
+
+
+def draw(path: Path, pictures: list[list[np.ndarray]]) -> None:
+    """A row for each person: the portrait, then what each way made of it."""
+    lines = np.concatenate([np.concatenate(line, axis=1) for line in pictures])
+    labels = Image.new("RGB", (lines.shape[1], 16), "white")
+    for number, name in enumerate(("portrait", *WAYS)):
+        ImageDraw.Draw(labels).text((number * SIZE + 4, 2), name, fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate([np.asarray(labels), lines])).save(path)
+
+
+if __name__ == "__main__":
+    main()
