@@ -31,6 +31,8 @@ class SubjectRows:
         self.rows = AvatarRows(corpus, split, use_images=True, use_heads=use_heads)
         self.tokenizer = self.rows.tokenizer
         self.frames = corpus.frames(split)
+        shapes = [name for name in ("shape", "static_offset") if name in self.rows.avatars.column_names]
+        self.shapes = self.rows.avatars.select_columns(shapes)
         self.max_subjects = max_subjects
 
     def __len__(self) -> int:
@@ -38,15 +40,12 @@ class SubjectRows:
 
     def frame_rows(self, row: int) -> range:
         """The rows in `frames` of a subject."""
-        return self.rows.frame_rows[str(self.rows.avatars[row]["avatar_id"])]
+        return self.rows.frame_rows[self.rows.ids[row]]
 
     def subject(self, row: int, pick: np.random.Generator | None) -> dict[str, Any]:
         """Sentence (L,), condition (source portrait and mesh), shape (S,) and, where there is one, static_offset (V, 3)."""
-        avatar = self.rows.avatars[row]
-        item = {"input_ids": self.rows.sentence(row), "shape": np.asarray(avatar["shape"], np.float32)}
-        if "static_offset" in avatar:
-            item["static_offset"] = np.asarray(avatar["static_offset"], np.float32)
-        return item | self.rows.condition(row, pick)
+        shapes = {name: np.asarray(value, np.float32) for name, value in self.shapes[row].items()}
+        return {"input_ids": self.rows.sentence(row)} | shapes | self.rows.condition(row, pick)
 
     def targets(self, frame_rows: list[int]) -> dict[str, np.ndarray]:
         """Pictures (C, H, W, 4) float32 in 0..1 with their opacity, cameras and head parameters of those frames.
