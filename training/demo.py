@@ -42,6 +42,7 @@ from training.demo_report import (
 from training.frames import SubjectRows, mean_images
 
 STEPS = 6
+SHOWN = 8  # subjects in the pictures
 BENCH_SEED = 77  # more than that of the training: other people
 
 
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=3, help="cameras around a subject")
     parser.add_argument("--timesteps", type=int, default=2, help="moments of a subject: at rest, then expressions")
     parser.add_argument("--num_heldout", type=int, default=16, help="of them, kept from training")
-    parser.add_argument("--num_generated", type=int, default=8, help="held-out subjects to make avatars of")
+    parser.add_argument("--num_generated", type=int, default=16, help="held-out subjects to make avatars of")
     parser.add_argument("--config", default="training/configs/demo.yaml", help="of training/pretrain.py")
     parser.add_argument(
         "--decoder_config", default="training/configs/decoder_demo.yaml", help="of training/train_gaussian_decoder.py"
@@ -204,8 +205,8 @@ def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, ou
         avatars.append((avatar_id, portraits[row], avatar))
     pictures = output / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
-    draw_comparison(pictures / "generated.png", clouds)
-    draw_avatars(pictures / "avatars.png", avatars)
+    draw_comparison(pictures / "generated.png", clouds[:SHOWN])
+    draw_avatars(pictures / "avatars.png", avatars[:SHOWN])
     draw_motion(pictures / "motion.gif", avatars)
     portraits[0].save(output / "portrait.png")  # for the examples of the README
     averaged = [key for key in results[0] if key.startswith(("psnr_", "ssim_"))]
