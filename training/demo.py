@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--head", default="procedural:600", help="head model of the subjects: procedural:N, a file, an ICT folder"
     )
-    parser.add_argument("--num_subjects", type=int, default=400)
+    parser.add_argument("--num_subjects", type=int, default=336)
     parser.add_argument("--num_points", type=int, default=160, help="points of an average subject, about")
     parser.add_argument("--min_points_per_face", type=int, default=1, help="on an occupied face (the paper: 4)")
     parser.add_argument("--identity_scale", type=float, default=2.5, help="how much heads differ; 1 is a crowd's")
