@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument(
         "--head", default="procedural:600", help="head model of the subjects: procedural:N, a file, an ICT folder"
     )
-    parser.add_argument("--num_subjects", type=int, default=384)
+    parser.add_argument("--num_subjects", type=int, default=400)
     parser.add_argument("--num_points", type=int, default=160, help="points of an average subject, about")
     parser.add_argument("--min_points_per_face", type=int, default=1, help="on an occupied face (the paper: 4)")
     parser.add_argument("--identity_scale", type=float, default=2.5, help="how much heads differ; 1 is a crowd's")
@@ -69,7 +69,7 @@ def main() -> None:
         "--num_bench", type=int, default=8, help="people of the reenactment bench, 16 frames each; 0: no bench"
     )
     parser.add_argument("--n_bins", type=int, default=128, help="quantisation levels an axis (the paper: 1,024)")
-    parser.add_argument("--image_size", type=int, default=98, help="pixels of a picture, a multiple of 14")
+    parser.add_argument("--image_size", type=int, default=112, help="pixels of a picture, a multiple of 14")
     parser.add_argument("--seed", type=int, default=0)
     arguments, training = parser.parse_known_args()
     if arguments.num_heldout < 2:

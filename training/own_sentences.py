@@ -25,7 +25,7 @@ from modeling.pipeline import SAMPLING
 from modeling.point_features import fingerprint
 from training.frames import SubjectRows
 
-BATCH = 64  # sentences written together; part of what decides the random numbers
+BATCH = 32  # sentences written together; part of what decides the random numbers
 MAX_POINTS_PER_FACE = 15
 
 
