@@ -82,7 +82,7 @@ def train(way: str, seed: int, arguments: argparse.Namespace) -> None:
     command = [
         Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node", 2, "training/train_gaussian_decoder.py",
         arguments.config, "--point_model", arguments.demo / "model", "--corpus", arguments.demo / "corpus",
-        "--head", arguments.demo / "pipeline" / "head.safetensors",
+        "--head", arguments.demo / "pipeline" / "head" / "head.safetensors",
         "--feature_cache", arguments.demo / "features", "--output_dir", output, "--seed", seed, "--max_steps", arguments.steps,
         "--eval_steps", arguments.steps, "--save_steps", arguments.steps, *WAYS[way],
     ]  # fmt: skip
