@@ -4,7 +4,6 @@
 commit. There is no time stamp, so a run that measures the same writes the same.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.versions import installed_versions
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "numpy", "accelerate", "x-transformers", "gsplat")
@@ -52,16 +52,10 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "system": f"{platform.system()} {platform.machine()}",
     }
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     commit = _git("rev-parse", "HEAD")
     if commit and _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"):
         commit += "-dirty"
-    return {"machine": machine, "versions": versions, "commit": commit or None}
+    return {"machine": machine, "versions": installed_versions(PACKAGES), "commit": commit or None}
 
 
 def _cpu_name() -> str:

@@ -9,10 +9,8 @@ layout is in docs/reenactment_bench.md. A run that was killed goes on when the s
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +41,7 @@ from eval.run_folder import RUN_NAME, claim, weights_digest, write
 from eval.scores import FeatureFiles, describe_networks, missing_networks, summarize
 from eval.speed import measure
 from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.versions import installed_versions
 from modeling import AvatarPipeline, GaussianDecoder
 from modeling.pipeline import CANDIDATES
 
@@ -133,7 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
         "pairs": [describe(pair) for pair in pairs],
         "protocol": in_words(vars(arguments)),
         "networks": describe_networks(networks),
-        "versions": versions(),
+        "versions": installed_versions(PACKAGES),
         "methods": score(methods, pairs, clips, networks, output, arguments.seed, set(folders)),
     }
     avatar = GaussianAvatar.load(output / "avatars" / "ours" / pairs[0].source.subject_id, head=pipeline.head)
@@ -252,16 +251,6 @@ def score(
                     bar.update(len(pair.rows))
                 rows[method.name][mode] = summarize(own, features, true, missing, seed)
     return rows
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def for_json(value: Any) -> Any:

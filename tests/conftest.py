@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
@@ -18,3 +20,20 @@ def tiny_corpus(tmp_path_factory) -> Path:
     settings = BuildSettings(n_bins=64, image_size=56, num_validation=4)
     build(folder / "avatars", HeadModel.procedural(600), folder / "corpus", settings, progress=False)
     return folder / "corpus"
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Call it with a seed and a size."""
+
+    def make(seed: int, size: tuple[int, int] = (40, 32)) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two pairs of smooth pictures (2, H, W, 3) with noise of different strength."""
+        random = np.random.default_rng(seed)
+        y, x = np.mgrid[: size[0], : size[1]] / 10
+        truth = np.stack(
+            [0.5 + 0.4 * np.sin(x[..., None] + y[..., None] * np.arange(1, 4) + phase) for phase in (0, 1)]
+        )
+        noise = np.array([0.02, 0.2])[:, None, None, None] * random.standard_normal(truth.shape)
+        return torch.from_numpy(np.clip(truth + noise, 0, 1)).float(), torch.from_numpy(truth).float()
+
+    return make

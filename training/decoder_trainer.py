@@ -143,7 +143,7 @@ class DecoderTrainer(ExactTrainer):
 
     @torch.no_grad()
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(B, N, 4, D) hidden states of the point model for the true sentences."""
+        """(B, N, 4, D) hidden states of the point model for the sentences that are read."""
         point_model = self.frozen[0]
         condition = {name: batch[name] for name in CONDITION if name in batch}
         if not point_model.config.use_vision_encoder:

@@ -5,10 +5,8 @@ Pictures that the fit never saw are drawn on the fit's background and compared w
 tokens and read back, its other attributes kept, to see what the tokenizer's 1,024 levels cost.
 """
 
-import importlib.metadata
 import json
 import logging
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.versions import installed_versions
 from training.avatar_fitting import Fit
 from training.fit_pictures import evenly_spread
 from training.fit_state import FitState
@@ -61,7 +60,7 @@ def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_pictures: 
         "picture_size": [fit.tracking.frames[fit.train[0]].width, fit.tracking.frames[fit.train[0]].height],
         "head": {"name": fit.head.name, "hash": fit.head.hash, "n_faces": fit.head.n_faces},
         "device": torch.cuda.get_device_name(fit.head.device) if fit.head.device.type == "cuda" else "cpu",
-        "versions": versions(),
+        "versions": installed_versions(PACKAGES),
         "seconds": {name: round(value, 1) for name, value in state.seconds.items()},
     }
 
@@ -110,16 +109,6 @@ def tokenized(avatar: GaussianAvatar) -> GaussianAvatar:
     points = GaussianAvatar.from_points(tokenizer.decode(encoded["input_ids"]), avatar.params, avatar.head)
     others = {name: avatar.tensors()[name][order] for name in ("sh", "opacities", "scales", "quats")}
     return replace(points, **others)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_report(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], folder: Path) -> None:

@@ -9,23 +9,14 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 
 
-def pictures(seed: int, size: tuple[int, int] = (40, 32)) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two pairs of smooth pictures (2, H, W, 3) with noise of different strength."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[: size[0], : size[1]] / 10
-    truth = np.stack([0.5 + 0.4 * np.sin(x[..., None] + y[..., None] * np.arange(1, 4) + phase) for phase in (0, 1)])
-    noise = np.array([0.02, 0.2])[:, None, None, None] * random.standard_normal(truth.shape)
-    return torch.from_numpy(np.clip(truth + noise, 0, 1)).float(), torch.from_numpy(truth).float()
-
-
-def test_psnr_is_that_of_scikit_image_picture_by_picture():
+def test_psnr_is_that_of_scikit_image_picture_by_picture(pictures):
     images, truth = pictures(0)
     expected = [peak_signal_noise_ratio(t.numpy(), i.numpy(), data_range=1) for i, t in zip(images, truth)]
     np.testing.assert_allclose(psnr(images, truth).numpy(), expected, rtol=1e-5)
     assert psnr(truth, truth).isfinite().all()
 
 
-def test_ssim_is_the_published_formula_with_a_gaussian_window_of_11_pixels():
+def test_ssim_is_the_published_formula_with_a_gaussian_window_of_11_pixels(pictures):
     """As scikit-image and torchmetrics compute it, where the whole window lies in the picture."""
     images, truth = pictures(1, (60, 50))
     settings = dict(data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
@@ -39,7 +30,7 @@ def test_ssim_is_the_published_formula_with_a_gaussian_window_of_11_pixels():
     assert ssim(truth, truth).tolist() == pytest.approx([1.0, 1.0])
 
 
-def test_ssim_of_one_picture_has_one_value_and_a_gradient():
+def test_ssim_of_one_picture_has_one_value_and_a_gradient(pictures):
     images, truth = pictures(2)
     image = images[1:].clone().requires_grad_()
     value = ssim(image, truth[1:])

@@ -2,20 +2,10 @@
 
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 from training.losses import PerceptualLoss, offset_regulariser
-
-
-def pictures(seed: int, size: tuple[int, int] = (40, 32)) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two pairs of smooth pictures (2, H, W, 3) with noise of different strength."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[: size[0], : size[1]] / 10
-    truth = np.stack([0.5 + 0.4 * np.sin(x[..., None] + y[..., None] * np.arange(1, 4) + phase) for phase in (0, 1)])
-    noise = np.array([0.02, 0.2])[:, None, None, None] * random.standard_normal(truth.shape)
-    return torch.from_numpy(np.clip(truth + noise, 0, 1)).float(), torch.from_numpy(truth).float()
 
 
 def test_the_offset_regulariser_counts_real_points_in_units_of_the_limit():
@@ -37,7 +27,7 @@ def test_a_missing_lpips_package_is_named_with_its_install_line(tmp_path, monkey
         PerceptualLoss(tmp_path / "vgg16.pth")
 
 
-def test_lpips_tells_equal_pictures_from_others(tmp_path):
+def test_lpips_tells_equal_pictures_from_others(tmp_path, pictures):
     try:
         from torchvision.models import vgg16
     except (ImportError, RuntimeError):
