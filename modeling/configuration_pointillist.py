@@ -31,6 +31,7 @@ class PointillistConfig(PreTrainedConfig):
         use_vision_encoder / freeze_vision_encoder: whether there is a portrait encoder, and whether it is trained.
         use_point_encoder: whether there is a Perceiver-style encoder of the head mesh.
         point_latents, point_hidden_size, point_layers, point_attention_heads: its learned queries and size.
+        point_samples: vertices that are read of a finer mesh, evenly spaced in its order (default: all).
         point_frequencies: octaves of the Fourier embedding; point_extent: metres mapped to [-1, 1].
         point_centre: metres, subtracted from head vertices before the Fourier embedding.
     """
@@ -69,6 +70,7 @@ class PointillistConfig(PreTrainedConfig):
     point_hidden_size: int = 768
     point_layers: int = 8
     point_attention_heads: int = 12
+    point_samples: int | None = None
     point_frequencies: int = 8
     point_extent: float = 0.2
     point_centre: list[float] | None = None
@@ -126,6 +128,8 @@ class PointillistConfig(PreTrainedConfig):
                 f"head_dim {self.head_dim} * partial_rotary_factor {self.partial_rotary_factor} = {rotated} "
                 "must be an even whole number of channels"
             )
+        if self.point_samples is not None and self.point_samples < 1:
+            raise ValueError(f"point_samples must be positive or left out (all vertices), found {self.point_samples}")
         if self.point_hidden_size % self.point_attention_heads:
             raise ValueError(
                 f"point_hidden_size {self.point_hidden_size} is not a multiple of "

@@ -24,6 +24,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 
 from .generation_grammar import PointGrammar
 from .generation_ring_cache import RingCache, ring_mask
+from .generation_sampling import TokenSampler
 from .generation_streamer import PointStreamer  # noqa: F401  (so that it travels with a checkpoint)
 
 PROGRESS_FROM = 2_000  # new tokens from which a progress bar is shown unless told otherwise
@@ -235,6 +236,7 @@ def sample_points(
     unfinished = torch.ones(batch, dtype=torch.bool, device=device)
     ends = torch.full((batch,), prompt, device=device)
 
+    sample = TokenSampler(logits_processor, config, input_ids, generation_config.do_sample)
     steps = DecodingSteps(model, generation_config, model_kwargs, guidance_scale is not None, window_policy)
     outputs = steps.first(input_ids)
     shown = limit - prompt > PROGRESS_FROM if progress is None else progress
@@ -246,13 +248,7 @@ def sample_points(
                 if guidance_scale is not None:
                     guided, empty = logits.chunk(2)
                     logits = empty + guidance_scale * (guided - empty)
-                scores = logits_processor(ids[:, :column], logits)
-                if generation_config.do_sample:
-                    # The index of the least of exponential clocks with these rates is a sample, without a host round trip.
-                    clocks = torch.empty_like(scores).exponential_().clamp_min(torch.finfo(scores.dtype).tiny)
-                    token = (scores.softmax(-1) / clocks).argmax(-1)
-                else:
-                    token = scores.argmax(-1)
+                token = sample(ids[:, :column], logits)
                 ids[:, column] = torch.where(unfinished, token, config.pad_token_id)
                 if output_point_features:
                     features[:, column - prompt] = outputs.last_hidden_state[:batch, -1] * unfinished[:, None]

@@ -18,6 +18,11 @@ from transformers import initialization as init
 from .configuration_pointillist import PointillistConfig
 
 
+def evenly_spaced(count: int, total: int, device: torch.device) -> Tensor:
+    """Indices (count,) of as many of `total` things, in order."""
+    return torch.arange(count, device=device) * total // count
+
+
 class PointEncoder(nn.Module):
     """Vertices and normals (B, V, 3) -> latents (B, point_latents, point_hidden_size)."""
 
@@ -42,6 +47,10 @@ class PointEncoder(nn.Module):
             raise ValueError(
                 f"head_vertices and head_normals must both be (B, V, 3), found {tuple(vertices.shape)} and {tuple(normals.shape)}"
             )
+        samples = self.config.point_samples
+        if samples is not None and samples < vertices.shape[1]:
+            read = evenly_spaced(samples, vertices.shape[1], vertices.device)
+            vertices, normals = vertices[:, read], normals[:, read]
         dtype = self.latents.dtype
         centred = vertices.float() - torch.tensor(self.config.point_centre, device=vertices.device)
         unit = centred / self.config.point_extent
@@ -50,7 +59,7 @@ class PointEncoder(nn.Module):
         points = self.embed(torch.cat((angles.sin(), angles.cos(), unit, normals.float()), dim=-1).to(dtype))
         points = self.point_norm(points)
         # Each query starts from a vertex of its own, evenly spaced: a mean over all vertices hardly tells heads apart.
-        spread = torch.arange(len(self.latents), device=vertices.device) * points.shape[1] // len(self.latents)
+        spread = evenly_spaced(len(self.latents), points.shape[1], vertices.device)
         latents = self.latents + points[:, spread]
         latents = latents + self.read(latents, points, points, need_weights=False)[0]
         for block in self.blocks:

@@ -70,6 +70,9 @@ class ModelArguments:
     vision_patch_size: int = field(default=14, metadata={"help": "pixels of a patch, without --vision_model"})
     use_point_encoder: bool = field(default=True, metadata={"help": "read the head mesh"})
     point_latents: int = field(default=256, metadata={"help": "tokens that describe the head mesh"})
+    point_samples: int | None = field(
+        default=None, metadata={"help": "vertices read of a finer mesh, evenly spaced; left out, all"}
+    )
     point_frequencies: int = field(
         default=8, metadata={"help": "octaves of a vertex' Fourier embedding; fewer for few heads"}
     )

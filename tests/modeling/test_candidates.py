@@ -6,12 +6,13 @@ import torch
 from modeling.candidates import likeliest, mean_log_likelihood
 
 OPTIONS = dict(output_point_features=True, return_dict_in_generate=True, max_points=12, top_k=5)
+CANDIDATES = 8
 
 
 @pytest.fixture
 def written(tiny_model, condition):
     torch.manual_seed(2)
-    return tiny_model.generate(condition_embeds=condition.repeat_interleave(3, 0), **OPTIONS)
+    return tiny_model.generate(condition_embeds=condition.repeat_interleave(CANDIDATES, 0), **OPTIONS)
 
 
 def by_loop(model, ids, count, condition) -> float:
@@ -30,20 +31,21 @@ def by_loop(model, ids, count, condition) -> float:
 @torch.no_grad()
 def test_likelihood_is_that_of_a_loop_over_the_tokens(tiny_model, written, condition):
     found = mean_log_likelihood(tiny_model, written)
-    for row in range(6):
+    for row in range(len(found)):
         count = min(int(written.num_points[row]), 8)  # a full forward is banded like generation within a window
         if count == int(written.num_points[row]):
             assert float(found[row]) == pytest.approx(
-                by_loop(tiny_model, written.sequences[row], count, condition[row // 3]), rel=1e-4
+                by_loop(tiny_model, written.sequences[row], count, condition[row // CANDIDATES]), rel=1e-4
             )
     assert (written.num_points <= 8).any()
 
 
 def test_the_likeliest_of_each_person_is_kept(tiny_model, written):
     score = mean_log_likelihood(tiny_model, written)
-    kept = likeliest(tiny_model, written, 3)
+    kept = likeliest(tiny_model, written, CANDIDATES)
     for person in range(2):
-        best = 3 * person + int(score[3 * person : 3 * person + 3].argmax())
+        first = CANDIDATES * person
+        best = first + int(score[first : first + CANDIDATES].argmax())
         assert torch.equal(kept.sequences[person], written.sequences[best])
         assert torch.equal(kept.point_features[person], written.point_features[best])
         assert kept.num_points[person] == written.num_points[best]

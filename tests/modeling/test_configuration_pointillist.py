@@ -31,6 +31,7 @@ def test_a_saved_configuration_loads_equal(tmp_path):
         (dict(num_key_value_heads=3), "not a multiple"),
         (dict(partial_rotary_factor=0.3), "even whole number"),
         (dict(n_faces=0), "must be positive"),
+        (dict(point_samples=0), "point_samples must be positive"),
         (dict(point_hidden_size=100, point_attention_heads=3), "not a multiple"),
     ],
 )

@@ -148,7 +148,9 @@ def test_limits_hold(tiny_model, condition):
     for row in ids:
         tokens = row[row < tiny_model.config.bos_token_id].tolist()
         faces = tokens[3::4]
-        assert 10 <= len(faces) <= 12 and len(set(faces)) == len(faces)
+        assert len(faces) <= 12 and len(set(faces)) == len(faces)
+        # Fewer only where nothing can follow: x, y and z at their last level.
+        assert len(faces) >= 10 or tokens[-4:-1] == [tiny_model.config.n_bins - 1] * 3
 
 
 def test_what_does_not_combine_is_said(tiny_model, condition):

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Dinov2Config
 
 from modeling import PointillistConfig, PointillistForCausalLM
+from modeling.modeling_condition import ConditionEncoder
 
 from .conftest import TINY
 
@@ -203,3 +204,18 @@ def test_what_is_frozen_is_frozen_after_loading_too(tmp_path, frozen):
         assert "embeddings.mask_token" not in trainable
         assert bool(trainable) != frozen
         assert all(value.requires_grad for value in each.model.parameters())
+
+
+def test_of_a_fine_mesh_evenly_spaced_vertices_are_read():
+    config = PointillistConfig(
+        use_vision_encoder=False, point_samples=10, point_latents=4, point_hidden_size=32, point_layers=1,
+        point_attention_heads=4, hidden_size=32, num_hidden_layers=1,
+    )  # fmt: skip
+    encoder = ConditionEncoder(config).eval()
+    encoder.init_weights(0.02)
+    vertices, normals = torch.randn(2, 2, 30, 3)
+    torch.testing.assert_close(
+        encoder(None, vertices, normals), encoder(None, vertices[:, ::3].contiguous(), normals[:, ::3])
+    )
+    config.point_samples = 31
+    assert not torch.allclose(encoder(None, vertices, normals), encoder(None, vertices[:, ::3], normals[:, ::3]))
