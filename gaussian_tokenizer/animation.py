@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from gaussian_tokenizer.anchoring import (
     closest_point_barycentrics,
@@ -81,26 +82,37 @@ def animate(
     """
     if gaussians.num_frames != 1:
         raise ValueError(f"canonical Gaussians have 1 frame, found {gaussians.num_frames}")
-    frames = face_frames(head.canonical_vertices(params), head.faces)
-    local = Local(
-        world_to_local(gaussians.positions[0], faces, frames),
-        world_to_local_log_scales(gaussians.scales[0].clamp(min=MIN_SCALE).log(), faces, frames),
-        world_to_local_quats(gaussians.quats[0], faces, frames),
-        faces,
-    )
-    placed = place(local, params, head, method, pose_correctives, rotate_covariances)
+    positions, quats = gaussians.positions[0], normalize(gaussians.quats[0], dim=-1)
+    scales = gaussians.scales[0].clamp(min=MIN_SCALE)
+    if method == "lbs":
+        placed = skin(Placed(positions, scales, quats), faces, params, head, pose_correctives, rotate_covariances)
+    else:
+        frames = face_frames(head.canonical_vertices(params), head.faces)
+        local = Local(
+            world_to_local(positions, faces, frames),
+            world_to_local_log_scales(scales.log(), faces, frames),
+            world_to_local_quats(quats, faces, frames),
+            faces,
+        )
+        placed = place(local, params, head, method, pose_correctives, rotate_covariances)
     return Gaussians(placed.positions, placed.scales, placed.quats, gaussians.opacities, gaussians.sh)
 
 
 def place(
     local: Local, params: HeadParameters, head: HeadModel, method: str, pose_correctives: bool, rotate_covariances: bool
 ) -> Placed:
-    """`skin` or `ride_on_faces`, by name."""
+    """Gaussians of an avatar in every frame of `params`, whose shape is its own: by `skin` or `ride_on_faces`."""
+    check_method(method)
+    head_faces = head.faces.to(local.faces.device)
+    if method == "lbs":
+        at_rest = ride_on_faces(local, head.canonical_vertices(params), head_faces)
+        return skin(at_rest, local.faces, params, head, pose_correctives, rotate_covariances)
+    return ride_on_faces(local, head.pose(params, pose_correctives).vertices, head_faces)
+
+
+def check_method(method: str) -> None:
     if method not in METHODS:
         raise ValueError(f"method {method!r} of posing; expected {' or '.join(METHODS)}")
-    if method == "lbs":
-        return skin(local, params, head, pose_correctives, rotate_covariances)
-    return ride_on_faces(local, head.pose(params, pose_correctives).vertices, head.faces.to(local.faces.device))
 
 
 def check_motion(motion: HeadParameters, head: HeadModel) -> None:
@@ -126,13 +138,14 @@ def ride_on_faces(local: Local, vertices: Tensor, head_faces: Tensor) -> Placed:
 
 
 def skin(
-    local: Local,
+    at_rest: Placed,
+    faces: Tensor,
     params: HeadParameters,
     head: HeadModel,
     pose_correctives: bool = True,
     rotate_covariances: bool = True,
 ) -> Placed:
-    """Linear blend skinning of the Gaussians by every frame of `params`.
+    """Linear blend skinning of N canonical Gaussians, bound to `faces` (N,), by every frame of `params`.
 
     For a point x of the canonical head with barycentrics c of its closest point on its face, and weights w = c . W:
     x' = sum_j w_j A_j (x + sum_i c_i (rest_i - canonical_i)). Blendshapes and correctives are linear in the vertices,
@@ -140,12 +153,11 @@ def skin(
     sum_j w_j R_j, scales stay as they are at rest; without `rotate_covariances` quaternions stay too, which together
     with `pose_correctives=False` is what LAM's renderer does.
     """
-    head_faces = head.faces.to(local.faces.device)
+    head_faces = head.faces.to(faces.device)
     canonical = head.canonical_vertices(params)  # (V, 3)
-    at_rest = ride_on_faces(local, canonical, head_faces)
-    corners = head_faces[local.faces]  # (N, 3)
+    corners = head_faces[faces]  # (N, 3)
     barycentrics = closest_point_barycentrics(at_rest.positions, canonical[corners])  # (N, 3)
-    weights = interpolate(head.skinning_weights.to(canonical), head_faces, local.faces, barycentrics)  # (N, J)
+    weights = interpolate(head.skinning_weights.to(canonical), head_faces, faces, barycentrics)  # (N, J)
 
     posed = head.pose(params, pose_correctives)
     displacements = posed.rest_vertices - canonical  # (T, V, 3)

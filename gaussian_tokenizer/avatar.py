@@ -28,7 +28,7 @@ from gaussian_tokenizer.anchoring import (
     world_to_local_log_scales,
     world_to_local_quats,
 )
-from gaussian_tokenizer.animation import METHODS, Local, Placed, drive, ride_on_faces, skin
+from gaussian_tokenizer.animation import Local, Placed, check_method, drive, place, ride_on_faces
 from gaussian_tokenizer.atomic import atomic_file, atomic_folder, flush_to_disk
 from gaussian_tokenizer.export import save_ply
 from gaussian_tokenizer.gaussians import Gaussians
@@ -175,18 +175,12 @@ class GaussianAvatar:
         `params`, with gradients to them and to the tensors of the avatar. SH are not turned: they are evaluated in
         world directions. Raises ValueError for an avatar without colours or a motion of another head model.
         """
-        if method not in METHODS:
-            raise ValueError(f"method {method!r} of posing; expected {' or '.join(METHODS)}")
+        check_method(method)
         tensors = self._complete("posing")
         head, own = self._head_and_params()
         motion = (own if params is None else params).to(self.positions.device)
         driven = drive(own, motion, head)
-        local = _local(tensors, driven.expr)
-        if method == "lbs":
-            placed = skin(local, driven, head, pose_correctives, rotate_covariances)
-        else:
-            vertices = head.pose(driven, pose_correctives).vertices
-            placed = ride_on_faces(local, vertices, head.faces.to(self.faces.device))
+        placed = place(_local(tensors, driven.expr), driven, head, method, pose_correctives, rotate_covariances)
         return _gaussians(placed, tensors)
 
     @classmethod

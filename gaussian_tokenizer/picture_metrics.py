@@ -31,10 +31,13 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     steps = torch.arange(SSIM_WINDOW, device=images.device, dtype=images.dtype) - SSIM_WINDOW // 2
     weights = (-steps.square() / (2 * SSIM_SIGMA**2)).exp()
     weights = weights / weights.sum()
-    a, b = (rearrange(x, "b h w c -> (b c) 1 h w") for x in (images, truth))
+    a, b = (rearrange(x, "b h w c -> (b c) h w") for x in (images, truth))
     moments = torch.cat((a, b, a * a, b * b, a * b))
-    # A Gaussian over the plane is one along each axis: 22 multiplications a pixel instead of 121.
-    moments = F.conv2d(F.conv2d(moments, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
+    # A Gaussian over the plane is one along each axis: 22 multiplications a pixel instead of 121. One group a picture, because
+    # the convolution of a batch of single channels takes fourteen times as long on a CPU.
+    count = len(moments)
+    along_rows = F.conv2d(moments, weights.view(1, 1, 1, -1).expand(count, 1, 1, -1), groups=count)
+    moments = F.conv2d(along_rows, weights.view(1, 1, -1, 1).expand(count, 1, -1, 1), groups=count)
     mean_a, mean_b, aa, bb, ab = moments.chunk(5)
     var_a, var_b, covariance = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
     likeness = (2 * mean_a * mean_b + SSIM_C1) * (2 * covariance + SSIM_C2)
