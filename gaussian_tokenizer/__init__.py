@@ -1,35 +1,12 @@
-"""The ground floor of the AvatarPointillist toolkit: heads, avatars, tokens, corpora. No neural network lives here."""
+"""The ground floor of the AvatarPointillist toolkit: heads, avatars, tokens, corpora. No neural network lives here.
 
-from transformers import AutoProcessor
+What the package offers stands in `__init__.pyi` and is imported when it is first used: transformers and datasets take seconds, and
+looking at an avatar needs neither.
+"""
 
-from .avatar import GaussianAvatar
-from .cameras import Cameras, portrait_cameras
-from .corpus import load_corpus
-from .gaussians import Gaussians
-from .head_model import HeadModel, load_head
-from .head_parameters import HeadParameters
-from .motions import load_motion, synthetic_motion
-from .processing_gaussian_tokenizer import GaussianTokenizer
-from .rendering import render
-from .tracking import Tracking, find_trackings, load_tracking
+import lazy_loader
 
-# `AutoProcessor.from_pretrained` finds the class by the name in processor_config.json among the registered ones.
-AutoProcessor.register("gaussian_tokenizer", GaussianTokenizer, exist_ok=True)
+from .auto_processor import register_when_needed
 
-__all__ = [
-    "Cameras",
-    "GaussianAvatar",
-    "GaussianTokenizer",
-    "Gaussians",
-    "HeadModel",
-    "HeadParameters",
-    "Tracking",
-    "find_trackings",
-    "load_corpus",
-    "load_head",
-    "load_motion",
-    "load_tracking",
-    "portrait_cameras",
-    "render",
-    "synthetic_motion",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+register_when_needed()

@@ -1,0 +1,28 @@
+from .avatar import GaussianAvatar
+from .cameras import Cameras, portrait_cameras
+from .corpus import load_corpus
+from .gaussians import Gaussians
+from .head_model import HeadModel, load_head
+from .head_parameters import HeadParameters
+from .motions import load_motion, synthetic_motion
+from .processing_gaussian_tokenizer import GaussianTokenizer
+from .rendering import render
+from .tracking import Tracking, find_trackings, load_tracking
+
+__all__ = [
+    "Cameras",
+    "GaussianAvatar",
+    "GaussianTokenizer",
+    "Gaussians",
+    "HeadModel",
+    "HeadParameters",
+    "Tracking",
+    "find_trackings",
+    "load_corpus",
+    "load_head",
+    "load_motion",
+    "load_tracking",
+    "portrait_cameras",
+    "render",
+    "synthetic_motion",
+]

@@ -1,0 +1,40 @@
+"""What the package offers comes when it is used, and `AutoProcessor` knows the tokenizer whichever is imported first."""
+
+import subprocess
+import sys
+
+import pytest
+
+from gaussian_tokenizer import GaussianTokenizer
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_everything_offered_is_there():
+    assert python("from gaussian_tokenizer import *; print(GaussianAvatar.__name__, load_corpus.__name__)") == (
+        "GaussianAvatar load_corpus"
+    )
+    assert python("import gaussian_tokenizer as g; print(all(getattr(g, name) for name in g.__all__))") == "True"
+
+
+def test_an_avatar_needs_neither_transformers_nor_datasets():
+    code = "import sys; from gaussian_tokenizer import GaussianAvatar, render, load_head; print(*sys.modules)"
+    assert not {"transformers", "datasets"} & set(python(code).split())
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import gaussian_tokenizer; from transformers import AutoProcessor",
+        "from transformers import AutoProcessor; import gaussian_tokenizer",
+        "import modeling; from transformers import AutoProcessor",
+    ],
+)
+def test_auto_processor_knows_the_tokenizer(imports, tmp_path):
+    GaussianTokenizer(n_bins=32, n_faces=20).save_pretrained(tmp_path)
+    code = f"{imports}; print(type(AutoProcessor.from_pretrained({str(tmp_path)!r})).__module__)"
+    assert python(code) == "gaussian_tokenizer.processing_gaussian_tokenizer"
