@@ -32,7 +32,8 @@ from report import markdown_table, write_report
 from eval.methods import vertex_avatar
 from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.corpus import load_corpus
-from modeling import AvatarPipeline, GaussianDecoder
+from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
+from modeling.point_features import fingerprint
 from training.demo import reencoded, shape_parameters
 from training.demo_report import mean_image_metrics, on_white, picture_metrics, pictures_of, true_frames
 from training.frames import SubjectRows, mean_images
@@ -57,6 +58,9 @@ def main() -> None:
     parser.add_argument("--config", default="training/configs/decoder_demo.yaml", help="all other settings")
     parser.add_argument("--picture", type=Path, default=Path("docs/images/ablations.png"))
     arguments = parser.parse_args()
+    # A decoder belongs to the point model behind it: those of another demo are not taken for these.
+    point_model = fingerprint(PointillistForCausalLM.from_pretrained(arguments.demo / "model"))
+    arguments.output /= point_model[:8]
     for seed in arguments.seeds:  # seed by seed: when stopped, every way has as many
         for way in WAYS:
             train(way, seed, arguments)
