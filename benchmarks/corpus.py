@@ -1,6 +1,6 @@
 """Building corpora: time beside the plainest way to write the same arrays, growth with processes, and memory.
 
-    python benchmarks/corpus.py                                   # everything, up to 10,000 subjects: about an hour
+    python benchmarks/corpus.py                                   # everything, up to 10,000 subjects: a quarter of an hour
     python benchmarks/corpus.py --rounds 1 --captures 2 --many 100 300
 
 Speed, one process, in turns, the fastest of the rounds; every file is flushed to the disk:
@@ -104,7 +104,10 @@ def judge(speed: list[dict], memory: list[dict]) -> list[dict]:
     targets = []
     for name in ("captures", "clouds"):
         seconds = {row["what"]: row["seconds"] for row in speed if row["subjects of"] == name}
-        targets.append((f"{name}: ours / straight", seconds["ours"] / seconds["straight"], 2.0))
+        # `straight` begins with arrays; ours has first to get them out of the folders.
+        targets.append(
+            (f"{name}: (ours - reading) / straight", (seconds["ours"] - seconds["reading"]) / seconds["straight"], 2.0)
+        )
         plain = seconds["reading"] + seconds["straight"]
         targets.append((f"{name}: ours / (reading + straight)", seconds["ours"] / plain, 2.0))
     for command in dict.fromkeys(row["command"] for row in memory):
