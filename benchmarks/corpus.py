@@ -23,7 +23,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import argparse
 import json
 import multiprocessing
-import resource
 import shutil
 import subprocess
 import sys
@@ -318,17 +317,20 @@ def measure_command(name: str, number: int, options: list[str], folder: Path) ->
     start = time.perf_counter()
     words = [sys.executable, "-m", f"gaussian_tokenizer.{name}", *options]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak, before = 0, resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak, computing = 0, dict[int, float]()
     while process.poll() is None:
-        peak = max(peak, sum(resident(pid) for pid in family(process.pid)))
+        members = family(process.pid)
+        peak = max(peak, sum(resident(pid) for pid in members))
+        for pid in members:  # nobody waits for some of them: the last look counts
+            computing[pid] = max(computing.get(pid, 0.0), processor_time(pid))
+            pid: processor_time(pid) for pid in members
+        }  # nobody waits for some of them: the last look counts
         time.sleep(0.2)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    computing = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert process.returncode == 0, words
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in (folder / "corpus").rglob("*") if path.is_file())
     shutil.rmtree(folder / "corpus")
-    row = {"command": name, "subjects": number, "seconds": seconds, "CPU seconds": computing}
+    row = {"command": name, "subjects": number, "seconds": seconds, "CPU seconds": sum(computing.values())}
     row |= {"corpus MB": size / 1e6, "peak MB": peak / 2**20}
     print(
         ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()),
@@ -344,6 +346,15 @@ def family(pid: int) -> list[int]:
     except OSError:  # gone meanwhile
         return [pid]
     return [pid, *(member for child in children for member in family(child))]
+
+
+def processor_time(pid: int) -> float:
+    """Seconds of one process, its children not counted; 0 if it is gone."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return 0.0
 
 
 def resident(pid: int) -> int:
