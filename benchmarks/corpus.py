@@ -323,8 +323,6 @@ def measure_command(name: str, number: int, options: list[str], folder: Path) ->
         peak = max(peak, sum(resident(pid) for pid in members))
         for pid in members:  # nobody waits for some of them: the last look counts
             computing[pid] = max(computing.get(pid, 0.0), processor_time(pid))
-            pid: processor_time(pid) for pid in members
-        }  # nobody waits for some of them: the last look counts
         time.sleep(0.2)
     assert process.returncode == 0, words
     seconds = time.perf_counter() - start

@@ -115,7 +115,7 @@ def shared_tokenizer(output: Path) -> Path:
 
 def build(avatars: Path, tokenizer: Path, num_heldout: int, corpus: Path) -> None:
     options = flags(avatars=avatars, head=HEAD, tokenizer=tokenizer, num_validation=num_heldout, output=corpus)
-    run("-m", "gaussian_tokenizer.build_corpus", *options)
+    run("-m", "gaussian_tokenizer.build_corpus", *options, "--overwrite")
 
 
 def pretrain(corpus: Path, steps: int, output: Path) -> None:
