@@ -7,8 +7,8 @@ Two questions, each answered with and without the density constraint, all else e
 
 1. Two synthetic subjects (1,500 faces, 128 pixels, nine cameras, the demo schedule): PSNR from a camera that was held out, and of
    held-out moments; Gaussians in all, on the fullest face.
-2. Several smaller ones (600 faces, 64 pixels, a shorter schedule), as corpora with one tokenizer: the loss of a small point model on
-   subjects it has not seen, after the same number of steps. Sentences differ in length, so a nat a token is not the same good: a
+2. Several smaller ones (600 faces, 64 pixels, a shorter schedule), as corpora with one tokenizer: the loss of a small point model
+   on subjects it has not seen, after the same number of steps. Sentences differ in length, so a nat a token is not the same good: a
    point of a denser cloud says less, and there are more of them. Hence also nats a point and nats a person.
 
 Every step is a command of the toolkit, printed before it runs. What is there already is not made again.
