@@ -34,7 +34,7 @@ from gaussian_tokenizer.head_model import load_head
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import find_subjects
 
-HEADS = {"large": "procedural:1500", "several": "procedural:600"}  # the paper's people have fewer points a face than 15
+HEADS = {"large": "procedural:1500", "several": "procedural:600"}  # the paper: 10,144 for 27,000 points
 N_BINS = 128
 WAYS = {"limited": "4 to 15", "free": "no limit"}  # name of a folder: points on a face
 SHORT = {  # for pictures of 64 pixels

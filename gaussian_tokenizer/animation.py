@@ -102,17 +102,13 @@ def place(
     local: Local, params: HeadParameters, head: HeadModel, method: str, pose_correctives: bool, rotate_covariances: bool
 ) -> Placed:
     """Gaussians of an avatar in every frame of `params`, whose shape is its own: by `skin` or `ride_on_faces`."""
-    check_method(method)
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} of posing; expected {' or '.join(METHODS)}")
     head_faces = head.faces.to(local.faces.device)
     if method == "lbs":
         at_rest = ride_on_faces(local, head.canonical_vertices(params), head_faces)
         return skin(at_rest, local.faces, params, head, pose_correctives, rotate_covariances)
     return ride_on_faces(local, head.pose(params, pose_correctives).vertices, head_faces)
-
-
-def check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} of posing; expected {' or '.join(METHODS)}")
 
 
 def check_motion(motion: HeadParameters, head: HeadModel) -> None:

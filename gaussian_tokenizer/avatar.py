@@ -28,7 +28,7 @@ from gaussian_tokenizer.anchoring import (
     world_to_local_log_scales,
     world_to_local_quats,
 )
-from gaussian_tokenizer.animation import Local, Placed, check_method, drive, place, ride_on_faces
+from gaussian_tokenizer.animation import Local, Placed, drive, place, ride_on_faces
 from gaussian_tokenizer.atomic import atomic_file, atomic_folder, flush_to_disk
 from gaussian_tokenizer.export import save_ply
 from gaussian_tokenizer.gaussians import Gaussians
@@ -175,7 +175,6 @@ class GaussianAvatar:
         `params`, with gradients to them and to the tensors of the avatar. SH are not turned: they are evaluated in
         world directions. Raises ValueError for an avatar without colours or a motion of another head model.
         """
-        check_method(method)
         tensors = self._complete("posing")
         head, own = self._head_and_params()
         motion = (own if params is None else params).to(self.positions.device)
