@@ -1,7 +1,7 @@
 """Building corpora: time beside the plainest way to write the same arrays, growth with processes, and memory.
 
-    python benchmarks/corpus.py                                   # everything, up to 10,000 subjects: a quarter of an hour
-    python benchmarks/corpus.py --rounds 1 --captures 2 --many 100 300
+    python benchmarks/corpus.py                                   # everything, up to 10,000 subjects: 20 minutes
+    python benchmarks/corpus.py --rounds 1 --captures 2 --times 1 --many 100 300
 
 Speed, one process, in turns, the fastest of the rounds; every file is flushed to the disk:
   straight   the arrays of all subjects are in memory; tokenise them and write them with pyarrow
@@ -10,10 +10,11 @@ Speed, one process, in turns, the fastest of the rounds; every file is flushed t
   limits     the bytes of the corpus copied in memory, and written to one file
 Subjects: "captures" have 27,000 points on 10,144 faces and 128 pictures of 512 x 512 pixels (noise that takes PNG a quarter
 of a megabyte, as a head does), "clouds" the points alone, "small" ones 100 points on 600 faces and one picture of 16 x 16.
-Processes: the same build with 1 and 2, less the start of the pool; beside it what two processes gain on a plain loop, which
-on a busy machine is little.
+Processes: a build of more subjects (`--times`, hard links to the same ones) with 1 and 2, less the start of the pool. Beside it
+what two processes gain on a plain loop, on a busy machine little, and how long the bytes of the corpus alone take to the
+disk: the processes share it.
 Memory: the largest sum of resident memory of `build_corpus` and of `synthesize --corpus` with all their processes, looked at
-five times a second. The many subjects of `build_corpus` are hard links to 20, each with an id of its own.
+five times a second. Of the many subjects most are hard links, to 20 (captures: 6), each with an id of its own.
 """
 
 import os
@@ -50,8 +51,6 @@ from gaussian_tokenizer.parallel import runner
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import Frame, Subject, find_subjects, write_subject
 
-SEEDS = 20  # different subjects among the many
-
 ABOUT = {"licence": "CC0-1.0", "consent": "synthetic, no person"}
 
 
@@ -68,13 +67,15 @@ class Kind:
 
 CAPTURE, CLOUD = Kind(10_144, 27_000, 16, 8, 512), Kind(10_144, 27_000, 0, 1, 16)
 SMALL = Kind(600, 100, 1, 1, 16)
+SEEDS = {CAPTURE: 6, CLOUD: 20, SMALL: 20}  # different subjects among the many
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captures", type=int, default=6, help="subjects of the size of a capture, 33 MB each")
-    parser.add_argument("--clouds", type=int, default=60, help="subjects without pictures")
-    parser.add_argument("--small", type=int, default=400, help="small subjects")
+    parser.add_argument("--clouds", type=int, default=300, help="subjects without pictures")
+    parser.add_argument("--small", type=int, default=600, help="small subjects")
+    parser.add_argument("--times", type=int, default=6, help="so many times those, to build with two processes")
     parser.add_argument("--many", type=int, nargs="+", default=[100, 1_000, 10_000], help="subjects, for the memory")
     parser.add_argument("--num_proc", type=int, default=2, help="processes for those")
     parser.add_argument("--rounds", type=int, default=5)
@@ -83,23 +84,26 @@ def main() -> None:
     torch.set_num_threads(1)
     with TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        sets = {
-            "captures": (make_subjects(folder / "captures", arguments.captures, CAPTURE), CAPTURE),
-            "clouds": (make_subjects(folder / "clouds", arguments.clouds, CLOUD), CLOUD),
-            "small": (make_many(folder / "small", arguments.small, SMALL), SMALL),
-        }
-        speed = [row for name in sets for row in measure_speed(name, *sets[name], folder, arguments.rounds)]
-        print(markdown_table(speed), "\n", flush=True)
-        processes = [measure_processes(name, *sets[name], folder, arguments.rounds) for name in sets]
-        print(markdown_table(processes), "\n", flush=True)
+        sets = {"captures": (CAPTURE, arguments.captures), "clouds": (CLOUD, arguments.clouds)}
+        sets["small"] = (SMALL, arguments.small)
+        speed, processes = [], []
+        for name, (kind, number) in sets.items():
+            subjects = make_many(folder / name, number, kind)
+            speed += measure_speed(name, subjects, kind, folder, arguments.rounds)
+            shutil.rmtree(subjects)
+            print(markdown_table(speed), "\n", flush=True)
+            subjects = make_many(folder / name, arguments.times * number, kind)
+            processes.append(measure_processes(name, subjects, kind, folder, arguments.rounds))
+            shutil.rmtree(subjects)
+            print(markdown_table(processes), "\n", flush=True)
         memory = measure_many(arguments.many, arguments.num_proc, folder)
     print(markdown_table(memory), "\n", flush=True)
-    targets = judge(speed, memory)
+    targets = judge(speed, processes, memory)
     print(markdown_table(targets))
     print(f"\nwritten: {write_report('corpus', speed, processes=processes, memory=memory, targets=targets)}")
 
 
-def judge(speed: list[dict], memory: list[dict]) -> list[dict]:
+def judge(speed: list[dict], processes: list[dict], memory: list[dict]) -> list[dict]:
     targets = []
     for name in ("captures", "clouds"):
         seconds = {row["what"]: row["seconds"] for row in speed if row["subjects of"] == name}
@@ -109,6 +113,10 @@ def judge(speed: list[dict], memory: list[dict]) -> list[dict]:
         )
         plain = seconds["reading"] + seconds["straight"]
         targets.append((f"{name}: ours / (reading + straight)", seconds["ours"] / plain, 2.0))
+    for row in processes:
+        shortest = max(row["1 process, s"] / row["speed-up of a plain loop"], row["limit: its bytes to the disk, s"])
+        name = f"{row['subjects of']}: time of 2 processes / the larger of half of one's and the disk's"
+        targets.append((name, row["2 processes, s"] / shortest, 1.25))
     for command in dict.fromkeys(row["command"] for row in memory):
         own = [row for row in memory if row["command"] == command]
         name = f"{command}: memory with {own[-1]['subjects']:,} subjects / with {own[0]['subjects']:,}"
@@ -238,21 +246,30 @@ def write_file(path: Path, content: bytes) -> None:
 def measure_processes(name: str, subjects: Path, kind: Kind, folder: Path, rounds: int) -> dict:
     head = HeadModel.procedural(kind.faces)
     seconds, loop = ({1: float("inf"), 2: float("inf")} for _ in range(2))
+    disk, shards = float("inf"), 0
+    start_of_pool(head, folder)  # the first one also starts the server that forks them
     for _ in range(rounds):
         for number in seconds:
-            shutil.rmtree(folder / "corpus", ignore_errors=True)
             start = time.perf_counter()
-            build(subjects, head, folder / "corpus", num_proc=number, progress=False)
+            shards = len(build(subjects, head, folder / "corpus", num_proc=number, progress=False)["shards"])
             took = time.perf_counter() - start - (start_of_pool(head, folder) if number > 1 else 0)
             seconds[number] = min(seconds[number], took)
             loop[number] = min(loop[number], plain_loop(number))
-    shutil.rmtree(folder / "corpus", ignore_errors=True)
+            content = b"".join(path.read_bytes() for path in sorted((folder / "corpus").rglob("*.parquet")))
+            shutil.rmtree(folder / "corpus")
+            start = time.perf_counter()
+            write_file(folder / "bytes", content)
+            disk = min(disk, time.perf_counter() - start)
+            (folder / "bytes").unlink()
     return {
         "subjects of": name,
+        "number": len(find_subjects(subjects)),
+        "shards": shards,
         "1 process, s": seconds[1],
         "2 processes, s": seconds[2],
         "speed-up": seconds[1] / seconds[2],
         "speed-up of a plain loop": loop[1] / loop[2],
+        "limit: its bytes to the disk, s": disk,
     }
 
 
@@ -402,9 +419,9 @@ def make_subjects(folder: Path, number: int, kind: Kind) -> Path:
 
 def make_many(folder: Path, number: int, kind: Kind) -> Path:
     """So many folders whose files are hard links to those of a few subjects, but for the metadata with their ids."""
-    seeds = sorted(make_subjects(folder.with_name("seeds"), SEEDS, kind).iterdir())
+    seeds = sorted(make_subjects(folder.with_name("seeds"), min(number, SEEDS[kind]), kind).iterdir())
     for index in range(number):
-        copy = shutil.copytree(seeds[index % SEEDS], folder / f"m{index:06d}", copy_function=os.link)
+        copy = shutil.copytree(seeds[index % len(seeds)], folder / f"m{index:06d}", copy_function=os.link)
         path = Path(copy) / "metadata.json"
         metadata = json.loads(path.read_text()) | {"avatar_id": f"m{index:06d}"}
         path.unlink()

@@ -22,7 +22,9 @@ from tqdm.auto import tqdm
 
 from gaussian_tokenizer.head_model import HeadModel
 
-AHEAD = 4  # jobs handed out for each process: none waits for the next one, and few are in memory
+AHEAD = 4  # batches handed out for each process: none waits for the next one, and few are in memory
+BATCH = 8  # at most so many jobs in one: handing out takes as long as a tenth of the smallest jobs
+BATCHES = 64  # for each process, if the jobs suffice: the processes end together
 
 
 class Runner(Protocol):
@@ -60,24 +62,28 @@ def runner(num_proc: int, head: HeadModel, head_file: Path) -> Iterator[Runner]:
     pool = ProcessPoolExecutor(num_proc, context, initializer=_start_process, initargs=(head_file,))
 
     def there(function: Callable, jobs: Sequence[tuple], description: str, progress: bool, done: int = 0) -> list[Any]:
-        waiting, running = iter(enumerate(jobs)), dict[Future, int]()
+        size = min(BATCH, max(1, len(jobs) // (BATCHES * num_proc)))
+        waiting, running = iter(range(0, len(jobs), size)), dict[Future, slice]()
         results: list[Any] = [None] * len(jobs)
         with tqdm(desc=description, total=len(jobs) + done, initial=done, disable=not progress) as bar:
             while True:
-                for index, job in itertools.islice(waiting, AHEAD * num_proc - len(running)):
-                    running[pool.submit(_call, function, job)] = index
+                for start in itertools.islice(waiting, AHEAD * num_proc - len(running)):
+                    batch = slice(start, min(start + size, len(jobs)))
+                    running[pool.submit(_call, function, jobs[batch])] = batch
                 if not running:
                     return results
                 for future in wait_for(running, return_when=FIRST_COMPLETED).done:
-                    results[running.pop(future)] = future.result()
-                    bar.update()
+                    batch = running.pop(future)
+                    results[batch] = future.result()
+                    bar.update(batch.stop - batch.start)
 
     try:
         yield there
     except BrokenProcessPool:
         raise ChildProcessError(
             f"one of the {num_proc} processes was killed, often for want of memory; run again with a lower --num_proc, "
-            "what is finished is kept"
+            "what is finished is kept (a script that asks for several processes begins under `if __name__ == "
+            '"__main__":`)'
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -93,8 +99,8 @@ def _start_process(head_file: Path) -> None:
     _head = HeadModel.load(head_file)
 
 
-def _call(function: Callable, job: tuple) -> Any:
-    return function(*job, head=_head)
+def _call(function: Callable, jobs: Sequence[tuple]) -> list[Any]:
+    return [function(*job, head=_head) for job in jobs]
 
 
 def _end_with_parent() -> None:
