@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,13 @@ FPS = 25.0
 FIELD_OF_VIEW = 20.0  # degrees from the lower to the upper border: that of a portrait lens
 ROOM = 1.25  # around what a portrait shows: for much hair, and for turning
 TWO_FURTHER = 1.2  # than one alone
-DRAWN_AS = ("Gaussians", "dots")
-DOT = 0.0016  # metres across
+GAUSSIANS, DOTS = "Gaussians", "dots"
+DOT = 0.26  # metres across, by the root of their number: together they cover the head
+MAX_DOTS = 20_000  # of an avatar: of one with more points each second, each third, ... is drawn
+SLOW = 0.2  # seconds a page takes to draw a tiny picture, from which on it begins with dots
+TOLD = (
+    "This page seems to have no graphics card to draw with: Gaussians would follow a slider late. They are in the menu."
+)
 OTHER_PORT = "choose another --port, or 0 for any that is free"
 APART = 0.7  # of two avatars, in parts of the height that a portrait shows
 
@@ -47,11 +53,14 @@ class Shown:
     avatar: GaussianAvatar
     offset: np.ndarray  # (3,) metres, where its head's origin stands
     rig: Rig = field(init=False)
+    dots: Rig = field(init=False)
+    step: int = field(init=False)  # from one point that is a dot to the next
     opacities: np.ndarray = field(init=False)  # (N, 1) uint8
     colors: dict[str, np.ndarray] = field(init=False, default_factory=dict)  # (N, 3) uint8 by mode, as asked for
 
     def __post_init__(self) -> None:
-        self.rig = Rig.of(self.avatar)
+        self.rig, self.step = Rig.of(self.avatar), -(-len(self.avatar) // MAX_DOTS)
+        self.dots = self.rig.every(self.step)
         assert self.avatar.opacities is not None
         self.opacities = _to_bytes(self.avatar.opacities.sigmoid()[:, None].numpy())
 
@@ -59,10 +68,10 @@ class Shown:
         """What viser draws, by the names of its handles, in units of the page."""
         if color not in self.colors:
             self.colors[color] = _to_bytes(point_colors(self.avatar, color))
-        posed = self.rig.pose(params)
+        posed = (self.dots if drawn_as == DOTS else self.rig).pose(params)
         centers = (posed.centers + self.offset.astype(np.float32)) * UNITS
-        if drawn_as == "dots":
-            return {"points": centers, "colors": self.colors[color]}
+        if drawn_as == DOTS:
+            return {"points": centers, "colors": self.colors[color][:: self.step]}
         return {
             "centers": centers,
             "covariances": posed.covariances * UNITS**2,
@@ -92,8 +101,10 @@ class Page:
         self._look(target, distance * (1 if len(avatars) == 1 else TWO_FURTHER))
         self._build_panel()
         self.handles: list[Any] = []
-        self.drawn_as = ""  # which of DRAWN_AS the handles are
+        self.drawn_as = self.drawn_color = ""  # what the handles are now
+        self.judged = False  # whether it is known how fast the page draws
         self.draw()
+        server.on_client_connect(self._judge)
 
     def run(self) -> None:
         """Draw whenever something changed or a motion plays; returns never."""
@@ -106,28 +117,58 @@ class Page:
 
     def draw(self) -> None:
         """The avatars in the pose and colours that the panel says now."""
-        params, drawn_as = self.parameters(), self.form.value
-        posed = [shown.posed(params, self.color.value, drawn_as) for shown in self.shown]
+        params, drawn_as, color = self.parameters(), self.form.value, self.color.value
+        posed = [shown.posed(params, color, drawn_as) for shown in self.shown]
         with self.server.atomic():
             if drawn_as != self.drawn_as:
                 # Hidden splats would be drawn off the screen, at the full price of drawing.
                 for handle in self.handles:
                     handle.remove()
                 self.handles = [self._add(f"/avatar_{index}", drawn_as, each) for index, each in enumerate(posed)]
-                self.drawn_as = drawn_as
-            elif drawn_as == "dots":
+            elif drawn_as == DOTS:
                 for handle, each in zip(self.handles, posed):
-                    handle.points, handle.colors = each["points"], each["colors"]
+                    handle.points = each["points"]
+                    if color != self.drawn_color:  # colours sent again are a new material, which takes the page time
+                        handle.colors = each["colors"]
             else:
                 for handle, each in zip(self.handles, posed):
                     handle.set_gaussians(**each)
+        self.drawn_as, self.drawn_color = drawn_as, color
         self.server.flush()
+
+    def _judge(self, client: viser.ClientHandle) -> None:
+        """A page that draws fast goes from dots, which every page draws at once, to Gaussians; the first page decides.
+
+        Without a graphics card a page takes a second for each picture of 27,000 Gaussians, and a third of one for any.
+        """
+        if self.judged:
+            return
+        way, picture = client.local_storage.get_item, partial(client.get_render, 16, 16, transport_format="png")
+        try:
+            answered = min(_seconds(partial(way, "", timeout=10.0)) for _ in range(3))
+            drawn = min(_seconds(partial(picture, timeout=10.0)) for _ in range(3))
+            fast = drawn - answered < SLOW
+        except (RuntimeError, TimeoutError):
+            if client.client_id not in self.server.get_clients():
+                return  # it went away: the next one is asked
+            fast = False
+        self.judged = True
+        if fast:
+            self.form.value = GAUSSIANS  # type: ignore[misc]  # it has a setter, apart from its getter
+            self.changed.set()
+        else:
+            client.add_notification("shown as dots", TOLD, auto_close_seconds=8.0)
 
     def _add(self, name: str, drawn_as: str, posed: dict[str, Any]) -> Any:
         scene = self.server.scene
-        if drawn_as == "dots":
+        if drawn_as == DOTS:
             return scene.add_point_cloud(
-                name, **posed, point_size=DOT * UNITS, point_shape="circle", point_shading="flat", precision="float32"
+                name,
+                **posed,
+                point_size=DOT * UNITS / len(posed["points"]) ** 0.5,
+                point_shape="circle",
+                point_shading="flat",
+                precision="float32",
             )
         return scene.add_gaussian_splats(name, **posed)
 
@@ -163,7 +204,8 @@ class Page:
         counts = [f"{shown.name}: {len(shown.avatar):,} points" for shown in self.shown]
         gui.add_markdown("  \n".join(counts))
         self.color = gui.add_dropdown("colour", MODES)
-        self.form = gui.add_dropdown("drawn as", DRAWN_AS, hint="dots are fast where no graphics card draws the page")
+        hint = "dots where no graphics card draws the page: moving Gaussians are slow there"
+        self.form = gui.add_dropdown("drawn as", (GAUSSIANS, DOTS), initial_value=DOTS, hint=hint)
         self.motion = gui.add_dropdown("motion", tuple(self.motions))
         self.play = gui.add_checkbox("play", True)
         self.frame = 0
@@ -273,6 +315,12 @@ def _send(client: viser.ClientHandle, name: str, make: Callable[[], bytes]) -> N
         client.send_file_download(name, make(), save_immediately=True)
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # viser: RuntimeError where a browser went away
         client.add_notification(f"{name} was not saved", " ".join(str(error).split()), color="red")
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:

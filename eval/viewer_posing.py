@@ -5,7 +5,7 @@ the Gaussians at rest are kept, and the nearest rotation is looked for only wher
 Centres and covariances come out, which is what the browser draws; tests hold them to `GaussianAvatar.posed`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +66,12 @@ class Rig:
             weights=weights,
             mixed=(weights.amax(1) < ONE_JOINT).nonzero()[:, 0],
         )
+
+    def every(self, step: int) -> "Rig":
+        """That of each `step`-th point."""
+        names = ("centers", "axes", "corners", "barycentrics", "weights")
+        fewer = {name: getattr(self, name)[::step] for name in names}
+        return replace(self, **fewer, mixed=(fewer["weights"].amax(1) < ONE_JOINT).nonzero()[:, 0])
 
     @torch.inference_mode()
     def pose(self, params: HeadParameters) -> Splats:

@@ -92,6 +92,7 @@ def test_the_server_listens_where_it_was_told_and_nowhere_else(server):
 def test_the_page_draws_what_its_controls_say(server, folder):
     avatar = open_avatar(folder, None)
     page = Page(server, {"ada": avatar}, {"nod": synthetic_motion("nod", avatar.head, 8)})
+    page.form.value = "Gaussians"
     slider(page, "neck turn").value = 40.0
     page.draw()
     expected = avatar.posed(page.parameters())
@@ -102,7 +103,13 @@ def test_the_page_draws_what_its_controls_say(server, folder):
     assert (page.handles[0].rgbs != true_colors).any()
     page.form.value = "dots"
     page.draw()
+    face_colors = page.handles[0].colors.copy()
     np.testing.assert_allclose(page.handles[0].points / UNITS, expected.positions[0].numpy(), atol=1e-6)
+    page.color.value = "true colour"
+    slider(page, "neck turn").value = 0.0
+    page.draw()
+    assert (page.handles[0].points / UNITS != expected.positions[0].numpy()).any()
+    assert (page.handles[0].colors != face_colors).any()
 
 
 def test_a_motion_plays_until_it_is_stopped(server, folder):
@@ -118,9 +125,19 @@ def test_a_motion_plays_until_it_is_stopped(server, folder):
     assert page.frame >= 3 and (stopped.neck_pose == page.parameters().neck_pose).all()
 
 
+def test_of_very_many_points_some_are_dots_and_all_are_gaussians(server, folder, monkeypatch):
+    monkeypatch.setattr("eval.viewer_page.MAX_DOTS", 60)
+    avatar = open_avatar(folder, None)
+    page = Page(server, {"ada": avatar}, {})
+    assert len(page.handles[0].points) == len(page.handles[0].colors) == -(-len(avatar) // 3)
+    page.form.value = "Gaussians"
+    page.draw()
+    assert len(page.handles[0].centers) == len(avatar) > 120
+
+
 def test_two_avatars_stand_side_by_side(server, folder):
     avatar = open_avatar(folder, None)
     page = Page(server, {"ada": avatar, "ada (compared)": avatar}, {})
-    left, right = (handle.centers for handle in page.handles)
+    left, right = (handle.points for handle in page.handles)
     assert (right[:, 0] - left[:, 0] > 0.2 * UNITS).all()
     np.testing.assert_allclose(left[:, 1:], right[:, 1:], atol=1e-5)

@@ -111,6 +111,14 @@ def browser():
 def page(browser, address):
     """The page, when the avatar is there."""
     page = open_page(browser, address)
+    begun = time.perf_counter()
+    told = page.get_by_text("shown as dots", exact=True)
+    while not told.is_visible() and menu(page, "drawn as").input_value() != "Gaussians":
+        assert time.perf_counter() - begun < 60, "the page was not found fast or slow"
+        page.wait_for_timeout(50)
+    found = menu(page, "drawn as").input_value()
+    print(f"viewer: {time.perf_counter() - begun:.1f} s later the page was found to be one for {found}")
+    told.wait_for(state="hidden")
     yield page
     page.close()
 
@@ -155,10 +163,15 @@ def download(page, button: str) -> tuple[str, bytes]:
     return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
 
 
-def choose(page, menu: str, option: str) -> None:
-    page.get_by_text(menu, exact=True).locator("xpath=ancestor::*[.//input][1]").locator("input").first.click()
-    page.get_by_role("option", name=option, exact=True).click()
-    settle(page)
+def menu(page, label: str):
+    return page.get_by_text(label, exact=True).locator("xpath=ancestor::*[.//input][1]").locator("input").first
+
+
+def choose(page, label: str, option: str) -> None:
+    if menu(page, label).input_value() != option:
+        menu(page, label).click()
+        page.get_by_role("option", name=option, exact=True).click()
+        settle(page)
 
 
 def press(page, label: str, key: str) -> float:
@@ -172,6 +185,7 @@ def press(page, label: str, key: str) -> float:
 
 
 def test_the_page_shows_what_the_rasteriser_draws(page, avatar_folder):
+    choose(page, "drawn as", "Gaussians")
     width = page.evaluate("document.querySelector('canvas').clientWidth")
     head = load_head(HEAD)
     avatar = GaussianAvatar.load(avatar_folder, head=head)
@@ -195,8 +209,8 @@ def test_a_dragged_slider_moves_the_avatar_where_it_should(page):
     for step in range(1, 9):
         page.mouse.move(box["x"] + 12 * step, box["y"] + box["height"] / 2)
     page.mouse.up()
-    settle(page)
     assert float(thumb.get_attribute("aria-valuenow")) > 10
+    settle(page)
     moved = changed_pixels(before, photograph(page))
     assert moved.sum() > 100
     assert np.flatnonzero(moved.any(1)).min() > 0.4 * HEIGHT, "the jaw is in the lower half of the face"

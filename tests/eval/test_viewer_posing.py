@@ -37,6 +37,13 @@ def test_one_pose_leaves_no_trace_in_the_next(avatar):
     assert (before.centers == after.centers).all() and (before.covariances == after.covariances).all()
 
 
+def test_fewer_points_are_posed_as_they_are_among_all(avatar):
+    rig, params = Rig.of(avatar), expression_frames(avatar.head)["turn"]
+    every, all_points = rig.every(3).pose(params), rig.pose(params)
+    torch.testing.assert_close(every.centers, all_points.centers[::3], atol=1e-7, rtol=0)
+    torch.testing.assert_close(every.covariances, all_points.covariances[::3], atol=1e-9, rtol=1e-4)
+
+
 def test_an_avatar_of_points_alone_is_refused(avatar):
     points = GaussianAvatar.from_points(avatar.canonical_points(), avatar.params, avatar.head)
     with pytest.raises(ValueError, match="holds points only"):
