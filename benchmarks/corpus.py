@@ -156,6 +156,7 @@ def measure_speed(name: str, subjects: Path, kind: Kind, folder: Path, rounds: i
     for _ in range(rounds):
         for what, call in calls.items():
             shutil.rmtree(folder / "corpus", ignore_errors=True)
+            os.sync()  # what the one before left to be written is not this one's
             start, busy = time.perf_counter(), time.process_time()
             call()
             best[what] = min(best[what], time.perf_counter() - start)
@@ -254,6 +255,7 @@ def measure_processes(name: str, subjects: Path, kind: Kind, folder: Path, round
     start_of_pool(head, folder)  # the first one also starts the server that forks them
     for _ in range(rounds):
         for number in seconds:
+            os.sync()
             start, busy = time.perf_counter(), time.process_time()
             shards = len(build(subjects, head, folder / "corpus", num_proc=number, progress=False)["shards"])
             took = time.perf_counter() - start - (start_of_pool(head, folder) if number > 1 else 0)
