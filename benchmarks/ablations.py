@@ -1,6 +1,6 @@
 """What the Gaussian decoder makes of what it is told of a point: the paper's ablation, on open data.
 
-    make demo && python benchmarks/ablations.py      # an hour of two cores; started again it goes on where it was
+    make demo && python benchmarks/ablations.py      # half an hour of two cores; started again it goes on where it was
     python benchmarks/ablations.py --seeds 0 --steps 20 --output outputs/small_ablations
 
 The corpus and the point model are the demo's. Each decoder is trained from new weights for the same steps on the same people,
@@ -68,9 +68,9 @@ def main() -> None:
     judged, pictures = judge(arguments)
     rows = [table_row(way, values) for way, values in judged.items()]
     print("\n" + markdown_table(rows))
-    draw(arguments.picture, pictures)
     settings = {"seeds": arguments.seeds, "steps": arguments.steps, "people": arguments.num_people}
     path = write_report("ablations", rows, **settings, by_seed=judged)
+    draw(arguments.picture, pictures)
     print(f"\nwritten: {path}, {arguments.picture}")
 
 
