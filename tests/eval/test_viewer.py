@@ -2,6 +2,8 @@
 
 import shutil
 import socket
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,6 +135,34 @@ def test_of_very_many_points_some_are_dots_and_all_are_gaussians(server, folder,
     page.form.value = "Gaussians"
     page.draw()
     assert len(page.handles[0].centers) == len(avatar) > 120
+
+
+@pytest.mark.parametrize(
+    ("seconds", "error", "there", "expected"),
+    [
+        (0.0, None, True, ("Gaussians", True)),
+        (0.25, None, True, ("dots", True)),
+        (0.0, TimeoutError(), True, ("dots", True)),
+        (0.0, RuntimeError("it went away"), False, ("dots", False)),
+    ],
+    ids=["fast", "slow", "never answers", "went away"],
+)
+def test_a_page_that_draws_fast_gets_gaussians(server, folder, monkeypatch, seconds, error, there, expected):
+    page = Page(server, {"ada": open_avatar(folder, None)}, {})
+
+    def picture(*size, **options):
+        if error is not None:
+            raise error
+        time.sleep(seconds)
+
+    storage = SimpleNamespace(get_item=lambda *key, **options: None)
+    said = []
+    client = SimpleNamespace(client_id=3, local_storage=storage, get_render=picture)
+    client.add_notification = lambda title, *text, **options: said.append(title)
+    monkeypatch.setattr(server, "get_clients", lambda: {3: client} if there else {})
+    page._judge(client)
+    assert (page.form.value, page.judged) == expected
+    assert said == (["shown as dots"] if expected == ("dots", True) else [])
 
 
 def test_two_avatars_stand_side_by_side(server, folder):
