@@ -1,7 +1,8 @@
-"""The demo: its measures against independent ones, and a miniature of the whole road."""
+"""The demo: its measures against independent ones, a miniature of all of it, and the documentation's examples on what it leaves."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,34 +88,32 @@ def test_every_token_that_the_tokenizer_would_not_have_written_counts(ids, point
     assert set(kept) == {"positions", "faces"}
 
 
-@pytest.mark.slow
-def test_a_miniature_of_the_demo_leaves_its_report_and_pictures(tmp_path, datasets_cache):
-    output = tmp_path / "demo"
-    command = [sys.executable, "-m", "training.demo", "--output_dir", output, "--config", "training/configs/debug.yaml"]
-    command += [
-        "--num_subjects",
-        6,
-        "--num_heldout",
-        2,
-        "--num_generated",
-        2,
-        "--num_bench",
-        2,
-        "--image_size",
-        28,
-        "--n_bins",
-        16,
-    ]
-    command += ["--decoder_config", "training/configs/decoder_debug.yaml", "--decoder_steps", 2, "--views", 2]
-    command += ["--max_steps", 2, "--save_steps", 2, "--num_threads", 1]
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory, datasets_cache) -> tuple[Path, dict[str, str], str]:
+    """A folder in which a tiny demo left `outputs/demo`, the environment that it ran in, and what it printed."""
+    folder = tmp_path_factory.mktemp("miniature")
+    settings = {
+        "output_dir": folder / "outputs" / "demo", "config": "training/configs/debug.yaml",
+        "decoder_config": "training/configs/decoder_debug.yaml", "num_subjects": 6, "num_heldout": 2, "num_generated": 2,
+        "num_bench": 2, "image_size": 28, "n_bins": 16, "views": 2, "max_steps": 2, "save_steps": 2, "decoder_steps": 2,
+        "num_threads": 1,
+    }  # fmt: skip
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(datasets_cache), "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    done = subprocess.run(
-        [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, "-m", "training.demo"] + [
+        word for name, value in settings.items() for word in (f"--{name}", str(value))
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert all(f"=== {step}/6" in done.stdout for step in range(1, 7))
+    return folder, environment, done.stdout
+
+
+@pytest.mark.slow
+def test_a_miniature_of_the_demo_leaves_its_report_and_pictures(miniature):
+    folder, _, printed = miniature
+    output = folder / "outputs" / "demo"
+    assert all(f"=== {step}/6" in printed for step in range(1, 7))
     report = json.loads((output / "report.json").read_text())
     numbers = ("num_tokens", "train_loss_first", "train_loss_last", "heldout_nll", "unigram_nll", "uniform_nll")
     assert report["num_subjects"] == 6 and all(report[name] > 0 for name in numbers)
@@ -138,8 +137,26 @@ def test_a_miniature_of_the_demo_leaves_its_report_and_pictures(tmp_path, datase
     assert (output / "corpus" / "corpus.json").is_file()
     bench = json.loads((output / "bench" / "results.json").read_text())
     assert len(bench["subjects"]) == 2 and bench["methods"]["ours"]["self"]["metrics"]["psnr"]["frames"] == 30
-    assert "copy-source" in done.stdout and (output / "bench" / "report.html").is_file()
+    assert "copy-source" in printed and (output / "bench" / "report.html").is_file()
     assert (output / "model" / "model.safetensors").is_file() and (output / "model" / "processor_config.json").is_file()
+
+
+EXAMPLES = [
+    pytest.param(example[1], id=f"{page.name}:{text[: example.start()].count(chr(10)) + 2}")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for text in [page.read_text()]
+    for example in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_python_example_of_the_documentation_runs_by_itself_after_the_demo(example, miniature):
+    folder, environment, _ = miniature
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
