@@ -6,7 +6,4 @@ looking at an avatar needs neither.
 
 import lazy_loader
 
-from .auto_processor import register_when_needed
-
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-register_when_needed()

@@ -1,3 +1,4 @@
+from .auto_processor import GaussianTokenizer
 from .avatar import GaussianAvatar
 from .cameras import Cameras, portrait_cameras
 from .corpus import load_corpus
@@ -5,7 +6,6 @@ from .gaussians import Gaussians
 from .head_model import HeadModel, load_head
 from .head_parameters import HeadParameters
 from .motions import load_motion, synthetic_motion
-from .processing_gaussian_tokenizer import GaussianTokenizer
 from .rendering import render
 from .tracking import Tracking, find_trackings, load_tracking
 

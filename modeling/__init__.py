@@ -2,6 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import gaussian_tokenizer.auto_processor  # noqa: F401  (AutoProcessor then knows the tokenizer that lies beside the models)
+
 from .configuration_gaussian_decoder import GaussianDecoderConfig
 from .configuration_pointillist import PointillistConfig
 from .decoding import to_gaussians
@@ -14,8 +16,10 @@ from .modeling_pointillist import PointillistForCausalLM, PointillistModel, Poin
 from .pipeline import AvatarPipeline
 
 AutoConfig.register(PointillistConfig.model_type, PointillistConfig, exist_ok=True)
+AutoModel.register(PointillistConfig, PointillistModel, exist_ok=True)
 AutoModelForCausalLM.register(PointillistConfig, PointillistForCausalLM, exist_ok=True)
 PointillistConfig.register_for_auto_class()
+PointillistModel.register_for_auto_class("AutoModel")
 PointillistForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 AutoConfig.register(GaussianDecoderConfig.model_type, GaussianDecoderConfig, exist_ok=True)

@@ -139,6 +139,8 @@ class PointillistAttention(nn.Module):
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
+        if condition is None:
+            raise ValueError("the decoder reads a condition: give `condition` (B, M, D), or use PointillistForCausalLM")
         key, value = self.heads(self.k_proj(condition)), self.heads(self.v_proj(condition))
         if cache is not None:
             key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
@@ -214,6 +216,12 @@ class PointillistPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (nn.Embedding, VocabularyHead)):
             init.copy_(module.weight, with_smooth_bins(module.weight, self.config))
 
+    def save_pretrained(self, *args, **kwargs):
+        # transformers names the class it saves; AutoModel's is in the same file.
+        known = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {"AutoModel": f"{__name__.rpartition('.')[2]}.PointillistModel"} | known
+        super().save_pretrained(*args, **kwargs)
+
 
 def with_smooth_bins(weight: Tensor, config: PointillistConfig) -> Tensor:
     """`weight` (vocabulary, D) with other rows for the coordinates, so that neighbouring bins start alike.
@@ -229,7 +237,9 @@ def with_smooth_bins(weight: Tensor, config: PointillistConfig) -> Tensor:
 
 
 class PointillistModel(PointillistPreTrainedModel):
-    """The decoder without its head: embeddings, blocks, final norm."""
+    """The decoder without its head: embeddings, blocks, final norm. It reads a condition (B, M, D) that is already encoded."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^condition_encoder\.", r"^lm_head\."]  # of PointillistForCausalLM
 
     def __init__(self, config: PointillistConfig):
         super().__init__(config)

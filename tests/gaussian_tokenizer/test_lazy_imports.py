@@ -1,4 +1,4 @@
-"""What the package offers comes when it is used, and `AutoProcessor` knows the tokenizer whichever is imported first."""
+"""What the package offers comes when it is used, and with `GaussianTokenizer` comes its registration with `AutoProcessor`."""
 
 import subprocess
 import sys
@@ -21,6 +21,13 @@ def test_everything_offered_is_there():
     assert python("import gaussian_tokenizer as g; print(all(getattr(g, name) for name in g.__all__))") == "True"
 
 
+def test_importing_the_package_leaves_the_import_system_as_it_was():
+    assert (
+        python("import sys; before = list(sys.meta_path); import gaussian_tokenizer; print(sys.meta_path == before)")
+        == "True"
+    )
+
+
 def test_an_avatar_needs_neither_transformers_nor_datasets():
     code = "import sys; from gaussian_tokenizer import GaussianAvatar, render, load_head; print(*sys.modules)"
     assert not {"transformers", "datasets"} & set(python(code).split())
@@ -29,12 +36,15 @@ def test_an_avatar_needs_neither_transformers_nor_datasets():
 @pytest.mark.parametrize(
     "imports",
     [
-        "import gaussian_tokenizer; from transformers import AutoProcessor",
-        "from transformers import AutoProcessor; import gaussian_tokenizer",
+        "from gaussian_tokenizer import GaussianTokenizer; from transformers import AutoProcessor",
+        "from transformers import AutoProcessor; from gaussian_tokenizer import GaussianTokenizer",
         "import modeling; from transformers import AutoProcessor",
+        # A probe for the module, as other packages make to see what is installed.
+        "import importlib.util, gaussian_tokenizer; importlib.util.find_spec('transformers.models.auto.processing_auto'); "
+        "from transformers import AutoProcessor; gaussian_tokenizer.GaussianTokenizer",
     ],
 )
-def test_auto_processor_knows_the_tokenizer(imports, tmp_path):
+def test_auto_processor_knows_the_tokenizer_once_it_is_imported(imports, tmp_path):
     GaussianTokenizer(n_bins=32, n_faces=20).save_pretrained(tmp_path)
     code = f"{imports}; print(type(AutoProcessor.from_pretrained({str(tmp_path)!r})).__module__)"
     assert python(code) == "gaussian_tokenizer.processing_gaussian_tokenizer"

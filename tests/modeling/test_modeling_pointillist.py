@@ -1,13 +1,14 @@
 """The decoder: windowed, causal, the same through every attention implementation, saved and loaded whole."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Dinov2Config
+from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config
 
-from modeling import PointillistConfig, PointillistForCausalLM
+from modeling import PointillistConfig, PointillistForCausalLM, PointillistModel
 from modeling.modeling_condition import ConditionEncoder
 
 from .conftest import TINY
@@ -146,6 +147,22 @@ def test_a_saved_model_loads_through_auto_classes_with_the_same_logits(tiny_mode
         )
 
 
+def test_auto_model_is_the_decoder_without_its_head_and_wants_a_condition(tiny_model, condition, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    classes = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert classes["AutoModel"] == "modeling_pointillist.PointillistModel"
+    assert classes["AutoModelForCausalLM"] == "modeling_pointillist.PointillistForCausalLM"
+    decoder = AutoModel.from_pretrained(tmp_path)
+    assert type(decoder) is PointillistModel
+    ids = random_ids(tiny_model.config, 2, 8)
+    with torch.no_grad():
+        hidden = decoder(ids, condition=condition).last_hidden_state
+        expected = tiny_model.model(ids, condition=condition).last_hidden_state
+    assert torch.equal(hidden, expected)
+    with pytest.raises(ValueError, match="give `condition`"):
+        decoder(ids)
+
+
 def test_a_pushed_folder_loads_where_the_toolkit_is_not_installed(tiny_model, condition, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
     torch.save(condition, tmp_path / "condition.pt")
@@ -155,7 +172,7 @@ sys.path = [p for p in sys.path if p]
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
 assert importlib.util.find_spec("modeling") is None, "the toolkit is importable: this test shows nothing"
 import torch
-from transformers import AutoModelForCausalLM, Dinov2Config
+from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
 condition = torch.load({str(tmp_path / "condition.pt")!r}, weights_only=True)
 ids = model.generate(condition_embeds=condition, do_sample=False, min_points=6, max_points=6)
