@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 from eval.viewer_controls import motions
-from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.avatar import GaussianAvatar, open_avatar
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,7 +68,9 @@ def view(options: argparse.Namespace) -> None:
     avatars = {name: first}
     if options.compare is not None:
         second = called(options.compare)
-        avatars[second if second != name else f"{second} (compared)"] = open_on(options.compare, first.head)
+        avatars[second if second != name else f"{second} (compared)"] = GaussianAvatar.load(
+            options.compare, head=first.head
+        )
     played = motions(first.head, options.motion, first)
     server = open_server(options.host, options.port)
     try:
@@ -78,22 +79,6 @@ def view(options: argparse.Namespace) -> None:
         page.run()
     finally:
         server.stop()
-
-
-def open_avatar(path: Path, head: str | None) -> GaussianAvatar:
-    """An avatar with its head model; without `head` the built-in one, where the avatar was made on it."""
-    if head is not None:
-        return open_on(path, load_head(head))
-    avatar = GaussianAvatar.load(path)
-    made_on = avatar.head_name
-    if made_on is None or not made_on.startswith("procedural"):
-        said = "does not say which head model it was made on" if made_on is None else f"was made on {made_on!r}"
-        raise ValueError(f"{path}: {said}; give that with --head")
-    return open_on(path, load_head(made_on))
-
-
-def open_on(path: Path, head: HeadModel) -> GaussianAvatar:
-    return GaussianAvatar.load(path, head=head)
 
 
 def called(path: Path) -> str:

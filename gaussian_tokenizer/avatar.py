@@ -32,7 +32,7 @@ from gaussian_tokenizer.animation import Local, Placed, drive, place, ride_on_fa
 from gaussian_tokenizer.atomic import atomic_file, atomic_folder, flush_to_disk
 from gaussian_tokenizer.export import save_ply
 from gaussian_tokenizer.gaussians import Gaussians
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_model import HeadModel, built_in_head, load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.ply import PlyGaussians, read_gaussian_ply, write_gaussian_ply
 
@@ -260,6 +260,21 @@ class GaussianAvatar:
                 "decode them to Gaussians first, or save a .safetensors file"
             )
         return tensors
+
+
+def open_avatar(path: str | os.PathLike, head: str | None = None) -> GaussianAvatar:
+    """`GaussianAvatar.load` with its head model: the one `head` names (as for `load_head`), else the built-in one.
+
+    Raises ValueError if `head` is None and the avatar does not say that it was made on the built-in head.
+    """
+    if head is not None:
+        return GaussianAvatar.load(path, head=load_head(head))
+    made_on = GaussianAvatar.load(path).head_name
+    found = built_in_head(made_on)
+    if found is None:
+        said = "does not say which head model it was made on" if made_on is None else f"was made on {made_on!r}"
+        raise ValueError(f"{path}: {said}; give that with --head")
+    return GaussianAvatar.load(path, head=found)
 
 
 def _local(tensors: dict[str, Tensor], like: Tensor) -> Local:

@@ -318,3 +318,8 @@ def load_head(spec: str | Path) -> HeadModel:
         f"head {str(spec)!r}: {found}; expected 'procedural', 'procedural:N', a .safetensors file, "
         "a FLAME .pkl or an ICT-FaceKit folder"
     )
+
+
+def built_in_head(name: str | None) -> HeadModel | None:
+    """The built-in head that a file says it was made on, "procedural:600"; None if `name` is that of another head model."""
+    return load_head(name) if name is not None and name.partition(":")[0] == "procedural" else None

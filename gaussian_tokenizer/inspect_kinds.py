@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from gaussian_tokenizer.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
 from gaussian_tokenizer.corpus import CONFIGURATIONS, MANIFEST_NAME, load_corpus
-from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.head_model import HeadModel, built_in_head, load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.ict import NEUTRAL
 from gaussian_tokenizer.subject import Subject
@@ -76,7 +76,7 @@ def kind_of(path: Path) -> Kind:
     if (path / "config.json").is_file():
         return _model, "a model", [f"AutoModel.from_pretrained('{path}'), see docs/model.md and docs/decoder.md"]
     if (path / "processor_config.json").is_file():
-        return _tokenizer, "a tokenizer", [f"AutoProcessor.from_pretrained('{path}'), see docs/tokenizer.md"]
+        return _tokenizer, "a tokenizer", [f"GaussianTokenizer.from_pretrained('{path}'), see docs/tokenizer.md"]
     if any((folder / NEUTRAL).is_file() for folder in (path, path / "FaceXModel")):
         return _head, "a head model, ICT-FaceKit", [f"load_head('{path}'), see docs/heads.md"]
     if _has_avatar(path):
@@ -124,9 +124,7 @@ def _tracking(report: Report, head: HeadModel | None) -> None:
     path = report.path
     metadata = read_json(path / METADATA_NAME) if (path / METADATA_NAME).is_file() else {}
     made_on = str(metadata.get("head_name", ""))
-    if head is None and made_on.startswith("procedural"):
-        head = load_head(made_on)
-    report.head = head
+    head = report.head = head or built_in_head(made_on)
     tracking = report.tracking = read_tracking(path, head)
     frames, params = tracking.frames, tracking.params
     report.what = TRACKINGS[tracking.kind]

@@ -1,6 +1,6 @@
 """Move an avatar and look at it, from the command line.
 
-    python -m modeling.animate --avatar subjects/synthetic-0-000000 --head procedural:600 --motion talk --output talk.gif
+    python -m modeling.animate --avatar subjects/synthetic-0-000000 --motion talk --output talk.gif
 
 An avatar, its head model and a motion go in: built in (talk, nod, look_around, expressions), tracked (a flame_param.npz
 or a folder of them), or a turntable around the head at rest. Pictures come out as .gif, .mp4 or a folder of PNG, the
@@ -16,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from gaussian_tokenizer.animation import METHODS, drive
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatar import GaussianAvatar, open_avatar
 from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.export import save_ply_sequence, save_splats, save_video
 from gaussian_tokenizer.gaussians import Gaussians
-from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.motions import MOTIONS, load_motion, synthetic_motion
 from gaussian_tokenizer.rendering import render
@@ -39,7 +39,9 @@ def main() -> None:
         "--avatar", required=True, help="a .safetensors avatar, a GaussianAvatars folder or its point_cloud.ply"
     )
     parser.add_argument(
-        "--head", required=True, help="head model: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder"
+        "--head",
+        help="head model: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder (default: the built-in one, if the "
+        "avatar says it was made on that)",
     )
     parser.add_argument(
         "--motion",
@@ -71,10 +73,10 @@ def main() -> None:
 def animate(arguments: argparse.Namespace) -> None:
     """Everything between the command line and the files."""
     check(arguments)
-    head = load_head(arguments.head)
-    avatar = GaussianAvatar.load(arguments.avatar, head=head).to(arguments.device)
+    avatar = open_avatar(arguments.avatar, arguments.head)
+    motion = choose_motion(arguments, avatar.head).to(arguments.device)
+    avatar = avatar.to(arguments.device)
     canonical = avatar.canonical_gaussians()  # an avatar without colours is refused here
-    motion = choose_motion(arguments, head).to(arguments.device)
     if arguments.export is not None:
         save_splats(arguments.export, canonical)
         print(f"{len(avatar):,} Gaussians at rest in {arguments.export}")

@@ -11,6 +11,7 @@ A pipeline is a folder, or a repository of the Hub, with a normal subfolder for 
     gaussian_decoder/    GaussianDecoder
     head/                head.safetensors, a HeadModel
     README.md, images/   the model card and its pictures
+    *.py                 the code of the components once more: transformers looks for it here, whatever the subfolder
 """
 
 import json
@@ -187,20 +188,19 @@ class AvatarPipeline:
         `points` with positions (N, 3) and faces (N,), `features` (N, 4, D), `pixel_values` (3, S, S).
         """
         reads = self.gaussian_decoder.config
+        own = params.canonical().to(self.device)
         faces = torch.as_tensor(points["faces"], device=self.device)
         positions = torch.as_tensor(points["positions"], device=self.device)
         anchors = None
         if reads.read_anchors:
-            anchors = nearest_on_faces(positions, faces, self.head.canonical_vertices(params), self.head.faces)
+            anchors = nearest_on_faces(positions, faces, self.head.canonical_vertices(own), self.head.faces)
         decoded = self.gaussian_decoder(
             positions=positions[None],
             point_features=features[None] if reads.reads_point_features and features is not None else None,
             pixel_values=pixel_values[None],
             anchors=None if anchors is None else anchors[None],
         )
-        return GaussianAvatar.from_gaussians(
-            to_gaussians(decoded), faces, params.canonical().to(self.device), self.head
-        )
+        return GaussianAvatar.from_gaussians(to_gaussians(decoded), faces, own, self.head)
 
     @classmethod
     def from_pretrained(
@@ -242,11 +242,16 @@ class AvatarPipeline:
         return pipeline if device is None else pipeline.to(device)
 
     def save_pretrained(
-        self, folder: str | os.PathLike, pictures: Sequence[str | os.PathLike] = (), card: str | None = None
+        self,
+        folder: str | os.PathLike,
+        pictures: Sequence[str | os.PathLike] = (),
+        card: str | None = None,
+        license: str = "other",
     ) -> None:
         """Write the folder described above; it appears whole, or what was there before stays.
 
-        `pictures` are copied to `images/` and shown by the model card; `card` adds a paragraph to it.
+        `pictures` are copied to `images/` and shown by the model card; `card` adds a paragraph to it. `license` is the Hub's
+        name of the license of these weights ("apache-2.0", "cc-by-nc-4.0", ...), which their training data decide.
         """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -254,12 +259,14 @@ class AvatarPipeline:
             self.tokenizer.save_pretrained(new / "tokenizer")
             self.point_model.save_pretrained(new / "point_model")
             self.gaussian_decoder.save_pretrained(new / "gaussian_decoder")
+            for code in sorted(new.glob("*/*.py")):
+                shutil.copy(code, new)
             (new / "head").mkdir()
             self.head.save(new / "head" / HEAD_NAME)
             if pictures:
                 (new / "images").mkdir()
             names = [Path(shutil.copy(picture, new / "images")).name for picture in pictures]
-            (new / "README.md").write_text(self._card(names, card), encoding="utf-8")
+            (new / "README.md").write_text(self._card(names, card, license), encoding="utf-8")
             index = {"format": FORMAT, "components": list(COMPONENTS)}
             (new / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
@@ -270,15 +277,18 @@ class AvatarPipeline:
         card: str | None = None,
         private: bool | None = None,
         token: str | None = None,
+        license: str = "other",
     ) -> str:
         """Upload the folder as a model repository; returns its address."""
         with TemporaryDirectory() as temporary:
-            self.save_pretrained(Path(temporary) / "pipeline", pictures, card)
-            repository = create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
-            return str(upload_folder(repo_id=repository, folder_path=Path(temporary) / "pipeline", token=token))
+            self.save_pretrained(Path(temporary) / "pipeline", pictures, card, license)
+            address = create_repo(repo_id, private=private, exist_ok=True, token=token)
+            upload_folder(repo_id=address.repo_id, folder_path=Path(temporary) / "pipeline", token=token)
+            return str(address)
 
-    def _card(self, pictures: Sequence[str], paragraph: str | None) -> str:
+    def _card(self, pictures: Sequence[str], paragraph: str | None, license: str) -> str:
         header = ModelCardData(
+            license=license,
             library_name="avatar-pointillist",
             tags=["avatar-pointillist", "gaussian-splatting", "3d", "avatars"],
             pipeline_tag="image-to-3d",
@@ -302,6 +312,16 @@ from modeling import AvatarPipeline
 pipeline = AvatarPipeline.from_pretrained("THIS_FOLDER_OR_ID")
 avatar = pipeline("portrait.png", seed=0)
 avatar.save("avatar")                      # a GaussianAvatars folder; python -m modeling.animate moves it
+```""",
+            """Where this toolkit is not installed, the networks and the tokenizer load one by one:
+
+```python
+from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
+
+where = "THIS_FOLDER_OR_ID"
+tokenizer = AutoProcessor.from_pretrained(where, subfolder="tokenizer", trust_remote_code=True)
+point_model = AutoModelForCausalLM.from_pretrained(where, subfolder="point_model", trust_remote_code=True)
+gaussian_decoder = AutoModel.from_pretrained(where, subfolder="gaussian_decoder", trust_remote_code=True)
 ```""",
             "A generated head shows no real person unless it was asked to: do not make one of somebody who has not agreed to it.",
         ]

@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("viser", reason="the viewer needs viser: pip install 'avatar-pointillist[viewer]'")
 
-from eval.viewer import main, open_avatar
+from eval.viewer import main
 from eval.viewer_page import UNITS, Page, open_server
+from gaussian_tokenizer.avatar import open_avatar
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.motions import synthetic_motion
 from gaussian_tokenizer.synthetic import synthesize_subject

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.head_model import HeadModel, built_in_head, load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
 
 
@@ -254,6 +254,12 @@ def test_load_head_understands_every_kind_of_name(tmp_path):
     ):
         with pytest.raises(error, match=message):
             load_head(spec)
+
+
+def test_only_the_name_of_a_built_in_head_brings_one(tmp_path):
+    assert built_in_head("procedural:700").n_faces == 700
+    for name in (None, "", "flame2023", "procedurally", "procedural/../head.safetensors", str(tmp_path)):
+        assert built_in_head(name) is None
 
 
 def test_to_moves_every_tensor():

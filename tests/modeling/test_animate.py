@@ -1,6 +1,7 @@
 """`python -m modeling.animate`: files of a moving head from the command line, errors in one line."""
 
 import os
+import shutil
 import sys
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import plyfile
 import pytest
 import torch
 from PIL import Image
+from pretended_device import PretendedDevice
 
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.head_model import HeadModel
@@ -144,6 +146,30 @@ def test_a_second_run_gives_the_same_bytes(command, tmp_path):
     command(output="a.gif")
     command(output="b.gif")
     assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
+
+
+def test_the_head_is_the_built_in_one_that_the_avatar_was_made_on(command, tmp_path):
+    command(output="told.gif")
+    command(output="found.gif", head=None)
+    assert (tmp_path / "told.gif").read_bytes() == (tmp_path / "found.gif").read_bytes()
+
+
+@pytest.mark.parametrize("made_on", ["flame2023", "procedural/../flame.pkl", None])
+def test_a_head_that_the_avatar_does_not_give_is_asked_for(command, avatar_path, made_on):
+    replace(GaussianAvatar.load(avatar_path), head_name=made_on, head_hash=None).save("other.safetensors")
+    said = "does not say which head model it was made on" if made_on is None else f"was made on {made_on!r}"
+    assert f"{said}; give that with --head" in command(avatar="other.safetensors", output="a.gif", head=None)
+
+
+def test_on_another_device_the_same_files_come_out(command, tmp_path):
+    for motion, method in (("talk", "lbs"), ("turntable", "face_frames")):
+        files = {"motion": motion, "method": method, "export": "a.ply", "ply_sequence": "sequence", "output": "a"}
+        command(**files)
+        expected = {path: path.read_bytes() for path in tmp_path.glob("**/*.p*")}
+        with PretendedDevice() as device:
+            command(device=device, **files)
+        assert len(expected) == 9 and expected == {path: path.read_bytes() for path in tmp_path.glob("**/*.p*")}
+        shutil.rmtree(tmp_path / "sequence")
 
 
 @pytest.mark.parametrize(

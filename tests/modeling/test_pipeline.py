@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretended_device import PretendedDevice
 from transformers import Dinov2Config
 
 from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.motions import synthetic_motion
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.rendering import render
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +151,36 @@ def test_what_is_not_an_image_or_not_of_this_head_is_refused(pipeline, head, tmp
         pipeline(portrait(), HeadParameters.zeros(head.n_shape, 3))
 
 
+@pytest.mark.parametrize("changes", [{}, {"decoder__read_anchors": True}])
+def test_on_another_device_nothing_is_left_behind_from_the_portrait_to_the_image(head, changes):
+    shape = HeadParameters.zeros(head.n_shape, head.n_expression)
+    shape.shape[0] = 1.0
+    pipeline, motion = AvatarPipeline(**components(head, **changes)), synthetic_motion("nod", head, 2)
+    expected = pipeline(portrait(), shape, seed=0, max_points=8)
+    with PretendedDevice() as device:
+        avatar = pipeline.to(device)(portrait(), shape, seed=0, max_points=8)
+        assert {value.device for value in avatar.tensors().values()} == {device}
+        for method in ("lbs", "face_frames"):
+            posed = avatar.posed(motion, method)
+            assert render(posed, portrait_cameras(head, size=24)[0:1]).image.device == posed.positions.device == device
+        back = avatar.to("cpu").tensors()
+    for name, value in expected.tensors().items():  # as for a file: memory lies otherwise
+        torch.testing.assert_close(back[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_pretended_device_notices_what_is_left_behind():
+    left = torch.ones(3)
+    with PretendedDevice() as device:
+        there = torch.ones(3, device=device)
+        assert (there * 2 + torch.tensor(1.0)).device == device and torch.equal(left.to(there) + there, there * 2)
+        for mixed in (lambda: there + left, lambda: left[there.long()], lambda: torch.stack([there, left])):
+            with pytest.raises(RuntimeError, match="same device"):
+                mixed()
+        with pytest.raises(TypeError, match="numpy"):
+            np.asarray(there)
+        assert there.cpu().numpy().sum() == 3 and there[left.long()].device == device
+
+
 # ---- the folder
 
 
@@ -159,6 +192,7 @@ def test_the_folder_gives_back_the_same_pipeline(pipeline, saved):
     ) in avatar.tensors().items():  # weights read from a file lie otherwise in memory: the last bit may differ
         torch.testing.assert_close(again.tensors()[name], value, rtol=1e-5, atol=1e-6)
     card = (saved / "README.md").read_text()
+    assert "\nlicense: other\n" in card
     assert card.startswith("---\n") and "![look](images/look.png)" in card and "Untrained: for tests." in card
     assert (saved / "images" / "look.png").is_file()
 
