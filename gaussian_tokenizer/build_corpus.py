@@ -18,6 +18,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from gaussian_tokenizer.hub import upload
+
 SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
@@ -47,23 +49,6 @@ def print_counts(manifest: Mapping[str, Any]) -> None:
         print(f"left out {entry['folder']}: {entry['reason']}", file=sys.stderr)
 
 
-def push_to_hub(corpus: Path, repository: str, private: bool) -> str:
-    """Upload a corpus folder as a dataset repository; returns its address. OSError of one line if that fails."""
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        address = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, repo_type="dataset", folder_path=corpus, commit_message="Upload corpus")
-    except Exception as error:  # the kinds are those of the HTTP library of the day
-        reason = " ".join(str(error).split())
-        raise OSError(
-            f"{corpus} is complete, but was not uploaded to {repository!r}: {reason}; when online and logged in "
-            f"(hf auth login), upload it with: hf upload {repository} {corpus} . --repo-type dataset"
-        ) from None
-    return str(address)
-
-
 def _build(options: argparse.Namespace) -> int:
     from gaussian_tokenizer.corpus_builder import build
     from gaussian_tokenizer.corpus_plan import BuildSettings
@@ -84,7 +69,8 @@ def _build(options: argparse.Namespace) -> int:
     print_counts(manifest)
     print(f"corpus: {options.output}")
     if options.push_to_hub:
-        print(f"uploaded: {push_to_hub(options.output, options.push_to_hub, options.hub_private_repo)}")
+        address = upload(options.output, options.push_to_hub, "dataset", options.hub_private_repo)
+        print(f"uploaded: {address}")
     return 0
 
 

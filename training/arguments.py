@@ -228,7 +228,7 @@ def exit_on_user_error(main) -> None:
     """Run `main`; what a user can mend is said in one line instead of a traceback."""
     try:
         main()
-    except (ValueError, FileNotFoundError, StrictDataclassError) as error:
+    except (ValueError, FileNotFoundError, ConnectionError, StrictDataclassError) as error:
         if os.environ.get("POINTILLIST_TRACEBACK"):
             raise
         # The configuration's own words, without the name of the validator around them.

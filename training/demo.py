@@ -40,6 +40,7 @@ from training.demo_report import (
     true_frames,
 )
 from training.frames import SubjectRows, mean_images
+from training.model_card import hub_license
 
 STEPS = 6
 SHOWN = 8  # subjects in the pictures
@@ -118,7 +119,8 @@ def main() -> None:
     report = json.loads((output / "model" / "training_report.json").read_text())
     report["decoder"] = json.loads((output / "decoder" / "training_report.json").read_text())
     report |= generate(pipeline, corpus, arguments.num_generated, arguments.seed, output)
-    pipeline.save_pretrained(output / "pipeline", pictures=[output / "pictures" / "avatars.png"])
+    picture = output / "pictures" / "avatars.png"
+    pipeline.save_pretrained(output / "pipeline", pictures=[picture], license=hub_license(corpus))
     report["seconds"] = round(time.perf_counter() - begin, 1)
     with atomic_file(output / "report.json") as file:
         file.write(json.dumps(report, indent=2).encode())

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import create_repo, upload_folder
 from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from gaussian_tokenizer.atomic import atomic_file, flush_to_disk
+from gaussian_tokenizer.hub import one_line, upload
 
 COMPLETE = "COMPLETE"
 
@@ -43,6 +43,16 @@ class ExactTrainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def init_hf_repo(self, token=None, private=None):
+        """Trainer's: the repository is made before the training, so that one who may not is told now."""
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:  # the kinds are those of the HTTP library of the day
+            raise ConnectionError(
+                f"--push_to_hub true, but the repository cannot be made: {one_line(error)}; log in (hf auth login) while "
+                "online, or train without it and upload the output folder later"
+            ) from None
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Nothing: the finished folder is uploaded once, without Trainer's arguments, which hold the token of the Hub."""
@@ -87,16 +97,17 @@ class ExactTrainer(Trainer):
             # Old weights go first and new ones come last: a folder without weights does not load, so no mix is taken for a model.
             for stale in [*output.glob("model*.safetensors"), *output.glob("model.safetensors.index.json")]:
                 stale.unlink()
-            for path in sorted(staging.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
+            written = sorted(staging.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
+            for path in written:
                 with open(path, "rb") as file:
                     flush_to_disk(file)
                 path.replace(output / path.name)
             shutil.rmtree(staging)
         if self.args.push_to_hub:
-            name, token = self.args.hub_model_id or output.name, self.args.hub_token
-            repository = create_repo(name, private=self.args.hub_private_repo, exist_ok=True, token=token).repo_id
-            ignored = ["checkpoint-*", "training_args.bin"]
-            upload_folder(repo_id=repository, folder_path=output, ignore_patterns=ignored, token=token)
+            # What else lies in the folder is not the model, and the arguments hold the token of the Hub.
+            names = [path.name for path in written if path.name != "training_args.bin"]
+            address = upload(output, self.hub_model_id, token=self.args.hub_token, only=names)
+            print(f"uploaded: {address}", flush=True)
 
 
 @contextmanager

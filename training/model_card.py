@@ -4,14 +4,23 @@ from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
 
 from gaussian_tokenizer.corpus import Corpus
+from gaussian_tokenizer.corpus_card import HUB_LICENCES
 from modeling import GaussianDecoderConfig, PointillistConfig
 
 SLOTS = {"x": "x", "y": "y", "z": "z", "b": "face"}
 
 
+def hub_license(corpus: Corpus) -> str:
+    """The license that all training subjects share, as the Hub calls it; "other" where they differ or it knows no such one."""
+    found = {license.lower() for license in corpus.avatars("train")["licence"]}
+    license = found.pop() if len(found) == 1 else "other"
+    return license if license in HUB_LICENCES else "other"
+
+
 def model_card(config: PointillistConfig, corpus: Corpus, report: dict, arguments: TrainingArguments) -> str:
     """Markdown with a YAML header."""
     header = ModelCardData(
+        license=hub_license(corpus),
         library_name="transformers",
         tags=["avatar-pointillist", "gaussian-splatting", "3d", "avatars"],
         pipeline_tag="image-to-3d",
@@ -83,6 +92,7 @@ def decoder_card(config: GaussianDecoderConfig, corpus: Corpus, report: dict, ar
     }
     table = "\n".join(f"| {name} | {fact} |" for name, fact in facts.items())
     header = ModelCardData(
+        license=hub_license(corpus),
         library_name="transformers",
         tags=["avatar-pointillist", "gaussian-splatting", "3d", "avatars"],
         pipeline_tag="image-to-3d",

@@ -18,7 +18,6 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
-from gaussian_tokenizer import build_corpus
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.build_corpus import main
 from gaussian_tokenizer.corpus import load_corpus, staging_folder, tokenizer_fingerprint
@@ -516,17 +515,6 @@ def test_a_failed_upload_is_one_line_and_the_corpus_stays(subjects, tmp_path, ca
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "was not uploaded to 'me/heads': network is unreachable" in line
     assert load_corpus(tmp_path / "corpus").splits == ("train", "validation")
-
-
-def test_an_upload_hands_over_the_whole_folder(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    calls = {}
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo, **k: calls.update(repo=repo, **k))
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **k: calls.update(k))
-    build_corpus.push_to_hub(tmp_path, "me/heads", private=True)
-    assert calls["repo"] == calls["repo_id"] == "me/heads" and calls["repo_type"] == "dataset"
-    assert calls["private"] and calls["folder_path"] == tmp_path
 
 
 def test_help_names_options_and_commands(capsys):

@@ -277,3 +277,9 @@ def test_a_split_that_is_not_there_is_named(script):
 
 def test_a_window_that_is_not_whole_points_is_named(script):
     assert "sliding_window must be a positive multiple of 4" in script("--sliding_window", 126)
+
+
+def test_a_hub_that_cannot_be_written_to_is_said_before_training(script, tmp_path):
+    line = script("--push_to_hub", "true", "--hub_model_id", "me/model")
+    assert "--push_to_hub true, but the repository cannot be made" in line and "hf auth login" in line
+    assert not list(tmp_path.glob("run/checkpoint-*"))

@@ -1,0 +1,43 @@
+"""A finished folder to the Hub, and what goes wrong on the way in one line with the command that does it later."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def upload(
+    folder: str | Path,
+    repository: str,
+    repo_type: str = "model",
+    private: bool | None = None,
+    token: str | None = None,
+    only: Sequence[str] | None = None,
+) -> str:
+    """Upload a folder as a repository, which is made if it is not there; returns the repository's address.
+
+    `only` names the files to upload (None: all). `private` is asked of a new repository only. Raises ConnectionError of one
+    line for whatever prevents it: the folder is untouched.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi(token=token)
+        address = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=address.repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            allow_patterns=None if only is None else list(only),
+        )
+    except Exception as error:  # the kinds are those of the HTTP library of the day
+        words = ["hf upload", repository, str(folder), "."]
+        words += [] if repo_type == "model" else [f"--repo-type {repo_type}"]
+        words += [f"--include {name}" for name in only or ()]
+        raise ConnectionError(
+            f"{folder} is complete, but was not uploaded to {repository!r}: {one_line(error)}; when online and logged in "
+            f"(hf auth login), upload it with: {' '.join(words)}"
+        ) from None
+    return str(address)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
