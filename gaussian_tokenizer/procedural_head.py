@@ -25,7 +25,19 @@ from gaussian_tokenizer.head_building import (
     vertices_as_face_points,
 )
 from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.procedural_mesh import LEFT_EAR, LEFT_EYE, POCKET, RIGHT_EAR, RIGHT_EYE, SKIN, Mesh, build_mesh
+from gaussian_tokenizer.procedural_mesh import (
+    LEFT_EAR,
+    LEFT_EYE,
+    LOWER_TEETH,
+    POCKET,
+    RIGHT_EAR,
+    RIGHT_EYE,
+    SKIN,
+    TONGUE,
+    UPPER_TEETH,
+    Mesh,
+    build_mesh,
+)
 from gaussian_tokenizer.procedural_surface import EYE_CENTER
 
 JOINT_POSITIONS = {  # millimetres
@@ -36,6 +48,7 @@ JOINT_POSITIONS = {  # millimetres
     "right_eye": tuple(EYE_CENTER * (-1, 1, 1)),
 }
 JAW_DROP_DEGREES = 20.0
+LIP_LINE = (-47.0, 88.0)  # (y, z)
 
 
 class Move(NamedTuple):
@@ -176,6 +189,15 @@ def _eye_centers(p: np.ndarray) -> np.ndarray:
     return EYE_CENTER * np.where(p[:, :1] >= 0, (1, 1, 1), (-1, 1, 1))
 
 
+def _in_mouth(mesh: Mesh) -> np.ndarray:
+    return np.isin(mesh.part, (POCKET, UPPER_TEETH, LOWER_TEETH, TONGUE))
+
+
+def _is_hard(mesh: Mesh) -> np.ndarray:
+    """(V,) bool: moved by the joints alone, by no expression of the skin around."""
+    return np.isin(mesh.part, (LEFT_EYE, RIGHT_EYE, UPPER_TEETH, LOWER_TEETH, TONGUE))
+
+
 def _identity(mesh: Mesh, name: str, moves: tuple[Move, ...]) -> np.ndarray:
     p = mesh.vertices
     ear = (mesh.part == LEFT_EAR) | (mesh.part == RIGHT_EAR)
@@ -187,6 +209,8 @@ def _identity(mesh: Mesh, name: str, moves: tuple[Move, ...]) -> np.ndarray:
         return ear[:, None] * np.stack((0.3 * rearward * np.sign(p[:, 0]), 0 * rearward, 0.08 * rearward), -1)
     if name == "eye_size":
         return _displacement(p, moves) * ~ear[:, None]
+    # What is inside the mouth moves as the lips before it do.
+    p = np.where(_in_mouth(mesh)[:, None], np.stack((p[:, 0], *(0 * p[:, :2] + LIP_LINE).T), 1), p)
     # Eyeballs move as one, and the lids close to them nearly so: neither may cut through the other. So do ears.
     eye = (mesh.part == LEFT_EYE) | (mesh.part == RIGHT_EYE)
     centers = _eye_centers(p)
@@ -211,13 +235,12 @@ def _expression(mesh: Mesh, weights: np.ndarray, name: str, moves: tuple[Move, .
         return weights[:, 2:3] * (turned - arm)
     if name == "lips_part":
         up = _flat_bump(p, *UPPER_LIP) * (mesh.side > 0) * weights[:, 1]
-        down = _flat_bump(p, *LOWER_LIP) * weights[:, 2]
+        down = _flat_bump(p, *LOWER_LIP) * weights[:, 2] * ~_is_hard(mesh)
         return up[:, None] * np.array((0, 3.5, 0.8)) + down[:, None] * np.array((0, -5.0, 0.5))
     if name.startswith("lids"):
         on_side = {"lids_close_left": p[:, 0] > 0, "lids_close_right": p[:, 0] < 0, "lids_widen": True}[name]
         return _lid_motion(mesh, mesh.travel * on_side * (-0.3 if name == "lids_widen" else 1.0))
-    eye = (mesh.part == LEFT_EYE) | (mesh.part == RIGHT_EYE)
-    return _displacement(p, moves) * ~eye[:, None]
+    return _displacement(p, moves) * ~_is_hard(mesh)[:, None]
 
 
 def _lid_motion(mesh: Mesh, travel: np.ndarray) -> np.ndarray:
@@ -231,7 +254,7 @@ def _lid_motion(mesh: Mesh, travel: np.ndarray) -> np.ndarray:
 
 
 def _skinning_weights(mesh: Mesh) -> np.ndarray:
-    """(V, 5), rows sum to 1: the head hangs on the neck joint, chin and lower lip on the jaw, eyeballs on the eyes."""
+    """(V, 5), rows sum to 1: the head hangs on the neck joint, chin, lower lip and what stands on it on the jaw."""
     p = mesh.vertices
     weights = np.zeros((len(p), 5))
     weights[:, 0] = 1 - smoothstep((p[:, 1] + 150) / 75)
@@ -243,11 +266,11 @@ def _skinning_weights(mesh: Mesh) -> np.ndarray:
     between_lips = (1 - smoothstep((np.abs(p[:, 0]) - 9) / 16)) * np.exp(-(((p[:, 1] + 47) / 20) ** 4)) * (p[:, 2] > 45)
     jaw = soft + between_lips * ((1 - mesh.side) / 2 - soft)
     jaw *= smoothstep((p[:, 2] - 2) / 38) * smoothstep((p[:, 1] + 128) / 32)
+    jaw[above_hairline(p / 1000)] = 0  # hair stays with the skull
     weights[:, 2] = jaw * (1 - weights[:, 0])
-    for joint, part in ((3, LEFT_EYE), (4, RIGHT_EYE)):
+    whole = {LEFT_EAR: 1, RIGHT_EAR: 1, UPPER_TEETH: 1, LOWER_TEETH: 2, TONGUE: 2, LEFT_EYE: 3, RIGHT_EYE: 4}
+    for part, joint in whole.items():
         weights[mesh.part == part] = np.eye(5)[joint]
-    for part in (LEFT_EAR, RIGHT_EAR):
-        weights[mesh.part == part] = np.eye(5)[1]
     weights[:, 1] = 1 - weights[:, [0, 2, 3, 4]].sum(1)
     return weights
 
@@ -301,7 +324,9 @@ def _regions(mesh: Mesh) -> dict[str, np.ndarray]:
         "ears": ears,
         "nose": nose,
         "neck": neck,
-        "mouth_interior": mesh.part == POCKET,
+        "mouth_interior": _in_mouth(mesh),
+        "teeth": (mesh.part == UPPER_TEETH) | (mesh.part == LOWER_TEETH),
+        "tongue": mesh.part == TONGUE,
     }
 
 

@@ -2,9 +2,10 @@
 
 The skin is one grid, columns around the vertical axis and rows from the crown to the collar, finest in the face. Along
 three cuts of the grid (two eyes, one mouth) the rows above and below part: the lids open around separate eyeballs, the
-lips lead into a pocket. The ears are shells of their own that sink into the skull. Resolution is two numbers, one for
-columns and one for rows; `build_mesh` picks them for a wanted number of faces and makes up the rest, exactly, by
-cutting the longest edges of the skin in two. Millimetres, axes as in `procedural_surface`.
+lips lead into a pocket that holds teeth and a tongue. The ears are shells of their own that sink into the skull.
+Resolution is two numbers, one for columns and one for rows; `build_mesh` picks them for a wanted number of faces and
+makes up the rest, exactly, by cutting the longest edges of the skin in two. Millimetres, axes as in
+`procedural_surface`.
 """
 
 import itertools
@@ -15,7 +16,8 @@ import numpy as np
 from gaussian_tokenizer.procedural_surface import EYE_CENTER, EYE_RADIUS, cast, skin_distance, skin_normal
 
 FEWEST_FACES, MOST_FACES = 600, 40_000
-SKIN, POCKET, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR = range(6)  # values of `Mesh.part`
+# Values of `Mesh.part`.
+SKIN, POCKET, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR, UPPER_TEETH, LOWER_TEETH, TONGUE = range(9)
 
 # Columns: azimuth in degrees from the front (corners of eye and mouth fall on columns) and cells between, finest head.
 AZIMUTHS = (0.0, 11.6, 15.6, 30.0, 62.0, 118.0, 180.0)
@@ -26,7 +28,7 @@ ROWS = (
     (20.0, -5.0, 42.0, 44.0, 6),  # hairline
     (20.0, -5.0, 12.0, 14.0, 7),  # brows
     (20.0, -5.0, 1.0, 2.0, 10),  # eyes
-    (20.0, -5.0, -24.5, -8.0, 5),  # under the nose
+    (20.0, -5.0, -24.5, -8.0, 6),  # under the nose
     (20.0, -5.0, -33.3, -13.0, 8),  # mouth
     (18.0, -5.0, -46.0, -24.0, 6),  # chin
     (-2.0, -8.0, -57.0, -26.0, 4),  # under the chin
@@ -41,6 +43,11 @@ MOUTH_BEND = 4.3  # millimetres that the mouth row comes down at the corners
 EYE_ANGLES = (9.0, 18.0, 28.5, 40.0, 54.0, 70.0, 88.0, 110.0, 138.0)  # rings of an eyeball, from the pupil back
 IRIS_ANGLE = 28.5
 EAR_BASE = np.array([73.5, 2.0, -9.0])
+POCKET_DEPTH, POCKET_HEIGHT = 36.0, 9.0  # from the lips to the back, from the mouth line to the roof and to the floor
+# An arch of teeth: middle of its front (y of root and of tip, z), half its width, and how far its ends lie behind.
+UPPER_ARCH, LOWER_ARCH = (-38.0, -50.0, 88.5, 17.5, 23.0), (-58.0, -50.0, 84.5, 16.0, 20.0)
+TOOTH_THICKNESS = 3.5
+TONGUE_LENGTH, TONGUE_WIDTH = (61.0, 81.0), 12.5  # z of root and tip, half the width
 
 
 @dataclass
@@ -88,6 +95,9 @@ def build_mesh(n_faces: int) -> Mesh:
         _add_eyeball(mesh, column_scale, mirror)
     for mirror in (1, -1):
         _add_ear(mesh, column_scale, mirror)
+    for part, arch in ((UPPER_TEETH, UPPER_ARCH), (LOWER_TEETH, LOWER_ARCH)):
+        _add_teeth(mesh, column_scale, part, arch)
+    _add_tongue(mesh, column_scale)
     _split_edges(mesh, n_faces - len(mesh.faces))
     return mesh
 
@@ -122,7 +132,17 @@ def _between(keys: tuple, cells: list[int]) -> np.ndarray:
 
 
 def _pocket_rows(scale: float) -> int:
-    return max(1, round(3 * scale))
+    return max(2, round(3 * scale))
+
+
+def _teeth_size(scale: float) -> tuple[int, int]:
+    """Cells along an arch of teeth, and strips: a coarse head has the fronts only, others edges and backs as well."""
+    return max(2, 2 * round(6 * scale)), 1 if scale < 0.45 else 3
+
+
+def _tongue_size(scale: float) -> tuple[int, int]:
+    """Cells across and along."""
+    return max(2, 2 * round(3.5 * scale)), max(2, round(5 * scale))
 
 
 def _eye_size(scale: float) -> tuple[int, np.ndarray]:
@@ -149,7 +169,9 @@ def _count(column_scale: float, row_scale: float) -> int:
     eyes = 2 * 2 * segments * len(angles)
     around, front, back = _ear_size(column_scale)
     ears = 2 * around * (2 * (front + back) - 1)
-    return skin + rims + pocket + eyes + ears
+    cells, strips = _teeth_size(column_scale)
+    across, along = _tongue_size(column_scale)
+    return skin + rims + pocket + eyes + ears + 2 * 2 * cells * strips + 2 * across * along
 
 
 def _add_skin(mesh: Mesh, column_scale: float, row_scale: float) -> None:
@@ -251,13 +273,14 @@ def _add_lid_rims(mesh: Mesh, upper: np.ndarray, lower: np.ndarray) -> None:
 def _add_pocket(mesh: Mesh, upper: np.ndarray, lower: np.ndarray, rows: int) -> None:
     """The inside of the mouth: a roof from the upper lip and a floor from the lower, meeting at the back."""
     lips = mesh.vertices[upper]
-    back = mesh.add(lips * (0.7, 1, 1) - (0, 2, 36), POCKET, 0.0)
+    back = mesh.add(lips * (0.7, 1, 1) - (0, 2, POCKET_DEPTH), POCKET, 0.0)
     sheets = []
     for edge, sign in ((upper, 1.0), (lower, -1.0)):
         sheet = [edge]
         for row in range(1, rows):
             depth = row / rows
-            offset = np.array((0, sign * 9 * np.sin(np.pi * depth**0.7) - 2 * depth, -36 * depth))
+            height = sign * POCKET_HEIGHT * np.sin(np.pi * depth**0.7) - 2 * depth
+            offset = np.array((0, height, -POCKET_DEPTH * depth))
             sheet.append(mesh.add(lips * (1 - 0.3 * depth, 1, 1) + offset, POCKET, sign))
         sheets.append([*sheet, back])
     for roof, deeper in itertools.pairwise(sheets[0]):
@@ -280,6 +303,33 @@ def _add_pocket(mesh: Mesh, upper: np.ndarray, lower: np.ndarray, rows: int) -> 
         )
         if end == -1:
             mesh.faces[start:] = mesh.faces[start:, ::-1]
+
+
+def _add_teeth(mesh: Mesh, scale: float, part: int, arch: tuple[float, float, float, float, float]) -> None:
+    """One arch of teeth as a parabola behind the lips, its root sunk into the roof or the floor of the pocket."""
+    root, tip, front, half_width, recess = arch
+    cells, strips = _teeth_size(scale)
+    along = np.linspace(-1, 1, cells + 1)
+    outer = np.stack((half_width * along, 0 * along, front - recess * along**2), 1)
+    inner = outer * (1 - TOOTH_THICKNESS / half_width, 1, 1) - (0, 0, TOOTH_THICKNESS)
+    rings = ((outer, root), (outer, tip), (inner, tip), (inner, root))[: strips + 1]
+    rows = [mesh.add(ring + np.array((0, height, 0)), part) for ring, height in rings]
+    for above, below in itertools.pairwise(rows if root > tip else rows[::-1]):
+        mesh.add_quads(above, below)
+
+
+def _add_tongue(mesh: Mesh, scale: float) -> None:
+    """The upper side of a tongue that lies in the lower teeth: a dome whose rim is sunk into the floor."""
+    across, along = _tongue_size(scale)
+    x = np.linspace(-1, 1, across + 1)
+    t = np.linspace(0, 1, along + 1)[:, None]  # 0 at the root
+    width = TONGUE_WIDTH * np.sqrt(1 - 0.75 * t**3)
+    height = -50.0 + 7.0 * np.sin(np.pi * (0.1 + 0.8 * t)) - 10.0 * x**4 - 8.0 * t**6
+    depth = TONGUE_LENGTH[0] + t * (TONGUE_LENGTH[1] - TONGUE_LENGTH[0] - 6.0 * x**2)
+    points = np.stack(np.broadcast_arrays(width * x, height, depth), -1)
+    rows = mesh.add(points, TONGUE)
+    for back, front in itertools.pairwise(rows):
+        mesh.add_quads(back, front)
 
 
 def _add_eyeball(mesh: Mesh, scale: float, mirror: int) -> None:

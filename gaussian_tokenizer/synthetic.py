@@ -25,12 +25,14 @@ from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.rotations import matrix_to_quaternion
 from gaussian_tokenizer.synthetic_layout import (
+    JAW_OPENING,
     MIN_POINTS_PER_FACE,
     FaceLayout,
     default_num_points,
     dense_counts,
     face_layout,
     points_of_faces,
+    spacings,
     sparse_counts,
 )
 from gaussian_tokenizer.synthetic_looks import Looks, colors_of, draw_looks, smoothstep
@@ -39,9 +41,13 @@ SHAPE_LIMIT = 2.5  # standard deviations
 ROUNDING = 0.7  # of Phong tessellation: 0 keeps the flat faces, 1 the full tangent planes
 OPACITY = 0.98
 WIDTH, DENSE_WIDTH = 0.85, 0.75  # of a Gaussian (one standard deviation), relative to the distance of the points
-# How far a random moment goes at most: axis-angle of the neck (nod, turn, tilt), of the eyes, and the jaw, radians.
-NECK_TURN, GAZE, JAW_OPENING = np.array((0.15, 0.3, 0.08)), np.array((0.15, 0.3, 0.0)), 0.3
+# How far a random moment goes at most: axis-angle of the neck (nod, turn, tilt) and of the eyes, radians.
+NECK_TURN, GAZE = np.array((0.15, 0.3, 0.08)), np.array((0.15, 0.3, 0.0))
 EXPRESSIONS_AT_ONCE = 3
+COLORED_REGIONS = (
+    *("scalp", "beard", "brows", "lips", "eyes", "ears", "nose", "neck"),
+    *("mouth_interior", "teeth", "tongue"),
+)
 FLAT = 0.25  # thickness of a Gaussian on the skin, relative to its width
 
 
@@ -143,13 +149,19 @@ def _dress(
             smoothstep((at_points(masks[name].astype(float)) - 0.25) / 0.5) if name in masks else np.zeros(len(faces))
         )
 
-    weights = {name: region(name) for name in ("scalp", "beard", "brows", "lips", "eyes", "ears", "nose", "neck")}
+    weights = {name: region(name) for name in COLORED_REGIONS}
     weights["brows"] = smoothstep(2 * weights["brows"] - 1)  # a thin thing, also where the triangles are large
     weights["beard"] *= 1 - weights["lips"]
     if "iris" in masks:
         weights["iris_distance"] = _iris_distance(head.template.double().numpy(), masks["iris"], at_points)
+    if "mouth_interior" in masks:
+        forward = head.template[:, 2].double().numpy()
+        low, high = (bound(forward[masks["mouth_interior"]]) for bound in (np.min, np.max))
+        weights["mouth_depth"] = np.clip((high - at_points(forward)) / (high - low), 0, 1)
     normal = _normalized(at_points(vertex_normals))
-    skin = _rounded_surface(vertices, vertex_normals, corners, barycentrics)
+    # The walls of the mouth stay on their triangles: at the lips their normals are those of the skin.
+    rounding = ROUNDING * (layout.zone[faces] != layout.zones.index("mouth_interior"))
+    skin = _rounded_surface(vertices, vertex_normals, corners, barycentrics, rounding)
     # Position in the volume of hair or beard: how deep, and how far along the strand. Even over the points of a face
     # and over the faces, and like all else the same for everybody.
     depth = (0.5 + index * 0.6180339887498949 + faces * 0.7548776662466927) % 1
@@ -163,7 +175,7 @@ def _dress(
 
     lift = np.linalg.norm(offsets, axis=1)
     lifted, hanging = smoothstep(lift / 0.006), smoothstep((lift - 0.03) / 0.05)
-    widths = width * _spacing(layout, counts)[faces]
+    widths = width * spacings(layout, counts)[faces]
     relative = np.stack((1 + 0.5 * lifted + 0.8 * hanging, FLAT + (0.8 - FLAT) * lifted, 1 + 0.2 * lifted), 1)
     arrays = {
         "positions": skin + offsets,
@@ -176,13 +188,13 @@ def _dress(
 
 
 def _rounded_surface(
-    vertices: np.ndarray, normals: np.ndarray, corners: np.ndarray, barycentrics: np.ndarray
+    vertices: np.ndarray, normals: np.ndarray, corners: np.ndarray, barycentrics: np.ndarray, rounding: np.ndarray
 ) -> np.ndarray:
-    """(N, 3) points on the faces, moved towards the tangent planes of the corners (Boubekeur and Alexa 2008)."""
+    """(N, 3) points on the faces, moved by `rounding` (N,) towards the corners' tangent planes (Boubekeur and Alexa 2008)."""
     a, n = vertices[corners], normals[corners]  # (N, 3 corners, 3)
     flat = np.einsum("nc,nci->ni", barycentrics, a)
     heights = np.einsum("nci,nci->nc", a - flat[:, None], n)
-    return flat + ROUNDING * np.einsum("nc,nc,nci->ni", barycentrics, heights, n)
+    return flat + rounding[:, None] * np.einsum("nc,nc,nci->ni", barycentrics, heights, n)
 
 
 def _hair_offsets(
@@ -241,15 +253,6 @@ def _iris_distance(template: np.ndarray, iris: np.ndarray, at_points: Callable[[
             radius = np.linalg.norm((template[side] - center)[:, :2], axis=1).max()
             distance = np.minimum(distance, np.linalg.norm((positions - center)[:, :2], axis=1) / max(radius, 1e-9))
     return distance
-
-
-def _spacing(layout: FaceLayout, counts: np.ndarray) -> np.ndarray:
-    """(F,) metres from point to point, if the points of a zone lay evenly on all of it."""
-    spacing = np.zeros(layout.n_faces)
-    for zone in layout.zones:
-        faces = layout.order[zone]
-        spacing[faces] = np.sqrt(layout.zone_area(zone) / max(counts[faces].sum(), 1))
-    return spacing
 
 
 def _axes(normal: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
 
 MIN_POINTS_PER_FACE, MAX_POINTS_PER_FACE = 4, 15
 # zone: (points per area relative to plain skin, points on an occupied face of average size). A later zone wins.
@@ -25,17 +26,25 @@ ZONES = {
     "beard": (1.6, 4),
     "brows": (5.0, 6),
     "eyelids": (4.0, 4),
-    "lips": (8.0, 7),
+    "lips": (14.0, 7),
     "eyes": (4.0, 4),
     "iris": (14.0, 6),
+    "mouth_interior": (2.5, 4),
+    "teeth": (5.0, 4),
+    "tongue": (3.0, 4),
 }
 HAIR = {"bald": ZONES["scalp"], "short": (1.45, 8), "curly": (1.6, 11), "long": (1.75, 13)}
 BEARD = {"none": ZONES["beard"], "stubble": (2.0, 6), "short": (2.5, 8), "full": (3.0, 11)}
 # The subject that has exactly the number of points asked for: between the extremes, not a person of its own.
 REFERENCE = {"scalp": 1.43, "beard": 2.3}
 # How much denser than plain skin, where every face carries points.
-DENSER = {"brows": 3, "eyelids": 3, "lips": 4, "eyes": 4, "iris": 9, "beard": 1.5}
+DENSER = {"brows": 3, "eyelids": 3, "lips": 4, "eyes": 4, "iris": 9, "beard": 1.5, "teeth": 2}
 DENSER_HAIR = {"bald": 1, "short": 1.5, "curly": 2.5, "long": 3}
+# Skin hides what is behind it, so it must have no holes: next to faces without points its points are wider, by so many
+# metres at most. What is in the mouth must not show through the lips: it is no wider than so.
+CLOSED, CLOSING = ("skin", "neck", "nose", "beard"), 0.002
+INSIDE, WIDEST_INSIDE = ("mouth_interior", "teeth", "tongue"), 0.006
+JAW_OPENING = 0.3  # radians, as far as a random timestep opens the jaw and as far as closed zones stay closed
 LOOKING_FORWARD = 0.35  # faces of an eyeball whose normal has a smaller z are behind the lids
 FULL_HEAD_POINTS = 26_000
 
@@ -48,6 +57,7 @@ class FaceLayout:
     zone: np.ndarray  # (F,) index into `zones`; -1 on faces that never carry a point
     areas: np.ndarray  # (F,) m^2, of the template
     order: dict[str, np.ndarray]  # zone -> its faces, spatially even from the first to the last
+    centers: np.ndarray  # (2, F, 3) metres, of the faces of the template at rest and with the jaw open
 
     @property
     def n_faces(self) -> int:
@@ -59,7 +69,11 @@ class FaceLayout:
 
 @functools.lru_cache(maxsize=4)
 def face_layout(head: HeadModel) -> FaceLayout:
-    """The zones of `head`. Only the region `eyes` hides faces (turned away), and `mouth_interior` all of its own."""
+    """The zones of `head`.
+
+    The region `eyes` hides faces (turned away). `mouth_interior` hides all that touch it on a head that does not say
+    which of it are `teeth`: nobody could colour them.
+    """
     faces, template = head.faces.cpu().numpy(), head.template.cpu().numpy().astype(np.float64)
     corners = template[faces]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
@@ -72,11 +86,18 @@ def face_layout(head: HeadModel) -> FaceLayout:
     eyeball = np.isin(zone, [names.index("eyes"), names.index("iris")])
     zone[eyeball & (normals[:, 2] < LOOKING_FORWARD * double_areas)] = -1
     if "mouth_interior" in head.regions:
-        zone[_faces_of(head.regions["mouth_interior"].cpu().numpy(), faces)] = -1
+        inside = head.regions["mouth_interior"].cpu().numpy()[faces].any(1)
+        if "teeth" in head.regions:
+            zone[inside & (zone < names.index("mouth_interior"))] = names.index("mouth_interior")
+        else:
+            zone[inside] = -1
     zone[double_areas <= 0] = -1
-    centers = corners.mean(1)
-    order = {name: _farthest_point_order(centers, np.flatnonzero(zone == index)) for index, name in enumerate(names)}
-    return FaceLayout(names, zone, double_areas / 2, order)
+    open_jaw = HeadParameters.zeros(head.n_shape, head.n_expression)
+    open_jaw.jaw_pose[0, 0] = JAW_OPENING
+    opened = head.pose(open_jaw.to(head.device)).vertices[0].cpu().double().numpy()
+    centers = np.stack((corners.mean(1), opened[faces].mean(1)))
+    order = {name: _farthest_point_order(centers[0], np.flatnonzero(zone == index)) for index, name in enumerate(names)}
+    return FaceLayout(names, zone, double_areas / 2, order, centers)
 
 
 def default_num_points(n_faces: int) -> int:
@@ -103,8 +124,9 @@ def sparse_counts(
         mean = max(per_face * min_points_per_face / MIN_POINTS_PER_FACE, wanted / len(faces))
         relative = np.sqrt(layout.areas[faces] / layout.areas[faces].mean())
         on_face = np.clip(np.round(mean * relative), min_points_per_face, MAX_POINTS_PER_FACE).astype(np.int64)
-        # Whole faces, as near to the wanted number as they come; at least two, for zones with a left and a right.
-        occupied = max(2, int(np.searchsorted(np.cumsum(on_face) - on_face / 2, wanted)))
+        # Whole faces, as near to the wanted number as they come; at least two where there is a left and a right to see.
+        fewest = 1 if zone in INSIDE else 2
+        occupied = max(fewest, int(np.searchsorted(np.cumsum(on_face) - on_face / 2, wanted)))
         counts[faces[:occupied]] = on_face[:occupied]
     return counts
 
@@ -115,6 +137,31 @@ def dense_counts(layout: FaceLayout, spacing: float, hair: str) -> np.ndarray:
     more[layout.zones.index("scalp")] = DENSER_HAIR[hair]
     counts = np.maximum(1, np.round(layout.areas * more[layout.zone] / spacing**2)).astype(np.int64)
     return np.where(layout.zone >= 0, counts, 0)
+
+
+def spacings(layout: FaceLayout, counts: np.ndarray) -> np.ndarray:
+    """(F,) metres that each point of a face with `counts` (F,) points has to fill, 0 on a face without points.
+
+    It is the distance of the points if those of a zone lay evenly on all of it, or at least on their face. They do not,
+    as a face has none or several: on skin the points nearest to a face without any fill this too, at rest and with the
+    jaw open.
+    """
+    result = np.zeros(layout.n_faces)
+    for zone, faces in layout.order.items():
+        occupied, bare = faces[counts[faces] > 0], faces[counts[faces] == 0]
+        if len(occupied) == 0:
+            continue
+        even = np.sqrt(layout.zone_area(zone) / counts[faces].sum())
+        spacing = np.maximum(even, np.sqrt(layout.areas[occupied] / counts[occupied]))
+        if zone in INSIDE:
+            spacing = np.minimum(spacing, WIDEST_INSIDE)
+        if zone in CLOSED and len(bare):
+            for centers in layout.centers:
+                distance = np.linalg.norm(centers[bare, None] - centers[occupied], axis=-1)
+                np.maximum.at(spacing, distance.argmin(1), distance.min(1))
+            spacing = np.minimum(spacing, even + CLOSING)
+        result[occupied] = spacing
+    return result
 
 
 def points_of_faces(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

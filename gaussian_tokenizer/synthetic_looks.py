@@ -23,6 +23,7 @@ HAIR_COLORS = (
 )
 EYE_COLORS = ((0.22, 0.12, 0.06), (0.38, 0.24, 0.10), (0.28, 0.42, 0.22), (0.22, 0.42, 0.65), (0.45, 0.50, 0.53))
 SCLERA, PUPIL = np.array((0.95, 0.94, 0.92)), np.array((0.02, 0.02, 0.02))
+CAVITY, TEETH, TONGUE = np.array((0.25, 0.08, 0.08)), np.array((0.94, 0.90, 0.80)), np.array((0.74, 0.34, 0.33))
 LIGHT = np.array((0.30, 0.55, 0.78)) / np.linalg.norm((0.30, 0.55, 0.78))
 
 
@@ -88,8 +89,9 @@ def colors_of(
 ) -> np.ndarray:
     """(N, 3) lit colours in 0..1.
 
-    `weights` (N,) in 0..1 by region, with `iris_distance` (1 at the rim) where the head has irises; `normal` (N, 3);
-    `waves` (N,) slow variation in -1..1; `depth` (N,) in the hair, 0 at the skin.
+    `weights` (N,) in 0..1 by region, with `iris_distance` (1 at the rim) where the head has irises and `mouth_depth`
+    (0 at the lips, 1 at the back) where it has a `mouth_interior`; `normal` (N, 3); `waves` (N,) slow variation in
+    -1..1; `depth` (N,) in the hair, 0 at the skin.
     """
     colors = np.broadcast_to(looks.skin, normal.shape)
     blood = 0.6 * np.maximum(weights["ears"], weights["nose"])
@@ -103,6 +105,10 @@ def colors_of(
     haired = weights["scalp"] * (1.0 if looks.hair_thickness else 0.06)
     colors = _mix(colors, looks.hair * strands, haired)
     light = 0.62 + 0.45 * np.maximum(normal @ LIGHT, 0) - 0.12 * weights["neck"]
+    if "mouth_depth" in weights:
+        inside = _mix(_mix(CAVITY, TONGUE, weights["tongue"]), TEETH, weights["teeth"])
+        # Little light comes in, and less the deeper.
+        colors = _mix(colors, inside * (1 - 0.6 * weights["mouth_depth"])[:, None], weights["mouth_interior"])
     colors = colors * light[:, None]
     eyes = np.broadcast_to(SCLERA, normal.shape)
     if "iris_distance" in weights:

@@ -10,7 +10,8 @@ from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.procedural_head import build_procedural_head
 
 REGIONS = {
-    "face", "scalp", "beard", "brows", "lips", "eyelids", "eyes", "iris", "ears", "nose", "neck", "mouth_interior"
+    "face", "scalp", "beard", "brows", "lips", "eyelids", "eyes", "iris", "ears", "nose", "neck", "mouth_interior",
+    "teeth", "tongue",
 }  # fmt: skip
 
 
@@ -133,6 +134,91 @@ def test_expressions_do_what_their_names_say(head):
     assert head.landmarks(expression(head, jaw_drop=1))[8, 1] < rest[8, 1] - 0.02
     pucker = head.landmarks(expression(head, pucker=1))
     assert pucker[54, 0] - pucker[48, 0] < rest[54, 0] - rest[48, 0] - 0.01
+
+
+def posed(head: HeadModel, seed: int, jaw: float = 0.0, **weights: float) -> torch.Tensor:
+    params = HeadParameters.zeros(head.n_shape, head.n_expression)
+    params.shape.copy_(torch.randn(head.n_shape, generator=torch.Generator().manual_seed(seed)).clamp(-2.5, 2.5))
+    params.jaw_pose[0, 0] = jaw
+    for name, weight in weights.items():
+        params.expr[0, head.expression_names.index(name)] = weight
+    return head.pose(params).vertices[0]
+
+
+def inside_skin(head: HeadModel, vertices: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """(N,) bool, by the winding number of the skin, the mouth's opening and the eyes filled with a fan each."""
+    apart = torch.stack([head.regions[name] for name in ("mouth_interior", "eyes")]).any(0)
+    faces = head.faces[~apart[head.faces].any(1)]
+    edges = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
+    keys = edges[:, 0] * len(vertices) + edges[:, 1]
+    border = edges[~torch.isin(edges[:, 1] * len(vertices) + edges[:, 0], keys)]
+    mouth = border[(vertices[border, 2] > 0.05).all(1) & (head.template[border, 1] < -0.02).all(1)]
+    caps = torch.stack(
+        (vertices[mouth[:, 1]], vertices[mouth[:, 0]], vertices[mouth].mean((0, 1)).expand(len(mouth), 3)), 1
+    )
+    a, b, c = (torch.cat((vertices[faces], caps)).double()[None] - points.double()[:, None, None]).unbind(2)
+    la, lb, lc = a.norm(dim=-1), b.norm(dim=-1), c.norm(dim=-1)
+    volume = (a * torch.linalg.cross(b, c)).sum(-1)
+    below = la * lb * lc + (a * b).sum(-1) * lc + (b * c).sum(-1) * la + (c * a).sum(-1) * lb
+    return torch.atan2(volume, below).sum(1) / (2 * torch.pi) > 0.5
+
+
+MOUTHS: list[dict[str, float]] = [
+    {},
+    {"pucker": 1},
+    {"frown": 1},
+    {"mouth_left": 1},
+    {"smile_left": 1, "smile_right": 1},
+    {"mouth_wide": 1},
+    {"jaw": 0.3},
+    {"jaw": 0.15, "lips_part": 1},
+]
+
+
+@pytest.mark.parametrize("n_faces", [600, 2000])
+@pytest.mark.parametrize("mouth", MOUTHS, ids=lambda mouth: "-".join(mouth) or "rest")
+def test_teeth_and_tongue_stay_behind_the_lips_and_in_the_chin(n_faces, mouth):
+    head = HeadModel.procedural(n_faces)
+    within = head.faces[(head.regions["teeth"] | head.regions["tongue"])[head.faces].all(1)]
+    for seed in range(12):
+        vertices = posed(head, seed, **mouth)
+        points = torch.cat((vertices[within.unique()], vertices[within].mean(1)))
+        assert inside_skin(head, vertices, points).all(), seed
+
+
+def test_the_inside_of_the_skin_is_told_from_the_outside(head):
+    points = torch.tensor([[0.0, -0.05, 0.06], [0.0, 0.05, 0.0], [0.0, -0.05, 0.12], [0.0, -0.09, 0.11]])
+    assert inside_skin(head, head.template, points).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("n_faces", [600, 10144])
+def test_the_upper_teeth_stay_with_the_skull_and_the_lower_with_the_jaw(n_faces):
+    head = HeadModel.procedural(n_faces)
+    moved = posed(head, 0, jaw=0.3) - posed(head, 0)
+    teeth, joint = head.regions["teeth"], head.skinning_weights.argmax(1)
+    assert set(joint[teeth].tolist()) == {1, 2} and (head.skinning_weights[teeth].amax(1) == 1).all()
+    assert moved[teeth & (joint == 1)].abs().max() < 1e-5
+    assert moved[teeth & (joint == 2), 1].max() < -0.01
+    assert moved[head.regions["tongue"], 1].max() < -0.01
+
+
+@pytest.mark.parametrize("n_faces", [600, 10144])
+def test_the_mouth_is_closed_behind_the_lips(n_faces):
+    head = HeadModel.procedural(n_faces)
+    apart = head.regions["teeth"] | head.regions["tongue"] | head.regions["ears"] | head.regions["eyes"]
+    faces = head.faces[~apart[head.faces].any(1)]
+    edges = faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
+    borders = set(map(tuple, edges.tolist())) - set(map(tuple, edges.flip(1).tolist()))
+    heights = head.template[torch.tensor(sorted(borders))][:, :, 1]
+    # Only the collar is open, and the lids before the eyeballs.
+    assert ((heights < -0.12) | (heights > 0)).all()
+
+
+def test_hair_stays_with_the_skull_whatever_the_jaw_does():
+    for n_faces in (600, 10144):
+        head = HeadModel.procedural(n_faces)
+        moved = posed(head, 3, jaw=0.3) - posed(head, 3)
+        assert moved[head.regions["scalp"]].abs().max() < 1e-4
 
 
 def test_landmarks_follow_the_multi_pie_order(head):

@@ -8,8 +8,10 @@ import torch
 
 from gaussian_tokenizer.anchoring import closest_point_barycentrics
 from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.cameras import portrait_cameras
+from gaussian_tokenizer.cameras import Cameras, portrait_cameras
+from gaussian_tokenizer.gaussians import SH_DC
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering import Rendering, render
 from gaussian_tokenizer.rotations import quaternion_to_matrix
 from gaussian_tokenizer.synthetic import (
@@ -168,6 +170,58 @@ def test_the_portrait_shows_skin_and_hair_in_their_colours(crowd):
     subject = with_hair(crowd, "curly")
     top = portrait(subject)[8:11, 22:26].mean((0, 1))
     assert np.linalg.norm(top - subject.looks.hair) < np.linalg.norm(top - subject.looks.skin)
+
+
+def showing(
+    subject: SyntheticSubject, avatar: GaussianAvatar, chosen: torch.Tensor, cameras: Cameras, **pose
+) -> np.ndarray:
+    """(C, H, W) how much of every pixel comes from the faces `chosen` (F,) bool; `pose`: jaw, neck in radians."""
+    params = HeadParameters.zeros(subject.head.n_shape, subject.head.n_expression)
+    params.shape.copy_(subject.params.shape)
+    params.jaw_pose[0, 0], params.neck_pose[0, 1] = pose.get("jaw", 0.0), pose.get("neck", 0.0)
+    gaussians = avatar.posed(params)
+    white = (chosen[avatar.faces].float() - 0.5) / SH_DC
+    return (
+        render(dataclasses.replace(gaussians, sh=white[:, None, None].expand(-1, 1, 3)), cameras).image[..., 0].numpy()
+    )
+
+
+@pytest.mark.parametrize("n_faces", [600, 2000])
+def test_an_open_mouth_shows_teeth_and_a_closed_cavity_and_a_closed_one_shows_nothing_of_it(n_faces):
+    head = HeadModel.procedural(n_faces)
+    subject = next(s for s in (synthesize_subject(head, (7, i)) for i in range(60)) if s.looks.hair_style == "long")
+    middle = head.template[head.regions["lips"]].mean(0) - torch.tensor([0.0, 0.01, 0.0])
+    cameras = Cameras.orbit(middle, 0.5, [0.0], 0.0, 0.5 * 40 / 0.09, 40, 40)
+    avatar = portrait_avatar(subject, 2 * 0.09 / 40)
+    teeth, mouth, back = (head.regions[name][head.faces].any(1) for name in ("teeth", "mouth_interior", "scalp"))
+    assert showing(subject, avatar, mouth, cameras).mean() < 0.01
+    assert showing(subject, avatar, teeth, cameras).max() < 0.1
+    assert (showing(subject, avatar, teeth, cameras, jaw=0.3) > 0.9).mean() > 0.005
+    opened = showing(subject, avatar, mouth, cameras, jaw=0.3)
+    assert (opened > 0.9).mean() > 0.03
+    # Nothing behind is seen between: every pixel of the open mouth is of the face or of the mouth.
+    assert showing(subject, avatar, back, cameras, jaw=0.3)[0, 10:30, 10:30].max() < 0.3
+
+
+@pytest.mark.parametrize("n_faces", [2000, 4000])
+def test_no_hair_shows_through_the_cheek_of_a_turned_head(n_faces):
+    head = HeadModel.procedural(n_faces)
+    scalp = head.regions["scalp"][head.faces].sum(1) >= 2
+    turns = [(40.0, {}), (-40.0, {}), (0.0, {"neck": 0.8}), (40.0, {"jaw": 0.3}), (-40.0, {"jaw": 0.3})]
+    for seed in (1, 3, 4):
+        subject = synthesize_subject(head, (0, seed))
+        for azimuth, pose in turns:
+            turn = np.deg2rad(azimuth) - pose.get("neck", 0.0)
+            side = 1.0 if turn > 0 else -1.0
+            cheek = torch.tensor([side * 0.044, -0.02, 0.06])
+            if "neck" in pose:
+                cosine, sine = np.cos(0.8), np.sin(0.8)
+                cheek = torch.tensor(
+                    [cosine * cheek[0] + sine * cheek[2], cheek[1], cosine * cheek[2] - sine * cheek[0]]
+                )
+            cameras = Cameras.orbit(cheek, 1.0, [azimuth], 0.0, 48 / 0.03, 48, 48)
+            # On the seen cheek, 3 cm wide, away from the hair line.
+            assert showing(subject, subject.avatar, scalp, cameras, **pose).max() < 0.2, (seed, azimuth, pose)
 
 
 def test_portraits_of_different_people_differ(crowd):

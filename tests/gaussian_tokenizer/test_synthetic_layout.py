@@ -8,11 +8,14 @@ import pytest
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.synthetic_layout import (
     BEARD,
+    CLOSING,
     HAIR,
+    WIDEST_INSIDE,
     default_num_points,
     dense_counts,
     face_layout,
     points_of_faces,
+    spacings,
     sparse_counts,
 )
 
@@ -52,10 +55,25 @@ def test_hair_and_beard_leave_the_rest_of_the_face_as_it_is(head):
         assert hairy[layout.order[zone]].sum() > 1.3 * plain[layout.order[zone]].sum()
 
 
-def test_nothing_is_put_into_the_mouth_or_behind_the_eyeballs(head):
+def test_the_mouth_is_filled_where_the_head_says_which_of_it_are_teeth_and_empty_elsewhere(head):
+    untold = dataclasses.replace(head, regions={k: v for k, v in head.regions.items() if k not in ("teeth", "tongue")})
+    inside = head.regions["mouth_interior"].numpy()[head.faces.numpy()].any(1)
+    for counts_of in (
+        lambda layout: sparse_counts(layout, 5000, "long", "full"),
+        lambda layout: dense_counts(layout, 0.005, "long"),
+    ):
+        assert counts_of(face_layout(untold))[inside].sum() == 0
+        assert counts_of(face_layout(head))[inside].sum() > 0
+    layout = face_layout(head)
+    few = sparse_counts(layout, 400, "long", "full")
+    for zone in ("mouth_interior", "teeth", "tongue"):
+        assert (dense_counts(layout, 0.005, "long")[layout.order[zone]] > 0).all()
+        assert 0 < few[layout.order[zone]].sum() < 0.1 * few.sum()
+
+
+def test_nothing_is_put_behind_the_eyeballs(head):
     faces, template = head.faces.numpy(), head.template.numpy()
     counts = sparse_counts(face_layout(head), 5000, "long", "full") + dense_counts(face_layout(head), 0.005, "long")
-    assert counts[head.regions["mouth_interior"].numpy()[faces].all(1)].sum() == 0
     corners = template[faces]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     eyes = head.regions["eyes"].numpy()[faces].all(1)
@@ -109,6 +127,20 @@ def test_a_dense_layout_puts_a_point_into_every_square_of_the_spacing(head):
     visible = layout.zone >= 0
     assert (counts[visible] >= 1).all()
     assert counts.sum() > 0.95 * layout.areas[visible].sum() / 0.004**2
+
+
+def test_points_on_skin_are_wide_enough_to_fill_the_faces_beside_them():
+    layout = face_layout(HeadModel.procedural(4000))
+    counts = sparse_counts(layout, default_num_points(4000), "short", "none")
+    wide, faces = spacings(layout, counts), layout.order["skin"]
+    occupied, bare = faces[counts[faces] > 0], faces[counts[faces] == 0]
+    assert (wide[occupied] > 0).all() and (wide[counts == 0] == 0).all()
+    even = np.sqrt(layout.zone_area("skin") / counts[faces].sum())
+    for centers in layout.centers:
+        distance = np.linalg.norm(centers[bare, None] - centers[occupied], axis=-1)
+        reached = np.minimum(distance.min(1), even + CLOSING)
+        assert (wide[occupied][distance.argmin(1)] > reached - 1e-9).all()
+    assert wide[layout.order["teeth"]].max() <= WIDEST_INSIDE
 
 
 def test_fewer_points_on_a_face_spread_them_over_more_faces(head):
