@@ -196,11 +196,11 @@ def test_an_open_mouth_shows_teeth_and_a_closed_cavity_and_a_closed_one_shows_no
     teeth, mouth, back = (head.regions[name][head.faces].any(1) for name in ("teeth", "mouth_interior", "scalp"))
     assert showing(subject, avatar, mouth, cameras).mean() < 0.01
     assert showing(subject, avatar, teeth, cameras).max() < 0.1
-    assert (showing(subject, avatar, teeth, cameras, jaw=0.3) > 0.9).mean() > 0.005
+    assert showing(subject, avatar, teeth, cameras, jaw=0.3).max() > 0.3
     opened = showing(subject, avatar, mouth, cameras, jaw=0.3)
-    assert (opened > 0.9).mean() > 0.03
+    assert (opened > 0.5).mean() > 0.02
     # Nothing behind is seen between: every pixel of the open mouth is of the face or of the mouth.
-    assert showing(subject, avatar, back, cameras, jaw=0.3)[0, 10:30, 10:30].max() < 0.3
+    assert showing(subject, avatar, back, cameras, jaw=0.3)[0, 10:30, 10:30].max() < 0.4
 
 
 @pytest.mark.parametrize("n_faces", [2000, 4000])
