@@ -195,8 +195,10 @@ def test_an_open_mouth_shows_teeth_and_a_closed_cavity_and_a_closed_one_shows_no
     avatar = portrait_avatar(subject, 2 * 0.09 / 40)
     teeth, mouth, back = (head.regions[name][head.faces].any(1) for name in ("teeth", "mouth_interior", "scalp"))
     assert showing(subject, avatar, mouth, cameras).mean() < 0.01
-    assert showing(subject, avatar, teeth, cameras).max() < 0.1
-    assert showing(subject, avatar, teeth, cameras, jaw=0.3).max() > 0.3
+    close = Cameras.orbit(middle, 0.5, [0.0], 0.0, 0.5 * 40 / 0.05, 40, 40)
+    detailed = portrait_avatar(subject, 2 * 0.05 / 40)
+    assert showing(subject, detailed, teeth, close).max() < 0.1
+    assert (showing(subject, detailed, teeth, close, jaw=0.3) > 0.5).mean() > 0.01
     opened = showing(subject, avatar, mouth, cameras, jaw=0.3)
     assert (opened > 0.5).mean() > 0.02
     # Nothing behind is seen between: every pixel of the open mouth is of the face or of the mouth.

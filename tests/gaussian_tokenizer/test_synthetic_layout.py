@@ -146,7 +146,7 @@ def test_points_on_skin_are_wide_enough_to_fill_the_faces_beside_them():
 def test_fewer_points_on_a_face_spread_them_over_more_faces(head):
     layout = face_layout(head)
     four, one = (sparse_counts(layout, 200, "short", "none", least) for least in (4, 1))
-    assert abs(int(one.sum()) - int(four.sum())) < 40
+    assert abs(int(one.sum()) - int(four.sum())) < 4 * len(layout.zones)  # a zone has one face of four points at least
     assert four[four > 0].min() == 4 and one[one > 0].min() == 1
     assert (one > 0).sum() > 2.5 * (four > 0).sum()
     np.testing.assert_array_equal(four, sparse_counts(layout, 200, "short", "none"))
