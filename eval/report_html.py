@@ -32,7 +32,8 @@ STYLE = """
 @media (prefers-color-scheme:dark){:root{--ink:#e3e7ec;--soft:#98a1ad;--line:#333b45;--paper:#14181d;--wash:#1c2127;
 --accent:#7db8e0;--warn:#3a3220}}
 *{box-sizing:border-box}body{font:15px/1.55 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:1180px;
-margin:0 auto;padding:2.5rem 1.25rem 4rem}h1{font-size:1.9rem;margin:0}h2{font-size:1.2rem;margin:2.6rem 0 .7rem}
+margin:0 auto;padding:2.5rem 1.25rem 4rem;overflow-wrap:anywhere}
+h1{font-size:1.9rem;margin:0}h2{font-size:1.2rem;margin:2.6rem 0 .7rem}
 h3{font-size:1rem;margin:1.4rem 0 .4rem}p,li{max-width:78ch}.soft{color:var(--soft)}.scroll{overflow-x:auto}
 sup{line-height:0}table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.4rem .8rem;text-align:right;
 border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}th{font-weight:500;color:var(--soft)}
@@ -40,11 +41,11 @@ th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:
 td small,th small{display:block;color:var(--soft)}td b{color:var(--accent)}
 .mode{text-align:center;border-left:1px solid var(--line)}
 img,video{max-width:100%;background:#fff;border:1px solid var(--line);border-radius:6px}figure{margin:0 0 1rem}
-figcaption{color:var(--soft);font-size:.87rem}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:1rem}
+figcaption{color:var(--soft);font-size:.87rem}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(330px,100%),1fr));gap:1rem}
 .charts svg{width:100%;height:auto}.published{border:1px solid var(--line);border-left:5px solid #d9a62e;background:var(--warn);
 border-radius:6px;padding:.4rem 1.2rem 1.2rem;margin-top:3rem}.published td:first-child,.published th:first-child{background:none}
 dt{color:var(--soft);margin-top:.5rem}dd{margin:0;max-width:90ch}details{margin:.6rem 0}summary{cursor:pointer;color:var(--accent)}
-.videos{display:grid;grid-template-columns:repeat(auto-fill,minmax(480px,1fr));gap:1rem}code{font-size:.92em}
+.videos{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(480px,100%),1fr));gap:1rem}code{font-size:.92em}
 """
 COLORS = {"truth": "#8a929c", "ours": "#2f8fd0"}
 

@@ -16,7 +16,7 @@ from gaussian_tokenizer.corpus_statistics import Statistics, statistics_picture,
 
 PORTRAITS, COLUMNS, PORTRAIT_SIZE = 48, 12, 96
 STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}"
+    "body{font:15px/1.5 sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}h1,td,p{overflow-wrap:anywhere}"
     "td,th{text-align:left;padding:.2em 1.5em .2em 0;vertical-align:top}th{font-weight:normal;color:#666}"
     "img{max-width:100%}"
 )
@@ -35,8 +35,10 @@ def write_page(corpus: Corpus, figures: Statistics, path: str | os.PathLike) -> 
         parts += ["<h2>Portraits</h2>", _image(_contact_sheet([picture for _, picture in portraits]), "portraits")]
         parts += [f"<p>The first picture of {html.escape(', '.join(avatar_id for avatar_id, _ in portraits))}.</p>"]
     parts += ["<h2>Licence and consent</h2>", _licences(figures)]
-    page = f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(name)}</title>"
-    page += f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    page = (
+        "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+    )
+    page += f"<title>{html.escape(name)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     with atomic_file(path) as file:
         file.write(page.encode())
     return path

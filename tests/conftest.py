@@ -1,5 +1,6 @@
-"""What tests of several packages share: a corpus of a few synthetic subjects, small enough to be built in seconds."""
+"""What tests of several packages share: a corpus of a few synthetic subjects, small enough to be built in seconds; a browser."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,11 @@ from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.synthesize import synthesize
 
+CHROMIUM_FLAGS = (
+    "--no-sandbox --disable-gpu-sandbox --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader"
+)
+
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory) -> Path:
@@ -20,6 +26,36 @@ def tiny_corpus(tmp_path_factory) -> Path:
     settings = BuildSettings(n_bins=64, image_size=56, num_validation=4)
     build(folder / "avatars", HeadModel.procedural(600), folder / "corpus", settings, progress=False)
     return folder / "corpus"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real Chromium that draws WebGL by software; it ends with the module, for its event loop would stay in others' way."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("no Chromium on the PATH: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS.split())
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def width_on_a_phone(browser):
+    """Call it with an HTML file: how wide a phone of 390 pixels finds it, with all that is folded opened."""
+
+    def width(path: Path) -> int:
+        phone = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+        page = phone.new_page()
+        page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(folded => { folded.open = true })")
+        found = page.evaluate("Math.max(document.documentElement.scrollWidth, innerWidth)")
+        phone.close()
+        return found
+
+    return width
 
 
 @pytest.fixture(scope="session")

@@ -126,6 +126,17 @@ def test_names_from_outside_are_text_on_the_page_and_never_markup(results, finis
     assert "<script>" not in text and "&lt;b&gt;peer" in text
 
 
+def test_a_phone_scrolls_the_page_downwards_only(results, finished, tmp_path, width_on_a_phone):
+    name = "a-name-without-a-space-" * 6
+    results["run"]["model_name"] = name
+    results["methods"]["peer"] = {"about": name, "compared": True} | {
+        mode: {"absent": [f"missing: {mode}/{name}.png"]} for mode in results["modes"]
+    }
+    path = tmp_path / "report.html"
+    path.write_text(page_of(with_numbers(results), finished))
+    assert width_on_a_phone(path) == 390
+
+
 def test_intervals_are_drawn_where_there_are_any(results, finished):
     assert page(with_numbers(results), finished, []).count("<svg") > page(results, finished, []).count("<svg") > 0
 

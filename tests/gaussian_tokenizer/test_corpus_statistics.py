@@ -90,3 +90,12 @@ def test_names_on_the_page_are_text_and_not_html(corpus, figures, tmp_path):
 
     page = write_page(corpus, replace(figures, licences={"<script>alert(1)</script>": 12}), tmp_path / "page.html")
     assert "<script>" not in page.read_text() and "&lt;script&gt;" in page.read_text()
+
+
+def test_a_phone_scrolls_the_page_downwards_only(corpus, figures, tmp_path, width_on_a_phone):
+    from dataclasses import replace
+
+    from gaussian_tokenizer.corpus_page import write_page
+
+    page = write_page(corpus, replace(figures, licences={"a-name-without-a-space-" * 6: 12}), tmp_path / "page.html")
+    assert width_on_a_phone(page) == 390
