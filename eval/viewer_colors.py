@@ -1,7 +1,7 @@
 """What colour a point of the viewer has: its own, or one that says when it was written, where it is bound, how dense it is.
 
-All functions give (N, 3) float32 in 0..1 in the avatar's order of rows, which for a generated avatar is the order in which
-the model wrote the points.
+Colours are (N, 3) float32 in 0..1 in the avatar's order of rows, which for a generated avatar is the order in which the model
+wrote the points.
 """
 
 import numpy as np
@@ -11,7 +11,9 @@ from gaussian_tokenizer.gaussians import SH_DC
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 
-MODES = ("true colour", "generation order", "face", "density")
+ORDER = "generation order"
+MODES = ("true colour", ORDER, "face", "density")
+MAX_DISORDER = 0.05  # of the extent in height: 0 where rows rise, 0.3 where they are in any order
 # Eight samples of matplotlib's viridis (CC0), dark to bright, between which is interpolated.
 VIRIDIS = np.array(
     [
@@ -28,13 +30,24 @@ VIRIDIS = np.array(
 GOLDEN = 0.618033988749895  # steps of the golden section keep the hues of neighbouring faces apart
 
 
+def modes(avatar: GaussianAvatar) -> tuple[str, ...]:
+    """Those of MODES that say something about this avatar: the order, only where it is the order of a generation.
+
+    A point model writes from the neck to the crown, and a decoder moves the points a little from where they were written.
+    Rows of avatars that were fitted, synthesised or made elsewhere do not rise.
+    """
+    heights = avatar.canonical_points()["positions"][:, 1].numpy()
+    disorder = np.abs(heights - np.sort(heights)).mean()
+    return MODES if disorder <= MAX_DISORDER * np.ptp(heights) else tuple(mode for mode in MODES if mode != ORDER)
+
+
 def point_colors(avatar: GaussianAvatar, mode: str) -> np.ndarray:
     """The colours of one of MODES."""
     count = len(avatar)
     if mode == "true colour":
         assert avatar.sh is not None
         return (avatar.sh[:, 0].numpy() * SH_DC + 0.5).clip(0, 1).astype(np.float32)
-    if mode == "generation order":
+    if mode == ORDER:
         return ramp(np.arange(count) / max(count - 1, 1))
     if mode == "face":
         return hues(avatar.faces.numpy() * GOLDEN)

@@ -13,15 +13,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from html import escape
 from typing import Any
 
 import numpy as np
 import viser
 from viser import ViserServer
 
-from eval.viewer_colors import MODES, point_colors
-from eval.viewer_controls import STILL, Slider, sliders, to_parameters
+from eval.viewer_colors import MODES, modes, point_colors
+from eval.viewer_controls import Slider, sliders, to_parameters
 from eval.viewer_exports import folder_bytes, png_bytes, splat_bytes
+from eval.viewer_playback import Playback
 from eval.viewer_posing import Rig
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.cameras import portrait_cameras
@@ -30,10 +32,11 @@ from gaussian_tokenizer.head_parameters import HeadParameters
 
 # The page is in centimetres: viser sends covariances as float16, which ends at Gaussians of 0.2 mm when they are in metres.
 UNITS = 100.0
-FPS = 25.0
+TITLE = "avatar viewer"
 FIELD_OF_VIEW = 20.0  # degrees from the lower to the upper border: that of a portrait lens
 ROOM = 1.25  # around what a portrait shows: for much hair, and for turning
 TWO_FURTHER = 1.2  # than one alone
+HEAD_WIDTH = 0.7  # with much hair, in parts of the height that a portrait shows
 GAUSSIANS, DOTS = "Gaussians", "dots"
 DOT = 0.26  # metres across, by the root of their number: together they cover the head
 MAX_DOTS = 20_000  # of an avatar: of one with more points each second, each third, ... is drawn
@@ -56,16 +59,20 @@ class Shown:
     dots: Rig = field(init=False)
     step: int = field(init=False)  # from one point that is a dot to the next
     opacities: np.ndarray = field(init=False)  # (N, 1) uint8
+    modes: tuple[str, ...] = field(init=False)  # that it can be coloured by
     colors: dict[str, np.ndarray] = field(init=False, default_factory=dict)  # (N, 3) uint8 by mode, as asked for
 
     def __post_init__(self) -> None:
         self.rig, self.step = Rig.of(self.avatar), -(-len(self.avatar) // MAX_DOTS)
         self.dots = self.rig.every(self.step)
+        self.modes = modes(self.avatar)
         assert self.avatar.opacities is not None
         self.opacities = _to_bytes(self.avatar.opacities.sigmoid()[:, None].numpy())
 
     def posed(self, params: HeadParameters, color: str, drawn_as: str) -> dict[str, np.ndarray]:
         """What viser draws, by the names of its handles, in units of the page."""
+        if color not in self.modes:  # of another avatar beside it
+            color = MODES[0]
         if color not in self.colors:
             self.colors[color] = _to_bytes(point_colors(self.avatar, color))
         posed = (self.dots if drawn_as == DOTS else self.rig).pose(params)
@@ -90,20 +97,21 @@ class Page:
         head = next(iter(avatars.values())).head
         assert head is not None
         self.head: HeadModel = head
-        self.server, self.motions = server, {STILL: None, **motions}
-        self.changed = threading.Event()
-        self.started = 0.0  # when the motion would have been at its first frame
+        self.server, self.changed = server, threading.Event()
         distance, target, height = view(head)
         places = np.linspace(-1, 1, len(avatars)) * APART * height / 2 if len(avatars) > 1 else [0.0]
         self.shown = [
             Shown(name, avatar, np.array((x, 0.0, 0.0))) for (name, avatar), x in zip(avatars.items(), places)
         ]
-        self._look(target, distance * (1 if len(avatars) == 1 else TWO_FURTHER))
-        self._build_panel()
+        further = 1 if len(avatars) == 1 else TWO_FURTHER
+        self.aspect = (HEAD_WIDTH + APART * (len(avatars) - 1)) / further  # width by height that shows all of them
+        self._look(target, distance * further)
+        self._build_panels(motions)
         self.handles: list[Any] = []
         self.drawn_as = self.drawn_color = ""  # what the handles are now
         self.judged = False  # whether it is known how fast the page draws
         self.draw()
+        server.on_client_connect(self._look_from_start)
         server.on_client_connect(self._judge)
 
     def run(self) -> None:
@@ -112,8 +120,8 @@ class Page:
             begun = time.perf_counter()
             self.changed.clear()
             self.draw()
-            rest = max(0.0, 1 / FPS - (time.perf_counter() - begun))
-            self.changed.wait(rest if self.playing else None)
+            rest = max(0.0, 1 / self.playback.rate.value - (time.perf_counter() - begun))
+            self.changed.wait(rest if self.playback.play.value else None)
 
     def draw(self) -> None:
         """The avatars in the pose and colours that the panel says now."""
@@ -172,20 +180,10 @@ class Page:
             )
         return scene.add_gaussian_splats(name, **posed)
 
-    @property
-    def playing(self) -> bool:
-        return self.play.value and self.motion.value != STILL
-
     def parameters(self) -> HeadParameters:
         """The one frame on the screen: that of the motion, with the sliders added."""
-        motion = self.motions[self.motion.value]
-        if motion is None:
-            frame = None
-        else:
-            if self.playing:
-                self.frame = int((time.perf_counter() - self.started) * FPS)
-            frame = motion.frame(self.frame % motion.num_frames)
-        return to_parameters([(slider, handle.value) for slider, handle in self.sliders], self.head, frame)
+        values = [(slider, handle.value) for slider, handle in self.sliders]
+        return to_parameters(values, self.head, self.playback.frame())
 
     def _look(self, target: np.ndarray, distance: float) -> None:
         scene, camera = self.server.scene, self.server.initial_camera
@@ -196,19 +194,46 @@ class Page:
         camera.look_at = target * UNITS
         camera.near, camera.far = 1.0, 10_000.0
 
-    def _build_panel(self) -> None:
+    def _look_from_start(self, client: viser.ClientHandle) -> None:
+        """The camera of one page as it began: further away where the page is narrow."""
+        start, camera = self.server.initial_camera, client.camera
+        further = max(1.0, self.aspect / camera.aspect)
+        with client.atomic():
+            camera.up_direction = (0.0, 1.0, 0.0)
+            camera.position = start.look_at + further * (start.position - start.look_at)
+            camera.look_at = start.look_at
+
+    def _build_panels(self, motions: Mapping[str, HeadParameters]) -> None:
+        """A small one that is always there; what controls the avatars, which narrow screens fold away, in one of its own."""
         gui = self.server.gui
         # Its button would open a tunnel through somebody else's server.
         gui.configure_theme(show_logo=False, show_share_button=False, control_width="medium")
-        gui.main_panel.dock_right()
-        counts = [f"{shown.name}: {len(shown.avatar):,} points" for shown in self.shown]
-        gui.add_markdown("  \n".join(counts))
-        self.color = gui.add_dropdown("colour", MODES)
+        gui.main_panel.float(x=15, y=-15, width=240)
+        names = [escape(shown.name) for shown in self.shown]
+        counts = [f"{name}: {len(shown.avatar):,} points" for name, shown in zip(names, self.shown)]
+        title = f"<title>{', '.join(names)}: {TITLE}</title>"  # React puts it where a page has its title
+        gui.add_markdown(title + "\n\n" + "  \n".join(counts))
+        self.style = gui.add_html("")
+        view_again = gui.add_button("reset view", hint="the camera as at the beginning")
+
+        @view_again.on_click
+        def _(event: viser.GuiEvent) -> None:
+            if event.client is not None:
+                self._look_from_start(event.client)
+
+        controls = gui.add_panel()
+        controls.dock_right()
+        with controls.add_tab("controls"):
+            self._build_controls(motions)
+
+    def _build_controls(self, motions: Mapping[str, HeadParameters]) -> None:
+        gui = self.server.gui
+        known = {mode for shown in self.shown for mode in shown.modes}
+        self.color = gui.add_dropdown("colour", [mode for mode in MODES if mode in known])
         hint = "dots where no graphics card draws the page: moving Gaussians are slow there"
         self.form = gui.add_dropdown("drawn as", (GAUSSIANS, DOTS), initial_value=DOTS, hint=hint)
-        self.motion = gui.add_dropdown("motion", tuple(self.motions))
-        self.play = gui.add_checkbox("play", True)
-        self.frame = 0
+        self.background = gui.add_rgb("background", (255, 255, 255))
+        self.playback = Playback(gui, motions, self.changed)
         self.sliders: list[tuple[Slider, viser.GuiSliderHandle[float]]] = []
         for group, specifications in sliders(self.head).items():
             with gui.add_folder(group):
@@ -220,8 +245,7 @@ class Page:
             handle.on_update(lambda _: self.changed.set())
         self.color.on_update(lambda _: self.changed.set())
         self.form.on_update(lambda _: self.changed.set())
-        self.motion.on_update(lambda _: self._start(0))
-        self.play.on_update(lambda _: self._start(self.frame))
+        self.background.on_update(lambda _: self._paint())
         reset.on_click(lambda _: self._reset())
         with gui.add_folder("save"):
             self._build_exports()
@@ -270,10 +294,9 @@ class Page:
                 client = event.client
                 _send(client, "screenshot.png", lambda: _screenshot(client))
 
-    def _start(self, frame: int) -> None:
-        self.started = time.perf_counter() - frame / FPS
-        self.frame = frame
-        self.changed.set()
+    def _paint(self) -> None:
+        """The page behind the scene, of which a screenshot stays transparent."""
+        self.style.content = f"<style>canvas {{ background: rgb{self.background.value} }}</style>"
 
     def _reset(self) -> None:
         for _, handle in self.sliders:
@@ -301,7 +324,7 @@ def open_server(host: str, port: int) -> ViserServer:
     """A server at exactly this address; ValueError where that is not to be had."""
     check_address(host, port)
     with contextlib.redirect_stdout(io.StringIO()):  # the address is told once, when there is something to see
-        server = ViserServer(host=host, port=port, label="avatar", verbose=False)
+        server = ViserServer(host=host, port=port, label=TITLE, verbose=False)
     # viser takes the next port where one is in use; whoever opens the usual address would look at another program.
     if port not in (0, server.get_port()):
         server.stop()

@@ -3,6 +3,8 @@
 import shutil
 import socket
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ pytest.importorskip("viser", reason="the viewer needs viser: pip install 'avatar
 
 from eval.viewer import main
 from eval.viewer_page import UNITS, Page, open_server
-from gaussian_tokenizer.avatar import open_avatar
+from gaussian_tokenizer.avatar import GaussianAvatar, open_avatar
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.motions import synthetic_motion
 from gaussian_tokenizer.synthetic import synthesize_subject
@@ -115,17 +117,86 @@ def test_the_page_draws_what_its_controls_say(server, folder):
     assert (page.handles[0].colors != face_colors).any()
 
 
-def test_a_motion_plays_until_it_is_stopped(server, folder):
+def test_the_timeline_poses_the_avatar_and_the_sliders_are_added(server, folder):
     avatar = open_avatar(folder, None)
-    page = Page(server, {"ada": avatar}, {"nod": synthetic_motion("nod", avatar.head, 8)})
-    assert not page.playing
-    page.motion.value = "nod"
-    assert page.playing
-    page.started -= 3 / 25  # as if three frames had passed
-    page.parameters()
-    page.play.value = False
-    stopped = page.parameters()
-    assert page.frame >= 3 and (stopped.neck_pose == page.parameters().neck_pose).all()
+    motion = synthetic_motion("nod", avatar.head, 8)
+    page = Page(server, {"ada": avatar}, {"nod": motion})
+    page.playback.motion.value = "nod"
+    page.playback.play.value = False
+    page.playback.timeline.value = 3
+    slider(page, "jaw open").value = 10.0
+    page.draw()
+    frame = motion.frame(3)
+    frame.jaw_pose[0, 0] += np.radians(10)
+    expected = avatar.posed(frame).positions[0].numpy()
+    np.testing.assert_allclose(page.handles[0].points / UNITS, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("drawn_as", ["dots", "Gaussians"])
+def test_all_that_is_sent_to_the_browser_is_finite(server, folder, drawn_as):
+    avatar = open_avatar(folder, None)
+    page = Page(server, {"ada": avatar}, {"talk": synthetic_motion("talk", avatar.head, 4)})
+    page.playback.motion.value = "talk"
+    for color in page.shown[0].modes:
+        for each in page.shown[0].posed(page.parameters(), color, drawn_as).values():
+            assert each.size > 0 and np.isfinite(each).all()
+
+
+def in_generation_order(avatar: GaussianAvatar) -> GaussianAvatar:
+    order = avatar.canonical_points()["positions"][:, 1].argsort()
+    return replace(avatar, **{name: value[order] for name, value in avatar.tensors().items()})
+
+
+def test_generation_order_is_offered_where_there_was_a_generation(server, folder):
+    fitted = open_avatar(folder, None)
+    assert "generation order" not in Page(server, {"ada": fitted}, {}).color.options
+    page = Page(server, {"ada": fitted, "eve": in_generation_order(fitted)}, {})
+    assert "generation order" in page.color.options
+    true_colors = [handle.colors.copy() for handle in page.handles]
+    page.color.value = "generation order"
+    page.draw()
+    kept, painted = (handle.colors for handle in page.handles)
+    assert (kept == true_colors[0]).all() and (painted != true_colors[1]).any()
+
+
+def test_a_name_is_text_in_the_title_and_no_markup(server, folder, monkeypatch):
+    written = []
+    monkeypatch.setattr(server.gui, "add_markdown", written.append)
+    Page(server, {"<script>": open_avatar(folder, None)}, {})
+    assert written[0].startswith("<title>&lt;script&gt;: avatar viewer</title>") and "<script>" not in written[0]
+
+
+class Client:
+    """A page that lets itself be looked at from elsewhere."""
+
+    def __init__(self, aspect: float) -> None:
+        self.camera = SimpleNamespace(aspect=aspect)
+
+    def atomic(self):
+        return nullcontext()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_view_from_the_start_shows_all_of_it_on_every_page(server, folder, count):
+    avatar = open_avatar(folder, None)
+    page = Page(server, {str(number): avatar for number in range(count)}, {})
+    points = np.concatenate([handle.points for handle in page.handles])
+    start = server.initial_camera
+    for aspect in (16 / 9, 390 / 844):
+        client = Client(aspect)
+        page._look_from_start(client)
+        camera = client.camera
+        np.testing.assert_allclose(camera.look_at, start.look_at)
+        seen = points - camera.position  # looking along -z, with y up
+        height = -seen[:, 2] * np.tan(start.fov / 2)
+        assert (np.abs(seen[:, 0]) < height * aspect).all() and (np.abs(seen[:, 1]) < height).mean() > 0.9
+        assert (aspect < 1) == (not np.allclose(camera.position, start.position))
+
+
+def test_the_background_has_the_colour_that_was_chosen(server, folder):
+    page = Page(server, {"ada": open_avatar(folder, None)}, {})
+    page.background.value = (20, 30, 40)
+    assert page.style.content == "<style>canvas { background: rgb(20, 30, 40) }</style>"
 
 
 def test_of_very_many_points_some_are_dots_and_all_are_gaussians(server, folder, monkeypatch):

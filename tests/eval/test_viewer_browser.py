@@ -3,13 +3,12 @@
 import io
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,23 +23,15 @@ from gaussian_tokenizer.ply import read_gaussian_ply
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.synthetic import synthesize_subject
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-if CHROMIUM is None:
-    pytest.skip("no Chromium on the PATH: apt-get install chromium", allow_module_level=True)
 viewer_page = pytest.importorskip("eval.viewer_page", reason="needs viser: pip install 'avatar-pointillist[viewer]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-FLAGS = (
-    "--no-sandbox --disable-gpu-sandbox --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader"
-)
 NUM_POINTS = int(os.environ.get("VIEWER_POINTS", "800"))  # 27000 for the figures of docs/viewer.md
 HEAD = "procedural:600" if NUM_POINTS < 10_000 else "procedural"
 WIDTH, HEIGHT, PANEL, NOTICE = 1000, 420, 330, 320  # viser's notice about slow drawing lies at the left
+# viser's own, for any Gaussians: the corners of the square it draws them on have two coordinates, and three.js reads three.
+NAN_RADIUS = 'computeBoundingSphere(): Computed radius is NaN. The "position" attribute is likely to have NaN values.'
 # Behind every draw of the scene, before the browser takes the picture away: look at it small, and note when it changed.
 WATCH = """
 (() => {
@@ -100,17 +91,15 @@ def address(avatar_folder) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
-        yield chromium
-        chromium.close()
+def said() -> list[str]:
+    """Errors in the consoles of all pages."""
+    return []
 
 
 @pytest.fixture(scope="module")
-def page(browser, address):
+def page(browser, address, said):
     """The page, when the avatar is there."""
-    page = open_page(browser, address)
+    page = open_page(browser, address, said)
     begun = time.perf_counter()
     told = page.get_by_text("shown as dots", exact=True)
     while not told.is_visible() and menu(page, "drawn as").input_value() != "Gaussians":
@@ -119,13 +108,16 @@ def page(browser, address):
     found = menu(page, "drawn as").input_value()
     print(f"viewer: {time.perf_counter() - begun:.1f} s later the page was found to be one for {found}")
     told.wait_for(state="hidden")
+    page.drawn_at_first, page.at_first = found, steady(page)
     yield page
     page.close()
 
 
-def open_page(browser, address: str):
-    page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+def open_page(browser, address: str, said: list[str], width: int = WIDTH, height: int = HEIGHT):
+    page = browser.new_page(viewport={"width": width, "height": height})
     page.set_default_timeout(60_000)
+    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
     page.add_init_script(WATCH)
     begun = time.perf_counter()
     page.goto(address)
@@ -140,10 +132,26 @@ def settle(page) -> None:
     page.wait_for_function("performance.now() - window.seen.changes.at(-1) > 500", polling=100)
 
 
+def until(page, true: Callable[[], bool]) -> None:
+    begun = time.perf_counter()
+    while not true():
+        assert time.perf_counter() - begun < 60
+        page.wait_for_timeout(100)
+
+
 def photograph(page) -> np.ndarray:
     """The scene and the notice, without the panel, (H, W, 3) uint8."""
     content = page.screenshot(clip={"x": 0, "y": 0, "width": WIDTH - PANEL, "height": HEIGHT})
     return np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def steady(page) -> np.ndarray:
+    """The photograph once it is the same as a second before: a busy machine fades splats in by steps."""
+    before, now = None, photograph(page)
+    while before is None or (before != now).any():
+        page.wait_for_timeout(1000)
+        before, now = now, photograph(page)
+    return now
 
 
 def changed_pixels(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -174,6 +182,10 @@ def choose(page, label: str, option: str) -> None:
         settle(page)
 
 
+def movable(page, label: str) -> bool:
+    return slider(page, label).get_attribute("aria-disabled") != "true"
+
+
 def press(page, label: str, key: str) -> float:
     """Press a key on a slider; milliseconds until the picture changed, by the browser's clock."""
     slider(page, label).focus()
@@ -182,6 +194,11 @@ def press(page, label: str, key: str) -> float:
     time_taken = page.evaluate("window.seen.changes[0] - window.seen.input")
     settle(page)
     return time_taken
+
+
+def test_the_tab_and_the_panel_have_a_title(page):
+    assert page.title() == "ada: avatar viewer"
+    assert page.get_by_text("avatar viewer", exact=True).is_visible()
 
 
 def test_the_page_shows_what_the_rasteriser_draws(page, avatar_folder):
@@ -229,7 +246,7 @@ def test_zero_brings_the_face_back_and_another_colour_repaints_it_in_place(page)
     settle(page)
     assert slider(page, "neck turn").get_attribute("aria-valuenow") == "0"
     before = photograph(page)
-    choose(page, "colour", "generation order")
+    choose(page, "colour", "face")
     after = photograph(page)
     assert changed_pixels(before, after).mean() > 0.05
     assert ((after < 250).any(-1) != (before < 250).any(-1)).mean() < 0.02
@@ -243,6 +260,51 @@ def test_dragging_turns_the_view(page):
     page.mouse.up()
     settle(page)
     assert changed_pixels(before, photograph(page)).sum() > 500
+
+
+def test_the_view_is_reset_to_that_of_the_start(page):
+    def difference() -> float:
+        return changed_pixels(page.at_first, photograph(page))[:, NOTICE:].mean()
+
+    choose(page, "colour", "true colour")
+    choose(page, "drawn as", page.drawn_at_first)
+    page.mouse.move(400, 200)
+    page.mouse.down(button="right")
+    page.mouse.move(440, 210, steps=4)
+    page.mouse.up(button="right")
+    page.mouse.wheel(0, -300)
+    until(page, lambda: difference() > 0.05)
+    page.get_by_role("button", name="reset view").click()
+    until(page, lambda: difference() < 0.005)
+
+
+def test_a_motion_plays_once_one_is_chosen_and_its_timeline_poses_the_avatar(page):
+    play = menu(page, "play")
+    assert not play.is_checked() and play.is_disabled() and not movable(page, "frame")
+    choose(page, "drawn as", "dots")
+    menu(page, "motion").click()
+    page.get_by_role("option", name="nod", exact=True).click()
+    until(page, lambda: int(slider(page, "frame").get_attribute("aria-valuenow")) > 5)
+    assert play.is_checked() and play.is_enabled() and not movable(page, "frame")
+    play.click()
+    until(page, lambda: movable(page, "frame"))
+    slider(page, "frame").focus()
+    page.keyboard.press("Home")
+    until(page, lambda: changed_pixels(page.at_first, photograph(page))[:, NOTICE:].mean() < 0.005)  # it begins at rest
+    for _ in range(20):
+        page.keyboard.press("ArrowRight")
+    until(page, lambda: changed_pixels(page.at_first, photograph(page))[:, NOTICE:].mean() > 0.02)
+    assert slider(page, "frame").get_attribute("aria-valuenow") == "20"
+    choose(page, "motion", "none")
+    until(page, play.is_disabled)
+    assert not movable(page, "frame")
+
+
+def test_the_background_takes_the_colour_that_is_chosen(page):
+    menu(page, "background").fill("rgb(20, 90, 60)")
+    menu(page, "background").press("Enter")
+    page.wait_for_function("getComputedStyle(document.querySelector('canvas')).backgroundColor == 'rgb(20, 90, 60)'")
+    assert photograph(page)[5, -5].tolist() == [20, 90, 60]
 
 
 def test_buttons_give_files_that_can_be_read_back(page, avatar_folder, tmp_path):
@@ -261,17 +323,47 @@ def test_buttons_give_files_that_can_be_read_back(page, avatar_folder, tmp_path)
     assert picture.getextrema()[3] == (0, 255)
 
 
-def test_a_page_that_closes_in_mid_drag_leaves_the_server_well(page, browser, address):
+def test_on_a_phone_the_controls_are_folded_away_and_nothing_is_too_wide(browser, address, said):
+    phone = open_page(browser, address, said, 390, 844)
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    controls, jaw = phone.get_by_role("button", name="panel controls"), slider(phone, "jaw open")
+    assert not jaw.is_visible() and controls.bounding_box()["y"] > 800
+    assert phone.get_by_role("button", name="reset view").bounding_box()["y"] > 700, "the head above it is free"
+    controls.click()
+    jaw.wait_for(state="visible")
+    press(phone, "jaw open", "End")
+    assert jaw.get_attribute("aria-valuenow") == "30" and phone.title() == "ada: avatar viewer"
+    press(phone, "jaw open", "Home")
+    phone.close()
+
+
+def test_a_page_that_closes_in_mid_drag_leaves_the_server_well(page, browser, address, said):
     box = slider(page, "jaw open").bounding_box()
     page.mouse.move(box["x"] + 5, box["y"] + 5)
     page.mouse.down()
     page.mouse.move(box["x"] + 60, box["y"] + 5, steps=3)
     page.close()  # the button is still down
-    other = open_page(browser, address)
+    other = open_page(browser, address, said)
     before = photograph(other)
     press(other, "neck turn", "End")
-    assert changed_pixels(before, photograph(other)).sum() > 100
+    until(other, lambda: changed_pixels(before, photograph(other)).sum() > 100)
     other.mouse.move(400, 300)
     other.mouse.down()
     other.mouse.move(440, 310, steps=3)
     other.close()
+
+
+def test_the_consoles_tell_of_no_error_but_one_of_viser(said, page):
+    assert [line for line in said if NAN_RADIUS not in line] == []
+
+
+def test_that_error_comes_with_any_gaussians(browser):
+    """Where this fails, viser has mended it: the test above need no longer let it pass."""
+    server = viewer_page.open_server("127.0.0.1", 0)
+    one = np.zeros((1, 3), np.float32)
+    server.scene.add_gaussian_splats("/one", one, np.eye(3, dtype=np.float32)[None], one, np.ones((1, 1), np.float32))
+    page = browser.new_page()
+    with page.expect_console_message(lambda message: NAN_RADIUS in message.text, timeout=60_000):
+        page.goto(f"http://127.0.0.1:{server.get_port()}")
+    page.close()
+    server.stop()

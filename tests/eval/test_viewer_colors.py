@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.viewer_colors import MODES, point_colors, points_per_area, ramp
+from eval.viewer_colors import MODES, modes, point_colors, points_per_area, ramp
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 
@@ -38,6 +39,18 @@ def test_order_runs_from_the_first_row_to_the_last(avatar):
     np.testing.assert_allclose(colors[[0, -1]], ramp(np.array((0.0, 1.0))))
     turned = replace(avatar, positions=avatar.positions.flip(0), faces=avatar.faces.flip(0))
     np.testing.assert_array_equal(point_colors(turned, "generation order"), colors)  # of the row, not of the point
+
+
+def test_the_order_means_something_where_a_model_wrote_the_points(avatar):
+    assert "generation order" not in modes(avatar) and set(modes(avatar)) < set(MODES)
+    tokenizer = GaussianTokenizer(n_bins=64, n_faces=avatar.head.n_faces)
+    tokenizer.fit([avatar])
+    written = tokenizer.decode(tokenizer(avatar)["input_ids"])
+    moved = written["positions"] + np.random.default_rng(0).normal(0, 0.005, written["positions"].shape)
+    for positions in (written["positions"], moved):  # as written, and as a decoder moves them
+        assert (
+            modes(GaussianAvatar.from_points(written | {"positions": positions}, avatar.params, avatar.head)) == MODES
+        )
 
 
 def test_points_have_one_colour_exactly_where_they_have_one_face(avatar):
