@@ -2,13 +2,26 @@
 
 Everything is written to `.<name>.partial` beside the output: `settings.json` (what was asked for), `subjects/` (what was
 read of each), `corpus/` (the corpus so far) and `done/` (one record for every finished shard, with a key over all that
-went into it). A build that was killed and is started again keeps the shards whose key is still right and writes the
-others. Nothing depends on the number of processes, their order or the clock, so the bytes are the same as those of one
-uninterrupted build.
+went into it). Nothing depends on the number of processes, their order or the clock, so the bytes of a build that was
+killed and continued are those of one that was not.
+
+Whoever holds the lock on `.<name>.partial/lock`, and nobody else, changes that folder or the output. It is in one of two
+states:
+
+    making    `settings.json` and `corpus/` are both there. The build is continued by a command of these settings: it keeps
+              the shards whose key is still right and writes the others. A command of other settings is refused, or discards
+              the build with --overwrite.
+    nothing   One of the two is missing. Whatever else is there is what an ended build left, and is removed.
+
+    nothing -> making    `settings.json` is written last, when all folders are there
+    making -> nothing    the build is published: `corpus/` is moved away, and is the output in one rename or exchange
+                         the build is discarded, or failed before anything was finished: `settings.json` is removed first
+
+So the output is always the whole corpus of one command. An output that is there is refused or, with --overwrite, replaced
+by a build of its own, never taken for the result: what went into it is not known.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -25,7 +38,6 @@ from gaussian_tokenizer.corpus import (
     FORMAT,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
-    read_manifest,
     sha256_of,
     staging_folder,
 )
@@ -43,10 +55,12 @@ from gaussian_tokenizer.corpus_plan import (
 from gaussian_tokenizer.corpus_shards import ShardPlan, write_shard
 from gaussian_tokenizer.corpus_subjects import FolderSource, SubjectSource, Survey, read_subject
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.locks import exclusive
 from gaussian_tokenizer.parallel import runner
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.transforms import read_json
 
-HEAD_NAME = "head.safetensors"
+HEAD_NAME, SETTINGS_NAME, LOCK_NAME = "head.safetensors", "settings.json", "lock"
 
 
 def build(
@@ -70,14 +84,10 @@ def build(
     staging = staging_folder(output)
     if tokenizer is not None:
         check_tokenizer(tokenizer, head)
-    if output.exists() and staging.exists() and not (staging / "corpus").exists():
-        shutil.rmtree(staging)  # killed between its last two steps: all is done
-        return read_manifest(output)
-    _check_output(output, overwrite)
     source = FolderSource(Path(avatars)) if isinstance(avatars, str | os.PathLike) else avatars
     names = source.names()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(staging, made=source.recipe is not None):
+    with _lock(staging):
+        _check_output(output, overwrite)
         _open_staging(staging, settings, head, tokenizer, source, overwrite)
         with runner(num_proc, head, staging / HEAD_NAME) as run:
             jobs = [(number, name, source, staging / "subjects") for number, name in enumerate(names)]
@@ -95,7 +105,9 @@ def build(
             for record in run(work, [(plan,) for plan in missing], "writing shards", progress, done):
                 records[record["file"]] = record
         manifest = make_manifest(split, [records[plan.file] for plan in plans], bad, tokenizer, head, settings)
-        _finish(staging, output, plans, manifest, tokenizer, head, good, static_offset)
+        _complete(staging / "corpus", plans, manifest, tokenizer, head, good, static_offset)
+        _check_output(output, overwrite)  # once more: that took its time
+        _publish(staging, output)
     return manifest
 
 
@@ -105,29 +117,43 @@ def build(
 def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file, expected a folder name for the corpus")
-    if output.exists() and any(output.iterdir()) and not overwrite:
+    if _is_occupied(output) and not overwrite:
         raise ValueError(f"{output}: exists already; choose another --output, or --overwrite to replace it")
 
 
-@contextlib.contextmanager
-def _lock(staging: Path, made: bool) -> Iterator[None]:
-    """One build at a time; the lock goes with the process that held it, however it ends.
+def _is_occupied(output: Path) -> bool:
+    return output.exists() and any(output.iterdir())
 
-    `made`: the subjects that are ready were made for this corpus, and the next run continues with them.
-    """
-    staging.mkdir(exist_ok=True)
-    with open(staging / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{staging}: another process is building this corpus; wait for it to end") from None
+
+@contextlib.contextmanager
+def _lock(staging: Path) -> Iterator[None]:
+    """One build at a time. If it fails, what the next one cannot go on from is removed."""
+    with exclusive(staging / LOCK_NAME) as mine:
+        if not mine:
+            raise ValueError(f"{staging}: another process is building this corpus; wait for it to end")
         try:
             yield
         except BaseException:
-            useful = [*staging.glob("done/*"), *(staging.glob("subjects/*") if made else ())]
-            if not useful:
-                shutil.rmtree(staging, ignore_errors=True)
+            if not _has_progress(staging):
+                _remove(staging)
             raise
+
+
+def _settings_in(staging: Path) -> dict[str, Any]:
+    """What the build in the making was asked for; {} if there is none."""
+    if not (staging / "corpus").is_dir():
+        return {}
+    try:
+        return read_json(staging / SETTINGS_NAME)
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _has_progress(staging: Path) -> bool:
+    """Whether a build is in the making that has finished a shard, or a subject that was made and not found."""
+    settings = _settings_in(staging)
+    made = settings.get("recipe") is not None and any(staging.glob("subjects/*.safetensors"))
+    return made or (bool(settings) and any(staging.glob("done/*.json")))
 
 
 def _open_staging(
@@ -138,28 +164,44 @@ def _open_staging(
     source: SubjectSource,
     overwrite: bool,
 ) -> None:
-    """Start a new staging folder, or continue one of the same settings."""
+    """Start a new build, or continue one of the same settings."""
     wanted: dict[str, Any] = {"format": FORMAT, "head_hash": head.hash, **asdict(settings), "versions": versions()}
     wanted["recipe"] = source.recipe
     wanted["tokenizer"] = None if tokenizer is None else json.loads(tokenizer.to_json_string())
     wanted = json.loads(json.dumps(wanted))
-    file = staging / "settings.json"
-    if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        different = [name for name in wanted if found.get(name) != wanted[name]]
-        if different and not overwrite:
-            changes = ", ".join(f"{name} {found.get(name)!r} (now {wanted[name]!r})" for name in different)
-            raise ValueError(
-                f"{staging}: half-built corpus of other settings: {changes}; finish it with those, or start afresh "
-                "with --overwrite"
-            )
-        if different:
-            for name in ("corpus", "done", "subjects"):
-                shutil.rmtree(staging / name, ignore_errors=True)
+    found = _settings_in(staging)
+    different = [name for name in wanted if found.get(name) != wanted[name]]
+    if different and _has_progress(staging) and not overwrite:
+        changes = ", ".join(f"{name} {found.get(name)!r} (now {wanted[name]!r})" for name in different)
+        raise ValueError(
+            f"{staging}: half-built corpus of other settings: {changes}; finish it with those, or start afresh "
+            "with --overwrite"
+        )
+    if different:
+        _clear(staging)
     for name in ("done", "subjects", *(f"corpus/{configuration}" for configuration in CONFIGURATIONS)):
         (staging / name).mkdir(parents=True, exist_ok=True)
-    _write_json(file, wanted)
     head.save(staging / HEAD_NAME)
+    if different:
+        _write_json(staging / SETTINGS_NAME, wanted)
+
+
+def _clear(staging: Path) -> None:
+    """Remove everything but the lock."""
+    (staging / SETTINGS_NAME).unlink(missing_ok=True)
+    for path in staging.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK_NAME:
+            path.unlink()
+
+
+def _remove(staging: Path) -> None:
+    """Remove the folder, the lock last: until then nobody else makes anything in it."""
+    _clear(staging)
+    with contextlib.suppress(OSError):  # the folder may be that of the next build already
+        (staging / LOCK_NAME).unlink()
+        staging.rmdir()
 
 
 def _finished(staging: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]:
@@ -195,9 +237,8 @@ def _record_path(staging: Path, file: str) -> Path:
     return staging / "done" / (file.replace("/", "-") + ".json")
 
 
-def _finish(
-    staging: Path,
-    output: Path,
+def _complete(
+    corpus: Path,
     plans: list[ShardPlan],
     manifest: dict[str, Any],
     tokenizer: GaussianTokenizer,
@@ -205,7 +246,6 @@ def _finish(
     subjects: list[Survey],
     static_offset: bool,
 ) -> None:
-    corpus = staging / "corpus"
     planned = {corpus / plan.file for plan in plans}
     # A build that was killed just here, or a process that outlived one for a moment, may have left temporary files.
     for path in [path for path in corpus.rglob("*") if path.is_file() and path not in planned]:
@@ -216,13 +256,19 @@ def _finish(
     tokenizer.save_pretrained(corpus / TOKENIZER_FOLDER)
     write_card(corpus / CARD_NAME, manifest, subjects, tokenizer, head, static_offset)
     _write_json(corpus / MANIFEST_NAME, manifest)
-    if output.exists() and any(output.iterdir()):
-        if not _exchange(corpus, output):
-            os.rename(output, staging / "replaced")
-            os.rename(corpus, output)
-    else:
+
+
+def _publish(staging: Path, output: Path) -> None:
+    corpus, other = staging / "corpus", staging / "replaced"
+    if not _is_occupied(output):
         os.rename(corpus, output)  # also onto an empty folder
-    shutil.rmtree(staging, ignore_errors=True)
+    else:
+        os.rename(corpus, other)  # what was the output must never be found as `corpus`
+        if not _exchange(other, output):
+            os.rename(other, corpus)  # if killed while there is no output, the next build publishes it
+            os.rename(output, other)
+            os.rename(corpus, output)
+    _remove(staging)
 
 
 def _write_json(path: Path, content: Any) -> None:

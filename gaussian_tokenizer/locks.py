@@ -1,0 +1,43 @@
+"""One process at a time: a lock on a file, which the system lets go of when its holder ends, however it ends."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[bool]:
+    """Whether the lock on the file `path` is this process's own for as long as the block lasts; nobody waits.
+
+    File and folder are made where they are not there. The holder may remove them, the file first, as its last act.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "w")  # noqa: SIM115 (closed below)
+        except FileNotFoundError:  # the last holder has just removed the folder
+            continue
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                yield False
+                return
+            # The last holder may have removed the file between the two calls: such a lock keeps nobody out.
+            if _is_same(file.fileno(), path):
+                yield True
+                return
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    here = os.fstat(descriptor)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
