@@ -112,14 +112,14 @@ def read_subject(number: int, name: str, source: SubjectSource, folder: Path, he
         subject = source.open(name, head)
         avatar_id, about = subject.avatar_id, about_of(subject.metadata)
         tensors, told = _read(subject, head)
+        # One entry of metadata: safetensors does not promise the order of several, and equal subjects give equal digests.
+        content = save(tensors, metadata={"subject": json.dumps(told, sort_keys=True)})
     except Exception as error:
         # Pillow alone has a dozen kinds of errors for a damaged file; to the user all are a subject that is not usable.
         reason = " ".join(str(error).split())
         if not reason or not isinstance(error, ValueError | OSError):
             reason = f"{type(error).__name__}: {reason}"
         return Survey(number, name, avatar_id, about, problem=reason)
-    # One entry of metadata: safetensors does not promise the order of several, and equal subjects give equal digests.
-    content = save(tensors, metadata={"subject": json.dumps(told, sort_keys=True)})
     if source.recipe is None:  # not kept if the build is killed: nothing waits for the disk
         path.write_bytes(content)
     else:
@@ -133,8 +133,11 @@ def subject_file(folder: Path, number: int) -> Path:
 
 
 def about_of(metadata: dict[str, Any]) -> tuple[str, ...]:
-    """Licence, consent and provenance; "unknown" where the metadata do not say."""
-    values = (" ".join(str(metadata.get(name, "")).split()) for name in ABOUT)
+    """Licence, consent and provenance; "unknown" where the metadata do not say so in words. ValueError for a plain no."""
+    for name in ABOUT[:2]:
+        if str(metadata.get(name)).strip().lower() in ("false", "no"):
+            raise ValueError(f"{name} in metadata.json is {metadata[name]!r}: the subject may not be used")
+    values = (" ".join(value.split()) if isinstance(value := metadata.get(name), str) else "" for name in ABOUT)
     return tuple(UNKNOWN if value.lower() in ("", "none", UNKNOWN) else value for value in values)
 
 

@@ -44,11 +44,15 @@ class Subject:
 
     @property
     def licence(self) -> str:
-        return str(self.metadata.get("licence", "unknown"))
+        return self._answer("licence")
 
     @property
     def consent(self) -> str:
-        return str(self.metadata.get("consent", "unknown"))
+        return self._answer("consent")
+
+    def _answer(self, name: str) -> str:
+        value = self.metadata.get(name)
+        return value if isinstance(value, str) and value.strip() else "unknown"
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Subject":
