@@ -11,7 +11,6 @@ change a byte. Time grows with the number of subjects, memory does not.
 """
 
 import argparse
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.head_model import HeadModel, load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.identity_statistics import identity_statistics, shapes_of_corpus, shapes_of_folders
+from gaussian_tokenizer.locks import exclusive
 from gaussian_tokenizer.parallel import runner
 from gaussian_tokenizer.rendering import render, to_rgba
 from gaussian_tokenizer.subject import Frame, write_subject
@@ -41,10 +41,13 @@ from gaussian_tokenizer.synthetic import (
     synthesize_subject,
 )
 from gaussian_tokenizer.synthetic_layout import MAX_POINTS_PER_FACE, MIN_POINTS_PER_FACE
-from gaussian_tokenizer.transforms import OPENGL_TO_OPENCV
+from gaussian_tokenizer.transforms import OPENGL_TO_OPENCV, read_json
 
 RECIPE = ("seed", "image_size", "views", "timesteps", "num_points", "identity_scale", "min_points_per_face")
 LICENCE, CONSENT = "CC0-1.0", "synthetic, no person"
+LOCK_NAME = (
+    ".synthesize.lock"  # while subjects are being made; nobody else may take their temporary folders for leftovers
+)
 MAX_VIEWS = 12
 DEGREES_BETWEEN_VIEWS = 30.0
 PIXELS_BETWEEN_POINTS = 2.0  # in a portrait
@@ -81,16 +84,21 @@ def synthesize(
     if not 1 <= num_proc <= 1024:
         raise ValueError(f"num_proc is {num_proc}, expected 1 to 1024")
     output, model = Path(output), load_head(head)
-    output.mkdir(parents=True, exist_ok=True)
     folders = [output / name for name in source.names()]
-    missing = [index for index, folder in enumerate(folders) if not _is_finished(folder, recipe, model)]
-    _remove_leftovers(output, {folders[index].name for index in missing})
-    with TemporaryDirectory() as temporary:
-        head_file = Path(temporary) / "head.safetensors"
-        model.save(head_file)
-        jobs = [(folders[index], recipe) for index in missing]
-        with runner(max(1, min(num_proc, len(jobs))), model, head_file) as run:
-            run(_write, jobs, "synthesize", progress=True, done=num_subjects - len(jobs))
+    with exclusive(output / LOCK_NAME) as mine:
+        if not mine:
+            raise ValueError(f"{output}: another process is making subjects in it; wait for it to end")
+        try:
+            missing = [index for index, folder in enumerate(folders) if not _is_finished(folder, recipe, model)]
+            _remove_leftovers(output, {folders[index].name for index in missing})
+            with TemporaryDirectory() as temporary:
+                head_file = Path(temporary) / "head.safetensors"
+                model.save(head_file)
+                jobs = [(folders[index], recipe) for index in missing]
+                with runner(max(1, min(num_proc, len(jobs))), model, head_file) as run:
+                    run(_write, jobs, "synthesize", progress=True, done=num_subjects - len(jobs))
+        finally:
+            (output / LOCK_NAME).unlink()
     return folders
 
 
@@ -278,9 +286,9 @@ def _is_finished(folder: Path, recipe: dict, head: HeadModel) -> bool:
     if not folder.exists():
         return False
     try:
-        metadata = json.loads((folder / METADATA_NAME).read_text(encoding="utf-8"))
+        metadata = read_json(folder / METADATA_NAME)
         found = {"recipe": metadata["recipe"], "head_hash": metadata["head_hash"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         raise ValueError(f"{folder}: is there, but no synthetic subject; choose another output folder") from None
     expected = {"recipe": recipe, "head_hash": head.hash}
     if found != expected:

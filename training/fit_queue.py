@@ -7,18 +7,17 @@ A process holds a lock on `claim` while it fits a subject. The system lets go of
 another one can take the subject over from its checkpoint. Several machines may work on one shared folder.
 """
 
-import errno
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.locks import exclusive
+from gaussian_tokenizer.transforms import read_json
 from training.fit_report import REPORT_NAME
 from training.fit_state import differences, saved_identity
 
@@ -55,9 +54,9 @@ class Job:
         if not self.result.exists():
             return False
         try:
-            report = json.loads((self.result / REPORT_NAME).read_text(encoding="utf-8"))
+            report = read_json(self.result / REPORT_NAME)
             found = report["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError):
             raise ValueError(
                 f"{self.result}: is there, but was not fitted (no {REPORT_NAME}); give another --output, or remove it"
             ) from None
@@ -87,7 +86,7 @@ class Job:
     def failure(self) -> dict[str, Any] | None:
         """Why the subject failed, if it did: `reason`, and in `attempts` how often it was tried."""
         try:
-            failure = json.loads((self.work / FAILURE_NAME).read_text(encoding="utf-8"))
+            failure = read_json(self.work / FAILURE_NAME)
             return {"reason": str(failure["reason"]), "attempts": int(failure["attempts"])}
         except FileNotFoundError:
             return None
@@ -105,28 +104,9 @@ class Job:
         with atomic_file(self.work / FAILURE_NAME) as file:
             file.write((json.dumps(failure, indent=2, ensure_ascii=False) + "\n").encode())
 
-    @contextmanager
-    def claim(self) -> Iterator[bool]:
+    def claim(self) -> AbstractContextManager[bool]:
         """Whether the subject is this process's own for as long as the block lasts."""
-        self.work.mkdir(parents=True, exist_ok=True)
-        try:
-            file = open(self.work / "claim", "w")  # noqa: SIM115 (closed below)
-        except FileNotFoundError:  # just finished by another, and cleaned up
-            yield False
-            return
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise
-                yield False
-                return
-            # Whoever finished the subject took the folder away, and with it the file this lock is on.
-            if not _is_same(file.fileno(), self.work / "claim"):
-                yield False
-                return
-            yield True
+        return exclusive(self.work / "claim")
 
     def clean(self) -> None:
         """Remove what was kept to go on from."""
@@ -136,12 +116,3 @@ class Job:
 def order_of(jobs: list[Job], process: int, processes: int) -> list[Job]:
     """Every process begins with its own share, each n-th, and then looks after those of the others."""
     return [job for shift in range(processes) for job in jobs[(process + shift) % processes :: processes]]
-
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    here = os.fstat(descriptor)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)

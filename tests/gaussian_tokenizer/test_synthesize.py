@@ -19,8 +19,9 @@ from gaussian_tokenizer.corpus import staging_folder
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.locks import exclusive
 from gaussian_tokenizer.subject import find_subjects
-from gaussian_tokenizer.synthesize import RECIPE, SyntheticSource, main, synthesize
+from gaussian_tokenizer.synthesize import LOCK_NAME, RECIPE, SyntheticSource, main, synthesize
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 HEAD = "procedural:600"
@@ -107,6 +108,17 @@ def test_a_folder_of_another_recipe_is_refused_before_anything_is_written(writte
         with pytest.raises(ValueError, match=r"synthetic-5-000000.*choose another output folder"):
             synthesize(written, 4, **arguments)
     assert hashes(written) == before
+
+
+def test_a_second_run_at_a_time_is_refused_and_takes_nothing_of_the_first_for_a_leftover(tmp_path):
+    growing = tmp_path / ".synthetic-0-000000.00ff.tmp"
+    growing.mkdir()
+    with exclusive(tmp_path / LOCK_NAME):
+        with pytest.raises(ValueError, match="another process is making subjects in it; wait for it to end"):
+            synthesize(tmp_path, 1, HEAD, image_size=16)
+        assert growing.exists()
+    synthesize(tmp_path, 1, HEAD, image_size=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["synthetic-0-000000"]
 
 
 def test_a_folder_that_is_no_synthetic_subject_is_left_alone(tmp_path):
@@ -199,9 +211,10 @@ def test_a_corpus_killed_at_random_moments_keeps_its_subjects_and_ends_with_the_
         assert found[-1].items() <= found[-2].items() or found[-1].items() >= found[-2].items()
         del found[-1]  # the corpus is in its place, and what it was made from is being removed
     assert all(before.items() <= after.items() for before, after in itertools.pairwise(found))  # none was made twice
-    if not output.exists() or staging.exists():
+    if not output.exists():
         build(source(6), head, output, SETTINGS, progress=False)
-    assert hashes(output) == hashes(corpus) and not staging.exists()
+        assert not staging.exists()
+    assert hashes(output) == hashes(corpus)
 
 
 def test_a_half_made_corpus_of_other_people_is_not_continued(head, tiny_corpus, tmp_path, monkeypatch):
@@ -219,6 +232,7 @@ def test_a_half_made_corpus_of_other_people_is_not_continued(head, tiny_corpus, 
         build(source(3, seed=6), head, tmp_path / "corpus", SETTINGS, progress=False)
     with pytest.raises(ValueError, match="half-built corpus of other settings: recipe"):
         build(tiny_corpus.parent / "avatars", head, tmp_path / "corpus", SETTINGS, progress=False)
+    assert len(list(staging_folder(tmp_path / "corpus").glob("subjects/*"))) == 3  # no refused command took them away
 
 
 @pytest.mark.distributed
