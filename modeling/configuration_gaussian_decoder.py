@@ -8,6 +8,16 @@ of the portrait encoder feed it, and in which ranges its Gaussians live. Sizes: 
 from huggingface_hub.dataclasses import strict
 from transformers import Dinov2Config, PreTrainedConfig
 
+from .configuration_pointillist import LAYERS, OCTAVES, POSITIVE, SIZE, check_numbers
+
+LIMITS = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "point_feature_size"), SIZE),
+    **dict.fromkeys(("point_extent", "init_scale", "max_scale", "max_offset"), POSITIVE),
+    "num_hidden_layers": LAYERS,
+    "point_frequencies": OCTAVES,
+    "initializer_range": (0, 1e3),
+    "init_opacity": (0, 1),
+}
 MODES = ("full", "ar_feature", "position", "flame_position")
 
 
@@ -62,6 +72,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
     init_opacity: float = 0.1
 
     def __post_init__(self, **kwargs):
+        check_numbers(self, LIMITS)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.point_centre is None:
@@ -91,14 +102,13 @@ class GaussianDecoderConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise `ValueError` where a field is out of its range or two contradict each other."""
+        check_numbers(self, LIMITS)
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; found {self.mode!r}")
         if self.read_anchors and self.mode not in ("full", "position"):
             raise ValueError(
                 f"read_anchors is for the modes full and position, whose points have faces; found {self.mode!r}"
             )
-        if self.num_hidden_layers < 1:
-            raise ValueError(f"num_hidden_layers must be at least 1, found {self.num_hidden_layers}")
         if self.hidden_size % self.num_attention_heads or self.hidden_size % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be even and a multiple of "
@@ -117,20 +127,13 @@ class GaussianDecoderConfig(PreTrainedConfig):
             )
         if not 0 <= self.sh_degree <= 3:
             raise ValueError(f"sh_degree must be 0 to 3, found {self.sh_degree}")
-        if len(self.point_centre) != 3 or self.point_extent <= 0:
-            raise ValueError(
-                f"point_centre must be three numbers and point_extent positive, found {self.point_centre} and {self.point_extent}"
-            )
         if not 0 < self.init_scale < self.max_scale:
             raise ValueError(
                 f"init_scale must lie between 0 and max_scale (at the limit its gradient is zero), "
                 f"found {self.init_scale} and {self.max_scale}"
             )
-        if not 0 < self.init_opacity < 1 or self.max_offset <= 0:
-            raise ValueError(
-                f"init_opacity must lie between 0 and 1 and max_offset be positive, "
-                f"found {self.init_opacity} and {self.max_offset}"
-            )
+        if not 0 < self.init_opacity < 1:
+            raise ValueError(f"init_opacity must lie between 0 and 1, found {self.init_opacity}")
 
 
 def spread_layers(depth: int) -> list[int]:

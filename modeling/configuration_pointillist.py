@@ -6,8 +6,39 @@ into the tokens that cross-attention reads. Sizes: AvatarPointillist supplementa
 the 12,000-token window: paper.
 """
 
+import math
+from collections.abc import Mapping
+
 from huggingface_hub.dataclasses import strict
 from transformers import Dinov2Config, PreTrainedConfig
+
+SIZE, LAYERS = (1, 2**31 - 1), (1, 10_000)  # the most that an index of a tensor holds, and that a list of names may
+POSITIVE, OCTAVES = (1e-12, 1e12), (0, 64)
+LIMITS = {
+    **dict.fromkeys(("n_bins", "n_faces", "hidden_size", "intermediate_size", "num_attention_heads"), SIZE),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "point_latents", "point_hidden_size", "point_samples"), SIZE),
+    **dict.fromkeys(("num_hidden_layers", "point_layers"), LAYERS),
+    **dict.fromkeys(("rope_theta", "point_extent"), POSITIVE),
+    **dict.fromkeys(("partial_rotary_factor", "rms_norm_eps", "attention_dropout"), (0, 1)),
+    "point_attention_heads": SIZE,
+    "initializer_range": (0, 1e3),
+    "point_frequencies": OCTAVES,
+}
+
+
+def check_numbers(config: PreTrainedConfig, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raise `ValueError` for a field outside its limits (NaN is outside of all), or a centre that is no point."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} is {value}, expected {low} to {high}; correct config.json")
+    vision = config.vision_config
+    depth = vision.get("num_hidden_layers", 1) if isinstance(vision, dict) else 1
+    if isinstance(depth, int) and not LAYERS[0] <= depth <= LAYERS[1]:
+        raise ValueError(f"vision_config has num_hidden_layers {depth}, expected {LAYERS[0]} to {LAYERS[1]}")
+    centre = config.point_centre
+    if centre is not None and (len(centre) != 3 or not all(map(math.isfinite, centre))):
+        raise ValueError(f"point_centre is {centre}, expected x, y and z in metres")
 
 
 @strict
@@ -80,6 +111,7 @@ class PointillistConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        check_numbers(self, LIMITS)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         expected = self.n_bins + self.n_faces + 3
@@ -111,8 +143,7 @@ class PointillistConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise `ValueError` where two fields contradict each other."""
-        if self.n_bins < 1 or self.n_faces < 1:
-            raise ValueError(f"n_bins and n_faces must be positive, found {self.n_bins} and {self.n_faces}")
+        check_numbers(self, LIMITS)
         if self.sliding_window < 4 or self.sliding_window % 4:
             raise ValueError(
                 f"sliding_window must be a positive multiple of 4 (whole points of x, y, z, face), found {self.sliding_window}"
@@ -128,8 +159,6 @@ class PointillistConfig(PreTrainedConfig):
                 f"head_dim {self.head_dim} * partial_rotary_factor {self.partial_rotary_factor} = {rotated} "
                 "must be an even whole number of channels"
             )
-        if self.point_samples is not None and self.point_samples < 1:
-            raise ValueError(f"point_samples must be positive or left out (all vertices), found {self.point_samples}")
         if self.point_hidden_size % self.point_attention_heads:
             raise ValueError(
                 f"point_hidden_size {self.point_hidden_size} is not a multiple of "

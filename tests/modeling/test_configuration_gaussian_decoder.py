@@ -27,12 +27,21 @@ def test_the_defaults_are_the_papers():
     assert config.init_scale == pytest.approx(math.exp(-5))
 
 
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "point_feature_size")
+LENGTHS = ("point_extent", "init_scale", "max_scale", "max_offset")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         (dict(mode="flame"), "found 'flame'"),
         (dict(num_attention_heads=5), "multiple of num_attention_heads 5"),
-        (dict(num_hidden_layers=0), "at least 1"),
+        *(({name: 0}, f"{name} is 0, expected 1 to") for name in SIZES),
+        *(({name: math.nan}, f"{name} is nan, expected") for name in LENGTHS),
+        (dict(num_hidden_layers=10**400), "num_hidden_layers is 10+, expected 1 to 10000"),
+        (dict(point_frequencies=-1), "point_frequencies is -1, expected 0 to 64"),
+        (dict(point_extent=-math.inf), "point_extent is -inf, expected"),
+        (dict(point_centre=[0.0, 0.0, math.inf]), "point_centre is .*inf"),
         (dict(vision_layers=[0, 5]), "ascending layers of the 5"),
         (dict(vision_layers=[3, 1]), "ascending"),
         (dict(vision_layers=[]), "ascending"),
@@ -40,7 +49,7 @@ def test_the_defaults_are_the_papers():
         (dict(sh_degree=4), "sh_degree must be 0 to 3"),
         (dict(init_scale=0.01), "gradient is zero"),
         (dict(init_opacity=1.0), "init_opacity"),
-        (dict(point_extent=0.0), "point_extent positive"),
+        (dict(point_extent=0.0), "point_extent is 0.0, expected"),
         (dict(mode="ar_feature", read_anchors=True), "read_anchors is for the modes full and position"),
     ],
 )
