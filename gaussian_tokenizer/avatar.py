@@ -35,6 +35,7 @@ from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.head_model import HeadModel, built_in_head, load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.ply import PlyGaussians, read_gaussian_ply, write_gaussian_ply
+from gaussian_tokenizer.transforms import parse_json, read_json
 
 FORMAT = "avatar-pointillist gaussian avatar 1"
 PLY_NAME, PARAMETERS_NAME, METADATA_NAME = "point_cloud.ply", "flame_param.npz", "metadata.json"
@@ -381,7 +382,7 @@ def _load_safetensors(path: Path) -> GaussianAvatar:
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     try:
-        about = json.loads(entries["gaussian_avatar"])
+        about = parse_json(entries["gaussian_avatar"], path)
         if about["format"] != FORMAT:
             raise ValueError(about["format"])
         name, digest = _head_identity(about)
@@ -403,14 +404,9 @@ def _load_safetensors(path: Path) -> GaussianAvatar:
 def _metadata_content(path: Path) -> dict | None:
     """The JSON object of a metadata file; None if there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
-    return content
 
 
 def _read_metadata(folder: Path) -> tuple[str | None, str | None]:

@@ -14,6 +14,7 @@ URL of one in an object store, for whatever scheme fsspec knows. It is made by `
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,21 @@ from fsspec.implementations.dirfs import DirFileSystem
 
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.transforms import parse_json
 
 FORMAT = "avatar-pointillist corpus 1"
 MANIFEST_NAME, TOKENIZER_FOLDER, CARD_NAME = "corpus.json", "tokenizer", "README.md"
 CONFIGURATIONS = ("avatars", "frames")
 SPLITS = ("train", "validation", "test")
 POSE_SIZES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
+# What readers of corpus.json rely on; every split, skipped subject and shard has these.
+ENTRIES = {
+    "head": {"name": str, "hash": str, "n_vertices": int, "n_faces": int},
+    "tokenizer": {"fingerprint": str},
+    "splits": dict.fromkeys(("subjects", "frames", "num_points", "num_tokens", "num_out_of_bounds"), int),
+    "skipped": {"folder": str, "reason": str},
+    "shards": {"file": str, "configuration": str, "split": str, "rows": int, "bytes": int, "sha256": str},
+}
 # In the schema of every shard, so that a shard of another corpus is noticed.
 BATCH_ROWS = 16
 FINGERPRINT_KEY = b"gaussian_tokenizer"
@@ -166,13 +176,30 @@ def _read_manifest_at(url: str, files: DirFileSystem) -> dict[str, Any]:
 
 
 def _parse_manifest(where: str, content: bytes) -> dict[str, Any]:
-    try:
-        manifest = json.loads(content)
-        found = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: is not the file that build_corpus writes: {error}") from None
-    if found != FORMAT:
+    manifest = parse_json(content, where)
+    if manifest.get("format") != FORMAT:
+        found = manifest.get("format")
         raise ValueError(f"{where}: format {found!r}, expected {FORMAT!r}; build the corpus again with this version")
+    tables = {"head": [manifest.get("head")], "tokenizer": [manifest.get("tokenizer")]}
+    splits = manifest.get("splits")
+    tables["splits"] = list(splits.values()) if isinstance(splits, dict) else [splits]
+    for name in ("skipped", "shards"):
+        tables[name] = manifest[name] if isinstance(manifest.get(name), list) else [manifest.get(name)]
+    for name, rows in tables.items():
+        for row in rows:
+            wrong = [
+                key
+                for key, kind in ENTRIES[name].items()
+                if not isinstance(row, dict) or type(row.get(key)) is not kind
+            ]
+            if wrong:
+                raise ValueError(
+                    f"{where}: {name} lacks {', '.join(wrong)}, or has something else there; copy it again, or build the "
+                    "corpus again"
+                )
+    for shard in manifest["shards"]:
+        if not re.fullmatch(r"[\w-]+/[\w.-]+\.parquet", shard["file"]):
+            raise ValueError(f"{where}: names the shard {shard['file']!r}, expected <configuration>/<name>.parquet")
     return manifest
 
 

@@ -8,7 +8,6 @@ the eyes is where the procedural head has it. Paper: Li et al., "Learning Format
 Attributes", CVPR 2020.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from gaussian_tokenizer.head_building import (
     vertices_as_face_points,
 )
 from gaussian_tokenizer.head_model import JOINTS, HeadModel
+from gaussian_tokenizer.transforms import read_json
 
 NEUTRAL, INDICES = "generic_neutral_mesh.obj", "vertex_indices.json"
 N_VERTICES, N_FACES = 26_719, 26_384
@@ -133,7 +133,7 @@ def _read_indices(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it holds the names of the expressions and the landmarks")
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         expressions = [str(name) for name in content["expressions"]]
         landmarks = np.array(content["idx_to_landmark_verts"])
     except (ValueError, KeyError, TypeError) as error:

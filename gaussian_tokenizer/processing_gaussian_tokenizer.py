@@ -10,6 +10,7 @@ centres. Images and head meshes become `pixel_values`, `head_vertices` and `head
 Axis letters: B batch, N points, L tokens (4N + 2), V vertices, F faces, S image size.
 """
 
+import json
 import math
 import os
 import tempfile
@@ -25,6 +26,7 @@ from .processing_conditions import as_array, pixel_values, vertex_normals
 
 SLOTS = ("x", "y", "z", "face")
 DEFAULT_BOUNDS = ((-0.3, -0.3, -0.3), (0.3, 0.3, 0.3))  # metres: a head with hair and neck about the origin
+MAX_IMAGE_SIZE = 2**14  # 3 GB a picture
 BLOCK = 8192  # points worked on at a time: the temporaries stay in the cache, so the time stays linear
 
 
@@ -61,10 +63,15 @@ class GaussianTokenizer(ProcessorMixin):
         self.n_faces = _positive_integer("n_faces", n_faces)
         self.max_points = None if max_points is None else _positive_integer("max_points", max_points)
         self.image_size = _positive_integer("image_size", image_size)
+        if self.image_size > MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size is {image_size}; expected at most {MAX_IMAGE_SIZE} pixels")
         if not isinstance(axis_order, str) or sorted(axis_order) != ["x", "y", "z"]:
             raise ValueError(f'axis_order is {axis_order!r}; expected an order of the three axes, such as "yzx"')
         self.axis_order = axis_order
         self.padding_side = _one_of("padding_side", padding_side, ("right", "left"))
+        for name, value in (("head_name", head_name), ("head_hash", head_hash)):
+            if not isinstance(value, (str, type(None))):
+                raise ValueError(f"{name} is {value!r}; expected text, or None where the head model is not known")
         self.head_name = head_name
         self.head_hash = head_hash
         # One int64 sorting key a point: the coordinate bins in sorting order, then the face in the low bits.
@@ -452,7 +459,7 @@ class GaussianTokenizer(ProcessorMixin):
     def _set_bounds(self, bounds: Any) -> None:
         try:
             lo, hi = np.asarray(bounds, dtype=np.float64).reshape(2, 3)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"bounds are {bounds!r}; expected [[lo x, y, z], [hi x, y, z]] in metres") from None
         with np.errstate(all="ignore"):
             width = (hi - lo) / self.n_bins
@@ -502,8 +509,14 @@ class GaussianTokenizer(ProcessorMixin):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read the settings. Defaults are not for files: a wrong bound or bin count would silently move every point."""
-        settings, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         where = f"processor_config.json of {pretrained_model_name_or_path}"
+        try:
+            settings, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, RecursionError, UnicodeDecodeError, OSError) as error:
+            # transformers takes whatever is JSON for an object, and calls what is not an OSError, as it does missing files.
+            if isinstance(error, OSError) and not isinstance(error.__context__, json.JSONDecodeError):
+                raise
+            raise ValueError(f"{where} is not a JSON object: {error}; restore the file it was saved as") from None
         missing = [name for name in ("n_bins", "n_faces", "bounds", "axis_order") if name not in settings]
         if missing:
             raise ValueError(f"{where} is absent or lacks {missing}; save the tokenizer there with save_pretrained")

@@ -26,6 +26,7 @@ from gaussian_tokenizer.transforms import (
     SPLITS,
     TRANSFORMS_NAME,
     Frame,
+    frame_index,
     picture_size,
     read_json,
     read_transforms,
@@ -94,7 +95,13 @@ def read_raw(path: Path, head: HeadModel | None) -> Recording:
             f"{file}: has no focal_length, so its cameras are calibrated ones that are not in this file; export a dataset "
             "folder with VHAP (vhap/export_as_nerf_dataset.py) and give that"
         )
-    focal = float(np.asarray(other["focal_length"], np.float64).reshape(-1)[0])
+    focal_length = other["focal_length"]
+    if focal_length.dtype.kind not in "fiu" or focal_length.size == 0:
+        raise ValueError(
+            f"{file}: focal_length is {focal_length.dtype} {focal_length.shape}, expected a number (in units of the longer "
+            "side); export the tracking again"
+        )
+    focal = float(focal_length.reshape(-1)[0])
     camera_to_world = np.eye(4)  # OpenGL axes
     camera_to_world[:3, 3] = np.array([0.0, 0.0, 1.0]) - offset.double().numpy()
     viewmat = np.linalg.inv(camera_to_world @ OPENGL_TO_OPENCV)
@@ -135,8 +142,8 @@ def _moments(path: Path) -> list[tuple[int, int]]:
     """(timestep, camera) of the frames of a split, whose files are already known from the whole."""
     entries = read_json(path).get("frames")
     try:
-        return [(int(entry["timestep_index"]), int(entry["camera_index"])) for entry in entries]  # type: ignore[union-attr]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return [frame_index(entry) for entry in entries]  # type: ignore[union-attr]
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its frames lack timestep_index or camera_index: {error!r}") from None
 
 

@@ -230,13 +230,28 @@ def has_alpha(image: Image.Image) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError that names the file if it is none, or nested too deep to be read."""
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(content: str | bytes, where: object) -> dict[str, Any]:
+    """As `read_json`, of what is already read from `where`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        parsed = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
-    return content
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{where}: holds a JSON {type(parsed).__name__}, expected an object")
+    return parsed
+
+
+def frame_index(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Timestep and camera of an entry of `transforms*.json`; KeyError or ValueError if it does not say them."""
+    timestep, camera = (entry[f"{what}_index"] for what in ("timestep", "camera"))
+    for what, value in (("timestep", timestep), ("camera", camera)):
+        if type(value) is not int or not 0 <= value < 2**31:
+            raise ValueError(f"{what}_index is {value!r}, expected a whole number from 0; export the data again")
+    return timestep, camera
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -266,7 +281,7 @@ def _read_frame(folder: Path, sisters: frozenset[str], entry: dict[str, Any]) ->
     if not (all(map(math.isfinite, (fx, fy, cx, cy))) and fx > 0 and fy > 0 and width > 0 and height > 0):
         raise ValueError(f"intrinsics fx={fx} fy={fy} cx={cx} cy={cy} of {width}x{height} pixels are not a camera")
     viewmat = _to_viewmat(entry["transform_matrix"])
-    timestep, camera = int(entry["timestep_index"]), int(entry["camera_index"])
+    timestep, camera = frame_index(entry)
     return Frame(timestep, camera, viewmat, fx, fy, cx, cy, width, height, image, params, mask)
 
 

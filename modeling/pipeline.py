@@ -33,6 +33,7 @@ from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.transforms import read_json
 
 from .candidates import likeliest
 from .decoding import to_gaussians
@@ -219,8 +220,8 @@ class AvatarPipeline:
                 f"{name}: not a pipeline, it has no {INDEX_NAME}; save one with AvatarPipeline(...).save_pretrained"
             )
         try:
-            found = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["format"]
-        except (ValueError, KeyError, TypeError) as error:
+            found = read_json(folder / INDEX_NAME)["format"]
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{folder / INDEX_NAME}: not the index of a pipeline ({error})") from None
         if found != FORMAT:
             raise ValueError(f"{folder / INDEX_NAME}: format {found!r}, expected {FORMAT!r}")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 
 from gaussian_tokenizer import atomic
@@ -249,12 +250,20 @@ def test_missing_files_are_named(tmp_path):
             GaussianAvatar.load(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"head_hash": 5}'])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"head_hash": 5}', '{"head_name": ["a"]}', "[" * 100_000])
 def test_a_broken_metadata_file_is_named(tmp_path, content):
     folder = write_gaussian_avatars_folder(tmp_path / "a")
     (folder / "metadata.json").write_text(content)
     with pytest.raises(ValueError, match=r"metadata\.json: "):
         GaussianAvatar.load(folder)
+
+
+@pytest.mark.parametrize("about", ["[" * 100_000, "[]", "1", "{}"])
+def test_safetensors_with_broken_metadata_are_no_avatar(tmp_path, about):
+    path = tmp_path / "a.safetensors"
+    save_file({"positions": torch.zeros(1, 3)}, path, {"gaussian_avatar": about})
+    with pytest.raises(ValueError, match=r"a\.safetensors: not an avatar file"):
+        GaussianAvatar.load(path)
 
 
 def test_a_degree_can_be_demanded(tmp_path):

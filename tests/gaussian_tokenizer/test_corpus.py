@@ -256,9 +256,45 @@ def test_folders_that_are_no_corpus_say_what_they_are(tmp_path):
     (tmp_path / "corpus.json").write_text('{"format": "another"}')
     with pytest.raises(ValueError, match="format 'another'"):
         load_corpus(tmp_path)
-    (tmp_path / "corpus.json").write_text("{")
-    with pytest.raises(ValueError, match=r"corpus\.json: is not the file that build_corpus writes"):
-        load_corpus(tmp_path)
+    for content, message in (
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "a JSON list, expected an object"),
+        ("{}", "format None"),
+    ):
+        (tmp_path / "corpus.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"corpus\.json: .*{message}"):
+            load_corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("shards", None, "shards lacks file, configuration, split, rows, bytes, sha256, or has something else there"),
+        ("shards", [1], "shards lacks file"),
+        ("shards", {"rows": "3"}, "shards lacks rows, or"),
+        ("shards", {"bytes": True}, "shards lacks bytes, or"),
+        ("shards", {"file": "../secret/train.parquet"}, r"names the shard '\.\./secret/train.parquet'"),
+        ("shards", {"file": "/etc/passwd"}, "names the shard '/etc/passwd'"),
+        ("splits", [], "splits lacks subjects"),
+        ("splits", {"train": 3}, "splits lacks subjects"),
+        ("head", "procedural", "head lacks name, hash, n_vertices, n_faces"),
+        ("tokenizer", {"fingerprint": 3}, "tokenizer lacks fingerprint"),
+        ("skipped", ["s0"], "skipped lacks folder, reason"),
+    ],
+)
+def test_a_corpus_json_that_lacks_something_is_refused(copy, name, value, message):
+    path = copy / "corpus.json"
+    content = json.loads(path.read_text())
+    if name == "shards" and isinstance(value, dict):
+        value = [*content["shards"][1:], content["shards"][0] | value]
+    if value is None:
+        del content[name]
+    else:
+        content[name] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"corpus\.json: {message}"):
+        load_corpus(copy)
 
 
 def test_a_tokenizer_that_did_not_make_the_ids_is_refused(copy):

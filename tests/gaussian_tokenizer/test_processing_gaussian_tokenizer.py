@@ -562,6 +562,10 @@ def test_a_damaged_or_contradictory_settings_file_is_refused(tmp_path):
         ({**good, "bounds": [[0, 0, 0], [0, 1, 1]]}, "lo < hi"),
         ({**good, "axis_order": "zzz"}, "axis_order"),
         ({**good, "n_bins": "512"}, "n_bins is '512'"),
+        ({**good, "bounds": [[0, 0, 0], [1, 1, 10**400]]}, "bounds are .*expected"),
+        ({**good, "head_hash": ["0123"]}, r"head_hash is \['0123'\]; expected text"),
+        ({**good, "head_name": {"a": 1}}, "head_name is {'a': 1}; expected text"),
+        ({**good, "image_size": 2**40}, "image_size is 1099511627776; expected at most 16384 pixels"),
     ]
     for settings_, message in cases:
         path.write_text(json.dumps(settings_))
@@ -570,6 +574,10 @@ def test_a_damaged_or_contradictory_settings_file_is_refused(tmp_path):
     path.write_text(json.dumps(good)[:100])
     with pytest.raises(OSError, match="not a valid JSON"):
         AutoProcessor.from_pretrained(tmp_path)
+    for content in (json.dumps(good)[:100].encode(), b"[" * 100_000, b"[]", b"null", b"\xff{}"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"processor_config.json of .* is not a JSON object: .*restore the file"):
+            GaussianTokenizer.from_pretrained(tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match="absent"):
         GaussianTokenizer.from_pretrained(tmp_path)

@@ -197,9 +197,10 @@ def test_a_frame_that_lacks_a_path_or_a_file_that_is_not_json_is_named(tmp_path)
     path.write_text(json.dumps(transforms))
     with pytest.raises(ValueError, match=r"transforms.json: frame 0 lacks 'flame_param_path'"):
         Subject.open(tmp_path / "ada").frames()
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"transforms.json: not JSON"):
-        Subject.open(tmp_path / "ada").frames()
+    for content in ("{", "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"transforms.json: not JSON"):
+            Subject.open(tmp_path / "ada").frames()
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):

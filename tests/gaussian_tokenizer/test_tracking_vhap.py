@@ -147,6 +147,8 @@ def test_a_raw_tracking_sees_the_head_where_the_tracker_did(tmp_path, small_head
             "has no focal_length, so its cameras are calibrated .* export a dataset folder with VHAP",
         ),
         ({"focal_length": np.array([-1.0])}, "focal_length is -1.0, expected more than 0"),
+        ({"focal_length": np.zeros(0)}, r"focal_length is float64 \(0,\), expected a number"),
+        ({"focal_length": np.array(["2.0"])}, r"focal_length is <U3 \(1,\), expected a number"),
         ({"timestep_id": np.array(["a", "b"])}, "timestep_id names 2 timesteps, expected 4 different plain names"),
         ({"timestep_id": np.array(["../secret", "b", "c", "d"])}, "timestep_id names .* plain names"),
         ({"timestep_id": np.array(["f000000", "b", "c", "d"])}, "3 of 4 timesteps have no picture in .*images, .* b;"),
@@ -168,3 +170,15 @@ def test_a_raw_tracking_without_pictures_holds_parameters_only(tmp_path, small_h
     assert (tracking.subject_id, tracking.frames, tracking.params.num_frames) == ("ada", (), 4)
     with pytest.raises(ValueError, match="has head parameters, but no pictures beside them"):
         load_tracking(file, small_head)
+
+
+@pytest.mark.parametrize("index", [1.5, True, -1, None])
+def test_a_split_whose_timesteps_are_no_whole_numbers_is_refused(copy_of_tracked, small_head, index):
+    path = copy_of_tracked / "transforms_val.json"
+    content = json.loads(path.read_text())
+    content["frames"][0]["timestep_index"] = index
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"transforms_val.json: its frames lack timestep_index or camera_index: .*expected"
+    ):
+        load_tracking(copy_of_tracked, small_head)

@@ -177,7 +177,12 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
         ({"fl_x": "abc"}, "frame 1: could not convert"),
         ({"fl_x": float("nan")}, "frame 1: intrinsics fx=nan"),
         ({"transform_matrix": [[float("nan")] * 4] * 4}, "is not a rotation and a translation"),
-        ({"timestep_index": 1e400}, "frame 1: cannot convert"),
+        ({"timestep_index": 1e400}, "frame 1: timestep_index is inf, expected a whole number from 0"),
+        ({"timestep_index": 1.5}, "frame 1: timestep_index is 1.5, expected a whole number from 0"),
+        ({"timestep_index": "1"}, "frame 1: timestep_index is '1', expected a whole number"),
+        ({"timestep_index": 2**31}, "frame 1: timestep_index is 2147483648, expected a whole number"),
+        ({"camera_index": True}, "frame 1: camera_index is True, expected a whole number"),
+        ({"camera_index": -1}, "frame 1: camera_index is -1, expected a whole number"),
     ],
 )
 def test_a_bad_entry_is_named(tmp_path, change, message):
