@@ -23,9 +23,11 @@ from torch import Tensor
 from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.rotations import axis_angle_to_matrix
+from gaussian_tokenizer.transforms import parse_json
 
 JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
 FORMAT = "avatar-pointillist head model 1"
+WEIGHT_ERROR = 1e-3  # of skinning weights, in all: many times what float32 or a text file costs
 # The tensors that decide where a vertex goes: what the hash covers, in this order.
 GEOMETRY = (
     "template",
@@ -68,6 +70,9 @@ class HeadModel:
     regions: Mapping[str, Tensor]  # name -> (V,) bool
 
     def __post_init__(self) -> None:
+        scalars = [name for name, value in self.__dict__.items() if isinstance(value, Tensor) and value.ndim == 0]
+        if scalars:
+            raise ValueError(f"head model {self.name!r}: {', '.join(scalars)} is one number, expected an array")
         vertices, joints = self.template.shape[0], len(JOINTS)
         expected = {
             "template": (vertices, 3),
@@ -77,6 +82,7 @@ class HeadModel:
             "pose_dirs": (vertices, 3, 9 * (joints - 1)),
             "joint_regressor": (joints, vertices),
             "skinning_weights": (vertices, joints),
+            "landmark_faces": tuple(self.landmark_faces.shape[:1]),
             "landmark_barycentrics": (self.landmark_faces.shape[0], 3),
         }
         found = {field: getattr(self, field) for field in expected}
@@ -85,6 +91,11 @@ class HeadModel:
         for field, shape in expected.items():
             if tuple(found[field].shape) != shape:
                 raise ValueError(f"head model {self.name!r}: {field} is {tuple(found[field].shape)}, expected {shape}")
+        for region, mask in self.regions.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(f"head model {self.name!r}: region {region} is {mask.dtype}, expected torch.bool")
+        if not vertices or not self.n_faces:
+            raise ValueError(f"head model {self.name!r}: {vertices} vertices and {self.n_faces} faces, expected a mesh")
         if len(self.parents) != joints or self.parents[0] != -1:
             raise ValueError(f"head model {self.name!r}: parents are {self.parents}, expected {joints} with -1 first")
         if any(not 0 <= parent < joint for joint, parent in enumerate(self.parents) if joint):
@@ -249,13 +260,21 @@ class HeadModel:
                 raise ValueError(f"{path}: {key} is {tensor.dtype}, expected {wanted}")
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{path}: {key} has NaN or Inf")
-        for key, size in (("faces", tensors["template"].shape[0]), ("landmark_faces", tensors["faces"].shape[0])):
-            if tensors[key].numel() and not 0 <= int(tensors[key].min()) <= int(tensors[key].max()) < size:
-                raise ValueError(f"{path}: {key} has an index outside 0..{size - 1}")
         try:
-            return cls(**tensors, **strings, regions=regions)
+            head = cls(**tensors, **strings, regions=regions)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        for key, size in (("faces", head.n_vertices), ("landmark_faces", head.n_faces)):
+            if tensors[key].numel() and not 0 <= int(tensors[key].min()) <= int(tensors[key].max()) < size:
+                raise ValueError(f"{path}: {key} has an index outside 0..{size - 1}")
+        sums = head.skinning_weights.sum(1)
+        worst = int((sums - 1).abs().argmax())
+        if abs(float(sums[worst]) - 1) > WEIGHT_ERROR or float(head.skinning_weights.min()) < -WEIGHT_ERROR:
+            raise ValueError(
+                f"{path}: skinning_weights of vertex {worst} sum to {float(sums[worst]):.4g}, the least weight is "
+                f"{float(head.skinning_weights.min()):.4g}; expected weights from 0 that sum to 1: make the file again"
+            )
+        return head
 
     @classmethod
     def procedural(cls, n_faces: int = 10144) -> "HeadModel":
@@ -281,15 +300,16 @@ class HeadModel:
 
 def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict:
     try:
-        strings = json.loads(metadata["head_model"])
+        strings = parse_json(metadata["head_model"], path)
         if strings.pop("format") != FORMAT:
             raise ValueError("another format")
-        return {
-            "name": str(strings["name"]),
-            "parents": tuple(int(parent) for parent in strings["parents"]),
-            "expression_names": tuple(str(name) for name in strings["expression_names"]),
-        }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        name, parents, expressions = strings["name"], strings["parents"], strings["expression_names"]
+        if not isinstance(parents, list) or any(type(parent) is not int for parent in parents):
+            raise ValueError("parents must be whole numbers")
+        if not isinstance(expressions, list) or any(not isinstance(each, str) for each in (name, *expressions)):
+            raise ValueError("names must be text")
+        return {"name": name, "parents": tuple(parents), "expression_names": tuple(expressions)}
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: not a head model file (no {FORMAT!r} metadata); make one with HeadModel.save"
         ) from error

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 
 from gaussian_tokenizer.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
@@ -173,8 +172,7 @@ def _tracking(report: Report, head: HeadModel | None) -> None:
 
 def _avatar(report: Report, head: HeadModel | None) -> None:
     avatar = GaussianAvatar.load(report.path, head=head)
-    on_face = torch.bincount(avatar.faces)
-    occupied = on_face[on_face > 0]
+    _, occupied = avatar.faces.unique(return_counts=True)  # bincount would count up to the last face, which may be any
     report.facts["gaussians"] = {"count": len(avatar), "sh_degree": avatar.sh_degree}
     report.facts["faces"] = {
         "occupied": len(occupied),
@@ -235,6 +233,8 @@ def _corpus(report: Report, head: HeadModel | None) -> None:
 
 def _pipeline(report: Report, head: HeadModel | None) -> None:
     components = read_json(report.path / "pipeline.json").get("components", [])
+    if not isinstance(components, list):
+        raise ValueError(f"components in pipeline.json are {components!r}, expected a list of folder names")
     report.facts["components"] = components
     report.problems += [Problem(f"lacks {each}/") for each in components if not (report.path / str(each)).is_dir()]
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -214,6 +215,21 @@ def test_a_cut_file_is_named(tmp_path):
             HeadModel.load(path)
 
 
+WRONG_METADATA: list[dict] = [
+    {"name": ["random"]},
+    {"expression_names": "e0"},
+    {"expression_names": [0, 1, 2, 3, 4]},
+    {"parents": [-1, 0, 1, 1, 1e400]},
+    {"parents": [-1, 0, 1, 1, 1.5]},
+    {"parents": None},
+]
+
+
+def said(metadata, **change):
+    """The metadata of a file that says something else."""
+    return {"head_model": json.dumps(json.loads(metadata["head_model"]) | change)}
+
+
 def test_files_that_are_no_head_model_are_refused_in_one_line(tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -226,12 +242,28 @@ def test_files_that_are_no_head_model_are_refused_in_one_line(tmp_path):
     random_head().save(path)
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    doubled, negative = tensors["skinning_weights"].clone(), tensors["skinning_weights"].clone()
+    doubled[7] *= 2
+    negative[3] = torch.tensor([1.5, -0.5, 0, 0, 0])
+    deep = {"head_model": "[" * 100_000 + "]" * 100_000}
+    for wrong in (deep, {"head_model": "[]"}, *(said(metadata, **change) for change in WRONG_METADATA)):
+        save_file(tensors, path, wrong)
+        with pytest.raises(ValueError, match="not a head model file"):
+            HeadModel.load(path)
     broken = {
         "missing tensors \\['template'\\]": {key: value for key, value in tensors.items() if key != "template"},
         "faces has an index outside 0..39": tensors | {"faces": tensors["faces"] + 30},
         "template has NaN": tensors | {"template": tensors["template"] * torch.nan},
         "template is torch.float64": tensors | {"template": tensors["template"].double()},
         "shape_dirs is": tensors | {"shape_dirs": tensors["shape_dirs"][:5].clone()},
+        "vertex 7 sum to 2": tensors | {"skinning_weights": doubled},
+        "the least weight is -0.5": tensors | {"skinning_weights": negative},
+        "region eyes is torch.float32, expected torch.bool": tensors | {"region.eyes": torch.ones(40)},
+        r"landmark_faces is \(2, 1\), expected \(2,\)": tensors
+        | {"landmark_faces": tensors["landmark_faces"][:, None]},
+        "template, shape_dirs is one number": tensors | {"template": torch.ones(()), "shape_dirs": torch.ones(())},
+        "landmark_faces is one number": tensors | {"landmark_faces": torch.tensor(1)},
+        "40 vertices and 0 faces, expected a mesh": tensors | {"faces": torch.zeros(0, 3, dtype=torch.int64)},
     }
     for message, content in broken.items():
         save_file(content, path, metadata)

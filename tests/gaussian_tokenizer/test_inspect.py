@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gaussian_tokenizer.avatar import GaussianAvatar
@@ -89,6 +91,15 @@ def test_what_cannot_be_read_is_a_problem_and_not_a_crash(copy_of_tracked, capsy
     assert not problem.is_error and problem.text.startswith("has no canonical_flame_param.npz")
 
 
+def test_an_avatar_on_a_face_of_any_number_is_counted_in_little_memory(tracked, tmp_path):
+    avatar = GaussianAvatar.load(tracked)
+    replace(avatar, faces=avatar.faces.clone().index_fill_(0, torch.tensor([3]), 2**40)).save(
+        tmp_path / "a.safetensors"
+    )
+    report = inspect(tmp_path / "a.safetensors")
+    assert report.facts["faces"]["points_on_one"].startswith("1 to ") and report.problems == []
+
+
 def test_an_avatar_is_described(tracked, tmp_path):
     for name in ("point_cloud.ply", "flame_param.npz"):
         (tmp_path / "model" / "point_cloud" / "iteration_30").mkdir(parents=True, exist_ok=True)
@@ -123,6 +134,9 @@ def test_folders_of_this_toolkit_are_recognised(tiny_corpus, small_head, tmp_pat
     (tmp_path / "pipeline" / "head").mkdir(parents=True)
     (tmp_path / "pipeline" / "pipeline.json").write_text('{"components": ["head", "tokenizer"]}')
     assert [problem.text for problem in inspect(tmp_path / "pipeline").problems] == ["lacks tokenizer/"]
+    (tmp_path / "pipeline" / "pipeline.json").write_text('{"components": 3}')
+    [problem] = inspect(tmp_path / "pipeline").problems
+    assert "components in pipeline.json are 3, expected a list" in problem.text
 
 
 def test_two_subjects_of_one_id_are_found_in_a_folder_of_many(tracked, tmp_path):
