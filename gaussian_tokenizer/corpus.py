@@ -38,7 +38,7 @@ CONFIGURATIONS = ("avatars", "frames")
 SPLITS = ("train", "validation", "test")
 POSE_SIZES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
 # What readers of corpus.json rely on; every split, skipped subject and shard has these.
-ENTRIES = {
+ENTRIES: dict[str, dict[str, type]] = {
     "head": {"name": str, "hash": str, "n_vertices": int, "n_faces": int},
     "tokenizer": {"fingerprint": str},
     "splits": dict.fromkeys(("subjects", "frames", "num_points", "num_tokens", "num_out_of_bounds"), int),
