@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,11 +34,12 @@ from gaussian_tokenizer.export import save_ply
 from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.head_model import HeadModel, built_in_head, load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.ply import PlyGaussians, read_gaussian_ply, write_gaussian_ply
+from gaussian_tokenizer.ply import MAX_SH_DEGREE, PlyGaussians, read_gaussian_ply, write_gaussian_ply
 from gaussian_tokenizer.transforms import parse_json, read_json
 
 FORMAT = "avatar-pointillist gaussian avatar 1"
 PLY_NAME, PARAMETERS_NAME, METADATA_NAME = "point_cloud.ply", "flame_param.npz", "metadata.json"
+GAUSSIAN_AVATARS_SH_DEGREE = 3  # of its viewer unless told otherwise; it opens no file of another
 MIN_SCALE = 1e-9  # metres; what is smaller has no finite logarithm to store
 MAX_OPACITY = 1 - 1e-6  # and 1e-6 the least, for the same reason
 
@@ -57,6 +58,7 @@ class GaussianAvatar:
     head_name: str | None = None  # of the head model it was made on
     head_hash: str | None = None
     head: HeadModel | None = None  # attached, never saved
+    folder_sh_degree: int | None = None  # of the folder it was read from, where empty bands may follow those of `sh`
 
     def __post_init__(self) -> None:
         count = self.positions.shape[0]
@@ -82,7 +84,7 @@ class GaussianAvatar:
 
     @property
     def sh_degree(self) -> int | None:
-        return None if self.sh is None else round(self.sh.shape[1] ** 0.5) - 1
+        return None if self.sh is None else _degree(self.sh)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the Gaussians by name, without those that are None."""
@@ -207,14 +209,18 @@ class GaussianAvatar:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, sh_degree: int | None = None) -> None:
         """Write a `.safetensors` file, or else a GaussianAvatars folder; atomically, either way.
 
-        A folder may exist and keeps its other files. `point_cloud.ply` and `flame_param.npz` that were loaded and not
-        changed are written with the bytes they had; which head model they are of goes to `metadata.json`.
+        A folder may exist and keeps its other files. `point_cloud.ply` and `flame_param.npz` that were loaded from a
+        folder and not changed are written with the bytes they had. Otherwise they are what GaussianAvatars' viewer
+        opens: colours are padded with zeros to SH degree 3 (or `sh_degree`), and offsets that are None are written as
+        zeros, for which a head model must be attached. Its name and hash go to `metadata.json`.
         """
         path = Path(path)
         if path.suffix == ".safetensors":
+            if sh_degree is not None:
+                raise ValueError(f"{path}: sh_degree={sh_degree} is for folders; a .safetensors file keeps its colours")
             _save_safetensors(self, path)
         elif path.suffix == ".ply":
             raise ValueError(
@@ -222,16 +228,25 @@ class GaussianAvatar:
                 "save_world_ply"
             )
         else:
-            _save_folder(self, path)
+            _save_folder(self, path, sh_degree)
 
-    def save_world_ply(self, path: str | os.PathLike, frame: int | None = 0, method: str = "lbs") -> None:
-        """Write the Gaussians as posed in `frame` (None: in canonical pose) to a PLY that ordinary viewers open."""
+    def save_world_ply(
+        self,
+        path: str | os.PathLike,
+        frame: int | None = 0,
+        method: str = "lbs",
+        up: Literal["y", "minus_y"] = "y",
+    ) -> None:
+        """Write the Gaussians as posed in `frame` (None: in canonical pose) to a PLY that ordinary viewers open.
+
+        `up` as for `export.save_splats`.
+        """
         if frame is None:
-            save_ply(path, self.canonical_gaussians())
+            save_ply(path, self.canonical_gaussians(), up=up)
             return
         self._complete("posing")  # before a head is asked for
         _, params = self._head_and_params()
-        save_ply(path, self.posed(params.frame(frame), method))
+        save_ply(path, self.posed(params.frame(frame), method), up=up)
 
     def _canonical_frames(self) -> FaceFrames:
         """The frames of all faces of the canonical head; ValueError if a point is bound to a face that is one point."""
@@ -294,13 +309,32 @@ def _load_folder(path: Path, head: HeadModel | None, sh_degree: int | None) -> G
     if head is not None:
         _check_hash(str(path), name, digest, head)
     n_faces = None if head is None else head.n_faces
-    gaussians = read_gaussian_ply(ply_path, with_faces=True, sh_degree=sh_degree, n_faces=n_faces)
+    gaussians = read_gaussian_ply(ply_path, with_faces=True, n_faces=n_faces)
     tensors: dict[str, Any] = {
         field.name: torch.from_numpy(gaussians.__dict__[field.name]) for field in fields(gaussians)
     }
+    stored_degree, degree = _degree(tensors["sh"]), _used_degree(tensors["sh"])
+    if sh_degree is not None and not degree <= sh_degree <= stored_degree:
+        raise ValueError(f"{ply_path}: colours of SH degree {degree}, expected {sh_degree}")
+    tensors["sh"] = tensors["sh"][:, : ((degree if sh_degree is None else sh_degree) + 1) ** 2].contiguous()
     parameters_path = ply_path.with_name(PARAMETERS_NAME)
     params = HeadParameters.load(parameters_path) if parameters_path.exists() else None
-    return GaussianAvatar(**tensors, params=params, head_name=name, head_hash=digest)
+    return GaussianAvatar(**tensors, params=params, head_name=name, head_hash=digest, folder_sh_degree=stored_degree)
+
+
+def _degree(sh: Tensor) -> int:
+    return round(sh.shape[1] ** 0.5) - 1
+
+
+def _used_degree(sh: Tensor) -> int:
+    """The degree of (N, K, 3) coefficients without the empty bands at their end, which only pad a file.
+
+    Empty is what has no bit set, so that a file with a -0.0 is written back as it was.
+    """
+    used = [
+        degree for degree in range(1, _degree(sh) + 1) if sh[:, degree**2 : (degree + 1) ** 2].view(torch.int32).any()
+    ]
+    return max(used, default=0)
 
 
 def _find_ply(path: Path) -> Path:
@@ -320,8 +354,10 @@ def _find_ply(path: Path) -> Path:
     return iterations[max(iterations)]
 
 
-def _save_folder(avatar: GaussianAvatar, path: Path) -> None:
-    gaussians = _to_ply(avatar._complete(f"writing {PLY_NAME}"), with_faces=True)
+def _save_folder(avatar: GaussianAvatar, path: Path, sh_degree: int | None) -> None:
+    tensors = dict(avatar._complete(f"writing {PLY_NAME}"))
+    tensors["sh"] = _padded(path, tensors["sh"], avatar.folder_sh_degree, sh_degree)
+    gaussians, params = _to_ply(tensors), _with_offsets(path, avatar)
     stale = path / PARAMETERS_NAME
     if avatar.params is None and stale.exists():
         raise ValueError(f"{stale}: this avatar has no head parameters to replace it with; save to another folder")
@@ -332,11 +368,11 @@ def _save_folder(avatar: GaussianAvatar, path: Path) -> None:
     if path.exists():
         if not path.is_dir():
             raise ValueError(f"{path}: is a file, expected a folder or a name that ends in .safetensors")
-        _write_files(gaussians, avatar.params, metadata, path)
+        _write_files(gaussians, params, metadata, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(path) as folder:
-        _write_files(gaussians, avatar.params, metadata, folder)
+        _write_files(gaussians, params, metadata, folder)
 
 
 def _write_files(gaussians: PlyGaussians, params: HeadParameters | None, metadata: dict | None, folder: Path) -> None:
@@ -354,10 +390,31 @@ def _write_files(gaussians: PlyGaussians, params: HeadParameters | None, metadat
             flush_to_disk(file)
 
 
-def _to_ply(tensors: dict[str, Tensor], with_faces: bool) -> PlyGaussians:
-    arrays = {name: value.detach().cpu().numpy() for name, value in tensors.items()}
-    faces = arrays.pop("faces")
-    return PlyGaussians(**arrays, faces=faces if with_faces else None)
+def _padded(path: Path, sh: Tensor, folder_degree: int | None, sh_degree: int | None) -> Tensor:
+    """The colours with bands of zeros up to the degree that is asked for, was there, or GaussianAvatars' viewer expects."""
+    own = _degree(sh)
+    if sh_degree is None:
+        sh_degree = max(own, GAUSSIAN_AVATARS_SH_DEGREE if folder_degree is None else folder_degree)
+    if not own <= sh_degree <= MAX_SH_DEGREE:
+        raise ValueError(
+            f"{path}: colours of SH degree {own}, sh_degree={sh_degree}; expected {own} to {MAX_SH_DEGREE}"
+        )
+    return torch.cat((sh, sh.new_zeros(len(sh), (sh_degree + 1) ** 2 - sh.shape[1], 3)), 1)
+
+
+def _with_offsets(path: Path, avatar: GaussianAvatar) -> HeadParameters | None:
+    """The head parameters with both offsets, as GaussianAvatars reads them; those of a folder that was read as they were."""
+    params = avatar.params
+    if params is None or (avatar.folder_sh_degree is not None and params.layout is not None):
+        return params
+    try:
+        return params.with_offsets(None if avatar.head is None else avatar.head.n_vertices)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; attach the avatar's head model: avatar.with_head(load_head(...))") from None
+
+
+def _to_ply(tensors: dict[str, Tensor]) -> PlyGaussians:
+    return PlyGaussians(**{name: value.detach().cpu().numpy() for name, value in tensors.items()})
 
 
 def _save_safetensors(avatar: GaussianAvatar, path: Path) -> None:

@@ -163,7 +163,7 @@ def _read(subject: SubjectLike, head: HeadModel) -> tuple[dict[str, np.ndarray],
         "head_vertices": vertices.numpy(),
         "head_normals": head.normals(vertices).numpy().astype(np.float16),
     }
-    if params.static_offset is not None:
+    if params.static_offset is not None and params.static_offset.any():
         tensors["static_offset"] = params.static_offset.numpy()
     frames, images, times = _read_frames(subject.frames(), head)
     tensors |= {f"frames.{name}": value for name, value in frames.items()}

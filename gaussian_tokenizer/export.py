@@ -7,10 +7,12 @@ scales. Every file and folder appears whole under its name or not at all.
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -20,49 +22,62 @@ from torch import Tensor
 from gaussian_tokenizer.atomic import atomic_file, atomic_folder
 from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.ply import PlyGaussians, write_gaussian_ply
+from gaussian_tokenizer.rotations import quaternion_multiply
 
 MIN_SCALE, MIN_OPACITY = 1e-12, 1e-7  # with a finite logarithm and logit in float32
 SPLAT_FORMATS = {".compressed.ply": "ply_compressed", ".splat": "splat", ".ply": "ply"}
+UP = ("y", "minus_y")  # where the crown is: as in the toolkit, or as in most trained scenes
 PALETTE_PIXELS = 500_000  # of all frames together, from which the colours of a GIF are chosen
 MP4_QUALITY = 18  # x264's constant rate factor: hardly to be told from the original
 
 
-def save_ply(target: str | os.PathLike | BinaryIO, gaussians: Gaussians, frame: int = 0) -> None:
-    """Write one frame as the PLY of 3D Gaussian Splatting, float32, world space, rows in order."""
-    arrays = {name: value.cpu().numpy() for name, value in _stored(gaussians, frame).items()}
+def save_ply(
+    target: str | os.PathLike | BinaryIO, gaussians: Gaussians, frame: int = 0, up: Literal["y", "minus_y"] = "y"
+) -> None:
+    """Write one frame as the PLY of 3D Gaussian Splatting, float32, world space, rows in order; `up` as `save_splats`."""
+    arrays = {name: value.cpu().numpy() for name, value in _stored(gaussians, frame, up).items()}
     write_gaussian_ply(target, PlyGaussians(**arrays))
 
 
-def save_splats(path: str | os.PathLike, gaussians: Gaussians, frame: int = 0) -> None:
-    """Write one frame for viewers, by the suffix: `.ply`, `.splat` or `.compressed.ply`.
+def save_splats(
+    path: str | os.PathLike, gaussians: Gaussians, frame: int = 0, up: Literal["y", "minus_y"] = "y"
+) -> None:
+    """Write one frame for viewers, by the suffix: `.ply`, `.splat` or `.compressed.ply`; metres.
 
     `.splat` (antimatter15's viewer) keeps colours of SH degree 0 in 8 bits; `.compressed.ply` (SuperSplat) has about
     16 bytes a Gaussian and leaves out opacities below 1 / 255. Both are in an order of their own and need gsplat.
-    Raises ValueError for another suffix or a value that is not finite, ImportError with the install line.
+    `up` "minus_y" rotates everything by 180 degrees about x, into the axes of scenes trained on COLMAP's cameras (y down,
+    z away from the viewer), which SuperSplat takes every file for. Raises ValueError for another suffix or `up` or a
+    value that is not finite, ImportError with the install line.
     """
     path = Path(path)
     suffix = next((suffix for suffix in SPLAT_FORMATS if path.name.endswith(suffix)), None)
     if suffix is None:
         raise ValueError(f"{path}: unknown kind of file; Gaussians are written as {', '.join(sorted(SPLAT_FORMATS))}")
     if suffix == ".ply":
-        save_ply(path, gaussians, frame)
+        save_ply(path, gaussians, frame, up)
         return
-    stored = _stored(gaussians, frame)  # checked there: one NaN among the opacities makes gsplat 1.5.3 drop all points
+    stored = _stored(
+        gaussians, frame, up
+    )  # checked there: one NaN among the opacities makes gsplat 1.5.3 drop all points
     with atomic_file(path) as file:
         file.write(_gsplat_bytes(stored, SPLAT_FORMATS[suffix]))
 
 
-def save_ply_sequence(folder: str | os.PathLike, gaussians: Gaussians | Iterable[Gaussians]) -> int:
+def save_ply_sequence(
+    folder: str | os.PathLike, gaussians: Gaussians | Iterable[Gaussians], up: Literal["y", "minus_y"] = "y"
+) -> int:
     """Write `00000.ply`, `00001.ply`, ... into a new folder, which replaces one that is there; the number of frames.
 
-    An iterable gives the motion in parts of any number of frames, so that no more than a part is in memory.
+    An iterable gives the motion in parts of any number of frames, so that no more than a part is in memory. `up` as
+    for `save_splats`.
     """
     parts = [gaussians] if isinstance(gaussians, Gaussians) else gaussians
     count = 0
     with atomic_folder(folder) as temporary:
         for part in parts:
             for frame in range(part.num_frames):
-                save_ply(temporary / f"{count:05d}.ply", part, frame)
+                save_ply(temporary / f"{count:05d}.ply", part, frame, up)
                 count += 1
         if count == 0:
             raise ValueError(f"{folder}: no frames to write")
@@ -96,12 +111,16 @@ def save_video(path: str | os.PathLike, images: np.ndarray | Tensor, fps: float 
             file.write(_mp4_bytes(frames, fps))
 
 
-def _stored(gaussians: Gaussians, frame: int) -> dict[str, Tensor]:
+def _stored(gaussians: Gaussians, frame: int, up: str) -> dict[str, Tensor]:
     """One frame as files keep it, float32; ValueError if anything is not finite or the frame is not there."""
+    if up not in UP:
+        raise ValueError(f"up is {up!r}, expected {' or '.join(map(repr, UP))}")
     if not -gaussians.num_frames <= frame < gaussians.num_frames:
         raise ValueError(f"frame {frame} asked of Gaussians of {gaussians.num_frames} frames")
     one = gaussians.frames(frame)
     one.check_finite()
+    if up == "minus_y":
+        one = _upside_down(one)
     # Logits in double precision: in float32 an opacity near 1 has few digits left beside it.
     opacities = one.opacities.detach().double().clamp(MIN_OPACITY, 1 - MIN_OPACITY).logit()
     tensors = {
@@ -112,6 +131,22 @@ def _stored(gaussians: Gaussians, frame: int) -> dict[str, Tensor]:
         "quats": one.quats[0],
     }
     return {name: value.detach().float() for name, value in tensors.items()}
+
+
+def _upside_down(gaussians: Gaussians) -> Gaussians:
+    """Rotated by 180 degrees about x, so that y and z change sign.
+
+    A real SH function of degree l and order m is odd in z where l + m is odd, and odd in y where m < 0 (sin(m phi)).
+    """
+    x_axis = gaussians.quats.new_tensor((0, 1, 0, 0)).expand_as(gaussians.quats)
+    bands = range(gaussians.sh_degree + 1)
+    signs = [(-1) ** (degree + order + (order < 0)) for degree in bands for order in range(-degree, degree + 1)]
+    return replace(
+        gaussians,
+        positions=gaussians.positions * gaussians.positions.new_tensor((1, -1, -1)),
+        quats=quaternion_multiply(x_axis, gaussians.quats),
+        sh=gaussians.sh * gaussians.sh.new_tensor(signs)[:, None],
+    )
 
 
 def _gsplat_bytes(stored: dict[str, Tensor], kind: str) -> bytes:
@@ -125,7 +160,11 @@ def _gsplat_bytes(stored: dict[str, Tensor], kind: str) -> bytes:
     stored = {name: value.cpu() for name, value in stored.items()}
     means, scales, quats, opacities = (stored[name] for name in ("positions", "scales", "quats", "opacities"))
     quats = torch.nn.functional.normalize(quats, dim=-1)
-    return export_splats(means, scales, quats, opacities, stored["sh"][:, :1], stored["sh"][:, 1:], format=kind)
+    content = export_splats(means, scales, quats, opacities, stored["sh"][:, :1], stored["sh"][:, 1:], format=kind)
+    if kind == "ply_compressed" and stored["sh"].shape[1] == 1:
+        # gsplat announces an element `sh` without properties, at which SuperSplat's and Spark's readers fail.
+        content = re.sub(rb"element sh \d+\nend_header\n", b"end_header\n", content, count=1)
+    return content
 
 
 def _to_bytes(images: np.ndarray | Tensor) -> np.ndarray:

@@ -80,10 +80,29 @@ class HeadParameters:
         return replace(self, layout=None, **{name: self.tensors()[name][index] for name in per_frame})
 
     def canonical(self, jaw_angle: float = 0.0) -> "HeadParameters":
-        """T = 1: own shape and static offset, zero expression, pose and translation; the jaw opened by `jaw_angle`."""
-        rest = {name: torch.zeros_like(self.tensors()[name][:1]) for name in FRAME_KEYS}
+        """T = 1: own shape and static offset, the rest that is there zero; the jaw opened by `jaw_angle`, radians."""
+        per_frame = [*FRAME_KEYS] + (["dynamic_offset"] if self.dynamic_offset is not None else [])
+        rest = {name: torch.zeros_like(self.tensors()[name][:1]) for name in per_frame}
         rest["jaw_pose"][:, 0] = jaw_angle
-        return replace(self, dynamic_offset=None, layout=None, **rest)
+        return replace(self, layout=None, **rest)
+
+    def with_offsets(self, n_vertices: int | None = None) -> "HeadParameters":
+        """The same with both offsets: zeros where one is None. GaussianAvatars reads no file, and no motion, without.
+
+        `n_vertices` of the head model is needed where both are None; ValueError without.
+        """
+        known = next(
+            (offset.shape[-2] for offset in (self.static_offset, self.dynamic_offset) if offset is not None), None
+        )
+        size = n_vertices if known is None else known
+        if size is None:
+            raise ValueError("head parameters without offsets do not say how many vertices their head model has")
+        static, dynamic = self.static_offset, self.dynamic_offset
+        if static is None:
+            static = self.expr.new_zeros(size, 3)
+        if dynamic is None:
+            dynamic = self.expr.new_zeros(1, size, 3).expand(self.num_frames, -1, -1)
+        return replace(self, static_offset=static, dynamic_offset=dynamic)
 
     @classmethod
     def zeros(cls, shape_size: int, expression_size: int, num_frames: int = 1) -> "HeadParameters":

@@ -17,6 +17,14 @@ from gaussian_tokenizer.corpus import CONFIGURATIONS, MANIFEST_NAME, load_corpus
 from gaussian_tokenizer.head_model import HeadModel, built_in_head, load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.ict import NEUTRAL
+from gaussian_tokenizer.inspect_splats import (
+    compressed_ply_facts,
+    is_bound_ply,
+    is_compressed_ply,
+    ply_header,
+    splat_facts,
+    world_ply_facts,
+)
 from gaussian_tokenizer.subject import Subject
 from gaussian_tokenizer.tracking import EXPECTED, Tracking, read_tracking, recognise
 from gaussian_tokenizer.tracking_checks import Problem, find_problems
@@ -29,6 +37,9 @@ TRACKINGS = {
     "vhap_raw": "VHAP's raw tracking",
     "pixel3dmm": "a Pixel3DMM tracking",
 }
+
+
+VIEWERS = "open it in a splat viewer; docs/animation.md says which open what"
 
 
 @dataclass
@@ -94,7 +105,9 @@ def _kind_of_file(path: Path) -> Kind:
     if path.suffix == ".npz":
         return _motion, "head parameters", [f"python -m modeling.animate --motion {path} --help"]
     if path.suffix == ".ply":
-        return _avatar, "a PLY of Gaussians", [animate]
+        return _kind_of_ply(path, animate)
+    if path.suffix == ".splat":
+        return _splats(splat_facts), "world-space Gaussians in antimatter15's .splat", [VIEWERS]
     if path.suffix == ".pkl":
         return _head, "a head model, FLAME", [head]
     if path.suffix != ".safetensors":
@@ -109,6 +122,22 @@ def _kind_of_file(path: Path) -> Kind:
     if "gaussian_avatar" in keys:
         return _avatar, "an avatar", [animate]
     return _weights, "weights of a model", [f"python -m gaussian_tokenizer.inspect {path.parent}"]
+
+
+def _kind_of_ply(path: Path, animate: str) -> Kind:
+    header = ply_header(path)
+    if is_compressed_ply(header):
+        return _splats(compressed_ply_facts), "world-space Gaussians in SuperSplat's compressed PLY", [VIEWERS]
+    if is_bound_ply(header):
+        return _avatar, "a PLY of Gaussians", [animate]
+    return _splats(world_ply_facts), "a PLY of world-space Gaussians, for splat viewers", [VIEWERS]
+
+
+def _splats(facts: Callable[[Path], dict[str, Any]]) -> Callable[[Report, HeadModel | None], None]:
+    def describe(report: Report, head: HeadModel | None) -> None:
+        report.facts.update(facts(report.path))
+
+    return describe
 
 
 def _subjects_in(path: Path) -> list[Path]:
@@ -174,6 +203,8 @@ def _avatar(report: Report, head: HeadModel | None) -> None:
     avatar = GaussianAvatar.load(report.path, head=head)
     _, occupied = avatar.faces.unique(return_counts=True)  # bincount would count up to the last face, which may be any
     report.facts["gaussians"] = {"count": len(avatar), "sh_degree": avatar.sh_degree}
+    if avatar.folder_sh_degree is not None:
+        report.facts["gaussians"]["sh_degree_of_the_file"] = avatar.folder_sh_degree
     report.facts["faces"] = {
         "occupied": len(occupied),
         "points_on_one": f"{int(occupied.min())} to {int(occupied.max())}, median {int(occupied.median())}",

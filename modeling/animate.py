@@ -18,7 +18,7 @@ from tqdm import tqdm
 from gaussian_tokenizer.animation import METHODS, drive
 from gaussian_tokenizer.avatar import GaussianAvatar, open_avatar
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.export import save_ply_sequence, save_splats, save_video
+from gaussian_tokenizer.export import UP, save_ply_sequence, save_splats, save_video
 from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
@@ -53,6 +53,12 @@ def main() -> None:
     parser.add_argument(
         "--export", type=Path, help="the Gaussians at rest for a splat viewer: .ply, .splat or .compressed.ply"
     )
+    parser.add_argument(
+        "--up",
+        choices=UP,
+        default="y",
+        help="where the crown is in --export and --ply_sequence; minus_y for SuperSplat (default: y)",
+    )
     parser.add_argument("--method", choices=METHODS, default="lbs", help="how the Gaussians follow the head")
     parser.add_argument("--size", type=int, default=256, help="width and height of the pictures")
     parser.add_argument("--fps", type=float, default=25.0, help="frames per second of .gif and .mp4")
@@ -78,11 +84,11 @@ def animate(arguments: argparse.Namespace) -> None:
     avatar = avatar.to(arguments.device)
     canonical = avatar.canonical_gaussians()  # an avatar without colours is refused here
     if arguments.export is not None:
-        save_splats(arguments.export, canonical)
+        save_splats(arguments.export, canonical, up=arguments.up)
         print(f"{len(avatar):,} Gaussians at rest in {arguments.export}")
     if arguments.ply_sequence is not None:
         parts = tqdm(posed_parts(avatar, motion, arguments.method), desc="PLY", total=motion.num_frames, unit="frame")
-        count = save_ply_sequence(arguments.ply_sequence, parts)
+        count = save_ply_sequence(arguments.ply_sequence, parts, arguments.up)
         print(f"{count} frames of {len(avatar):,} Gaussians in {arguments.ply_sequence}")
     if arguments.output is not None:
         pictures = draw(avatar, motion, arguments)

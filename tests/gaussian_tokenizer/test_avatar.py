@@ -130,6 +130,56 @@ def test_a_gaussian_avatars_folder_is_written_back_byte_for_byte(tmp_path, sh_de
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.parametrize("empty", [0.0, -0.0])
+def test_empty_bands_of_a_folder_are_left_out_and_written_back_byte_for_byte(tmp_path, empty):
+    source = write_gaussian_avatars_folder(tmp_path / "in", sh_degree=3)
+    data = plyfile.PlyData.read(source / "point_cloud.ply", mmap=False)
+    for number in range(45):  # channel by channel: of the 15 of each, those of bands 2 and 3
+        if number % 15 >= 3:
+            data["vertex"][f"f_rest_{number}"] = empty
+    data.write(source / "point_cloud.ply")
+    avatar = GaussianAvatar.load(source)
+    assert avatar.sh_degree == (1 if np.signbit(empty) == 0 else 3)  # the sign of a zero has no other place
+    assert GaussianAvatar.load(source, sh_degree=3).sh.shape == (20, 16, 3)
+    avatar.save(tmp_path / "out")
+    for name in files(source):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_new_folder_is_padded_for_gaussian_avatars_and_read_without_the_padding(tmp_path):
+    avatar = random_avatar(sh_degree=0, params=random_params(offsets=False)).with_head(HEAD)
+    avatar.save(tmp_path / "a")
+    assert len(plyfile.PlyData.read(tmp_path / "a" / "point_cloud.ply")["vertex"].properties) == 63
+    back = GaussianAvatar.load(tmp_path / "a", head=HEAD)
+    assert torch.equal(back.sh, avatar.sh) and torch.equal(back.params.expr, avatar.params.expr)
+    assert torch.equal(back.params.static_offset, torch.zeros(10, 3))
+    assert torch.equal(back.params.dynamic_offset, torch.zeros(3, 10, 3))
+    assert torch.equal(back.posed().positions, avatar.posed().positions)
+    replace(back, params=avatar.params).save(tmp_path / "b")  # new parameters of an avatar that was read
+    assert (tmp_path / "a" / "flame_param.npz").read_bytes() == (tmp_path / "b" / "flame_param.npz").read_bytes()
+
+
+def test_a_folder_without_offsets_is_written_back_as_it_was(tmp_path):
+    source = write_gaussian_avatars_folder(tmp_path / "in", sh_degree=0)
+    np.savez(source / "flame_param.npz", **{k: v.numpy() for k, v in random_params(offsets=False).tensors().items()})
+    GaussianAvatar.load(source, head=HEAD).save(tmp_path / "out")
+    for name in files(source):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_what_a_folder_cannot_hold_is_said_in_one_line(tmp_path):
+    random_avatar(params=random_params(offsets=False)).save(tmp_path / "a.safetensors")
+    avatar = GaussianAvatar.load(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"do not say how many vertices .* attach the avatar's head model"):
+        avatar.save(tmp_path / "a")
+    avatar.with_head(HEAD).save(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"colours of SH degree 1, sh_degree=0; expected 1 to 3"):
+        avatar.save(tmp_path / "b", sh_degree=0)
+    with pytest.raises(ValueError, match=r"sh_degree=3 is for folders"):
+        avatar.save(tmp_path / "b.safetensors", sh_degree=3)
+    assert files(tmp_path) == ["a", "a.safetensors"]
+
+
 def test_the_newest_iteration_of_a_training_folder_is_read(tmp_path):
     for iteration in (7000, 30000, 9):
         folder = tmp_path / "model" / "point_cloud" / f"iteration_{iteration}"
@@ -267,7 +317,7 @@ def test_safetensors_with_broken_metadata_are_no_avatar(tmp_path, about):
 
 
 def test_a_degree_can_be_demanded(tmp_path):
-    random_avatar(sh_degree=1).save(tmp_path / "a")
+    random_avatar(sh_degree=1).save(tmp_path / "a", sh_degree=1)
     random_avatar(sh_degree=1).save(tmp_path / "a.safetensors")
     for name in ("a", "a.safetensors"):
         assert GaussianAvatar.load(tmp_path / name, sh_degree=1).sh_degree == 1

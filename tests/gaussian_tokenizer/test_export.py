@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer import atomic
+from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.export import save_ply, save_ply_sequence, save_splats, save_video
 from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.ply import read_gaussian_ply
+from gaussian_tokenizer.rendering import render
 
 
 def random_gaussians(count=300, num_frames=2, degree=1, seed=0) -> Gaussians:
@@ -142,6 +145,51 @@ def test_a_compressed_ply_holds_positions_to_a_hundredth_of_a_percent_of_their_c
     distances = torch.cdist(found, gaussians.positions[1])
     assert distances.min(1).values.max() < 1e-3
     assert len(set(distances.argmin(1).tolist())) > 295  # each its own
+
+
+@pytest.mark.parametrize("degree", [0, 1, 3])
+def test_every_element_of_a_compressed_ply_has_properties(tmp_path, degree):
+    pytest.importorskip("gsplat")
+    save_splats(tmp_path / "a.compressed.ply", random_gaussians(degree=degree))
+    data = plyfile.PlyData.read(tmp_path / "a.compressed.ply")
+    assert [each.name for each in data.elements] == ["chunk", "vertex"] + ["sh"] * (degree > 0)
+    assert all(len(each.properties) > 0 and len(each.data) in (2, 300) for each in data.elements)
+    if degree:
+        assert len(data["sh"].properties) == 3 * ((degree + 1) ** 2 - 1)
+
+
+@pytest.mark.parametrize("degree", [0, 3])
+def test_upside_down_gaussians_look_the_same_to_an_upside_down_camera(tmp_path, degree):
+    gaussians = random_gaussians(60, degree=degree)
+    save_splats(tmp_path / "a.ply", gaussians, up="minus_y")
+    stored = read_gaussian_ply(tmp_path / "a.ply", with_faces=False)
+    np.testing.assert_allclose(stored.positions, gaussians.positions[0] * torch.tensor((1, -1, -1)))
+    tensors = {name: torch.from_numpy(getattr(stored, name)) for name in ("positions", "scales", "quats", "sh")}
+    turned = Gaussians(
+        tensors["positions"][None], tensors["scales"].exp()[None], tensors["quats"][None], gaussians.opacities,
+        tensors["sh"],
+    )  # fmt: skip
+    camera = Cameras.orbit((0, 0, 0), 1.0, [30.0], 20.0, 100.0, 48, 48)
+    half_turn = torch.diag(torch.tensor((1.0, -1, -1, 1)))  # about x
+    upside_down = replace(camera, viewmats=camera.viewmats @ half_turn)
+    expected, found = render(gaussians.frames(0), camera).image, render(turned, upside_down).image
+    assert expected.std() > 0.05 and (expected - found).abs().max() < 1e-4
+
+
+def test_a_sequence_and_a_splat_are_turned_like_a_ply(tmp_path):
+    pytest.importorskip("gsplat")
+    gaussians = random_gaussians(20, num_frames=2)
+    save_ply_sequence(tmp_path / "motion", gaussians, up="minus_y")
+    save_ply(tmp_path / "a.ply", gaussians, frame=1, up="minus_y")
+    assert (tmp_path / "motion" / "00001.ply").read_bytes() == (tmp_path / "a.ply").read_bytes()
+    save_splats(tmp_path / "a.splat", gaussians, frame=1, up="minus_y")
+    rows = np.fromfile(tmp_path / "a.splat", "<f4").reshape(-1, 8)
+    table = plyfile.PlyData.read(tmp_path / "a.ply")["vertex"]
+    assert (
+        sorted(rows[:, 1].tolist()) == sorted(table["y"].tolist()) == sorted((-gaussians.positions[1, :, 1]).tolist())
+    )
+    with pytest.raises(ValueError, match="up is 'z', expected 'y' or 'minus_y'"):
+        save_splats(tmp_path / "b.ply", gaussians, up="z")
 
 
 def test_one_bad_value_is_named_instead_of_a_file_without_gaussians(tmp_path):

@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.export import save_splats
+from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.head_model import load_head
 from gaussian_tokenizer.inspect import inspect, main
 from gaussian_tokenizer.inspect_picture import contact_sheet
 from gaussian_tokenizer.tracking import load_tracking, read_tracking
@@ -115,8 +118,42 @@ def test_an_avatar_is_described(tracked, tmp_path):
         assert report.what == what and report.problems == [] and report.facts["gaussians"]["count"] == len(avatar)
         assert report.facts["faces"]["occupied"] == len(avatar.faces.unique())
     assert inspect(tracked / "flame_param.npz").facts["frames"] == 1
+    avatar.with_head(load_head("procedural:600")).save(tmp_path / "padded")
+    assert inspect(tmp_path / "padded").facts["gaussians"] == {
+        "count": len(avatar),
+        "sh_degree": 0,
+        "sh_degree_of_the_file": 3,
+    }
     report = inspect(tmp_path / "avatar.safetensors", "procedural:700")
     assert "made on head model 'procedural:600'" in report.problems[0].text and report.has_errors
+
+
+@pytest.mark.parametrize("name", ["world.ply", "world.splat", "world.compressed.ply"])
+@pytest.mark.parametrize("degree", [0, 2])
+def test_what_is_exported_for_splat_viewers_is_told_from_avatars_counted_and_measured(tmp_path, name, degree, capsys):
+    if name != "world.ply":
+        pytest.importorskip("gsplat")
+    generator = torch.Generator().manual_seed(0)
+    gaussians = Gaussians(
+        positions=torch.rand(1, 300, 3, generator=generator) * torch.tensor((0.2, 0.4, 0.1)),
+        scales=torch.full((1, 300, 3), 0.01),
+        quats=torch.randn(1, 300, 4, generator=generator),
+        opacities=torch.full((300,), 0.7),
+        sh=torch.randn(300, (degree + 1) ** 2, 3, generator=generator),
+    )
+    gaussians.positions[0, :2] = torch.tensor(((-0.25, 0.5, 0.125), (0.5, -0.125, 0)))
+    save_splats(tmp_path / name, gaussians)
+    report = inspect(tmp_path / name)
+    assert report.problems == [] and "world-space Gaussians" in report.what
+    assert report.facts["gaussians"] == {"count": 300, "sh_degree": 0 if name == "world.splat" else degree}
+    expected = {"x": "-0.250 to 0.500", "y": "-0.125 to 0.500", "z": "0.000 to 0.125", "unit": "metres"}
+    assert report.facts["bounds"] == expected
+    assert main([str(tmp_path / name)]) == 0 and "ERROR" not in capsys.readouterr().out
+    content = (tmp_path / name).read_bytes()
+    for number, damaged in enumerate((content[:-5], content[:80], content + b"\0")):
+        path = tmp_path / f"{number}{name.removeprefix('world')}"
+        path.write_bytes(damaged)
+        assert main([str(path)]) == 1 and capsys.readouterr().out.count("ERROR: ") == 1
 
 
 def test_folders_of_this_toolkit_are_recognised(tiny_corpus, small_head, tmp_path):
