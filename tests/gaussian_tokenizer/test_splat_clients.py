@@ -43,7 +43,7 @@ FLAGS = (
 )
 ALIKE = 38.0  # dB
 EXPORTS = [(".ply", 0), (".ply", 2), (".splat", 0), (".compressed.ply", 0), (".compressed.ply", 2)]  # and SH degrees
-SIZE, FOCAL, DRAWS = 320, 640.0, 100
+SIZE, FOCAL, DRAWS = 256, 512.0, 40
 PAGE = """<!doctype html>
 <style>body { margin: 0 } canvas { display: block }</style>
 <link rel="icon" href="data:,">
@@ -62,10 +62,12 @@ PAGE = """<!doctype html>
     document.body.replaceChildren(renderer.domElement);
     const scene = new THREE.Scene(), mesh = new SplatMesh({url});
     await mesh.initialized;
-    scene.add(new SparkRenderer({renderer}), mesh);
+    // As 3D Gaussian Splatting draws: 0.3 pixels squared on each covariance, sorted by depth. Both are options of Spark.
+    scene.add(new SparkRenderer({renderer, preBlurAmount: 0.3, blurAmount: 0, sortRadial: false}), mesh);
     const camera = new THREE.PerspectiveCamera(degrees, 1, 0.01, 100);
     camera.matrixAutoUpdate = false;
     camera.matrix.fromArray(cameraToWorld);
+    camera.matrixWorldNeedsUpdate = true;
     window.draw = async () => {
       renderer.render(scene, camera);
       await new Promise(requestAnimationFrame);
@@ -123,7 +125,7 @@ def camera() -> Cameras:
 
 @pytest.fixture(scope="module")
 def spark(pytestconfig, tmp_path_factory, camera) -> Iterator:
-    """Call it with a file and the expected picture; the best PSNR of what a page with Spark draws of the file."""
+    """Call it with a file and the expected picture; the PSNR of what a page with Spark draws in the end."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on the PATH: apt-get install chromium")
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
@@ -146,15 +148,16 @@ def spark(pytestconfig, tmp_path_factory, camera) -> Iterator:
             shutil.copy(path, site)
             arguments = [f"/{path.name}", to_world.T.flatten().tolist(), degrees, SIZE]
             assert page.evaluate("(given) => open_file(...given)", arguments) > 1000
-            best = 0.0
+            before, found = b"", 0.0
             for _ in range(DRAWS):  # it sorts in another thread: the first pictures may be wrong
                 content = base64.b64decode(page.evaluate("draw()").split(",")[1])
                 picture = torch.from_numpy(np.array(Image.open(io.BytesIO(content)).convert("RGB"))) / 255
-                best = max(best, decibels(picture, expected))
-                if best >= ALIKE:
+                found = decibels(picture, expected)
+                if found >= ALIKE and content == before:
                     break
-                page.wait_for_timeout(100)
-            return best
+                before = content
+                page.wait_for_timeout(50)
+            return found
 
         yield show
         browser.close()
