@@ -142,6 +142,16 @@ def test_a_gif_an_export_and_a_sequence_come_from_one_run(command, tmp_path, ava
     assert len(os.listdir(tmp_path / "plys")) == 4
 
 
+def test_exports_are_turned_for_viewers_whose_y_points_down(command, tmp_path, avatar_path):
+    command(motion="talk", ply_sequence="plys", export="rest.ply", up="minus_y")
+    avatar = GaussianAvatar.load(avatar_path, head=HEAD)
+    posed = avatar.posed(synthetic_motion("talk", HEAD, 4))
+    for name, upright in (("rest.ply", avatar.canonical_gaussians()), ("plys/00000.ply", posed)):
+        table = plyfile.PlyData.read(tmp_path / name)["vertex"]
+        np.testing.assert_allclose(table["y"], -upright.positions[0, :, 1], atol=1e-6)
+        np.testing.assert_allclose(table["z"], -upright.positions[0, :, 2], atol=1e-6)
+
+
 def test_a_second_run_gives_the_same_bytes(command, tmp_path):
     command(output="a.gif")
     command(output="b.gif")
