@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check format clean
+.PHONY: help install demo test test-fast newest check format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test: $(INSTALLED) ## all tests, two at a time (eight minutes on two cores)
 test-fast: $(INSTALLED) ## tests that take seconds
 	$(PYTEST) -m "not slow and not distributed"
 
+newest: ## the tests of loading, training, generation and evaluation on the newest torch, transformers, ..., in .venv-newest
+	$(PYTHON) .ci/newest.py
+
 check: $(INSTALLED) ## ruff lint, format and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -42,4 +45,4 @@ format: $(INSTALLED) ## rewrite to the house format
 	$(BIN)/ruff format
 
 clean: ## remove the environment and outputs
-	rm -rf .venv outputs build *.egg-info
+	rm -rf .venv .venv-newest outputs build *.egg-info

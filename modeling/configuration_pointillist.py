@@ -68,7 +68,7 @@ class PointillistConfig(PreTrainedConfig):
     """
 
     model_type = "avatar_pointillist"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # its name since transformers 5.24, and before
     sub_configs = {"vision_config": Dinov2Config}
 
     n_bins: int = 1024

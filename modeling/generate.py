@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--portrait", type=Path, help="picture of the person, face in the middle")
     parser.add_argument("--params", type=Path, help="flame_param.npz with the person's shape (default: the mean head)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for points.safetensors, .ply and .png")
-    parser.add_argument("--max_points", type=int, default=30_000, help="write no more points than this")
+    parser.add_argument("--max_points", type=int, help="write no more points than this (default: 32,768)")
     parser.add_argument("--max_points_per_face", type=int, help="close a face that carries so many")
     parser.add_argument("--temperature", type=float, default=0.9, help="below 1: likelier tokens are preferred more")
     parser.add_argument(

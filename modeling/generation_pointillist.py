@@ -14,26 +14,33 @@ from functools import partial
 import torch
 from einops import rearrange
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import GenerationMixin, LogitsProcessorList
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from .generation_grammar import PointGrammar
+from .generation_progress import GenerationProgress
 from .generation_ring_cache import RingCache, ring_mask
 from .generation_sampling import TokenSampler
 from .generation_streamer import PointStreamer  # noqa: F401  (so that it travels with a checkpoint)
+from .modeling_compatibility import (
+    CACHE_NAME,
+    forward_pass,
+    holds_cache,
+    named_as_here,
+    synchronises_ranks,
+    takes_cache,
+)
 
 PROGRESS_FROM = 2_000  # new tokens from which a progress bar is shown unless told otherwise
 STOP_CHECK_EVERY = 16  # tokens between looks at "is every row finished?": each look waits for the device
 
 
 @dataclass
+@holds_cache
 class PointillistGenerateOutput(GenerateDecoderOnlyOutput):
-    """`generate(..., return_dict_in_generate=True)`: the usual fields and
+    """`generate(..., return_dict_in_generate=True)`: the usual fields (with `cache`, also as `past_key_values`) and
 
     point_features: (B, N, 4, D) last hidden states that predicted x, y, z and face of each new point, zero beyond a row's
     end, if `output_point_features=True`.
@@ -79,12 +86,16 @@ class PointillistGenerationMixin(GenerationMixin):
                 (implies `return_dict_in_generate`).
             window_policy: "rolling" (default) or "reprefill", see the module docstring.
             progress: show a progress bar; default: when more than 2,000 tokens may be written.
+            cache (or past_key_values): a cache of transformers or a `RingCache`, empty or with the prompt's first tokens.
 
         Returns:
             ids (B, L), or `PointillistGenerateOutput` with `return_dict_in_generate=True`.
         """
         if window_policy not in ("rolling", "reprefill"):
             raise ValueError(f'window_policy must be "rolling" or "reprefill", found {window_policy!r}')
+        kwargs = named_as_here(kwargs, CACHE_NAME)
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("found inputs_embeds, but a prompt is token ids (B, L): give them as inputs")
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if condition_embeds is None:
             with torch.no_grad():
@@ -117,6 +128,12 @@ class PointillistGenerationMixin(GenerationMixin):
                 )
             limits = PointGrammar(self.config, sorted_points, min_points, max_points, max_points_per_face)
             logits_processor = LogitsProcessorList([limits, *(logits_processor or [])])
+            begun = -(-int((inputs < self.config.bos_token_id).sum(1).max()) // 4)
+            if max_points is not None and begun > max_points:
+                raise ValueError(
+                    f"found a prompt of {begun} points, but max_points={max_points} counts the prompt's points too: "
+                    f"give max_points of {begun} or more, or a shorter prompt"
+                )
             if max_points is not None and not {"max_new_tokens", "max_length"} & kwargs.keys():
                 kwargs["max_length"] = (
                     4 * max_points + 2 + int((inputs != self.config.bos_token_id).long().argmin(1).max())
@@ -141,11 +158,14 @@ class PointillistGenerationMixin(GenerationMixin):
         else:
             # `GenerationMixin.generate` does not hand these two on to a custom loop.
             synced_gpus = kwargs.get("synced_gpus")
-            if synced_gpus is None:
-                synced_gpus = torch.distributed.is_initialized() and (
-                    is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
-                )
-            options.update(progress=progress, streamer=kwargs.get("streamer"), synced_gpus=synced_gpus)
+            options.update(
+                streamer=kwargs.get("streamer"),
+                synced_gpus=synchronises_ranks(self) if synced_gpus is None else synced_gpus,
+                ring=CACHE_NAME not in kwargs,
+                progress=progress,
+                max_points=max_points,
+                sorted_points=grammar and sorted_points,
+            )
             kwargs["custom_generate"] = partial(sample_points, **options)
         return super().generate(
             inputs,
@@ -166,34 +186,11 @@ class PointillistGenerationMixin(GenerationMixin):
             or any(kwargs.get(name, getattr(config, name)) for name in per_step)
         )
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        """Default and "static": a ring. "dynamic": transformers' own. All beside a cache of the condition's keys and values."""
-        implementation = generation_config.cache_implementation
-        user_cache = model_kwargs.get("past_key_values")
-        if user_cache is None and generation_config.use_cache and implementation in (None, "static"):
-            longest = max(max_cache_length, generation_config.max_cache_len or 0)
-            cache = RingCache(
-                self.config.num_hidden_layers, self.config.sliding_window, longest, static=implementation == "static"
-            )
-            model_kwargs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
-            return
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and not isinstance(cache, EncoderDecoderCache):
-            model_kwargs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
-
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+    @takes_cache
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, cache=None, **kwargs):
         """The mask a compiled step is given: a ring has its own; other caches get transformers' windowed mask."""
-        cache = (
-            past_key_values.self_attention_cache
-            if isinstance(past_key_values, EncoderDecoderCache)
-            else past_key_values
-        )
+        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if isinstance(cache, RingCache):
             if inputs_embeds.shape[1] > 1 or "flash" in config._attn_implementation:
                 return attention_mask
@@ -202,8 +199,8 @@ class PointillistGenerationMixin(GenerationMixin):
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=kwargs.get("position_ids"),
+            **{CACHE_NAME: cache},
         )
 
 
@@ -218,12 +215,16 @@ def sample_points(
     guidance_scale: float | None = None,
     output_point_features: bool = False,
     window_policy: str = "rolling",
+    ring: bool = True,
     progress: bool | None = None,
+    max_points: int | None = None,
+    sorted_points: bool = True,
     **model_kwargs,
 ) -> Tensor | PointillistGenerateOutput:
     """The decoding loop behind `generate()`: greedy or sampled, one token a step for every row.
 
-    Takes what `GenerationMixin._sample` takes and the options of `PointillistGenerationMixin.generate`.
+    Takes what `GenerationMixin` hands to a custom loop, the options of `PointillistGenerationMixin.generate`, and `ring`: whether
+    the cache is ours to choose.
     """
     batch, prompt = input_ids.shape
     limit, device, config = generation_config.max_length, input_ids.device, model.config
@@ -237,11 +238,12 @@ def sample_points(
     ends = torch.full((batch,), prompt, device=device)
 
     sample = TokenSampler(logits_processor, config, input_ids, generation_config.do_sample)
-    steps = DecodingSteps(model, generation_config, model_kwargs, guidance_scale is not None, window_policy)
+    cache = cache_of_generation(model, generation_config, model_kwargs, ring)
+    steps = DecodingSteps(model, generation_config, model_kwargs, cache, guidance_scale is not None, window_policy)
     outputs = steps.first(input_ids)
     shown = limit - prompt > PROGRESS_FROM if progress is None else progress
     peer_finished = False
-    with tqdm(total=(limit - prompt) // 4, unit="point", desc="generating", disable=not shown) as bar:
+    with GenerationProgress(config, input_ids, max_points, sorted_points, shown) as bar:
         for column in range(prompt, limit):
             if not peer_finished:
                 logits = outputs.logits[:, -1].float()
@@ -256,12 +258,14 @@ def sample_points(
                 unfinished = unfinished & ~stopping_criteria(ids[:, : column + 1], None)
                 if streamer is not None:
                     streamer.put(ids[:, column].cpu())
-                bar.update((column - prompt) % 4 == 3)
             look = device.type == "cpu" or streamer is not None or (column - prompt) % STOP_CHECK_EVERY == 0
-            peer_finished = peer_finished or (look and not bool(unfinished.any()))
-            if column + 1 == limit or not model._has_unfinished_sequences(peer_finished, synced_gpus, device=device):
+            if look:
+                bar.update(ids[:, : column + 1], unfinished)
+                peer_finished = peer_finished or not bool(unfinished.any())
+            if column + 1 == limit or every_rank_finished(peer_finished, synced_gpus, device):
                 break
             outputs = steps.next(ids, column + 1)
+        bar.finish(ids)
     if streamer is not None:
         streamer.end()
 
@@ -279,10 +283,34 @@ def sample_points(
         features = features * complete[:, :, None, None]
     return PointillistGenerateOutput(
         sequences=ids,
-        past_key_values=steps.cache,
         point_features=features if output_point_features else None,
         num_points=num_points,
+        **{CACHE_NAME: steps.cache},
     )
+
+
+def cache_of_generation(model, generation_config, model_kwargs: dict, ring: bool) -> EncoderDecoderCache | None:
+    """The cache of tokens, beside one of the condition's keys and values; None without `use_cache`.
+
+    Default and "static": a ring, unless the caller brought a cache. Otherwise what is in `model_kwargs`.
+    """
+    if not model_kwargs["use_cache"]:
+        return None
+    cache: Cache = model_kwargs[CACHE_NAME]
+    if ring and generation_config.cache_implementation in (None, "static"):
+        longest = max(generation_config.max_length - 1, generation_config.max_cache_len or 0)
+        static = generation_config.cache_implementation == "static"
+        cache = RingCache(model.config.num_hidden_layers, model.config.sliding_window, longest, static)
+    return cache if isinstance(cache, EncoderDecoderCache) else EncoderDecoderCache(cache, DynamicCache())
+
+
+def every_rank_finished(finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+    """Whether there is nothing left to do: on this rank, or where all must run on together (`synced_gpus`) on any."""
+    if not synced_gpus:
+        return finished
+    unfinished_ranks = torch.tensor(0 if finished else 1, device=device)
+    torch.distributed.all_reduce(unfinished_ranks)
+    return int(unfinished_ranks) == 0
 
 
 class DecodingSteps:
@@ -291,10 +319,17 @@ class DecodingSteps:
     With guidance every row runs twice, the second time under the empty condition.
     """
 
-    def __init__(self, model, generation_config, model_kwargs: dict, guided: bool, window_policy: str):
-        self.model, self.generation_config, self.guided = model, generation_config, guided
+    def __init__(
+        self,
+        model,
+        generation_config,
+        model_kwargs: dict,
+        cache: EncoderDecoderCache | None,
+        guided: bool,
+        window_policy: str,
+    ):
+        self.model, self.generation_config, self.cache, self.guided = model, generation_config, cache, guided
         self.reprefill = window_policy == "reprefill"
-        self.cache = model_kwargs["past_key_values"] if model_kwargs["use_cache"] else None
         if self.reprefill and self.cache is None:
             raise ValueError('window_policy="reprefill" refills a cache: leave use_cache=True')
         self.kwargs = model_kwargs
@@ -309,22 +344,25 @@ class DecodingSteps:
         self.mask = model_kwargs.get("attention_mask")  # (B, prompt) or None where nothing is padded
 
     def first(self, input_ids: Tensor):
-        """The prompt."""
-        ids = torch.cat((input_ids, input_ids)) if self.guided else input_ids
+        """The prompt, without what the cache holds of it, at once or in pieces of `prefill_chunk_size`."""
         self.prompt = input_ids.shape[1]
         # Positions count from bos; a row's are its columns less its padding.
         positions = self.kwargs["position_ids"]
         self.shift = positions[:, -1:] - (self.prompt - 1)
         if self.mask is not None:
-            grown = self.mask.new_ones(len(ids), self.generation_config.max_length)
+            grown = self.mask.new_ones(len(self.mask), self.generation_config.max_length)
             grown[:, : self.prompt] = self.mask
             self.mask = grown
-        outputs = self.model._prefill(ids, self.generation_config, self.kwargs)
-        self.forward = (
-            self.model.get_compiled_call(self.generation_config.compile_config)
-            if self.model._valid_auto_compile_criteria(self.kwargs, self.generation_config)
-            else self.model.__call__
-        )
+        held = 0 if self.cache is None else self.cache.get_seq_length()
+        if held >= self.prompt:
+            raise ValueError(
+                f"found a cache of {held} tokens and a prompt of {self.prompt}: a prompt is all tokens so far, the cache's first"
+            )
+        piece = (self.cache is not None and self.generation_config.prefill_chunk_size) or self.prompt
+        self.forward = self.model.__call__
+        for begin in range(held, self.prompt, piece):
+            outputs = self.run(input_ids, begin, min(begin + piece, self.prompt))
+        self.forward = forward_pass(self.model, self.cache, self.generation_config)
         return outputs
 
     def next(self, ids: Tensor, length: int):
@@ -352,7 +390,7 @@ class DecodingSteps:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=torch.arange(begin, length, device=ids.device)[None] + self.shift,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=self.cache is not None,
             logits_to_keep=1,
             return_dict=True,

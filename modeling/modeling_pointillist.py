@@ -30,22 +30,25 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_pointillist import PointillistConfig
 from .generation_pointillist import PointillistGenerationMixin
 from .generation_ring_cache import RingCache, ring_mask
+from .modeling_compatibility import CACHE_NAME, CACHE_NAMES, holds_cache, takes_cache
 from .modeling_condition import ConditionEncoder
 
 
 @dataclass
+@holds_cache
 class PointillistOutput(ModelOutput):
     """What a forward pass returns.
 
     loss: mean cross-entropy in nats of the tokens that `labels` names, if it was given.
     logits: (B, L', vocabulary), L' = L or `logits_to_keep`; None beside a loss that is taken within slots.
     last_hidden_state: (B, L', D) after the final norm; position t is the feature that predicts token t + 1.
+    cache: keys and values so far, if `use_cache=True`; it can be read as `past_key_values` too.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
@@ -162,6 +165,7 @@ class PointillistLayer(GradientCheckpointingLayer):
         self.act = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -169,14 +173,14 @@ class PointillistLayer(GradientCheckpointingLayer):
         attention_mask: Tensor | None,
         condition_mask: Tensor | None,
         rotary: tuple[Tensor, Tensor],
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs,
     ) -> Tensor:
-        self_cache = None if past_key_values is None else past_key_values.self_attention_cache
+        self_cache = None if cache is None else cache.self_attention_cache
         x, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, rotary, cache=self_cache, **kwargs)
         hidden_states = hidden_states + x
         x, _ = self.cross_attn(
-            self.cross_attn_norm(hidden_states), condition_mask, condition=condition, cache=past_key_values, **kwargs
+            self.cross_attn_norm(hidden_states), condition_mask, condition=condition, cache=cache, **kwargs
         )
         hidden_states = hidden_states + x
         return hidden_states + self.fc2(self.act(self.fc1(self.mlp_norm(hidden_states))))
@@ -196,7 +200,7 @@ class PointillistPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["PointillistLayer", "Dinov2Layer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [*CACHE_NAMES]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -249,6 +253,7 @@ class PointillistModel(PointillistPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -256,7 +261,7 @@ class PointillistModel(PointillistPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         condition: Tensor | None = None,
         condition_mask: Tensor | None = None,
@@ -266,15 +271,15 @@ class PointillistModel(PointillistPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None and not isinstance(cache, EncoderDecoderCache):
+            cache = EncoderDecoderCache(cache, DynamicCache())
 
         if position_ids is None:
-            start = 0 if past_key_values is None else past_key_values.get_seq_length()
+            start = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
-        self_cache = None if past_key_values is None else past_key_values.self_attention_cache
+        self_cache = None if cache is None else cache.self_attention_cache
         flash = "flash" in self.config._attn_implementation
         if attention_mask is not None and attention_mask.ndim == 4:
             mask = attention_mask
@@ -287,8 +292,8 @@ class PointillistModel(PointillistPreTrainedModel):
                 config=self.config,
                 inputs_embeds=x,
                 attention_mask=attention_mask,
-                past_key_values=self_cache,
                 position_ids=position_ids,
+                **{CACHE_NAME: self_cache},
             )
         if condition_mask is not None:
             if flash:
@@ -301,8 +306,8 @@ class PointillistModel(PointillistPreTrainedModel):
 
         rotary = rotary_embedding(self.config, position_ids)
         for layer in self.layers:
-            x = layer(x, condition, mask, condition_mask, rotary, past_key_values=past_key_values, **kwargs)
-        return PointillistOutput(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            x = layer(x, condition, mask, condition_mask, rotary, **{CACHE_NAME: cache}, **kwargs)
+        return PointillistOutput(last_hidden_state=self.norm(x), **{CACHE_NAME: cache})
 
 
 class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMixin):
@@ -337,13 +342,14 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         """Condition tokens (B, M, D) of a portrait (B, 3, h, w) and/or a head mesh (B, V, 3) with its normals (B, V, 3)."""
         return self.condition_encoder(pixel_values, head_vertices, head_normals)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -365,6 +371,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             pixel_values: (B, 3, h, w) portrait, ImageNet-normalised. head_vertices, head_normals: (B, V, 3), metres.
             condition_embeds: (B, M, D) from `encode_condition`; condition_mask: (B, M), 0 on padding.
             drop_condition: (B,) bool, True for rows that read the empty condition instead (training of guidance).
+            cache: keys and values of the tokens before, from the output of the last pass; also as `past_key_values`.
             logits_to_keep: keep the last so many positions (0: all), or these positions.
         """
         batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
@@ -378,7 +385,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             condition=condition_embeds,
             condition_mask=condition_mask,
@@ -398,10 +405,10 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             loss=loss,
             logits=logits,
             last_hidden_state=hidden,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
+            **{CACHE_NAME: outputs.cache},
         )
 
     def loss_within_slot(

@@ -79,7 +79,7 @@ def point_features(
         for begin in range(0, length, chunk):
             # Padding is on the right, where no token of a sentence looks: it needs no mask.
             piece = input_ids[:, begin : min(begin + chunk, length)]
-            outputs = model.model(piece, condition=condition, past_key_values=cache, use_cache=True)
+            outputs = model.model(piece, condition=condition, cache=cache, use_cache=True)
             pieces.append(outputs.last_hidden_state)
     finally:
         for module, training in modes:

@@ -9,6 +9,7 @@ from transformers import CompileConfig, DynamicCache, LogitsProcessor, StaticCac
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig, PointillistForCausalLM, PointStreamer, RingCache
 
+pytestmark = pytest.mark.newest
 POINTS = 20  # 81 tokens: two and a half windows of 32
 
 
@@ -167,6 +168,12 @@ def test_what_does_not_combine_is_said(tiny_model, condition):
         greedy(tiny_model, condition, grammar=False)
     with pytest.raises(ValueError, match="min_points instead"):
         greedy(tiny_model, condition, min_new_tokens=9)
+    prompt = torch.tensor([[bos, *[1, 1, 1, 17] * 3, 1]])
+    with pytest.raises(ValueError, match=r"prompt of 4 points, but max_points=3 .* give max_points of 4 or more"):
+        tiny_model.generate(prompt, condition_embeds=condition[:1], max_points=3)
+    assert tiny_model.generate(prompt[:, :-1], condition_embeds=condition[:1], max_points=3).tolist() == [
+        [*prompt[0, :-1].tolist(), eos]
+    ]
     with pytest.raises(ValueError, match="use_cache=True"):
         greedy(tiny_model, condition, window_policy="reprefill", use_cache=False)
     with pytest.raises(ValueError, match="whole points"):

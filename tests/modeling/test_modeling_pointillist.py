@@ -13,6 +13,8 @@ from modeling.modeling_condition import ConditionEncoder
 
 from .conftest import TINY
 
+pytestmark = pytest.mark.newest
+
 
 def random_ids(config, batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, config.bos_token_id, (batch, length), generator=torch.Generator().manual_seed(2))
