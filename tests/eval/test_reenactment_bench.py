@@ -37,6 +37,7 @@ def refused(words: list[str], output: Path, *more: str, capsys) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.newest
 def test_a_run_writes_numbers_table_grid_videos_and_page(finished):
     names = {path.name for path in finished.iterdir()}
     assert {"results.json", "results.md", "grid.png", "report.html", "videos", "avatars", "frames"} <= names

@@ -146,6 +146,7 @@ def test_rows_of_frames_hold_the_bytes_of_the_pictures_and_their_cameras(subject
     assert stored["bytes"] == (subjects / stored["path"].replace("_", "/images/", 1)).read_bytes()
 
 
+@pytest.mark.newest
 def test_plain_load_dataset_finds_both_configurations_and_streams_them_over_nodes(built):
     whole = load_dataset(str(built), "avatars")
     assert {split: len(rows) for split, rows in whole.items()} == {"train": 5, "validation": 2}

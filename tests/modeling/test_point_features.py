@@ -22,6 +22,7 @@ def written(model, condition, **options):
     return model.generate(condition_embeds=condition, output_point_features=True, **options)
 
 
+@pytest.mark.newest
 def test_they_are_the_features_of_generation_far_beyond_the_window(tiny_model, condition):
     result = written(tiny_model, condition, do_sample=False, min_points=POINTS, max_points=POINTS)
     features = point_features(tiny_model, result.sequences, condition_embeds=condition)

@@ -91,6 +91,7 @@ def zero2(launcher, tmp_path_factory) -> Path:
 # ---- what a run leaves
 
 
+@pytest.mark.newest
 def test_the_output_folder_loads_and_writes_points(reference, corpus):
     model = AutoModelForCausalLM.from_pretrained(reference)
     tokenizer = AutoProcessor.from_pretrained(reference)
@@ -104,6 +105,7 @@ def test_the_output_folder_loads_and_writes_points(reference, corpus):
     assert tokenizer.bounds == corpus.tokenizer.bounds and tokenizer.head_hash == head.hash
 
 
+@pytest.mark.newest
 def test_the_report_holds_what_it_promises(reference, corpus):
     report = json.loads((reference / "training_report.json").read_text())
     splits = corpus.manifest["splits"]

@@ -39,6 +39,7 @@ def reference(decoder_launcher, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.newest
 def test_the_output_folder_loads_and_its_report_holds_what_it_promises(reference):
     decoder = AutoModel.from_pretrained(reference)
     assert isinstance(decoder, GaussianDecoder) and decoder.config.hidden_size == 64

@@ -77,6 +77,7 @@ def full_forward(model, rows) -> dict[str, float]:
     return slot_metrics(sums, "eval_")
 
 
+@pytest.mark.newest
 def test_evaluation_is_a_plain_forward_pass_where_sentences_fit_the_window(make_trainer):
     trainer = make_trainer(window=1024)
     rows = trainer.eval_dataset.rows
@@ -241,6 +242,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(make_trainer, monkeypatch):
         trainer.train()
 
 
+@pytest.mark.newest
 def test_weights_come_back_from_a_checkpoint_all_of_them(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=2)
     trainer.train()
