@@ -2,8 +2,8 @@
 
 Since 5.24 transformers calls the key/value cache `cache` where it was `past_key_values`: as an argument of `forward` and
 `generate`, as a field of outputs, and as a name in its own layers. Our code says `cache`; both names are taken as an argument and
-can be read from our outputs, and `CACHE_NAME` is the one to pass to transformers. Once 5.24 is the oldest version that is supported,
-all of this but `forward_pass` and `synchronises_ranks` can go.
+can be read from our outputs, and `CACHE_NAME` is the one to pass to transformers. Once 5.24 is the oldest version supported, all
+of this but `forward_pass` and `synchronises_ranks` can go.
 """
 
 from collections.abc import Callable
