@@ -38,7 +38,8 @@ def install(packages: list[str]) -> str | None:
     free = shutil.disk_usage(ROOT).free / 1e9
     if not PYTHON.exists() and free < SPACE:
         return f"{free:.1f} GB free at {ROOT}, {SPACE} needed"
-    pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--retries", "1", "--upgrade"]
+    options = ("--quiet", "--no-compile", "--disable-pip-version-check", "--retries", "1", "--upgrade")
+    pip = [str(PYTHON), "-m", "pip", "install", *options]
     for command in (
         [sys.executable, "-m", "venv", str(VENV)],
         # torch first, alone: with it in place nothing else pulls another build of it
