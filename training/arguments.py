@@ -1,11 +1,12 @@
 """Arguments of the pre-training script: a YAML file for the run, any field of it again on the command line.
 
-Three dataclasses, read by `HfArgumentParser`: the model, the data, and transformers' `TrainingArguments` with defaults of the
-paper. A field that no class knows is refused with the nearest name there is.
+Three dataclasses, read by `help_text.GroupedParser`: the model, the data, and transformers' `TrainingArguments` with defaults of
+the paper. A field that no class knows is refused with the nearest name there is.
 """
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import Dinov2Config, HfArgumentParser, TrainingArguments
+from transformers import Dinov2Config, TrainingArguments
 
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
+from training.help_text import GroupedParser
+from training.process import Interrupted
 
 
 @dataclass
@@ -122,7 +125,7 @@ class DataArguments:
 
 @dataclass
 class PretrainArguments(TrainingArguments):
-    """transformers' TrainingArguments with the paper's defaults (AdamW, 1e-4, 50,000 steps, batch 4, bf16)."""
+    """Training: transformers' TrainingArguments with the paper's defaults (AdamW, 1e-4, 50,000 steps, batch 4, bf16)."""
 
     output_dir: str = field(
         default="outputs/pretrain", metadata={"help": "where checkpoints and the model are written"}
@@ -133,7 +136,12 @@ class PretrainArguments(TrainingArguments):
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 1000
-    max_steps: int = 50_000
+    max_steps: int = field(default=50_000, metadata={"help": "how long to train, in steps of the optimiser"})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "true: go on from the newest whole checkpoint of --output_dir, if there is one; or a folder"},
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the finished folder to the Hub"})
     per_device_train_batch_size: int = 4
     per_device_eval_batch_size: int = 4
     eval_strategy: str = "steps"
@@ -144,6 +152,10 @@ class PretrainArguments(TrainingArguments):
     report_to: str = "none"
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
+    # No options: items come in the order of the training set, and a repository gets the finished folder once, without
+    # Trainer's arguments, which hold the token.
+    train_sampling_strategy: str = field(default="sequential", init=False)
+    hub_strategy: str = field(default="end", init=False)
     num_threads: int | None = field(
         default=None, metadata={"help": "CPU threads of a process; left out, all cores shared among the processes"}
     )
@@ -165,13 +177,13 @@ class PretrainArguments(TrainingArguments):
 
 def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
     """`[run.yaml] [--field value ...]` -> one instance of each dataclass; the command line wins over the file."""
-    parser = HfArgumentParser(classes, description=description, usage="%(prog)s [config.yaml] [--field value ...]")
+    parser = GroupedParser(classes, description=description, usage="%(prog)s [config.yaml] [--field value ...]")
     parser.add_argument(
         "config", nargs="?", help="YAML file of fields; every one can be given again on the command line"
     )
     if argv and not argv[0].startswith("-"):
         path = Path(argv[0])
-        known = {action.dest for action in parser._actions} - {"help", "config"}
+        known = {action.dest for action in parser._actions} - {"help", "help_all", "config"}
         settings = read_yaml(path)
         for name in settings:
             if name not in known:
@@ -225,9 +237,16 @@ def flag_named(flag: str, value: str) -> Iterator[None]:
 
 
 def exit_on_user_error(main) -> None:
-    """Run `main`; what a user can mend is said in one line instead of a traceback."""
+    """Run `main`; what a user can mend, or did with a signal, is said in one line instead of a traceback."""
     try:
         main()
+    except Interrupted as stop:
+        if str(stop):
+            print(f"\n{stop}", file=sys.stderr, flush=True)
+        sys.exit(128 + stop.number)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, FileNotFoundError, ConnectionError, StrictDataclassError) as error:
         if os.environ.get("POINTILLIST_TRACEBACK"):
             raise

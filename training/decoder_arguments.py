@@ -102,7 +102,7 @@ class LossArguments:
 
 @dataclass
 class DecoderTrainingArguments(PretrainArguments):
-    """transformers' TrainingArguments with the paper's defaults (12,500 steps)."""
+    """Training: transformers' TrainingArguments with the paper's defaults (12,500 steps)."""
 
     output_dir: str = field(
         default="outputs/decoder", metadata={"help": "where checkpoints and the decoder are written"}

@@ -166,7 +166,7 @@ class DecoderTrainer(ExactTrainer):
         model.eval()
         sums = torch.zeros(4, dtype=torch.double, device=self.args.device)
         for batch in self.get_eval_dataloader(eval_dataset):
-            batch = self._prepare_inputs(batch)
+            batch = self.prepared(batch)
             with self.compute_loss_context_manager():
                 images, _, _ = self.draw(model, batch)
             rows = []

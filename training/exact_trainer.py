@@ -1,48 +1,88 @@
-"""transformers' Trainer made exact: items in a fixed order, and checkpoints that are whole or not there.
+"""transformers' Trainer made exact: checkpoints that are whole or not there, and a stop that loses no step.
 
 A checkpoint counts only once `COMPLETE` lies in it, written last by the main process after all others are done; resuming takes
-the newest such folder, so a run killed in the middle of a save goes on from the save before.
+the newest such folder, so a run killed in the middle of a save goes on from the save before. SIGTERM and Ctrl-C save one.
+
+Private methods of transformers are used in this file alone, each with the reason; their signatures are the same from 5.17 to 5.24.
 """
 
 import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch.utils.data import SequentialSampler
-from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from gaussian_tokenizer.atomic import atomic_file, flush_to_disk
 from gaussian_tokenizer.hub import one_line, upload
+from training.process import Interrupted, StopSignals
 
 COMPLETE = "COMPLETE"
 
 
 class ExactTrainer(Trainer):
-    """Reads its training set from front to back: item i of the set says what step i sees, whatever was killed before."""
+    """Trainer with `PretrainArguments`, which read the training set from front to back: item i of the set says what step i sees,
+    whatever was killed before."""
 
-    def _get_train_sampler(self, train_dataset=None):
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.limit = self.args.save_total_limit
+        self.unfinished: Path | None = None  # the checkpoint that is being written
+        self.signals = StopSignals()
+        self.checkpoints = Checkpoints(self)
+        self.add_callback(self.checkpoints)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Weights by `from_pretrained`: checkpoints hold DINOv2 under its published names, which Trainer would pass over."""
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        model = self.model if model is None else model
-        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-        model.load_state_dict(loaded.state_dict())
+    def train(self, *args, **kwargs):
+        """As Trainer's.
 
-    def _load_best_model(self):
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        Raises:
+            Interrupted: SIGTERM or SIGINT came to one of the processes; all have finished and saved the same step.
+            ValueError: the disk is full.
+        """
+        # Trainer removes old checkpoints before the new one is marked as whole; `finish_checkpoint` does it after.
+        self.args.save_total_limit = None
+        try:
+            with self.signals, removed_if_disk_is_full(lambda: self.unfinished):
+                output = super().train(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = self.limit
+        if self.checkpoints.stopped:
+            number = self.signals.received[0] if self.signals.received else signal.SIGTERM
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            said = f"{folder} saved after {self.state.global_step:,} of {self.args.max_steps:,} steps; run the same command with "
+            said += "--resume_from_checkpoint true to go on from there"
+            raise Interrupted(said if self.is_world_process_zero() else "", number)
+        return output
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As Trainer's, which begins every checkpoint with it: the folder is then emptied first."""
+        folder = Path(output_dir or self.args.output_dir)
+        if self.is_in_train and folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            self.unfinished = folder
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # what a killed run may have left
+            self.accelerator.wait_for_everyone()
+        super().save_model(output_dir, _internal_call)
+
+    def finish_checkpoint(self) -> None:
+        """Once all processes have written: the arguments in words, the mark that it is whole, and only then older ones go."""
+        assert self.unfinished is not None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            arguments = {k: v for k, v in self.args.to_sanitized_dict().items() if "token" not in k}
+            with atomic_file(self.unfinished / "training_arguments.json") as file:
+                file.write(json.dumps(arguments | {"save_total_limit": self.limit}, indent=2, sort_keys=True).encode())
+            with atomic_file(self.unfinished / COMPLETE) as file:
+                file.write(b"")
+            rotate_checkpoints(self.args.output_dir, self.limit, self.state.best_model_checkpoint)
+        self.unfinished = None
 
     def init_hf_repo(self, token=None, private=None):
         """Trainer's: the repository is made before the training, so that one who may not is told now."""
@@ -54,30 +94,35 @@ class ExactTrainer(Trainer):
                 "online, or train without it and upload the output folder later"
             ) from None
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        """Nothing: the finished folder is uploaded once, without Trainer's arguments, which hold the token of the Hub."""
+    # ---- private methods of transformers
 
-    def _save_checkpoint(self, model, trial):
-        """Trainer's checkpoint, then the mark that it is whole, and only then older ones are removed."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with removed_if_disk_is_full(folder):
-                if self.args.should_save:
-                    shutil.rmtree(folder, ignore_errors=True)  # what a killed run may have left
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    arguments = {k: v for k, v in self.args.to_sanitized_dict().items() if "token" not in k}
-                    with atomic_file(folder / "training_arguments.json") as file:
-                        file.write(json.dumps(arguments, indent=2, sort_keys=True).encode())
-                    with atomic_file(folder / COMPLETE) as file:
-                        file.write(b"")
-        finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Weights by `from_pretrained`: checkpoints hold DINOv2 under its published names, which Trainer would pass over.
+
+        Private, as Trainer offers nothing else: loading before or after it would leave its warning that these are missing.
+        """
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        model = self.model if model is None else model
+        loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
+
+    def _load_best_model(self):
+        """For the same reason."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def prepared(self, batch):
+        """A batch on the device, and under DeepSpeed in the precision of the model, as training has it.
+
+        By a private method, as only that knows DeepSpeed's precision; for the evaluations, which are our own.
+        """
+        return self._prepare_inputs(batch)
+
+    # ---- the end
 
     def save_finished(self, write_more: Callable[[Path], None]) -> None:
         """The trained model into the output folder, and up to the Hub if asked.
@@ -86,7 +131,7 @@ class ExactTrainer(Trainer):
         """
         output = Path(self.args.output_dir)
         staging = output / ".model.partial"
-        with removed_if_disk_is_full(staging):
+        with removed_if_disk_is_full(lambda: staging):
             if self.is_world_process_zero():
                 shutil.rmtree(staging, ignore_errors=True)  # what a killed run may have left
             self.accelerator.wait_for_everyone()
@@ -110,13 +155,43 @@ class ExactTrainer(Trainer):
             print(f"uploaded: {address}", flush=True)
 
 
+class Checkpoints(TrainerCallback):
+    """Ends training after a step if a process was told to stop, with a checkpoint; marks every checkpoint as whole."""
+
+    def __init__(self, trainer: ExactTrainer):
+        self.trainer = trainer
+        self.stopped = False
+        self.saved_at: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.stopped = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        accelerator = self.trainer.accelerator
+        if self.trainer.signals.received:
+            accelerator.set_trigger()
+        # All processes ask after the same step, and hear of a signal that any of them got.
+        if accelerator.check_trigger():
+            self.stopped = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # Not at the end of the step: there, `save_strategy: best` decides on its own.
+        if self.stopped and self.saved_at != state.global_step:
+            control.should_save = control.should_log = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved_at = state.global_step
+        self.trainer.finish_checkpoint()
+
+
 @contextmanager
-def removed_if_disk_is_full(folder: Path) -> Iterator[None]:
-    """While `folder` is written: a full disk removes it and becomes a `ValueError` that says how to go on."""
+def removed_if_disk_is_full(written: Callable[[], Path | None]) -> Iterator[None]:
+    """A full disk removes the folder that is being written, and becomes a `ValueError` that says how to go on."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if not disk_is_full(error):
+        folder = written()
+        if folder is None or not disk_is_full(error):
             raise
         shutil.rmtree(folder, ignore_errors=True)
         raise ValueError(
@@ -161,3 +236,14 @@ def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
             f"--resume_from_checkpoint {asked}: not a whole checkpoint (no file {COMPLETE}); give another, or true"
         )
     return asked
+
+
+def going_on_from(checkpoint: str, max_steps: int) -> str:
+    """What is said of a run that goes on: from where, and if there is nothing left to train."""
+    done = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+    if done < max_steps:
+        return f"going on from {checkpoint}"
+    return (
+        f"going on from {checkpoint}: with {done:,} steps done and --max_steps {max_steps:,} nothing is left to train, the model "
+        "is evaluated and written as it is; raise --max_steps to train longer"
+    )

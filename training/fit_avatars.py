@@ -14,12 +14,9 @@ subject's folder also has `fit_report.json` and `fit.png`.
 import hashlib
 import os
 import shutil
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,20 +37,18 @@ from training.fit_pictures import evenly_spread
 from training.fit_queue import Job, order_of
 from training.fit_report import fit_report, write_report
 from training.fit_state import FitState
+from training.process import Interrupted, StopSignals, warn_of_missing_processes
 
 POLL_SECONDS = 1.0
 STEPS_BETWEEN_FIGURES = 50  # in the progress bar
 CARRIED = ("psnr", "psnr_tokenized", "num_points", "iterations")  # figures that go with the avatar's metadata
 
 
-class Interrupted(Exception):
-    """A signal asked the process to stop; what it was at is saved."""
-
-
 def main() -> None:
     arguments, settings = parse_arguments(sys.argv[1:], FitArguments, FitSettings, description=__doc__.split("\n\n")[0])
     # Subjects share nothing, so the processes form no group that one of them could keep waiting or bring down.
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    warn_of_missing_processes(processes)
     torch.set_num_threads(1)  # the rasteriser has one; the order of all other sums is then the same everywhere, too
     head = load_head(arguments.head)
     jobs = [Job(path, Path(arguments.output)) for path in find_trackings(arguments.data)]
@@ -64,12 +59,9 @@ def main() -> None:
     worker = Worker(arguments, settings, head)
     if process == 0:
         print(f"{len(jobs)} subjects, {sum(finished)} finished; {processes} processes, {worker.device}", flush=True)
-    with worker.listening():
+    with worker.signals:
         try:
             worker.work_through(order_of(jobs, process, processes))
-        except Interrupted as stop:
-            print(f"\n{stop}; run the same command again to go on from there", file=sys.stderr, flush=True)
-            sys.exit(128 + worker.signals[0])
         except OSError as error:
             if not disk_is_full(error):
                 raise
@@ -93,30 +85,18 @@ class Worker:
         self.place = int(os.environ.get("LOCAL_RANK", 0))
         on_gpu = torch.cuda.is_available() and not arguments.use_cpu
         self.device = torch.device("cuda", self.place % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
-        self.signals: list[int] = []
+        self.signals = StopSignals()
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C are noted, to stop after the step that is being done; a second one has its usual effect."""
-
-        def note(number: int, _frame: object) -> None:
-            self.signals.append(number)
-            signal.signal(number, before[number])
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def interrupted(self, where: str) -> Interrupted:
+        return Interrupted(f"{where}; run the same command again to go on from there", self.signals.received[0])
 
     def work_through(self, jobs: list[Job]) -> None:
         failed = {job.name: failure for job in jobs if (failure := job.failure()) is not None}
         while jobs:
             elsewhere = []
             for job in jobs:
-                if self.signals:
-                    raise Interrupted("stopped between two subjects")
+                if self.signals.received:
+                    raise self.interrupted("stopped between two subjects")
                 if job.is_finished(self.settings.to_dict()):
                     continue
                 with job.claim() as mine:
@@ -196,11 +176,11 @@ class Worker:
                 last = state.iteration == fit.settings.iterations
                 if state.iteration % STEPS_BETWEEN_FIGURES == 0:
                     bar.set_postfix(points=f"{len(state.cloud):,}", loss=f"{loss:.4f}")
-                if last or self.signals or state.iteration % self.arguments.save_every == 0:
+                if last or self.signals.received or state.iteration % self.arguments.save_every == 0:
                     state.seconds = {name: clock() - begin[name] for name, clock in clocks.items()}
                     state.save(job.checkpoint, identity)
-                if self.signals:
-                    raise Interrupted(
+                if self.signals.received:
+                    raise self.interrupted(
                         f"{job.name} saved after {state.iteration:,} of {fit.settings.iterations:,} steps"
                     )
 

@@ -28,9 +28,10 @@ from training.arguments import (
     flag_named,
     parse_arguments,
 )
-from training.exact_trainer import checkpoint_to_resume
+from training.exact_trainer import checkpoint_to_resume, going_on_from
 from training.metrics import baselines, decoder_parameters
 from training.model_card import model_card
+from training.process import warn_of_missing_processes
 from training.trainer import PointillistTrainer
 from training.windows import AvatarRows, EvaluationWindows, TrainWindows, collate_windows
 
@@ -43,6 +44,7 @@ def main() -> None:
         raise ValueError(
             f"--max_steps must say how long to train, found {arguments.max_steps} (epochs are not counted)"
         )
+    warn_of_missing_processes(arguments.world_size)
     checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, arguments.output_dir)
     set_seed(arguments.seed)
     corpus = load_corpus(data.corpus)
@@ -78,7 +80,7 @@ def main() -> None:
             f"{get_model_param_count(model) / 1e6:.1f} M in all; "
             f"{len(rows['train'])} avatars, {int(rows['train'].lengths.sum()):,} tokens; "
             + (
-                f"going on from {checkpoint}"
+                going_on_from(checkpoint, arguments.max_steps)
                 if checkpoint
                 else f"{arguments.max_steps} steps of {windows_a_step} windows"
             ),

@@ -31,11 +31,12 @@ from modeling.point_features import FeatureCache
 from training.arguments import exit_on_user_error, flag_named, parse_arguments
 from training.decoder_arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
 from training.decoder_trainer import DecoderTrainer, LossWeights
-from training.exact_trainer import checkpoint_to_resume
+from training.exact_trainer import checkpoint_to_resume, going_on_from
 from training.frames import EvaluationSubjects, SubjectRows, TrainSubjects, collate_subjects, mean_images, on_background
 from training.losses import PerceptualLoss
 from training.model_card import decoder_card
 from training.own_sentences import own_sentences
+from training.process import warn_of_missing_processes
 
 
 def main() -> None:
@@ -57,6 +58,7 @@ def main() -> None:
         raise ValueError(f"--own_share is a share, 0 to 1, found {frames.own_share}")
     if frames.animation not in METHODS:
         raise ValueError(f"--animation {frames.animation}: expected {' or '.join(METHODS)}")
+    warn_of_missing_processes(arguments.world_size)
     checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, arguments.output_dir)
     set_seed(arguments.seed)
     corpus = load_corpus(frames.corpus)
@@ -94,7 +96,7 @@ def main() -> None:
     )
     if trainer.is_world_process_zero():
         steps = (
-            f"going on from {checkpoint}"
+            going_on_from(checkpoint, arguments.max_steps)
             if checkpoint
             else f"{arguments.max_steps} steps of {subjects_a_step} subjects"
         )

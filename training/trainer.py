@@ -59,7 +59,7 @@ class PointillistTrainer(ExactTrainer):
         config = self.accelerator.unwrap_model(model).config
         sums = torch.zeros(3, 4, dtype=torch.double, device=self.args.device)
         for batch in loader:
-            batch = self._prepare_inputs(batch)
+            batch = self.prepared(batch)
             labels = batch.pop("labels")
             with self.compute_loss_context_manager():
                 logits = model(**batch).logits

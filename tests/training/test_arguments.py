@@ -4,13 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import Dinov2Config
+from transformers import Dinov2Config, TrainingArguments
 
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
@@ -197,6 +198,55 @@ def test_a_model_that_is_not_there_is_said_in_one_line_with_its_flag():
     with pytest.raises(FileNotFoundError) as caught, flag_named("--model", "some/repo"):
         raise OSError("We couldn't connect\nto anything")
     assert "--model some/repo" in str(caught.value) and "\n" not in str(caught.value)
+
+
+SCRIPTS = {
+    "pretrain": (ModelArguments, DataArguments, PretrainArguments),
+    "decoder": (DecoderArguments, FrameArguments, LossArguments, DecoderTrainingArguments),
+    "fit": (FitArguments, FitSettings),
+}
+
+
+def help_of(capsys, script, *words):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments([str(word) for word in words], *SCRIPTS[script], description="What it does.")
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_our_fields_in_titled_groups_and_each_has_an_explanation(capsys, script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = help_of(capsys, script, "--help").splitlines()
+    assert len(lines) < 160
+    titles = [cls.__doc__.split("\n\n")[0] for cls in SCRIPTS[script]]
+    assert [line for line in lines if line in titles] == titles
+    names = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert len(names) == len(set(names)) and not [name for name in names if name.startswith("--no_")]
+    for cls in SCRIPTS[script]:
+        own = {field.name for field in fields(cls)} - {field.name for field in fields(TrainingArguments)}
+        assert own <= {name.removeprefix("--") for name in names}
+    text = "\n".join(lines)
+    entries = [" ".join(entry.split()) for entry in text.split("\n  --")[1:]]
+    assert not [entry for entry in entries if len(entry.split("(default")[0].split()) < 3]
+
+
+def test_help_leaves_most_of_transformers_fields_to_help_all(capsys):
+    short, long = (help_of(capsys, "pretrain", word) for word in ("--help", "--help_all"))
+    assert "--help_all lists the other fields" in short and "--help_all lists" not in long
+    for name in ("--learning_rate", "--resume_from_checkpoint", "--seed"):
+        assert short.index("--hidden_size") < short.index("--corpus") < short.index(f"{name} ")
+    missing = {field.name for field in fields(PretrainArguments) if field.init and f"--{field.name} " not in long}
+    assert not missing
+    assert "--adam_beta1 " in long and "--adam_beta1 " not in short
+    assert long.index("--num_threads ") < long.index("--adam_beta1 ")
+
+
+def test_help_tells_the_values_of_the_file_and_of_the_class(capsys, config):
+    assert "(default: 12500)" in help_of(capsys, "decoder", "--help")
+    said = help_of(capsys, "pretrain", config("corpus: a\nhidden_size: 96\n"), "--help")
+    assert "width of the decoder (default: 96)" in said
+    assert "--help_all" not in help_of(capsys, "fit", "--help")
 
 
 def test_the_script_explains_itself():

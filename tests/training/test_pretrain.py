@@ -180,6 +180,38 @@ def test_a_checkpoint_that_a_killed_save_left_is_passed_over_and_replaced(launch
     assert not list(output.rglob("left_behind"))
 
 
+@pytest.mark.distributed
+def test_one_of_two_processes_under_zero2_is_told_to_stop_and_both_save_the_same_step(launcher, zero2, tmp_path):
+    output = tmp_path / "run"
+    process = launcher.start(output, *SETTINGS, *HALF_BATCH, processes="zero2")
+    log = output.with_name(f"{output.name}.log")
+    deadline = time.monotonic() + 600
+    while not (output / f"checkpoint-{SAVE_EVERY}" / COMPLETE).exists():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    family = psutil.Process(process.pid).children(recursive=True)
+    second = next(
+        member for member in family if member.environ().get("RANK") == "1" and "LOCAL_RANK" in member.environ()
+    )
+    second.send_signal(signal.SIGTERM)
+    assert process.wait(600) != 0
+    said = re.findall(r"(checkpoint-\d+) saved after (\d+) of 16 steps", log.read_text())
+    assert len(said) == 1 and (output / said[0][0] / COMPLETE).exists(), log.read_text()
+    launcher.run(output, *SETTINGS, *HALF_BATCH, "--resume_from_checkpoint", "true", processes="zero2")
+    assert history(output) == history(zero2)
+    assert (output / "model.safetensors").read_bytes() == (zero2 / "model.safetensors").read_bytes()
+
+
+def test_resuming_past_the_last_step_says_that_nothing_is_trained(launcher, reference, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(reference / f"checkpoint-{STEPS}", output / f"checkpoint-{STEPS}")
+    words = ("--max_steps", str(STEPS - 1), "--resume_from_checkpoint", "true")
+    printed = launcher.run(output, *SETTINGS, *words, processes="python")
+    assert f"with {STEPS} steps done and --max_steps {STEPS - 1} nothing is left to train" in printed
+    assert (output / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    assert json.loads((output / "training_report.json").read_text())["steps"] == STEPS
+
+
 # ---- the same run, spread
 
 

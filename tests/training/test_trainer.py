@@ -3,6 +3,8 @@
 import errno
 import json
 import math
+import os
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +16,10 @@ from safetensors import SafetensorError
 from modeling import PointillistConfig, PointillistForCausalLM
 from training import exact_trainer
 from training import trainer as trainer_module
-from training.arguments import PretrainArguments
-from training.exact_trainer import COMPLETE, checkpoint_to_resume, disk_is_full
+from training.arguments import PretrainArguments, parse_arguments
+from training.exact_trainer import COMPLETE, checkpoint_to_resume, disk_is_full, going_on_from
 from training.metrics import slot_metrics
+from training.process import Interrupted
 from training.trainer import PointillistTrainer
 from training.windows import AvatarRows, EvaluationWindows, TrainWindows, collate_windows
 
@@ -253,3 +256,101 @@ def test_weights_come_back_from_a_checkpoint_all_of_them(make_trainer, tmp_path)
             parameter.fill_(7)
     again._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-2"))
     assert all(torch.equal(value, trained[name]) for name, value in again.model.state_dict().items())
+
+
+# ---- told to stop
+
+
+def signalled_in_step(trainer: PointillistTrainer, step: int, number: int) -> PointillistTrainer:
+    """The trainer, whose process gets a signal in the middle of a step."""
+    original = trainer.training_step
+
+    def training_step(*arguments, **keywords):
+        if trainer.state.global_step == step - 1:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **keywords)
+
+    trainer.training_step = training_step
+    return trainer
+
+
+def losses_of(trainer: PointillistTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("save_steps", [1, 10])
+def test_a_run_that_is_told_to_stop_saves_its_step_and_goes_on_to_the_same_weights(
+    make_trainer, tmp_path, number, save_steps
+):
+    begun = signalled_in_step(make_trainer(save_steps=save_steps), 2, number)
+    with pytest.raises(
+        Interrupted, match=r"checkpoint-2 saved after 2 of 4 steps; .* --resume_from_checkpoint true"
+    ) as e:
+        begun.train()
+    assert e.value.number == number
+    checkpoint = checkpoint_to_resume("true", str(tmp_path / "run"))
+    assert Path(checkpoint).name == "checkpoint-2"
+    again = make_trainer(save_steps=save_steps)
+    again.train(resume_from_checkpoint=checkpoint)
+    whole = make_trainer(save_steps=save_steps, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    assert losses_of(again) == losses_of(whole) and len(losses_of(whole)) == 4
+    weights = [trainer.model.state_dict() for trainer in (again, whole)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_stop_between_two_entries_of_the_log_loses_no_loss(make_trainer, tmp_path):
+    with pytest.raises(Interrupted):
+        signalled_in_step(make_trainer(logging_steps=4, save_steps=10), 3, signal.SIGINT).train()
+    again = make_trainer(logging_steps=4, save_steps=10)
+    again.train(resume_from_checkpoint=checkpoint_to_resume("true", str(tmp_path / "run")))
+    single = make_trainer(output_dir=str(tmp_path / "single"))
+    single.train()
+    losses = losses_of(single)
+    assert losses_of(again) == pytest.approx([sum(losses[:3]) / 3, losses[3]])
+
+
+def test_a_stop_saves_whatever_the_strategy_of_saving(make_trainer, tmp_path):
+    with pytest.raises(Interrupted):
+        best = {"save_strategy": "best", "metric_for_best_model": "nll", "eval_strategy": "steps", "eval_steps": 1}
+        signalled_in_step(make_trainer(**best, greater_is_better=True), 3, signal.SIGTERM).train()
+    assert Path(checkpoint_to_resume("true", str(tmp_path / "run"))).name == "checkpoint-3"
+
+
+def test_going_on_says_if_nothing_is_left_to_train(make_trainer, tmp_path):
+    make_trainer(max_steps=2).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    assert going_on_from(checkpoint, 3) == f"going on from {checkpoint}"
+    for steps in (2, 1):
+        said = going_on_from(checkpoint, steps)
+        assert f"with 2 steps done and --max_steps {steps} nothing is left to train" in said
+        assert "raise --max_steps" in said
+
+
+# ---- what is left to transformers
+
+
+def test_items_come_from_front_to_back_and_no_argument_can_change_that(make_trainer):
+    trainer = make_trainer()
+    assert list(trainer.get_train_dataloader().batch_sampler.sampler) == list(range(8))
+    with pytest.raises(ValueError, match="no field --train_sampling_strategy"):
+        parse_arguments(["--train_sampling_strategy", "random"], PretrainArguments, description="")
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(make_trainer, tmp_path):
+    best = {"metric_for_best_model": "nll", "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    # The worst of all held-out losses is that of the first step, here called the best.
+    trainer = make_trainer(**best, greater_is_better=True, max_steps=3, learning_rate=0.01)
+    trainer.train()
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-1"
+    loaded = PointillistForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_pushing_waits_for_the_finished_folder(make_trainer, monkeypatch):
+    monkeypatch.setattr(PointillistTrainer, "init_hf_repo", lambda *_: None)
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: pytest.fail("uploaded a checkpoint"), raising=False)
+    trainer = make_trainer(max_steps=2, push_to_hub=True)
+    trainer.train()
+    assert trainer.state.global_step == 2
