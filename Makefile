@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast newest check format clean
+.PHONY: help install demo test test-fast newest check format clean chaos
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test-fast: $(INSTALLED) ## tests that take seconds
 
 newest: ## the tests of loading, training, generation and evaluation on the newest torch, transformers, ..., in .venv-newest
 	$(PYTHON) .ci/newest.py
+
+chaos: $(INSTALLED) ## kills every long command 100 times and compares bytes; CHAOS="--minutes 10 --seed 3" for less
+	$(BIN)/python tests/chaos/chaos.py $(CHAOS)
 
 check: $(INSTALLED) ## ruff lint, format and mypy
 	$(BIN)/ruff check
