@@ -35,8 +35,10 @@ test-fast: $(INSTALLED) ## tests that take seconds
 newest: ## the tests of loading, training, generation and evaluation on the newest torch, transformers, ..., in .venv-newest
 	$(PYTHON) .ci/newest.py
 
-chaos: $(INSTALLED) ## kills every long command 100 times and compares bytes; CHAOS="--minutes 10 --seed 3" for less
-	$(BIN)/python tests/chaos/chaos.py $(CHAOS)
+chaos: KILLS ?= 100
+chaos: SEED ?= 0
+chaos: $(INSTALLED) ## kills long commands KILLS=100 times with SEED=0 and compares bytes; CHAOS="--minutes 10 --only fit"
+	$(BIN)/python tests/chaos/chaos.py --kills $(KILLS) --seed $(SEED) $(CHAOS)
 
 check: $(INSTALLED) ## ruff lint, format and mypy
 	$(BIN)/ruff check

@@ -1,7 +1,7 @@
 """Kill every long command with SIGKILL at random moments, run it again until it is done, and compare bytes.
 
     make chaos                                                          # 100 kills
-    make chaos CHAOS="--minutes 10 --seed 3 --only fit corpus"
+    make chaos KILLS=10 SEED=3 CHAOS="--minutes 5 --only fit corpus"
 
 What a command leaves after any number of kills must be what it leaves undisturbed: the same files, the same bytes, and nothing
 else, but for the entries of JSON files that tell the time (`CLOCK`). All processes of a command die at once, half of the times a
