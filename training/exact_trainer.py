@@ -28,8 +28,7 @@ COMPLETE = "COMPLETE"
 
 
 class ExactTrainer(Trainer):
-    """Trainer with `PretrainArguments`, which read the training set from front to back: item i of the set says what step i sees,
-    whatever was killed before."""
+    """Trainer with `PretrainArguments`: it reads the training set from front to back, so item i says what step i sees, always."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -54,6 +53,7 @@ class ExactTrainer(Trainer):
         finally:
             self.args.save_total_limit = self.limit
         if self.checkpoints.stopped:
+            self.accelerator.wait_for_everyone()  # the first to leave has its launcher end the others
             number = self.signals.received[0] if self.signals.received else signal.SIGTERM
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             said = f"{folder} saved after {self.state.global_step:,} of {self.args.max_steps:,} steps; run the same command with "

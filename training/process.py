@@ -36,6 +36,7 @@ class StopSignals:
         self.received: list[int] = []
 
     def __enter__(self) -> "StopSignals":
+        self.received.clear()
         self._owner = os.getpid()
         self._first = 0.0
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -42,6 +42,15 @@ def test_a_second_ctrl_c_interrupts_at_once(clock):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_of_an_earlier_block_is_forgotten():
+    signals = StopSignals()
+    with signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.received
+    with signals:
+        assert not signals.received
+
+
 def test_handlers_are_those_of_before_when_the_block_is_over():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with StopSignals():
