@@ -164,7 +164,7 @@ class Checkpoints(TrainerCallback):
         self.saved_at: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.stopped = False
+        self.stopped, self.saved_at = False, None
 
     def on_step_end(self, args, state, control, **kwargs):
         accelerator = self.trainer.accelerator
