@@ -1,25 +1,29 @@
 """FLAME from its pickle, by a reader that runs nothing.
 
 FLAME (Li et al. 2017; 2020, 2023 and 2023 Open) is distributed as a Python-2 pickle that holds chumpy arrays and a
-scipy sparse matrix. A pickle is a program, so it is run by an unpickler that knows a handful of names: the parts of
-NumPy that rebuild an array, and inert stand-ins for chumpy and scipy objects that only keep what they are given.
-Every other name ends the reading with a `ValueError` before anything is called. Convert once: `HeadModel.save`.
+scipy sparse matrix. A pickle is a program, so it is not run: `plain_arrays` finds the numbers in it, in a process of its
+own. Every name that such a file does not need ends the reading with a `ValueError`. Convert once: `HeadModel.save`.
 With the teeth that GaussianAvatars adds (`flame_teeth`) the mesh has 5,143 vertices and 10,144 faces.
+
+    python -m gaussian_tokenizer.flame flame2023.pkl flame.safetensors
 """
 
-import io
-import pickle
-from collections.abc import Callable, Mapping
+import argparse
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from gaussian_tokenizer.flame_teeth import add_teeth
 from gaussian_tokenizer.head_model import JOINTS, HeadModel
+from gaussian_tokenizer.plain_arrays import PlainArray, PlainSparse, arrays_in_child
 
 EXPRESSIONS = 100  # the last ones of the shape directions
 PARENTS = (-1, 0, 1, 1, 1)
+MAX_NUMBERS = 2**25  # in all arrays of a file; FLAME 2023 has 7 million
 KEYS = ("v_template", "f", "shapedirs", "posedirs", "J_regressor", "kintree_table", "weights")
 
 
@@ -40,8 +44,11 @@ def read_flame(
         raise FileNotFoundError(
             f"{path}: no such FLAME file; it is downloaded, after registration, from MPI's FLAME site"
         )
-    content = _read_pickle(path)
-    arrays = _arrays(path, content, expressions)
+    try:
+        plain = arrays_in_child(path, KEYS)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    arrays = _arrays(path, plain, expressions)
     if teeth:
         try:
             add_teeth(arrays, lip_rings, expressions)
@@ -67,155 +74,17 @@ def read_flame(
     )
 
 
-class _Kept:
-    """Stands in for an object of a library: keeps the state it is given, does nothing."""
-
-    state: object = None
-
-    def __init__(self, *arguments: object) -> None:
-        self.state = arguments
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-
-class _ChumpyArray(_Kept): ...
-
-
-class _SparseColumns(_Kept): ...
-
-
-class _SparseRows(_Kept): ...
-
-
-class _Dtype(_Kept):
-    """`numpy.dtype('f8', 0, 1)` and the like; only numbers, only the byte order is taken from the state."""
-
-    def __init__(self, code: str = "", *_: object) -> None:
-        self.dtype = np.dtype(code) if isinstance(code, str) else np.dtype(object)
-        if self.dtype.kind not in "biuf":
-            raise ValueError(f"an array of {code!r}, which are not numbers")
-
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _NumpyArray(_Kept):
-    """A NumPy array: its state is (version, shape, dtype, is Fortran order, bytes)."""
-
-    def array(self) -> np.ndarray:
-        if not isinstance(self.state, tuple) or len(self.state) != 5:
-            raise ValueError("an array without its content")
-        _, shape, dtype, fortran_order, content = self.state
-        content = content.encode("latin1") if isinstance(content, str) else content  # a Python-2 string is bytes
-        if not isinstance(dtype, _Dtype) or not isinstance(content, bytes):
-            raise ValueError("an array of something else than numbers")
-        return np.frombuffer(content, dtype.dtype).reshape(shape, order="F" if fortran_order else "C")
-
-
-class _Call:
-    """A function that a pickle may call, and not alter."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable) -> None:
-        self.function = function
-
-    def __call__(self, *arguments: object) -> object:
-        return self.function(*arguments)
-
-    def __setstate__(self, state: object) -> None:
-        raise ValueError("it sets the state of a function")
-
-
-def _reconstruct_object(kind: type, base: type, state: object) -> _Kept:
-    """`copy_reg._reconstructor`, for stand-ins only."""
-    if not (isinstance(kind, type) and issubclass(kind, _Kept) and base is object and state is None):
-        raise ValueError("it reconstructs an object of an unknown kind")
-    return kind()
-
-
-def _reconstruct_array(kind: type, *_: object) -> _NumpyArray:
-    """`numpy.core.multiarray._reconstruct`: an empty array; its state comes later."""
-    if kind is not _NumpyArray:
-        raise ValueError("it reconstructs an array of an unknown kind")
-    return _NumpyArray()
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """`_codecs.encode`, with which Python 3 writes bytes in protocol 2."""
-    if encoding != "latin1":
-        raise ValueError(f"it encodes to {encoding!r}")
-    return text.encode("latin1")
-
-
-# Everything a FLAME pickle may name.
-_ALLOWED: dict[tuple[str, str], object] = {
-    ("numpy", "ndarray"): _NumpyArray,
-    ("numpy", "dtype"): _Dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _Call(_reconstruct_array),
-    ("numpy._core.multiarray", "_reconstruct"): _Call(_reconstruct_array),
-    ("copy_reg", "_reconstructor"): _Call(_reconstruct_object),
-    ("copyreg", "_reconstructor"): _Call(_reconstruct_object),
-    ("_codecs", "encode"): _Call(_encode),
-    ("__builtin__", "object"): object,
-    ("builtins", "object"): object,
-    ("__builtin__", "set"): set,
-    ("builtins", "set"): set,
-    ("collections", "OrderedDict"): dict,
-    ("chumpy", "Ch"): _ChumpyArray,
-    ("chumpy.ch", "Ch"): _ChumpyArray,
-    ("scipy.sparse", "csc_matrix"): _SparseColumns,
-    ("scipy.sparse.csc", "csc_matrix"): _SparseColumns,
-    ("scipy.sparse._csc", "csc_matrix"): _SparseColumns,
-    ("scipy.sparse", "csr_matrix"): _SparseRows,
-    ("scipy.sparse.csr", "csr_matrix"): _SparseRows,
-    ("scipy.sparse._csr", "csr_matrix"): _SparseRows,
-}
-
-
-class _FlameUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in _ALLOWED:
-            raise ValueError(f"it names {module}.{name}, which no FLAME file needs; nothing of it was run")
-        return _ALLOWED[module, name]
-
-    def persistent_load(self, pid: object) -> object:
-        raise ValueError("it refers to objects outside the file")
-
-
-def _read_pickle(path: Path) -> dict:
-    unpickler = _FlameUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1")
-    try:
-        content = unpickler.load()
-    # A damaged or hostile pickle can fail in any way that its opcodes can; all of them mean the same to the user.
-    except Exception as error:
-        raise ValueError(f"{path}: not a FLAME pickle that is safe to read: {error or type(error).__name__}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dictionary with {', '.join(KEYS)}")
-    missing = [key for key in KEYS if key not in content]
-    if missing:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}; a FLAME file has {', '.join(KEYS)}")
-    return content
-
-
-def _arrays(path: Path, content: Mapping, expressions: int) -> dict[str, np.ndarray]:
+def _arrays(path: Path, plain: Mapping[str, PlainArray | PlainSparse], expressions: int) -> dict[str, np.ndarray]:
     """The arrays of `KEYS`, float64 and int64, of checked shapes."""
-    arrays = {}
-    for key in KEYS:
-        try:
-            value = _dense(content[key])
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise ValueError(f"{path}: {key} is not a readable array: {error}") from error
-        if value.dtype.kind not in "iuf" or not np.isfinite(value.astype(np.float64)).all():
-            raise ValueError(f"{path}: {key} holds {value.dtype} values that are not all finite numbers")
-        arrays[key] = value.astype(np.int64 if key in ("f", "kintree_table") else np.float64)
-    vertices, joints = len(arrays["v_template"]), len(JOINTS)
-    shapes = arrays["shapedirs"].shape[-1] if arrays["shapedirs"].ndim == 3 else 0
+    # Before anything is made of them: a sparse matrix is as large as it says.
+    numbers = sum(math.prod(value.shape) for value in plain.values())
+    if numbers > MAX_NUMBERS:
+        raise ValueError(f"{path}: its arrays have {numbers:,} numbers, expected at most {MAX_NUMBERS:,} in all")
+    vertices, joints = (plain["v_template"].shape or (0,))[0], len(JOINTS)
+    shapes = plain["shapedirs"].shape[-1] if len(plain["shapedirs"].shape) == 3 else 0
     expected = {
         "v_template": (vertices, 3),
-        "f": (len(arrays["f"]), 3),
+        "f": ((plain["f"].shape or (0,))[0], 3),
         "shapedirs": (vertices, 3, shapes),
         "posedirs": (vertices, 3, 9 * (joints - 1)),
         "J_regressor": (joints, vertices),
@@ -223,10 +92,21 @@ def _arrays(path: Path, content: Mapping, expressions: int) -> dict[str, np.ndar
         "weights": (vertices, joints),
     }
     for key, shape in expected.items():
-        if arrays[key].shape != shape:
-            raise ValueError(f"{path}: {key} is {arrays[key].shape}, expected {shape}")
+        if plain[key].shape != shape or 0 in shape[:1]:
+            raise ValueError(f"{path}: {key} is {plain[key].shape}, expected {shape} and at least one row")
     if shapes < expressions:
         raise ValueError(f"{path}: shapedirs holds {shapes} directions, expected {expressions} expressions and more")
+    arrays = {}
+    for key in KEYS:
+        try:
+            value = _dense(plain[key])
+        except ValueError as error:
+            raise ValueError(f"{path}: {key} is not a readable array: {error}") from error
+        with np.errstate(over="ignore"):
+            finite = value.dtype.kind in "iuf" and np.isfinite(value.astype(np.float32)).all()
+        if not finite:
+            raise ValueError(f"{path}: {key} holds {value.dtype} values that are not all finite float32 numbers")
+        arrays[key] = value.astype(np.int64 if key in ("f", "kintree_table") else np.float64)
     parents = tuple(arrays["kintree_table"][0, 1:].tolist())
     if parents != PARENTS[1:]:
         raise ValueError(f"{path}: the parents of joints 1 to 4 are {parents}, expected {PARENTS[1:]}")
@@ -235,31 +115,24 @@ def _arrays(path: Path, content: Mapping, expressions: int) -> dict[str, np.ndar
     return arrays
 
 
-def _dense(value: object) -> np.ndarray:
-    """A plain array from what a stand-in has kept."""
-    if isinstance(value, _NumpyArray):
-        return value.array()
-    if isinstance(value, _ChumpyArray) and isinstance(value.state, dict):
-        return _dense(value.state["x"])
-    if isinstance(value, _SparseColumns):
-        return _dense_from_sparse(value.state).T
-    if isinstance(value, _SparseRows):
-        return _dense_from_sparse(value.state, rows_first=True)
-    raise TypeError(f"found {type(value).__name__.strip('_')}")
+def _dense(value: PlainArray | PlainSparse) -> np.ndarray:
+    if isinstance(value, PlainArray):
+        order: Literal["F", "C"] = "F" if value.fortran_order else "C"
+        return np.frombuffer(value.content, value.dtype).reshape(value.shape, order=order)
+    return _dense_from_sparse(value) if value.rows_first else _dense_from_sparse(value).T
 
 
-def _dense_from_sparse(state: object, rows_first: bool = False) -> np.ndarray:
-    """The compressed lines of a sparse matrix -> (lines, width), dense; columns are lines unless `rows_first`."""
-    if not isinstance(state, dict):
-        raise TypeError("a sparse matrix without its content")
-    shape = state["_shape"] if "_shape" in state else state["shape"]
-    lines, width = (int(size) for size in (shape if rows_first else reversed(shape)))
-    data, indices, starts = (_dense(state[key]) for key in ("data", "indices", "indptr"))
+def _dense_from_sparse(value: PlainSparse) -> np.ndarray:
+    """(lines, width); columns are lines unless `rows_first`."""
+    lines, width = value.shape if value.rows_first else value.shape[::-1]
+    data, indices, starts = (_dense(part) for part in (value.data, value.indices, value.indptr))
+    if starts.shape != (lines + 1,) or not data.shape == indices.shape == (len(indices.reshape(-1)),):
+        raise ValueError("a sparse matrix whose parts disagree")
+    if starts.dtype.kind not in "iu" or indices.dtype.kind not in "iu":
+        raise ValueError("a sparse matrix whose indices are no integers")
     counts: np.ndarray = np.diff(starts.astype(np.int64))
-    consistent = (
-        data.shape == indices.shape == (int(counts.sum()),) and counts.shape == (lines,) and (counts >= 0).all()
-    )
-    if not consistent or lines * width > 10**8 or (len(indices) and not 0 <= indices.min() <= indices.max() < width):
+    consistent = (counts >= 0).all() and int(starts[0]) == 0 and int(starts[-1]) == len(indices)
+    if not consistent or (len(indices) and not 0 <= indices.min() <= indices.max() < width):
         raise ValueError("a sparse matrix whose parts disagree")
     dense = np.zeros((lines, width))
     np.add.at(dense, (np.repeat(np.arange(lines), counts), indices), data)
@@ -273,3 +146,21 @@ def _regions(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     if "teeth" in arrays:
         regions["mouth_interior"] = torch.from_numpy(arrays["teeth"].astype(bool))
     return regions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Convert a FLAME pickle into a head model file, once.")
+    parser.add_argument("pickle", type=Path, help="generic_model.pkl (2020), flame2023.pkl, ...")
+    parser.add_argument("output", type=Path, help="the .safetensors file to write")
+    parser.add_argument("--teeth", action=argparse.BooleanOptionalAction, default=True, help="GaussianAvatars' teeth")
+    arguments = parser.parse_args()
+    try:
+        head = read_flame(arguments.pickle, teeth=arguments.teeth)
+        head.save(arguments.output)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"{head.n_vertices:,} vertices and {head.n_faces:,} faces in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

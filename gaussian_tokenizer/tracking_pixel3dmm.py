@@ -1,6 +1,6 @@
 """Reader of Pixel3DMM: a head fitted to a single portrait, or to the frames of a video.
 
-    <folder>/checkpoint/<frame>.frame      torch.save of plain arrays, read with weights_only
+    <folder>/checkpoint/<frame>.frame      torch.save of plain arrays; not unpickled, see `plain_pickle`
     <folder>/cropped/<frame>.jpg           the square crops it tracked, copied here from its preprocessing folder
 
 A `.frame` is {"flame": {exp (1, 100), shape (1, 300), eyes (1, 12), jaw, neck, R (1, 6), R_rotation_matrix (1, 3, 3),
@@ -12,7 +12,8 @@ of the size it tracked at, because its own projections differ by that. `eyelids`
 place in FLAME's parameters and are left out.
 """
 
-import pickle
+import functools
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -20,23 +21,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.plain_arrays import NUMPY, PlainArray, read_array
+from gaussian_tokenizer.plain_pickle import Name, Thing, interpret
 from gaussian_tokenizer.rotations import matrix_to_quaternion
 from gaussian_tokenizer.tracking_formats import Recording, find_picture, join_params
 from gaussian_tokenizer.transforms import OPENGL_TO_OPENCV, Frame, picture_size
 
-RECONSTRUCT = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-# What a pickle of plain arrays of numbers needs, and nothing else; the second name is NumPy 1's.
-PLAIN_ARRAYS: list[Any] = [
-    RECONSTRUCT,
-    (RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("float32", "float64", "int32", "int64", "bool")),
-]
+MAX_BYTES = 2**26  # of a checkpoint, unpacked; Pixel3DMM's have some hundred thousand
+# What a checkpoint of plain values may name; nothing of it is called.
+STORAGES = {"Float": "<f4", "Double": "<f8", "Int": "<i4", "Long": "<i8", "Bool": "<b1"}
+NAMES = NUMPY | {
+    ("torch._utils", "_rebuild_tensor_v2"): "tensor",
+    **{("torch", f"{name}Storage"): dtype for name, dtype in STORAGES.items()},
+    **{("torch", name): "constant" for name in ("Size", "device", "float32", "float64", "int32", "int64", "bool")},
+    **{(f"numpy.{core}.multiarray", "scalar"): "scalar" for core in ("core", "_core")},
+}
 SHAPES = {
     "flame": {"exp": -1, "shape": -1, "eyes": 12, "jaw": 6, "neck": 6, "R": 6, "R_rotation_matrix": 9, "t": 3},
     "camera": {"R_base_0": 9, "t_base_0": 3, "fl": 1, "pp": 2},
@@ -80,9 +82,13 @@ def checkpoint_files(folder: Path) -> dict[int, Path]:
 def _load(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """The arrays of a checkpoint, float64, with their leading axis of 1 taken off."""
     try:
-        with torch.serialization.safe_globals(PLAIN_ARRAYS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, OSError) as error:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > MAX_BYTES:
+                raise ValueError(f"{size:,} bytes when unpacked, expected at most {MAX_BYTES:,}")
+            content = _interpret(archive)
+    # A damaged zip fails in a dozen ways (BadZipFile, zlib.error, EOFError, NotImplementedError, ...).
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not a file of plain arrays as Pixel3DMM saves it: {reason}") from None
     loaded: dict[str, dict[str, np.ndarray]] = {}
@@ -92,20 +98,54 @@ def _load(path: Path) -> dict[str, dict[str, np.ndarray]]:
             raise ValueError(f"{path}: has no {part!r}, expected Pixel3DMM's checkpoint/<frame>.frame")
         loaded[part] = {}
         for key, size in sizes.items():
-            value = values.get(key)
-            if isinstance(value, Tensor):
-                value = value.numpy()
-            if not isinstance(value, np.ndarray) or value.dtype.kind not in "fi":
-                raise ValueError(f"{path}: {part}[{key!r}] is {type(value).__name__}, expected an array of numbers")
+            value = _numbers(values.get(key))
+            if value is None or value.dtype.kind not in "fi":
+                found = type(values.get(key)).__name__ if value is None else value.dtype
+                raise ValueError(f"{path}: {part}[{key!r}] is {found}, expected an array of numbers")
             if size >= 0 and value.size != size:
                 raise ValueError(f"{path}: {part}[{key!r}] is {value.shape}, expected (1, ..) with {size} numbers")
-            if not np.isfinite(value).all():
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(value.astype(np.float32)).all()
+            if not finite:
                 raise ValueError(f"{path}: {part}[{key!r}] holds NaN or Inf; every value must be finite")
             loaded[part][key] = np.asarray(value, np.float64).reshape(-1)
-    eyelids = content["flame"].get("eyelids")
-    if isinstance(eyelids, np.ndarray):
+    eyelids = _numbers(content["flame"].get("eyelids"))
+    if eyelids is not None and eyelids.size and np.isfinite(eyelids).all():
         loaded["flame"]["eyelids"] = eyelids
     return loaded
+
+
+def _interpret(archive: zipfile.ZipFile) -> Any:
+    """What `torch.save` packed; storages of tensors become arrays (N,), everything else is `plain_pickle`'s."""
+    names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise ValueError("not one file that torch.save has written")
+    folder = names[0].removesuffix(".pkl")
+    read = functools.cache(archive.read)  # many tensors may lie in one storage
+
+    def storage(identifier: object) -> np.ndarray:
+        match identifier:
+            case ("storage", Name(meaning=dtype), str(key), *_) if dtype in STORAGES.values():
+                return np.frombuffer(read(f"{folder}/{key}"), dtype)
+        raise ValueError("a tensor whose storage is not known")
+
+    return interpret(archive.read(names[0]), NAMES, storage)
+
+
+def _numbers(value: object) -> np.ndarray | None:
+    """The numbers of an array or of a tensor that lies in one piece; None of anything else."""
+    try:
+        if isinstance(value, Thing) and value.meaning == "tensor":
+            stored, start, shape, strides = value.arguments[:4]
+            if any(strides[axis] != math.prod(shape[axis + 1 :]) for axis, size in enumerate(shape) if size != 1):
+                return None
+            return stored[start : start + math.prod(shape)].reshape(shape)
+        plain = read_array(value)
+    except (ValueError, TypeError, AttributeError):
+        return None
+    if not isinstance(plain, PlainArray):
+        return None
+    return np.frombuffer(plain.content, plain.dtype).reshape(plain.shape, order="F" if plain.fortran_order else "C")
 
 
 def _to_params(path: Path, flame: dict[str, np.ndarray], head: HeadModel) -> HeadParameters:

@@ -1,5 +1,8 @@
 import pickle
 import struct
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -136,8 +139,6 @@ def test_row_compressed_regressors_and_python_3_pickles_load_too(tmp_path):
 
 
 def test_the_reader_needs_neither_chumpy_nor_scipy(tmp_path):
-    import subprocess
-    import sys
 
     path = write(tmp_path, flame_like())
     code = (
@@ -293,3 +294,66 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     path.write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(ValueError, match="holds a list"):
         HeadModel.from_flame(path)
+
+
+@pytest.mark.parametrize("name", ["a tuple 200,000 deep", "a tuple doubled 40 times", "a memo index of 2^28"])
+def test_a_pickle_that_kills_an_unpickler_is_one_line(name, tmp_path):
+    in_a_set = b"c__builtin__\nset\n(](%sletR."
+    content = {
+        "a tuple 200,000 deep": in_a_set % (b")" + b"\x85" * 200_000),
+        "a tuple doubled 40 times": in_a_set % (b")" + b"2\x86" * 40),
+        "a memo index of 2^28": b"Nr\x00\x00\x00\x10.",
+    }[name]
+    path = tmp_path / "flame.pkl"
+    path.write_bytes(b"\x80\x02" + content)
+    with pytest.raises(ValueError, match=r"flame\.pkl: ") as caught:
+        HeadModel.from_flame(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_sparse_matrices_are_counted_before_any_is_filled(tmp_path):
+    empty = scipy.sparse.csc_matrix((10_000, 10_000))
+    path = write(tmp_path, {key: empty for key in ("v_template", "f", *list(flame_like())[2:7])})
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="its arrays have 700,000,000 numbers, expected at most 33,554,432 in all"):
+        HeadModel.from_flame(path)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("part", ["indptr", "indices", "data"])
+@pytest.mark.parametrize("damage", [lambda a: a[:-1], lambda a: a[None], lambda a: a.reshape(-1)[0], lambda a: -a - 1])
+def test_a_sparse_matrix_whose_parts_disagree_is_named(tmp_path, part, damage):
+    content = flame_like()
+    regressor = content["J_regressor"]
+    if part == "data" and damage(np.ones(1)).tolist() == [-2.0]:
+        pytest.skip("any number is a fine weight")
+    setattr(regressor, part, np.array(damage(getattr(regressor, part))))
+    with pytest.raises(ValueError, match="J_regressor is not a readable array"):
+        HeadModel.from_flame(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("key", ["v_template", "f", "shapedirs", "weights"])
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3,)])
+def test_an_array_without_rows_is_named(tmp_path, key, shape):
+    with pytest.raises(ValueError, match=r"flame\.pkl: \w+ is .*, expected .* and at least one row"):
+        HeadModel.from_flame(write(tmp_path, flame_like() | {key: np.zeros(shape)}))
+
+
+def test_a_number_that_float32_does_not_hold_is_named(tmp_path):
+    content = flame_like()
+    content["posedirs"][0, 0, 0] = 1e300
+    with pytest.raises(ValueError, match="posedirs holds float64 values that are not all finite float32 numbers"):
+        HeadModel.from_flame(write(tmp_path, content))
+
+
+def test_the_command_converts_a_file_and_says_in_one_line_what_is_missing(tmp_path):
+    def command(*arguments):
+        run = [sys.executable, "-m", "gaussian_tokenizer.flame", *map(str, arguments)]
+        return subprocess.run(run, capture_output=True, text=True)
+
+    done = command(write(tmp_path, flame_like()), tmp_path / "head.safetensors", "--no-teeth")
+    assert done.stdout == f"256 vertices and 448 faces in {tmp_path / 'head.safetensors'}\n"
+    assert load_head(tmp_path / "head.safetensors").n_vertices == AROUND * RINGS
+    missing = command(tmp_path / "flame2023.pkl", tmp_path / "head.safetensors")
+    assert missing.returncode == 1 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1

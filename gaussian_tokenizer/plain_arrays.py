@@ -1,0 +1,210 @@
+"""The arrays of numbers in a pickle, as plain bytes: NumPy's, chumpy's around them, scipy's compressed sparse matrices.
+
+`interpret` (`plain_pickle`) runs nothing and is linear in the file. FLAME files, which are large and come from anywhere,
+are read in a process of its own besides, under limits of memory and time: `arrays_in_child`. That process starts within
+a few hundredths of a second because it loads nothing but this file, its sibling and the standard library; so no import of
+a third party may stand here.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .plain_pickle import NUMBER, Name, Thing, interpret
+
+MAX_NESTED = 8  # chumpy arrays inside one another
+SECONDS, MEMORY, MAX_FILE = 60, 2**30, 2**30  # of the child; bytes, in addition to eight times the file
+# What a pickle of arrays may name, and what it stands for.
+NUMPY = {
+    ("numpy", "ndarray"): "array",
+    ("numpy", "dtype"): "dtype",
+    ("numpy.core.multiarray", "_reconstruct"): "make array",
+    ("numpy._core.multiarray", "_reconstruct"): "make array",
+    ("_codecs", "encode"): "encode",
+    ("__builtin__", "bytes"): "bytes",  # none of them
+    ("collections", "OrderedDict"): "dictionary",
+}
+FLAME = NUMPY | {
+    ("copy_reg", "_reconstructor"): "make object",
+    ("copyreg", "_reconstructor"): "make object",
+    ("__builtin__", "object"): "object",
+    ("builtins", "object"): "object",
+    ("__builtin__", "set"): "set",
+    ("builtins", "set"): "set",
+    ("chumpy", "Ch"): "chumpy",
+    ("chumpy.ch", "Ch"): "chumpy",
+    ("scipy.sparse", "csc_matrix"): "columns",
+    ("scipy.sparse.csc", "csc_matrix"): "columns",
+    ("scipy.sparse._csc", "csc_matrix"): "columns",
+    ("scipy.sparse", "csr_matrix"): "rows",
+    ("scipy.sparse.csr", "csr_matrix"): "rows",
+    ("scipy.sparse._csr", "csr_matrix"): "rows",
+}
+# The package itself is not imported: its __init__ needs more than the standard library, and the caller's path is not
+# inherited, so that nothing in the working folder can step in.
+CHILD = (
+    "import sys, types; package = types.ModuleType('package'); package.__path__ = [sys.argv[1]]; "
+    "sys.modules['package'] = package; from package.plain_arrays import main; "
+    "main(sys.argv[2], sys.argv[3:], sys.stdout.buffer)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PlainArray:
+    """A numeric array as bytes."""
+
+    dtype: str  # such as "<f8"
+    shape: tuple[int, ...]
+    fortran_order: bool
+    content: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class PlainSparse:
+    """A compressed sparse matrix: of every line (row, or column) the numbers that are there, and where in it."""
+
+    rows_first: bool
+    shape: tuple[int, ...]
+    data: PlainArray
+    indices: PlainArray
+    indptr: PlainArray
+
+
+def read_arrays(content: object, keys: Sequence[str]) -> dict[str, PlainArray | PlainSparse]:
+    """The arrays of these keys of an interpreted dictionary; ValueError that names the key."""
+    if not isinstance(content, dict):
+        kind = content.meaning if isinstance(content, Thing | Name) else type(content).__name__
+        raise ValueError(f"holds a {kind}, expected a dictionary with {', '.join(keys)}")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}; expected {', '.join(keys)}")
+    arrays = {}
+    for key in keys:
+        try:
+            arrays[key] = read_array(content[key])
+        except ValueError as error:
+            raise ValueError(f"{key} is not a readable array: {error}") from None
+    return arrays
+
+
+def read_array(value: object) -> PlainArray | PlainSparse:
+    """The numbers of a NumPy array, of a chumpy array around one, or of a sparse matrix."""
+    for _ in range(MAX_NESTED):
+        if not (isinstance(value, Thing) and value.meaning == "chumpy"):
+            break
+        value = _member(value.state, "x")
+    if not isinstance(value, Thing) or value.meaning not in ("array", "columns", "rows"):
+        raise ValueError(f"found {value.meaning if isinstance(value, Thing | Name) else type(value).__name__}")
+    if value.meaning != "array":
+        state = value.state
+        shape = _shape(_member(state, "_shape" if isinstance(state, dict) and "_shape" in state else "shape"))
+        parts = [read_array(_member(state, key)) for key in ("data", "indices", "indptr")]
+        if len(shape) != 2 or not all(isinstance(part, PlainArray) for part in parts):
+            raise ValueError("a sparse matrix whose parts are no arrays")
+        return PlainSparse(value.meaning == "rows", shape, *parts)  # type: ignore[arg-type]
+    if not isinstance(value.state, tuple) or len(value.state) != 5:
+        raise ValueError("an array without its content")
+    _, stated, dtype, fortran_order, content = value.state
+    content = content.encode("latin1") if isinstance(content, str) else content  # a Python-2 string is bytes
+    if not (isinstance(dtype, Thing) and dtype.meaning == "dtype" and isinstance(content, bytes)):
+        raise ValueError("an array of something else than numbers")
+    shape, (order, kind, size) = _shape(stated), NUMBER.fullmatch(dtype.arguments[0]).groups()  # type: ignore[union-attr]
+    if isinstance(dtype.state, tuple) and len(dtype.state) > 1:
+        order = dtype.state[1]
+    if math.prod(shape) * int(size) != len(content):
+        raise ValueError(f"{len(content)} bytes for the shape {shape} of {kind}{size}")
+    return PlainArray((">" if order == ">" else "<") + kind + size, shape, bool(fortran_order), content)
+
+
+def arrays_in_child(path: Path, keys: Sequence[str]) -> dict[str, PlainArray | PlainSparse]:
+    """`read_arrays` of a FLAME pickle in a process of its own, under limits; ValueError that does not name the file."""
+    size = path.stat().st_size
+    if size > MAX_FILE:
+        raise ValueError(f"not a FLAME pickle: {size:,} bytes, expected less than {MAX_FILE:,}")
+    command = [sys.executable, "-I", "-S", "-c", CHILD, str(Path(__file__).parent), str(path.absolute()), *keys]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"not a FLAME pickle: reading it took more than {SECONDS} seconds") from None
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"status {done.returncode}"
+        raise ValueError(f"not a FLAME pickle that can be read within {SECONDS} seconds and its memory ({reason})")
+    header, _, content = done.stdout.partition(b"\n")
+    described = json.loads(header)
+    if "error" in described:
+        raise ValueError(described["error"])
+    return _unpack(described, content)
+
+
+def main(path: str, keys: Sequence[str], output: BinaryIO) -> None:
+    """What the child does: one line of JSON, then the bytes of the arrays."""
+    _limit_this_process(MEMORY + 8 * Path(path).stat().st_size)
+    try:
+        try:
+            content = interpret(Path(path).read_bytes(), FLAME)
+        except ValueError as error:
+            raise ValueError(f"not a FLAME pickle that is safe to read: {error}") from None
+        described, parts = _pack(read_arrays(content, keys))
+    except ValueError as error:
+        described, parts = {"error": str(error)}, []
+    output.write(json.dumps(described).encode() + b"\n")
+    for part in parts:
+        output.write(part)
+    output.flush()
+
+
+# ---- small things
+
+
+def _member(state: object, key: str) -> Any:
+    if not isinstance(state, dict) or key not in state:
+        raise ValueError(f"an object without its {key}")
+    return state[key]
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    if not isinstance(value, tuple) or len(value) > 8 or not all(type(n) is int and 0 <= n < 2**40 for n in value):
+        raise ValueError("an array whose shape is no tuple of sizes")
+    return value
+
+
+def _pack(arrays: Mapping[str, PlainArray | PlainSparse]) -> tuple[dict[str, Any], list[bytes]]:
+    described, contents = {}, []
+    for key, value in arrays.items():
+        sparse = isinstance(value, PlainSparse)
+        parts = [value.data, value.indices, value.indptr] if isinstance(value, PlainSparse) else [value]
+        contents += [part.content for part in parts]
+        each = [[part.dtype, part.shape, part.fortran_order, len(part.content)] for part in parts]
+        described[key] = [sparse and value.shape, sparse and value.rows_first, each]  # type: ignore[union-attr]
+    return described, contents
+
+
+def _unpack(described: dict[str, Any], content: bytes) -> dict[str, PlainArray | PlainSparse]:
+    arrays: dict[str, PlainArray | PlainSparse] = {}
+    start = 0
+    for key, (shape, rows_first, each) in described.items():
+        parts = []
+        for dtype, size, fortran_order, length in each:
+            parts.append(PlainArray(dtype, tuple(size), fortran_order, content[start : start + length]))
+            start += length
+        arrays[key] = parts[0] if shape is False else PlainSparse(rows_first, tuple(shape), *parts)
+    return arrays
+
+
+def _limit_this_process(memory: int) -> None:
+    """Where the system can: not on Windows; macOS refuses a limit of memory."""
+    try:
+        import resource
+    except ImportError:
+        return
+    for what, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, SECONDS)):
+        hard = resource.getrlimit(what)[1]
+        try:
+            resource.setrlimit(what, (limit if hard < 0 else min(limit, hard), hard))
+        except (ValueError, OSError):
+            continue
