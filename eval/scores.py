@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from eval.clips import Clip
 from eval.networks import Missing, Networks
 from eval.protocol import Pair
 from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.npz import read_npz
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
 NORMAL_95 = 1.959963984540054
@@ -117,7 +117,7 @@ class FeatureFiles:
         key.update(np.ascontiguousarray(pictures).tobytes())
         if reference is not None:
             key.update(reference.tobytes())
-        found = _read_npz(path, key.hexdigest())
+        found = _read_features(path, key.hexdigest())
         if found is not None:
             return found
         features = read_features(pictures, self.networks)
@@ -251,11 +251,10 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _read_npz(path: Path, key: str) -> Features | None:
+def _read_features(path: Path, key: str) -> Features | None:
     """The arrays of a file of this key; None if it is of other frames or networks, or not whole."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, BadZipFile):
+        arrays, _ = read_npz(path)
+    except (OSError, ValueError):
         return None
     return arrays if str(arrays.pop("key", "")) == key else None

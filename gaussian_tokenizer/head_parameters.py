@@ -10,7 +10,6 @@ import operator
 import os
 import zipfile
 from dataclasses import dataclass, field, fields, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.npz import read_npz
 
 FRAME_KEYS = {"expr": None, "rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
 REQUIRED_KEYS = ("shape", *FRAME_KEYS)
@@ -121,12 +121,12 @@ class HeadParameters:
         """Read a `flame_param.npz`: of a GaussianAvatars avatar (T frames) or of one VHAP frame (T = 1).
 
         Raises ValueError with one line that names the file, the key and the row for anything but finite arrays of
-        agreeing shapes; nothing pickled is ever opened.
+        agreeing shapes; nothing pickled is ever opened, and no more is unpacked than `npz` allows.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such head parameter file (flame_param.npz)")
-        arrays, compression = _read_npz(path)
+        arrays, compression = read_npz(path, (*REQUIRED_KEYS, *OFFSET_KEYS))
         missing = [key for key in REQUIRED_KEYS if key not in arrays]
         if missing:
             raise ValueError(
@@ -199,38 +199,3 @@ def _check_array(path: Path, key: str, value: np.ndarray) -> None:
     if not finite.all():
         row = np.argwhere(~finite)[0].tolist()
         raise ValueError(f"{path}: {key} holds {value[tuple(row)]} at index {row}; every value must be finite")
-
-
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], int]:
-    """All arrays of an npz in stored order, and the zip compression of the first."""
-    arrays: dict[str, np.ndarray] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            for entry in entries:
-                key = entry.filename.removesuffix(".npy")
-                if key in arrays:
-                    raise ValueError(f"holds {key} twice")
-                arrays[key] = _read_npy(key, archive.read(entry))
-    except MemoryError:
-        raise ValueError(f"{path}: declares more data than fits into memory; the file is damaged") from None
-    # A damaged zip or npy header fails in the standard library's and NumPy's parsers in a dozen ways (BadZipFile,
-    # zlib.error, EOFError, struct.error, NotImplementedError, TokenError ...); to the user all are one.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: not a readable npz of plain arrays: {reason}") from error
-    return arrays, entries[0].compress_type if entries else zipfile.ZIP_STORED
-
-
-def _read_npy(key: str, data: bytes) -> np.ndarray:
-    stream = BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read_header(stream)
-    if dtype.hasobject:
-        raise ValueError(f"{key} holds pickled objects, which are never opened; save it as a plain float32 array")
-    expected = dtype.itemsize * int(np.prod(shape, dtype=object))
-    if len(data) - stream.tell() != expected:
-        raise ValueError(f"{key} is cut short: {len(data) - stream.tell()} bytes, expected {expected} for {shape}")
-    array = np.frombuffer(data, dtype, offset=stream.tell()) if dtype.itemsize else np.empty(0, dtype)
-    return array.reshape(shape, order="F" if fortran_order else "C")
