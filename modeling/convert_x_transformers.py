@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,12 +41,15 @@ def convert_state_dict(
     def take(theirs: str, ours: str, channels: Tensor | None = None, offset: float = 0.0) -> None:
         if theirs not in weights:
             raise ValueError(
-                f"the x-transformers weights lack {theirs!r}: not a Decoder(cross_attend=True) of this depth?"
+                f"the x-transformers weights lack {theirs!r}, expected those of a Decoder(dim={config.hidden_size}, "
+                f"depth={config.num_hidden_layers}, heads={config.num_attention_heads}, attn_dim_head={config.head_dim}, "
+                "cross_attend=True); give the --config of the model they are of"
             )
         used.add(theirs)
         converted[ours] = (weights[theirs] if channels is None else weights[theirs][channels]) + offset
 
     gain = float(norm_unit_offset)
+    one_head = config.num_attention_heads == 1 and config.head_dim == config.hidden_size
     take("token_emb.emb.weight", "model.embed_tokens.weight")
     take("to_logits.weight", "lm_head.weight")
     take("attn_layers.final_norm.g", "model.norm.weight", offset=gain)
@@ -62,6 +66,10 @@ def convert_state_dict(
                     rotated = block == "self_attn" and their_name in ("to_q", "to_k")
                     heads = config.num_attention_heads if their_name == "to_q" else config.num_key_value_heads
                     channels = head_channels(order, heads) if rotated else None
+                    if their_name == "to_out" and one_head and f"{theirs}.1.to_out.weight" not in weights:
+                        # What a single head reads, x-transformers adds as it is.
+                        converted[f"{ours}.{block}.{our_name}.weight"] = torch.eye(config.hidden_size)
+                        continue
                     take(f"{theirs}.1.{their_name}.weight", f"{ours}.{block}.{our_name}.weight", channels)
     left = sorted(n for n in weights.keys() - used if not n.endswith("inv_freq") and "rotary" not in n)
     if left:
@@ -100,11 +108,24 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="config.json of the model; default: the paper's")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the checkpoint is written")
     arguments = parser.parse_args()
-    config = PointillistConfig.from_json_file(arguments.config) if arguments.config else PointillistConfig()
-    model = PointillistForCausalLM(config)
-    load_x_transformers(model, load_file(arguments.weights))
-    model.save_pretrained(arguments.output_dir)
+    try:
+        convert_file(arguments.weights, arguments.config, arguments.output_dir)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {' '.join(str(error).split())}\n")
     print(f"wrote {arguments.output_dir}")
+
+
+def convert_file(weights: Path, config: Path | None, output_dir: Path) -> None:
+    """Write the checkpoint; ValueError or FileNotFoundError that names a file which is not what it should be."""
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: no such file; expected the safetensors of an x-transformers state dict")
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: not a whole safetensors file ({error})") from None
+    model = PointillistForCausalLM(PointillistConfig.from_json_file(config) if config else PointillistConfig())
+    load_x_transformers(model, tensors)
+    model.save_pretrained(output_dir)
 
 
 if __name__ == "__main__":

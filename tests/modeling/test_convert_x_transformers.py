@@ -4,7 +4,7 @@ import pytest
 import torch
 from x_transformers import Decoder, TransformerWrapper
 
-from modeling import PointillistConfig, PointillistForCausalLM
+from modeling import PointillistConfig, PointillistForCausalLM, convert_x_transformers
 from modeling.convert_x_transformers import convert_state_dict, load_x_transformers
 
 
@@ -66,3 +66,38 @@ def test_weights_of_another_depth_are_refused(tiny_config):
     tiny_config.num_hidden_layers = 1
     with pytest.raises(ValueError, match="no counterpart"):
         convert_state_dict(weights, tiny_config)
+
+
+def test_a_single_head_which_has_no_output_projection_converts():
+    config = PointillistConfig(
+        n_bins=64, n_faces=100, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1,
+        head_dim=64, sliding_window=32, use_vision_encoder=False, use_point_encoder=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    reference = x_transformers_model(config).eval()
+    assert not any("to_out" in name for name in reference.state_dict())
+    model = PointillistForCausalLM(config).eval()
+    load_x_transformers(model, reference.state_dict())
+    ids, context = torch.randint(0, config.vocab_size, (2, 32)), torch.randn(2, 7, 64)
+    with torch.no_grad():
+        ours, theirs = model(ids, condition_embeds=context).logits, reference(ids, context=context)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_missing_weights_are_said_with_the_sizes_that_were_expected(tiny_config):
+    weights = x_transformers_model(tiny_config).state_dict()
+    del weights["attn_layers.layers.0.1.to_out.weight"]
+    heads = tiny_config.num_attention_heads
+    with pytest.raises(ValueError, match=rf"lack 'attn_layers\.layers\.0\.1\.to_out.*heads={heads}, .*--config"):
+        convert_state_dict(weights, tiny_config)
+
+
+def test_the_command_says_in_one_line_what_is_wrong_with_a_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "damaged").write_bytes(b"x" * 20)
+    for name, message in (("damaged", "not a whole safetensors file"), ("missing", "no such file")):
+        arguments = ["convert", str(tmp_path / name), "--output_dir", str(tmp_path / "out")]
+        monkeypatch.setattr("sys.argv", arguments)
+        with pytest.raises(SystemExit):
+            convert_x_transformers.main()
+        printed = capsys.readouterr().err
+        assert message in printed and printed.startswith("error: ") and printed.count("\n") == 1
