@@ -6,7 +6,6 @@ Parquet files are streamed, one batch of rows in memory at a time.
 """
 
 import functools
-import io
 import json
 import os
 from collections import Counter
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
 from gaussian_tokenizer.corpus import (
@@ -33,6 +31,7 @@ from gaussian_tokenizer.corpus import (
 )
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.image_files import open_image
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import Frame, Subject, find_subject_folders
 
@@ -234,11 +233,10 @@ def _frame_problems(row: dict[str, Any], split: str, met: _Met, originals: Origi
         yield "no such avatar" if own is None else f"frame in {split!r}, its avatar in {own!r}"
     data = row["image"]["bytes"]
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
+        picture = open_image(data)
         if picture.size != (row["width"], row["height"]):
             yield f"picture of {picture.size} pixels, its camera has {row['width'], row['height']}"
-    except Exception as error:  # Pillow has a dozen kinds for a damaged picture
+    except ValueError as error:
         yield f"picture does not open ({_one_line(error)})"
     if originals is not None:
         try:

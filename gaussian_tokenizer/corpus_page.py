@@ -13,6 +13,7 @@ from PIL import Image
 from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.corpus import Corpus
 from gaussian_tokenizer.corpus_statistics import Statistics, statistics_picture, statistics_rows
+from gaussian_tokenizer.image_files import open_image
 
 PORTRAITS, COLUMNS, PORTRAIT_SIZE = 48, 12, 96
 STYLE = (
@@ -58,7 +59,7 @@ def first_pictures(corpus: Corpus, count: int) -> Iterator[tuple[str, Image.Imag
                 if rows:
                     images = file.read_row_group(group, columns=["image"])["image"]
                     for row in rows[:count]:
-                        yield ids[row], Image.open(io.BytesIO(images[row].as_py()["bytes"]))
+                        yield ids[row], open_image(images[row].as_py()["bytes"])
                 count -= len(rows)
                 if count <= 0:
                     return

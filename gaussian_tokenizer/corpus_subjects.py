@@ -7,7 +7,6 @@ stay where they are until their shard is written.
 """
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save
 
@@ -26,6 +24,7 @@ from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.corpus import POSE_SIZES
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.image_files import verify_image
 from gaussian_tokenizer.subject import Frame, Subject, find_subject_folders
 
 ABOUT = ("licence", "consent", "provenance")  # of a subject's metadata: what a card says of everyone
@@ -214,9 +213,8 @@ def _read_frames(frames: Sequence[Frame], head: HeadModel) -> tuple[dict[str, np
 
 def _check_picture(frame: Frame, data: bytes) -> None:
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.verify()
-    except Exception as error:
+        verify_image(data)
+    except ValueError as error:
         raise ValueError(f"{frame.image}: damaged picture ({error})") from None
 
 

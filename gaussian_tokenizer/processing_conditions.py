@@ -2,7 +2,7 @@
 
 An image of any PIL mode, dtype or orientation becomes RGB on white, is fitted whole into a square and normalised with
 the statistics DINOv2 was trained with. Normals are area-weighted: the sum of the face cross products at each vertex.
-Used by processing_gaussian_tokenizer.py, and saved with it beside the checkpoints: third-party imports only.
+Used by processing_gaussian_tokenizer.py, and saved with it beside the checkpoints: third-party and sibling imports only.
 """
 
 import os
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from .image_files import open_image
 
 IMAGE_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)  # ImageNet
 IMAGE_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
@@ -67,7 +69,7 @@ def as_array(values: Any, name: str) -> np.ndarray:
 def _rgb_on_white(image: Any) -> Image.Image:
     """PIL image, file, array or tensor -> PIL "RGB", upright, transparency composited on white."""
     if isinstance(image, (str, os.PathLike)):
-        image = Image.open(image)
+        image = open_image(image)
     if not isinstance(image, Image.Image):
         image = _image_from_array(as_array(image, "image"))
     image = ImageOps.exif_transpose(image)

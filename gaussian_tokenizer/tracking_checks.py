@@ -7,7 +7,6 @@ and the one that fits is named.
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +23,7 @@ from gaussian_tokenizer.tracking_geometry import (
     share_seen,
     silhouette,
 )
-from gaussian_tokenizer.transforms import has_alpha, open_picture
+from gaussian_tokenizer.transforms import Frame, has_alpha, open_picture
 
 if TYPE_CHECKING:
     from gaussian_tokenizer.tracking import Tracking
@@ -33,7 +32,7 @@ SAMPLES = 16
 ENOUGH_SEEN = 0.5  # of the vertices, in the pictures on average
 SMALLEST_HEAD = 0.002  # of the picture
 LONGEST = 128  # pixels of the silhouettes
-BLACK = 4 / 255
+BLACK = 4  # of 255
 FAR_MM = 5.0  # mean distance of the heads of two sequences of one person
 REMEDY = {
     "camera-to-world with OpenCV axes": "negate the second and third column of its rotation",
@@ -150,22 +149,21 @@ def _of_size(samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
 
 def _of_pictures(tracking: "Tracking", samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
     """`heads` (h, w) bool: where the head is in each of the samples; none, if that is not known."""
+    shapes = [head.shape for head in heads] or [(1, 1)] * len(samples)
     try:
-        pictures = [tracking.picture(each.frame_index).numpy() for each in samples]
-        masks = [_read_mask(each.frame.mask) for each in samples]
-    except ValueError as error:
+        looks = [_look(each.frame, shape) for each, shape in zip(samples, shapes)]
+        black = all(look.is_black for look in looks)
+        black = black and all(_look(frame, (1, 1)).is_black for frame in tracking.frames)
+    except (ValueError, FileNotFoundError) as error:
         return [Problem(str(error))]
     problems = []
-    own_alpha = [has_alpha(open_picture(each.frame.image)) for each in samples]
-    alphas = [picture[..., 3] if own else None for picture, own in zip(pictures, own_alpha)]
+    masks, alphas = [look.mask for look in looks], [look.alpha for look in looks]
     for what, of_frame in (("the masks (fg_masks) are", masks), ("the alpha of the pictures is", alphas)):
-        pairs = [(_shrunk(mask, head.shape), head) for mask, head in zip(of_frame, heads) if mask is not None]
+        pairs = [(mask, head) for mask, head in zip(of_frame, heads) if mask is not None]
         problems += _of_masks(what, pairs) if pairs else []
-    if all(_is_black(picture) for picture in pictures) and all(
-        _is_black(tracking.picture(index).numpy()) for index in range(len(tracking.frames))
-    ):
+    if black:
         problems.append(Problem("every picture is black; export the pictures again"))
-    without = [each.frame for each, own in zip(samples, own_alpha) if not own and each.frame.mask is None]
+    without = [each.frame for each, look in zip(samples, looks) if look.alpha is None and look.mask is None]
     if len(without) == len(samples):
         text = "no masks, and pictures without alpha: the background counts as a part of the person"
         problems.append(Problem(text, is_error=False))
@@ -188,14 +186,26 @@ def _of_masks(what: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Pro
     return [Problem(f"{what} not on the head: {found}; expected is white where the person is")]
 
 
-def _read_mask(mask: Path | Image.Image | np.ndarray | None) -> np.ndarray | None:
-    """(H, W) float in 0..1."""
-    return None if mask is None else np.asarray(open_picture(mask).convert("L"), np.float32) / 255
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """What the checks keep of a picture: one is decoded at a time."""
+
+    is_black: bool  # no pixel is lighter than BLACK, where the person is
+    alpha: np.ndarray | None  # (h, w) in 0..1, of the picture itself
+    mask: np.ndarray | None  # (h, w) in 0..1, of the file beside it
 
 
-def _shrunk(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return np.asarray(Image.fromarray(mask.astype(np.float32)).resize((shape[1], shape[0]), Image.Resampling.BOX))
+def _look(frame: Frame, shape: tuple[int, ...]) -> _Look:
+    image = open_picture(frame.image)
+    mask = None if frame.mask is None else open_picture(frame.mask).convert("L")
+    alpha = image.convert("RGBA").getchannel("A") if has_alpha(image) else None
+    seen = Image.new("RGB", image.size)
+    seen.paste(image.convert("RGB"), mask=mask if alpha is None else alpha)
+    is_black = max(highest for _, highest in seen.getextrema()) <= BLACK  # type: ignore[misc]
+    return _Look(is_black, _shrunk(alpha, shape), _shrunk(mask, shape))
 
 
-def _is_black(picture: np.ndarray) -> bool:
-    return bool((picture[..., :3] * picture[..., 3:]).max() <= BLACK)
+def _shrunk(mask: Image.Image | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    if mask is None:
+        return None
+    return np.asarray(mask.resize((shape[1], shape[0]), Image.Resampling.BOX), np.float32) / 255

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.image_files import image_size, open_image
 
 TRANSFORMS_NAME, CANONICAL_NAME = "transforms.json", "canonical_flame_param.npz"
 SPLITS = ("train", "val", "test")
@@ -202,27 +203,16 @@ def picture_size(picture: Path | Image.Image | np.ndarray) -> tuple[int, int]:
         return picture.shape[1], picture.shape[0]
     if isinstance(picture, Image.Image):
         return picture.size
-    if not picture.is_file():
-        raise FileNotFoundError(f"{picture} does not exist")
-    try:
-        with Image.open(picture) as opened:
-            return opened.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{picture} is not a readable picture: {error}") from None
+    return image_size(picture)
 
 
 def open_picture(picture: Path | Image.Image | np.ndarray) -> Image.Image:
-    """The picture, decoded; ValueError that names a file that is not one."""
+    """The picture, decoded; errors as of `image_files.open_image`."""
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
     if isinstance(picture, Image.Image):
         return picture
-    try:
-        with Image.open(picture) as image:
-            image.load()
-            return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{picture} is not a readable picture: {error}") from None
+    return open_image(picture)
 
 
 def has_alpha(image: Image.Image) -> bool:

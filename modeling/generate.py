@@ -19,6 +19,7 @@ from transformers import set_seed
 from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.head_model import HeadModel, load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.image_files import open_image
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
 from .modeling_pointillist import PointillistForCausalLM
@@ -100,14 +101,9 @@ def check_head(tokenizer: GaussianTokenizer, head: HeadModel, name: str) -> None
 
 def open_portrait(path: Path) -> Image.Image:
     """An image file, whole."""
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such picture") from None
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error})") from None
-    return image
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such picture")
+    return open_image(path)
 
 
 def condition(

@@ -92,7 +92,7 @@ def test_every_missing_extra_corrupt_and_differently_sized_frame_is_listed(clips
     problems = check_frames(handed_in, pairs)
     assert problems.missing == (f"{first}/00001.png",)
     assert problems.extra == (f"{first}/00004.png",)
-    assert len(problems.unreadable) == 1 and f"{second}/00002.png is not a readable picture" in problems.unreadable[0]
+    assert len(problems.unreadable) == 1 and f"{second}/00002.png is not a readable image" in problems.unreadable[0]
     assert problems.wrong_size == (f"{second}/00003.png is (64, 32), expected (32, 32)",)
     assert len(problems.lines()) == 4
 

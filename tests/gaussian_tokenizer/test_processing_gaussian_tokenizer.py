@@ -548,7 +548,12 @@ print(tokenizer.bounds)
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == str(SETTINGS["bounds"])
-    for name in ("processor_config.json", "processing_gaussian_tokenizer.py", "processing_conditions.py"):
+    for name in (
+        "processor_config.json",
+        "processing_gaussian_tokenizer.py",
+        "processing_conditions.py",
+        "image_files.py",
+    ):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 

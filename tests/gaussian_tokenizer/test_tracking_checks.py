@@ -161,7 +161,7 @@ def test_masks_of_some_pictures_only_are_refused(copy_of_tracked, small_head, ch
 def test_a_picture_that_is_cut_short_is_named(copy_of_tracked, small_head):
     path = copy_of_tracked / "images" / "00000_00.png"
     path.write_bytes(path.read_bytes()[:400])
-    with pytest.raises(ValueError, match=r"00000_00.png is not a readable picture"):
+    with pytest.raises(ValueError, match=r"00000_00.png is not a readable image"):
         load_tracking(copy_of_tracked, small_head)
 
 

@@ -172,7 +172,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
         ({"flame_param_path": "flame_param/9.npz"}, "frame 1: .*flame_param/9.npz does not exist"),
         ({"w": 9}, r"00000_01.png is a picture of 7x5 pixels, expected 9x5; resize it"),
         ({"fg_mask_path": "small.png"}, r"small.png is a mask of 2x2 pixels, expected 7x5"),
-        ({"file_path": "transforms.json"}, "transforms.json is not a readable picture"),
+        ({"file_path": "transforms.json"}, "transforms.json is not a readable image"),
         ({"file_path": "pipe"}, "pipe does not exist"),
         ({"fl_x": "abc"}, "frame 1: could not convert"),
         ({"fl_x": float("nan")}, "frame 1: intrinsics fx=nan"),

@@ -1,0 +1,55 @@
+"""The one door through which image files come in: their size is looked at before they are decoded.
+
+A file of 445 kB may hold 12,500 x 12,500 pixels, and some of Pillow's formats start other programs (EPS). So there is a
+list of formats and a limit, and whatever is wrong with a file is one ValueError. Saved beside the checkpoints with
+processing_conditions.py: third-party imports only.
+"""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+MAX_PIXELS = 2**26  # 8192 x 8192: 256 MiB as RGBA
+
+
+def open_image(source: str | os.PathLike | bytes) -> Image.Image:
+    """An image file, or its bytes, decoded; of an animation the first frame.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a whole image of one of FORMATS, or of more than MAX_PIXELS; nothing was decoded then.
+    """
+    return _read(source, lambda image: image.load())
+
+
+def image_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
+    """(width, height) in pixels, from the header alone; errors as of `open_image`."""
+    return _read(source, lambda image: None).size
+
+
+def verify_image(source: str | os.PathLike | bytes) -> None:
+    """Raise as `open_image` does, where the damage can be seen without decoding (checksums, size)."""
+    _read(source, lambda image: image.verify())
+
+
+def _read(source: str | os.PathLike | bytes, use: Callable[[Image.Image], object]) -> Image.Image:
+    name = "the image" if isinstance(source, bytes) else os.fspath(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise FileNotFoundError(f"{name} does not exist")
+    Image.init()  # or only some of the formats are known
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, expected at most {MAX_PIXELS:,}; scale it down")
+            use(image)
+            return image
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not a readable image: not one of {', '.join(FORMATS)}") from None
+    # Pillow has a dozen kinds for a damaged file: OSError, SyntaxError, struct.error, OverflowError, MemoryError ...
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name} is not a readable image: {reason}") from None
