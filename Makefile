@@ -8,8 +8,14 @@ export TOKENIZERS_PARALLELISM ?= false
 # One thread a process: small matrices gain nothing from more, and two processes of two threads wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# Of make chaos and make fuzz.
+KILLS ?= 100
+MINUTES ?= 10
+SEED ?= 0
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast newest check format clean chaos
+.PHONY: help install demo test test-fast newest fuzz chaos check format clean
+
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,8 +41,9 @@ test-fast: $(INSTALLED) ## tests that take seconds
 newest: ## the tests of loading, training, generation and evaluation on the newest torch, transformers, ..., in .venv-newest
 	$(PYTHON) .ci/newest.py
 
-chaos: KILLS ?= 100
-chaos: SEED ?= 0
+fuzz: $(INSTALLED) ## damaged files of every format for MINUTES=10 with SEED=0; findings in outputs/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
+
 chaos: $(INSTALLED) ## kills long commands KILLS=100 times with SEED=0 and compares bytes; CHAOS="--minutes 10 --only fit"
 	$(BIN)/python tests/chaos/chaos.py --kills $(KILLS) --seed $(SEED) $(CHAOS)
 

@@ -98,8 +98,11 @@ class Corpus:
     def _avatar_ids(self, configuration: str, split: str) -> list[str]:
         ids = []
         for shard in shards_of(self.manifest, configuration, split):
-            with self.files.open(shard["file"]) as file:
-                ids += pq.read_table(file, columns=["avatar_id"])["avatar_id"].to_pylist()
+            try:
+                with self.files.open(shard["file"]) as file:
+                    ids += pq.read_table(file, columns=["avatar_id"])["avatar_id"].to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{self.location}/{shard['file']}: corrupted shard ({_one_line(error)})") from None
         return ids
 
 
