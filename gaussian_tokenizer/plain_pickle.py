@@ -121,6 +121,11 @@ class _Machine:
     def make_tuple(self, count: int) -> None:
         self.push(tuple(reversed([self.pop() for _ in range(count)])))
 
+    def make_dictionary(self) -> None:
+        items = self.above_mark()
+        self.push({})
+        self.set_items(items)
+
     def append(self, values: list) -> None:
         target = self.top()
         if isinstance(target, list):
@@ -297,7 +302,7 @@ _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"a": lambda m: m.append([m.pop()]),
     b"e": lambda m: m.append(m.above_mark()),
     b"}": lambda m: m.push({}),
-    b"d": lambda m: (items := m.above_mark(), m.push({}), m.set_items(items)),
+    b"d": _Machine.make_dictionary,
     b"s": lambda m: m.set_items([m.pop(), m.pop()][::-1]),
     b"u": lambda m: m.set_items(m.above_mark()),
     b"\x8f": lambda m: m.push(Thing("set", ())),

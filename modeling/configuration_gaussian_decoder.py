@@ -82,7 +82,10 @@ class GaussianDecoderConfig(PreTrainedConfig):
                 hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518
             )
         elif isinstance(self.vision_config, dict):
-            self.vision_config = Dinov2Config(**self.vision_config)
+            try:
+                self.vision_config = Dinov2Config(**self.vision_config)
+            except (TypeError, KeyError, IndexError, AttributeError) as error:
+                raise ValueError(f"vision_config is no configuration of DINOv2 ({error!r})") from None
         if self.vision_layers is None:
             self.vision_layers = spread_layers(self.vision_config.num_hidden_layers)
         super().__post_init__(**kwargs)

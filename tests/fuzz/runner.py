@@ -40,13 +40,14 @@ def fuzz(
     last = start + count if count is not None else 2**62
     index = start
     while index < last and (left := end - time.monotonic()) > 0:
-        progress.write_text(f"{index} ?")
+        _note(progress, index, "?")
         command = [sys.executable, "-m", "tests.fuzz", "--folder", str(folder), "--seed", str(seed), "--work"]
         command += ["--start", str(index), "--stop", str(last), "--minutes", str(left / 60), "--only", only]
         # libtiff and others speak about every damage.
         with open(folder / "stderr", "wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as child:
             stuck = _wait(child, progress)
-        number, _, name = progress.read_text().partition(" ")
+        number, _, name = progress.read_text().strip().partition(" ")
+        name = name.strip()
         index = int(number)
         if child.returncode and name == "?":
             raise RuntimeError(f"the files could not be made, see {folder / 'stderr'}")
@@ -66,7 +67,7 @@ def _wait(child: subprocess.Popen, progress: Path) -> bool:
             return False
         except subprocess.TimeoutExpired:
             idle = time.time() - progress.stat().st_mtime
-            if idle > STUCK * (5 if progress.read_text().endswith("?") else 1):
+            if idle > STUCK * (5 if progress.read_text().strip().endswith("?") else 1):
                 child.kill()
                 return True
 
@@ -99,7 +100,7 @@ def work(folder: Path, seed: int, start: int, stop: int, minutes: float, only: s
             each = formats[name]
             path = rng.choice(each.files)
             content = damage(contents[path], [contents[other] for other in each.files], rng, each.mutations)
-            (folder / "progress").write_text(f"{index} {name}")
+            _note(folder / "progress", index, name)
             (folder / "current").write_bytes(content)
             path.write_bytes(content)
             before = _peak()
@@ -111,9 +112,9 @@ def work(folder: Path, seed: int, start: int, stop: int, minutes: float, only: s
             if what:
                 _keep(folder / "findings.jsonl", Finding(seed, index, name, what, where, str(path)), folder)
             if time.monotonic() > end or grown > MEGABYTES:
-                (folder / "progress").write_text(f"{index + 1} {name}")
+                _note(folder / "progress", index + 1, name)
                 return
-        (folder / "progress").write_text(f"{stop} ")
+        _note(folder / "progress", stop, name)
 
 
 def _outcome(each, path: Path) -> tuple[str, str]:
@@ -133,6 +134,12 @@ def _outcome(each, path: Path) -> tuple[str, str]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     return "", ""
+
+
+def _note(progress: Path, index: int, name: str) -> None:
+    """How far it came, in one write: the process may end at any moment."""
+    with open(progress, "r+" if progress.exists() else "w") as file:
+        file.write(f"{index:<20} {name:<40}\n")
 
 
 def _hang(*_: object) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling import GaussianDecoderConfig
+from modeling import GaussianDecoderConfig, PointillistConfig
 from modeling.configuration_gaussian_decoder import spread_layers
 
 VISION = dict(hidden_size=24, num_hidden_layers=5, num_attention_heads=3, image_size=28, patch_size=14)
@@ -63,3 +63,11 @@ def test_the_layers_read_are_lams():
     assert spread_layers(12) == [2, 5, 8, 11]
     assert spread_layers(40) == [9, 19, 29, 39]
     assert spread_layers(1) == [0]
+
+
+@pytest.mark.parametrize("config_class", [GaussianDecoderConfig, PointillistConfig])
+def test_a_portrait_encoder_that_is_none_is_named(config_class):
+    settings = config_class().to_dict()
+    settings["vision_config"]["id2label"] = 5
+    with pytest.raises(ValueError, match="vision_config is no configuration of DINOv2"):
+        config_class.from_dict(settings)
