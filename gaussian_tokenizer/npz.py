@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def _check_size(path: Path, sizes: list[int], limit: int, names: str = "") -> No
         raise ValueError(f"{sum(sizes):,} bytes when unpacked{beside}, expected at most {limit:,}")
 
 
-def _read_npy(key: str, stream: zipfile.ZipExtFile, size: int) -> np.ndarray:  # type: ignore[type-arg]
+def _read_npy(key: str, stream: IO[bytes], size: int) -> np.ndarray:
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read_header(stream)
