@@ -49,6 +49,7 @@ class Format:
     mutations: Sequence[m.Mutation]
     weight: int = 4  # how often, compared with the others
     allowed: tuple[type[Exception], ...] = ()  # beside ValueError and FileNotFoundError
+    foreign: str = ""  # a package that reads the file as well, and may raise what it likes from its own lines
 
 
 def make_formats(folder: Path) -> dict[str, Format]:
@@ -115,7 +116,7 @@ def make_formats(folder: Path) -> dict[str, Format]:
         "shard": Format(tuple(corpus.glob("*/*.parquet")), lambda path: _read_corpus(corpus), (), 1),
         "model config": Format(
             (folder / "model" / "config.json", folder / "decoder" / "config.json"),
-            lambda path: AutoConfig.from_pretrained(path.parent), JSON, 2, OF_TRANSFORMERS,
+            lambda path: AutoConfig.from_pretrained(path.parent), JSON, 2, OF_TRANSFORMERS, "transformers",
         ),
         "image": Format(images, image, (m.number_in_text,), 8),
         "training YAML": Format(tuple(configs.iterdir()), read_yaml, LINES, 2),

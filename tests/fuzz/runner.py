@@ -125,6 +125,8 @@ def _outcome(each, path: Path) -> tuple[str, str]:
         return "", ""
     except (Exception, Hang) as error:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        if each.foreign and f"/{each.foreign}/" in traceback.extract_tb(error.__traceback__)[-1].filename:
+            return "", ""
         own = [at for at in traceback.extract_tb(error.__traceback__) if "/site-packages/" not in at.filename]
         own = [at for at in own if "/tests/" not in at.filename] or own
         return (

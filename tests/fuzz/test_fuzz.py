@@ -1,5 +1,6 @@
 """A few hundred damaged files of every format; `make fuzz` reads them for minutes."""
 
+import json
 import os
 import signal
 import stat
@@ -79,3 +80,13 @@ def test_a_crash_is_a_finding_with_its_file_and_the_run_goes_on(tmp_path, monkey
     assert count == 10
     assert findings == [Finding(5, 3, "FLAME", "crash (status -11)", "", str(tmp_path / "findings" / "5-3"))]
     assert Path(findings[0].file).read_bytes() == b"damaged"
+
+
+def test_what_a_foreign_package_raises_from_its_own_lines_is_not_ours(tmp_path):
+    signal.signal(signal.SIGPROF, runner._hang)
+
+    def read(path):
+        return json.loads(5)  # a TypeError of the package json
+
+    assert runner._outcome(Format((tmp_path,), read, (), foreign="json"), tmp_path) == ("", "")
+    assert runner._outcome(Format((tmp_path,), read, (), foreign="transformers"), tmp_path)[0].startswith("TypeError")
