@@ -16,7 +16,6 @@ SEED ?= 0
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast newest fuzz chaos check format clean
 
-
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
