@@ -8,7 +8,7 @@ of the portrait encoder feed it, and in which ranges its Gaussians live. Sizes: 
 from huggingface_hub.dataclasses import strict
 from transformers import Dinov2Config, PreTrainedConfig
 
-from .configuration_pointillist import LAYERS, OCTAVES, POSITIVE, SIZE, check_numbers
+from .configuration_pointillist import LAYERS, OCTAVES, POSITIVE, SIZE, check_fields
 
 LIMITS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "point_feature_size"), SIZE),
@@ -72,7 +72,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
     init_opacity: float = 0.1
 
     def __post_init__(self, **kwargs):
-        check_numbers(self, LIMITS)
+        check_fields(self, LIMITS)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.point_centre is None:
@@ -105,7 +105,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise `ValueError` where a field is out of its range or two contradict each other."""
-        check_numbers(self, LIMITS)
+        check_fields(self, LIMITS)
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; found {self.mode!r}")
         if self.read_anchors and self.mode not in ("full", "position"):

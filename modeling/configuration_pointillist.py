@@ -9,6 +9,7 @@ the 12,000-token window: paper.
 import math
 from collections.abc import Mapping
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import Dinov2Config, PreTrainedConfig
 
@@ -26,8 +27,10 @@ LIMITS = {
 }
 
 
-def check_numbers(config: PreTrainedConfig, limits: Mapping[str, tuple[float, float]]) -> None:
-    """Raise `ValueError` for a field outside its limits (NaN is outside of all), or a centre that is no point."""
+def check_fields(config: PreTrainedConfig, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raise `ValueError` for a field outside its limits (NaN is outside of all), a centre that is no point, or no dtype."""
+    if isinstance(config.dtype, str) and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
+        raise ValueError(f"dtype is {config.dtype!r}, expected one of torch's, such as float32; correct config.json")
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
@@ -111,7 +114,7 @@ class PointillistConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        check_numbers(self, LIMITS)
+        check_fields(self, LIMITS)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         expected = self.n_bins + self.n_faces + 3
@@ -146,7 +149,7 @@ class PointillistConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise `ValueError` where two fields contradict each other."""
-        check_numbers(self, LIMITS)
+        check_fields(self, LIMITS)
         if self.sliding_window < 4 or self.sliding_window % 4:
             raise ValueError(
                 f"sliding_window must be a positive multiple of 4 (whole points of x, y, z, face), found {self.sliding_window}"
