@@ -295,8 +295,8 @@ class Page:
                 _send(client, "screenshot.png", lambda: _screenshot(client))
 
     def _paint(self) -> None:
-        """The page behind the scene, of which a screenshot stays transparent."""
-        self.style.content = f"<style>canvas {{ background: rgb{self.background.value} }}</style>"
+        """The page behind the scene, of which a screenshot stays transparent; viser has a canvas over that of three.js."""
+        self.style.content = f"<style>canvas[data-engine] {{ background: rgb{self.background.value} }}</style>"
 
     def _reset(self) -> None:
         for _, handle in self.sliders:

@@ -74,7 +74,7 @@ def test_the_built_in_head_needs_no_naming_and_others_do(capsys, folder, tmp_pat
 def test_a_picture_that_cannot_be_read_is_named(capsys, tmp_path):
     broken = tmp_path / "portrait.png"
     broken.write_bytes(b"not a picture")
-    assert f"{broken}: not a picture" in refusal(capsys, "--model", tmp_path, "--image", broken, "--port", 0)
+    assert f"{broken} is not a readable image" in refusal(capsys, "--model", tmp_path, "--image", broken, "--port", 0)
 
 
 def test_a_model_without_a_portrait_is_refused(capsys, tmp_path):

@@ -127,7 +127,7 @@ def test_skinning_agrees_with_a_loop_over_points_written_from_the_formulas(corre
     posed = avatar.posed(pose_correctives=correctives)
     for frame in range(3):
         centres, rotations = skinned_one_by_one(avatar, HEAD, avatar.params, frame, correctives)
-        np.testing.assert_allclose(posed.positions[frame], centres, atol=1e-9)
+        np.testing.assert_allclose(posed.positions[frame], centres, atol=1e-8)
         np.testing.assert_allclose(quaternion_to_matrix(posed.quats[frame]), rotations, atol=1e-7)
 
 
@@ -359,7 +359,7 @@ def test_a_motion_of_another_head_model_is_refused_in_one_line():
         dynamic_offset=torch.zeros(1, 5143, 3),
         static_offset=None,
     )
-    with pytest.raises(ValueError, match=r"has 5143 vertices in dynamic_offset, .* has 330"):
+    with pytest.raises(ValueError, match=f"has 5143 vertices in dynamic_offset, .* has {HEAD.n_vertices}"):
         drive(avatar.params, other, HEAD)
 
 

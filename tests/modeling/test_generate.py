@@ -120,10 +120,10 @@ def test_the_portrait_and_the_shape_of_the_head_decide(command, picture, tmp_pat
 def test_a_picture_that_is_not_there_or_not_one_is_named(command, tmp_path):
     assert "nobody.png: no such picture" in command(portrait=tmp_path / "nobody.png")
     (tmp_path / "text.png").write_text("hello")
-    assert "text.png: not a picture" in command(portrait=tmp_path / "text.png")
+    assert "text.png is not a readable image" in command(portrait=tmp_path / "text.png")
     Image.new("RGB", (200, 200), "red").save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:60])
-    assert "cut.png: not a picture" in command(portrait=tmp_path / "cut.png")
+    assert "cut.png is not a readable image" in command(portrait=tmp_path / "cut.png")
 
 
 def test_a_head_that_is_not_the_models_is_refused(command, tmp_path):

@@ -34,6 +34,9 @@ def test_a_signal_is_noted_and_answered_and_twice_in_a_second_is_once(clock, num
 
 
 def test_a_second_ctrl_c_interrupts_at_once(clock):
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # the tests themselves may run in the background of a shell
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), StopSignals():
         os.kill(os.getpid(), signal.SIGINT)
