@@ -59,6 +59,7 @@ class ExactTrainer(Trainer):
             said = f"{folder} saved after {self.state.global_step:,} of {self.args.max_steps:,} steps; run the same command with "
             said += "--resume_from_checkpoint true to go on from there"
             raise Interrupted(said if self.is_world_process_zero() else "", number)
+        self.remove_old_checkpoints()  # which a run that was killed after its last step had no time for
         return output
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -81,8 +82,13 @@ class ExactTrainer(Trainer):
                 file.write(json.dumps(arguments | {"save_total_limit": self.limit}, indent=2, sort_keys=True).encode())
             with atomic_file(self.unfinished / COMPLETE) as file:
                 file.write(b"")
-            rotate_checkpoints(self.args.output_dir, self.limit, self.state.best_model_checkpoint)
+        self.remove_old_checkpoints()
         self.unfinished = None
+
+    def remove_old_checkpoints(self) -> None:
+        """All but the newest `save_total_limit`, and the best."""
+        if self.args.should_save:
+            rotate_checkpoints(self.args.output_dir, self.limit, self.state.best_model_checkpoint)
 
     def init_hf_repo(self, token=None, private=None):
         """Trainer's: the repository is made before the training, so that one who may not is told now."""

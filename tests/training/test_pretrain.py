@@ -205,11 +205,15 @@ def test_one_of_two_processes_under_zero2_is_told_to_stop_and_both_save_the_same
 def test_resuming_past_the_last_step_says_that_nothing_is_trained(launcher, reference, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(reference / f"checkpoint-{STEPS}", output / f"checkpoint-{STEPS}")
+    half_removed = [output / f"checkpoint-{number}" for number in (1, 2)]  # the process was killed while it did
+    for folder in half_removed:
+        folder.mkdir()
     words = ("--max_steps", str(STEPS - 1), "--resume_from_checkpoint", "true")
     printed = launcher.run(output, *SETTINGS, *words, processes="python")
     assert f"with {STEPS} steps done and --max_steps {STEPS - 1} nothing is left to train" in printed
     assert (output / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
     assert json.loads((output / "training_report.json").read_text())["steps"] == STEPS
+    assert sum(folder.exists() for folder in half_removed) == 1, "of three checkpoints two are kept"
 
 
 # ---- the same run, spread
