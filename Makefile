@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## synthetic heads -> tokens -> corpus -> two trainings -> avatars that move -> bench, in outputs/demo (a quarter of an hour, CPU)
 	$(BIN)/python -m training.demo --output_dir outputs/demo
 
-test: $(INSTALLED) ## all tests, two at a time (eight minutes on two cores)
+test: $(INSTALLED) ## all tests, two at a time (a quarter of an hour on two cores)
 	$(PYTEST)
 
 test-fast: $(INSTALLED) ## tests that take seconds

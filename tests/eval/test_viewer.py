@@ -193,12 +193,6 @@ def test_the_view_from_the_start_shows_all_of_it_on_every_page(server, folder, c
         assert (aspect < 1) == (not np.allclose(camera.position, start.position))
 
 
-def test_the_background_has_the_colour_that_was_chosen(server, folder):
-    page = Page(server, {"ada": open_avatar(folder, None)}, {})
-    page.background.value = (20, 30, 40)
-    assert page.style.content == "<style>canvas { background: rgb(20, 30, 40) }</style>"
-
-
 def test_of_very_many_points_some_are_dots_and_all_are_gaussians(server, folder, monkeypatch):
     monkeypatch.setattr("eval.viewer_page.MAX_DOTS", 60)
     avatar = open_avatar(folder, None)

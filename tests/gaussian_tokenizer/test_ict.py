@@ -129,7 +129,7 @@ def test_landmarks_and_regions_lie_where_they_should(head):
     assert points.shape == (68, 3) and points[0, 0] < 0 < points[16, 0]
     assert points[27, 1] > points[30, 1] > points[51, 1] > points[57, 1] > points[8, 1]
     means = {name: head.template[mask].mean(0) for name, mask in head.regions.items()}
-    assert set(HeadModel.procedural(600).regions) == set(means)
+    assert set(HeadModel.procedural(600).regions) - {"teeth", "tongue"} == set(means)
     heights = [float(means[name][1]) for name in ("scalp", "brows", "eyes", "lips", "neck")]
     assert heights == sorted(heights, reverse=True)
     for name, mask in head.regions.items():
