@@ -124,7 +124,8 @@ def open_page(browser, address: str, said: list[str], width: int = WIDTH, height
     page.on("pageerror", lambda error: said.append(str(error)))
     page.add_init_script(WATCH)
     begun = time.perf_counter()
-    page.goto(address)
+    # viser would draw fewer pixels while the machine is busy, and all edges would differ from the picture before.
+    page.goto(f"{address}?fixedDpr=1")
     page.wait_for_function("window.seen && window.seen.ink > 200")
     print(f"viewer: avatar drawn {time.perf_counter() - begun:.1f} s after the address was opened")
     settle(page)
