@@ -48,6 +48,7 @@ from gaussian_tokenizer.corpus_shards import ROW_GROUP_BYTES
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.parallel import runner
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import Frame, Subject, find_subjects, write_subject
 
@@ -139,7 +140,7 @@ def judge(speed: list[dict], processes: list[dict], memory: list[dict]) -> list[
 
 
 def measure_speed(name: str, subjects: Path, kind: Kind, folder: Path, rounds: int) -> list[dict]:
-    head = HeadModel.procedural(kind.faces)
+    head = build_procedural_head(kind.faces)
     arrays = [read(subject, head) for subject in find_subjects(subjects)]
     build(subjects, head, folder / "corpus", progress=False)
     tokenizer = load_corpus(folder / "corpus").tokenizer
@@ -248,7 +249,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def measure_processes(name: str, subjects: Path, kind: Kind, folder: Path, rounds: int) -> dict:
-    head = HeadModel.procedural(kind.faces)
+    head = build_procedural_head(kind.faces)
     seconds, loop = ({1: float("inf"), 2: float("inf")} for _ in range(2))
     disk = computing = float("inf")
     shards = 0
@@ -393,7 +394,7 @@ def resident(pid: int) -> int:
 
 def make_subjects(folder: Path, number: int, kind: Kind) -> Path:
     """So many different subject folders."""
-    head = HeadModel.procedural(kind.faces)
+    head = build_procedural_head(kind.faces)
     cameras = portrait_cameras(head, kind.pixels, [20.0 * number for number in range(kind.cameras)])
     for seed in range(number):
         generator, noise = torch.Generator().manual_seed(seed), np.random.default_rng(seed)

@@ -30,7 +30,7 @@ from report import markdown_table, write_report
 
 from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.corpus import load_corpus
-from gaussian_tokenizer.head_model import load_head
+from gaussian_tokenizer.head_loading import load_head
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import find_subjects
 

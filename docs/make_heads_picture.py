@@ -14,7 +14,9 @@ from PIL import Image
 
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.ict import read_ict
 from gaussian_tokenizer.mesh_picture import draw_mesh
+from gaussian_tokenizer.procedural_head import build_procedural_head
 
 VIEWS = ((0, 0), (40, 8), (90, 0), (180, 0))  # yaw, pitch in degrees
 COLORS = {
@@ -50,9 +52,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images" / "heads.png")
     parser.add_argument("--size", type=int, default=210, help="side of one view in pixels")
     arguments = parser.parse_args()
-    blocks = [draw_head(HeadModel.procedural(), POSES["procedural"], arguments.size)]
+    blocks = [draw_head(build_procedural_head(), POSES["procedural"], arguments.size)]
     if arguments.ict:
-        blocks.append(draw_head(HeadModel.from_ict(arguments.ict), POSES["ict"], arguments.size))
+        blocks.append(draw_head(read_ict(arguments.ict), POSES["ict"], arguments.size))
     image = Image.fromarray(np.concatenate(blocks, axis=1))
     image.quantize(128, method=Image.Quantize.MEDIANCUT).save(arguments.output, optimize=True)
     print(f"{arguments.output}: {image.width} x {image.height}, {arguments.output.stat().st_size} bytes")

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from gaussian_tokenizer import inspect
+from gaussian_tokenizer.frame import OPENGL_TO_OPENCV
 from gaussian_tokenizer.synthesize import synthesize
-from gaussian_tokenizer.transforms import OPENGL_TO_OPENCV
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from eval.clips import Clip, on_white
 from gaussian_tokenizer.atomic import atomic_folder
-from gaussian_tokenizer.transforms import open_picture
+from gaussian_tokenizer.frame import open_picture
 
 MODES = ("self", "cross")
 FORMAT = "avatar-pointillist reenactment protocol 1"

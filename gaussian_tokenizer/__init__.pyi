@@ -1,13 +1,16 @@
+from gaussian_tokenizer.head_loading import load_head
+from gaussian_tokenizer.tracking_class import Tracking
+
 from .auto_processor import GaussianTokenizer
 from .avatar import GaussianAvatar
 from .cameras import Cameras, portrait_cameras
 from .corpus import load_corpus
 from .gaussians import Gaussians
-from .head_model import HeadModel, load_head
+from .head_model import HeadModel
 from .head_parameters import HeadParameters
 from .motions import load_motion, synthetic_motion
 from .rendering import render
-from .tracking import Tracking, find_trackings, load_tracking
+from .tracking import find_trackings, load_tracking
 
 __all__ = [
     "Cameras",

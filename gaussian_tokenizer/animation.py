@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gaussian_tokenizer.anchoring import (
-    closest_point_barycentrics,
     face_frames,
-    interpolate,
     local_to_world,
     local_to_world_log_scales,
     local_to_world_quats,
@@ -28,6 +26,7 @@ from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.rotations import matrix_to_quaternion, quaternion_multiply
+from gaussian_tokenizer.triangles import closest_point_barycentrics, interpolate
 
 METHODS = ("lbs", "face_frames")
 MIN_SCALE = 1e-9  # metres; what is smaller has no finite logarithm

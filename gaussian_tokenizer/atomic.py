@@ -61,7 +61,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         _sync_tree(temporary)
         if not path.exists():
             os.rename(temporary, path)
-        elif not _exchange(temporary, path):
+        elif not exchange_names(temporary, path):
             old = _temporary_name(path)
             os.rename(path, old)
             os.rename(temporary, path)
@@ -114,7 +114,7 @@ def _sync_tree(root: Path) -> None:
         _sync_folder(Path(folder))
 
 
-def _exchange(first: Path, second: Path) -> bool:
+def exchange_names(first: Path, second: Path) -> bool:
     """Swap two names in one step. False where the system or its file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2

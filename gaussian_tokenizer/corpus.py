@@ -21,22 +21,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Array2D, Dataset, Features, Image, IterableDataset, List, Value, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from fsspec.core import url_to_fs
 from fsspec.implementations.dirfs import DirFileSystem
 
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.json_files import parse_json
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-from gaussian_tokenizer.transforms import parse_json
 
 FORMAT = "avatar-pointillist corpus 1"
 MANIFEST_NAME, TOKENIZER_FOLDER, CARD_NAME = "corpus.json", "tokenizer", "README.md"
 CONFIGURATIONS = ("avatars", "frames")
 SPLITS = ("train", "validation", "test")
-POSE_SIZES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
 # What readers of corpus.json rely on; every split, skipped subject and shard has these.
 ENTRIES: dict[str, dict[str, type]] = {
     "head": {"name": str, "hash": str, "n_vertices": int, "n_faces": int},
@@ -265,57 +262,6 @@ def sha256_of(file: BinaryIO) -> str:
     while block := file.read(2**20):
         digest.update(block)
     return digest.hexdigest()
-
-
-def points_per_face(faces: np.ndarray, n_faces: int) -> np.ndarray:
-    """Face of every point (N,) -> histogram (max + 1,) int32: entry k counts the faces that have k points."""
-    return np.bincount(np.bincount(faces, minlength=n_faces)).astype(np.int32)
-
-
-def avatars_features(tokenizer: GaussianTokenizer, head: HeadModel, static_offset: bool) -> Features:
-    """Columns of `avatars`; `static_offset` is there if any subject has one. Head parameters are of the first frame."""
-    mesh = (head.n_vertices, 3)
-    columns = {
-        "avatar_id": Value("string"),
-        "input_ids": List(Value("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")),
-        "num_points": Value("int32"),
-        "num_out_of_bounds": Value("int32"),  # points clamped to the border of the bounds
-        "points_per_face": List(Value("int32")),  # entry k: how many faces have k points
-        "shape": List(Value("float32"), length=head.n_shape),
-        **_pose_features(head),
-        "static_offset": Array2D(mesh, "float32"),
-        "head_vertices": Array2D(mesh, "float32"),  # metres, own shape, no expression, no pose
-        "head_normals": Array2D(mesh, "float16"),
-        "licence": Value("string"),
-        "consent": Value("string"),
-        "metadata": Value("string"),  # the subject's metadata.json
-        "split": Value("string"),
-    }
-    if not static_offset:
-        del columns["static_offset"]
-    return Features(columns)
-
-
-def frames_features(head: HeadModel) -> Features:
-    """Columns of `frames`. Shape and static offset are the subject's: they stand in `avatars`."""
-    return Features(
-        {
-            "avatar_id": Value("string"),
-            "timestep": Value("int32"),
-            "camera": Value("int32"),
-            "image": Image(),  # the bytes of the file, as they were
-            **{name: Value("float32") for name in ("fx", "fy", "cx", "cy")},  # pixels from the upper left corner
-            "width": Value("int32"),
-            "height": Value("int32"),
-            "viewmat": Array2D((4, 4), "float32"),  # world-to-camera, OpenCV axes, metres
-            **_pose_features(head),
-        }
-    )
-
-
-def _pose_features(head: HeadModel) -> dict[str, List]:
-    sizes = {"expr": head.n_expression, **POSE_SIZES}
-    return {name: List(Value("float32"), length=size) for name, size in sizes.items()}
 
 
 def _plain(value: pa.Scalar) -> Any:

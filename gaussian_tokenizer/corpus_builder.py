@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gaussian_tokenizer.atomic import _exchange, atomic_file
+from gaussian_tokenizer.atomic import atomic_file, exchange_names
 from gaussian_tokenizer.corpus import (
     CARD_NAME,
     CONFIGURATIONS,
@@ -55,12 +55,13 @@ from gaussian_tokenizer.corpus_plan import (
 from gaussian_tokenizer.corpus_shards import ShardPlan, write_shard
 from gaussian_tokenizer.corpus_subjects import FolderSource, SubjectSource, Survey, read_subject
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.json_files import read_json
 from gaussian_tokenizer.locks import exclusive
 from gaussian_tokenizer.parallel import runner
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-from gaussian_tokenizer.transforms import read_json
 
 HEAD_NAME, SETTINGS_NAME, LOCK_NAME = "head.safetensors", "settings.json", "lock"
+PRELOADED = ("gaussian_tokenizer.corpus_shards",)  # what each of the processes needs
 
 
 def build(
@@ -89,7 +90,7 @@ def build(
     with _lock(staging):
         _check_output(output, overwrite)
         _open_staging(staging, settings, head, tokenizer, source, overwrite)
-        with runner(num_proc, head, staging / HEAD_NAME) as run:
+        with runner(num_proc, partial(HeadModel.load, staging / HEAD_NAME), PRELOADED) as run:
             jobs = [(number, name, source, staging / "subjects") for number, name in enumerate(names)]
             surveys = run(read_subject, jobs, "reading subjects", progress)
             max_points = None if tokenizer is None else tokenizer.max_points
@@ -264,7 +265,7 @@ def _publish(staging: Path, output: Path) -> None:
         os.rename(corpus, output)  # also onto an empty folder
     else:
         os.rename(corpus, other)  # what was the output must never be found as `corpus`
-        if not _exchange(other, output):
+        if not exchange_names(other, output):
             os.rename(other, corpus)  # if killed while there is no output, the next build publishes it
             os.rename(output, other)
             os.rename(corpus, output)

@@ -14,8 +14,9 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 
 from gaussian_tokenizer.atomic import atomic_file
-from gaussian_tokenizer.corpus import CONFIGURATIONS, avatars_features, frames_features, shards_of
+from gaussian_tokenizer.corpus import CONFIGURATIONS, shards_of
 from gaussian_tokenizer.corpus_plan import unknown
+from gaussian_tokenizer.corpus_schema import avatars_features, frames_features
 from gaussian_tokenizer.corpus_subjects import ABOUT, Survey
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer

@@ -23,12 +23,12 @@ from gaussian_tokenizer.corpus import (
     TOKENIZER_FOLDER,
     check_shard,
     open_files,
-    points_per_face,
     read_manifest,
     read_shard,
     sha256_of,
     tokenizer_fingerprint,
 )
+from gaussian_tokenizer.corpus_schema import points_per_face
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.image_files import open_image

@@ -21,13 +21,8 @@ from datasets import Features
 from safetensors import safe_open
 
 from gaussian_tokenizer.atomic import atomic_file
-from gaussian_tokenizer.corpus import (
-    FINGERPRINT_KEY,
-    avatars_features,
-    frames_features,
-    points_per_face,
-    tokenizer_fingerprint,
-)
+from gaussian_tokenizer.corpus import FINGERPRINT_KEY, tokenizer_fingerprint
+from gaussian_tokenizer.corpus_schema import avatars_features, frames_features, points_per_face
 from gaussian_tokenizer.corpus_subjects import CAMERA, POSE, about_of, subject_file
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from gaussian_tokenizer.anchoring import face_frames, local_to_world
 from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.corpus import POSE_SIZES
+from gaussian_tokenizer.corpus_schema import POSE_SIZES
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.image_files import verify_image

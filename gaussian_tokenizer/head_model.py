@@ -1,7 +1,7 @@
 """The head model: a triangle mesh with blendshapes, pose correctives and linear blend skinning.
 
 Everything an avatar is anchored to. `HeadParameters` go in, posed vertices and one rigid transform per joint come out,
-differentiable and batched over frames. A head model is made once, by `procedural`, `from_flame` or `from_ict`, and is
+differentiable and batched over frames. A head model is made once, by `loading.load_head`, and is
 kept as one safetensors file. The formulas are those of SMPL (Loper et al. 2015, eq. 2-10) as FLAME (Li et al. 2017)
 uses them: joints are regressed from the shaped vertices, correctives are linear in the entries of R - I.
 """
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.json_files import parse_json
 from gaussian_tokenizer.rotations import axis_angle_to_matrix
-from gaussian_tokenizer.transforms import parse_json
 
 JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
 FORMAT = "avatar-pointillist head model 1"
@@ -276,27 +276,6 @@ class HeadModel:
             )
         return head
 
-    @classmethod
-    def procedural(cls, n_faces: int = 10144) -> "HeadModel":
-        """The built-in head with exactly `n_faces` faces; see `procedural_head`."""
-        from gaussian_tokenizer.procedural_head import build_procedural_head
-
-        return build_procedural_head(n_faces)
-
-    @classmethod
-    def from_flame(cls, path: str | Path, teeth: bool = True, **options: object) -> "HeadModel":
-        """FLAME 2020, 2023 or 2023 Open from its pickle; see `flame.read_flame` for the options."""
-        from gaussian_tokenizer.flame import read_flame
-
-        return read_flame(path, teeth=teeth, **options)  # type: ignore[arg-type]
-
-    @classmethod
-    def from_ict(cls, folder: str | Path, **options: object) -> "HeadModel":
-        """ICT-FaceKit from its upstream folder; see `ict.read_ict` for the options."""
-        from gaussian_tokenizer.ict import read_ict
-
-        return read_ict(folder, **options)  # type: ignore[arg-type]
-
 
 def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict:
     try:
@@ -313,33 +292,3 @@ def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict:
         raise ValueError(
             f"{path}: not a head model file (no {FORMAT!r} metadata); make one with HeadModel.save"
         ) from error
-
-
-def load_head(spec: str | Path) -> HeadModel:
-    """The head model `spec` names.
-
-    "procedural" or "procedural:600" (that many faces), a `.safetensors` file written by `HeadModel.save`, a FLAME
-    `.pkl`, or an ICT-FaceKit folder.
-    """
-    kind, _, argument = str(spec).partition(":")
-    if kind == "procedural":
-        if argument and not argument.isdecimal():
-            raise ValueError(f"head {str(spec)!r}: expected a number of faces after the colon, as in 'procedural:600'")
-        return HeadModel.procedural(int(argument)) if argument else HeadModel.procedural()
-    path = Path(spec)
-    if path.is_dir():
-        return HeadModel.from_ict(path)
-    if path.suffix == ".safetensors":
-        return HeadModel.load(path)
-    if path.suffix == ".pkl":
-        return HeadModel.from_flame(path)
-    found = "a file of unknown kind" if path.exists() else "nothing there"
-    raise ValueError(
-        f"head {str(spec)!r}: {found}; expected 'procedural', 'procedural:N', a .safetensors file, "
-        "a FLAME .pkl or an ICT-FaceKit folder"
-    )
-
-
-def built_in_head(name: str | None) -> HeadModel | None:
-    """The built-in head that a file says it was made on, "procedural:600"; None if `name` is that of another head model."""
-    return load_head(name) if name is not None and name.partition(":")[0] == "procedural" else None

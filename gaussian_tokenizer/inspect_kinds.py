@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from gaussian_tokenizer.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
 from gaussian_tokenizer.corpus import CONFIGURATIONS, MANIFEST_NAME, load_corpus
-from gaussian_tokenizer.head_model import HeadModel, built_in_head, load_head
+from gaussian_tokenizer.frame import has_alpha, open_picture
+from gaussian_tokenizer.head_loading import built_in_head, load_head
+from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.ict import NEUTRAL
 from gaussian_tokenizer.inspect_splats import (
@@ -25,10 +27,12 @@ from gaussian_tokenizer.inspect_splats import (
     splat_facts,
     world_ply_facts,
 )
+from gaussian_tokenizer.json_files import read_json
 from gaussian_tokenizer.subject import Subject
-from gaussian_tokenizer.tracking import EXPECTED, Tracking, read_tracking, recognise
+from gaussian_tokenizer.tracking import EXPECTED, read_tracking, recognise
 from gaussian_tokenizer.tracking_checks import Problem, find_problems
-from gaussian_tokenizer.transforms import CANONICAL_NAME, has_alpha, open_picture, read_json
+from gaussian_tokenizer.tracking_class import Tracking
+from gaussian_tokenizer.transforms import CANONICAL_NAME
 
 TRACKINGS = {
     "vhap": "a VHAP dataset folder of several cameras",

@@ -24,7 +24,7 @@ from gaussian_tokenizer.tracking_geometry import (
 )
 
 if TYPE_CHECKING:
-    from gaussian_tokenizer.tracking import Tracking
+    from gaussian_tokenizer.tracking_class import Tracking
 
 TILE, GAP, LINE = 208, 6, 18  # pixels: longest side of a picture, between pictures, height of a line of text
 GREY, INK, BAD = (200, 200, 204), (30, 30, 34), (200, 30, 30)

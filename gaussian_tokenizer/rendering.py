@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cameras import Cameras
-from .gaussians import Gaussians
-from .rasterizer import rasterize
+from gaussian_tokenizer.cameras import Cameras
+from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.rasterizer import rasterize
 
 logger = logging.getLogger(__name__)
 

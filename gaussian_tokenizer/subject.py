@@ -17,15 +17,10 @@ from typing import Any
 
 from gaussian_tokenizer.atomic import atomic_folder
 from gaussian_tokenizer.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
+from gaussian_tokenizer.frame import Frame
 from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.transforms import (
-    TRANSFORMS_NAME,
-    Frame,
-    read_json,
-    read_transforms,
-    write_frames,
-    write_json,
-)
+from gaussian_tokenizer.json_files import read_json, write_json
+from gaussian_tokenizer.transforms import TRANSFORMS_NAME, read_transforms, write_frames
 
 __all__ = ["Frame", "Subject", "find_subject_folders", "find_subjects", "write_subject"]
 LAYOUT = (

@@ -14,43 +14,31 @@ import argparse
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import numpy as np
-
-from gaussian_tokenizer.avatar import METADATA_NAME, GaussianAvatar
+from gaussian_tokenizer.avatar import METADATA_NAME
 from gaussian_tokenizer.build_corpus import add_corpus_options, print_counts
-from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.head_model import HeadModel, load_head
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.head_loading import load_head
+from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.identity_statistics import identity_statistics, shapes_of_corpus, shapes_of_folders
+from gaussian_tokenizer.json_files import read_json
 from gaussian_tokenizer.locks import exclusive
 from gaussian_tokenizer.parallel import runner
-from gaussian_tokenizer.rendering import render, to_rgba
-from gaussian_tokenizer.subject import Frame, write_subject
-from gaussian_tokenizer.synthetic import (
-    SyntheticSubject,
-    draw_moments,
-    portrait_avatar,
-    synthesize_subject,
-)
-from gaussian_tokenizer.synthetic_layout import MAX_POINTS_PER_FACE, MIN_POINTS_PER_FACE
-from gaussian_tokenizer.transforms import OPENGL_TO_OPENCV, read_json
+from gaussian_tokenizer.subject import write_subject
+from gaussian_tokenizer.synthetic_layout import MIN_POINTS_PER_FACE
+from gaussian_tokenizer.synthetic_source import MAX_VIEWS, SyntheticSource, _make
 
+PRELOADED = ("gaussian_tokenizer.synthetic_source",)  # what each of the processes needs
 RECIPE = ("seed", "image_size", "views", "timesteps", "num_points", "identity_scale", "min_points_per_face")
-LICENCE, CONSENT = "CC0-1.0", "synthetic, no person"
 LOCK_NAME = (
     ".synthesize.lock"  # while subjects are being made; nobody else may take their temporary folders for leftovers
 )
-MAX_VIEWS = 12
-DEGREES_BETWEEN_VIEWS = 30.0
-PIXELS_BETWEEN_POINTS = 2.0  # in a portrait
 
 
 def synthesize(
@@ -95,92 +83,11 @@ def synthesize(
                 head_file = Path(temporary) / "head.safetensors"
                 model.save(head_file)
                 jobs = [(folders[index], recipe) for index in missing]
-                with runner(max(1, min(num_proc, len(jobs))), model, head_file) as run:
+                with runner(max(1, min(num_proc, len(jobs))), partial(HeadModel.load, head_file), PRELOADED) as run:
                     run(_write, jobs, "synthesize", progress=True, done=num_subjects - len(jobs))
         finally:
             (output / LOCK_NAME).unlink()
     return folders
-
-
-@dataclass(frozen=True)
-class SyntheticSource:
-    """Synthetic subjects as what a corpus is built from, see `corpus_builder.build`; none of them becomes a folder."""
-
-    num_subjects: int
-    recipe: dict[str, Any]  # the arguments of `synthesize` from `seed` on, but `num_proc`
-    where: str = "synthetic subjects"
-
-    def __post_init__(self) -> None:
-        for name, value, low, high in (
-            ("num_subjects", self.num_subjects, 1, 1_000_000),
-            ("seed", self.recipe["seed"], 0, 2**63 - 1),
-            ("image_size", self.recipe["image_size"], 16, 2048),
-            ("views", self.recipe["views"], 1, MAX_VIEWS),
-            ("timesteps", self.recipe["timesteps"], 1, 10_000),
-            ("num_points", 1 if self.recipe["num_points"] is None else self.recipe["num_points"], 1, 1_000_000),
-            ("identity_scale", self.recipe["identity_scale"], 0, 10),
-            ("min_points_per_face", self.recipe["min_points_per_face"], 1, MAX_POINTS_PER_FACE),
-        ):
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}, expected {low} to {high}")
-
-    def names(self) -> list[str]:
-        return [f"synthetic-{self.recipe['seed']}-{index:06d}" for index in range(self.num_subjects)]
-
-    def open(self, name: str, head: HeadModel) -> "MadeSubject":
-        made = _make(name, self.recipe, head)
-        return replace(made, pictures=[_as_read(frame) for frame in made.pictures])
-
-
-@dataclass(frozen=True)
-class MadeSubject:
-    """A subject that was never a folder."""
-
-    avatar_id: str
-    metadata: dict[str, Any]
-    avatar: GaussianAvatar
-    pictures: list[Frame]
-
-    def load_avatar(self, head: HeadModel) -> GaussianAvatar:
-        return self.avatar
-
-    def frames(self) -> list[Frame]:
-        return self.pictures
-
-
-def render_frames(subject: SyntheticSubject, image_size: int, views: int, moments: HeadParameters) -> list[Frame]:
-    """Pictures and masks of a subject in each of the moments from every camera, transparent around it.
-
-    Camera 0 sees the front, the next 30 degrees from its left, from its right, 60, ...
-    """
-    azimuths = [DEGREES_BETWEEN_VIEWS * ((number + 1) // 2) * (1 if number % 2 else -1) for number in range(views)]
-    cameras = portrait_cameras(subject.head, image_size, azimuths)
-    focal = float(cameras.Ks[0, 0, 0])
-    avatar = portrait_avatar(subject, spacing=PIXELS_BETWEEN_POINTS / focal)  # a metre from the camera
-    gaussians = avatar.posed(moments)
-    frames = []
-    for timestep in range(moments.num_frames):
-        pictures = render(gaussians.frames(timestep), cameras, background=0.0)
-        for number, (image, alpha) in enumerate(zip(pictures.image, pictures.alpha)):
-            (fx, _, cx), (_, fy, cy) = cameras.Ks[number, :2].tolist()
-            picture = to_rgba(image, alpha)
-            frames.append(
-                Frame(
-                    timestep=timestep,
-                    camera=number,
-                    viewmat=cameras.viewmats[number].double().numpy(),
-                    fx=fx,
-                    fy=fy,
-                    cx=cx,
-                    cy=cy,
-                    width=image_size,
-                    height=image_size,
-                    image=picture,
-                    params=moments.frame(timestep),
-                    mask=picture[..., 3],
-                )
-            )
-    return frames
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -243,38 +150,6 @@ def _to_corpus(options: argparse.Namespace) -> None:
     print_counts(build(source, head, options.corpus, settings, num_proc=options.num_proc, overwrite=options.overwrite))
     print(f"corpus: {options.corpus}")
     print(f"identities: {identity_statistics(head, shapes_of_corpus(load_corpus(options.corpus)))}")
-
-
-def _make(name: str, recipe: dict, head: HeadModel) -> MadeSubject:
-    index = int(name.rsplit("-", 1)[1])
-    subject = synthesize_subject(
-        head,
-        (recipe["seed"], index),
-        *(recipe[key] for key in ("num_points", "identity_scale", "min_points_per_face")),
-    )
-    metadata = {
-        "avatar_id": name,
-        "licence": LICENCE,
-        "consent": CONSENT,
-        "hair_style": subject.looks.hair_style,
-        "beard_style": subject.looks.beard_style,
-        "recipe": recipe,
-        "head_name": head.name,
-        "head_hash": head.hash,
-    }
-    moments = draw_moments(subject, recipe["timesteps"], (recipe["seed"], index, 1))
-    frames = render_frames(subject, recipe["image_size"], recipe["views"], moments)
-    return MadeSubject(name, metadata, subject.avatar, frames)
-
-
-def _as_read(frame: Frame) -> Frame:
-    """With the last bits that camera and principal point have when they come back from a file."""
-    camera_to_world = np.linalg.inv(frame.viewmat) @ OPENGL_TO_OPENCV
-    return replace(
-        frame,
-        viewmat=np.linalg.inv(camera_to_world @ OPENGL_TO_OPENCV),
-        cy=frame.height - (frame.height - frame.cy),
-    )
 
 
 def _write(folder: Path, recipe: dict, head: HeadModel) -> None:

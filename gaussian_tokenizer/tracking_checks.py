@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from gaussian_tokenizer.frame import Frame, has_alpha, open_picture
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.tracking_geometry import (
     CONVENTIONS,
@@ -23,10 +24,9 @@ from gaussian_tokenizer.tracking_geometry import (
     share_seen,
     silhouette,
 )
-from gaussian_tokenizer.transforms import Frame, has_alpha, open_picture
 
 if TYPE_CHECKING:
-    from gaussian_tokenizer.tracking import Tracking
+    from gaussian_tokenizer.tracking_class import Tracking
 
 SAMPLES = 16
 ENOUGH_SEEN = 0.5  # of the vertices, in the pictures on average

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from gaussian_tokenizer.frame import Frame
 from gaussian_tokenizer.head_parameters import FRAME_KEYS, HeadParameters
-from gaussian_tokenizer.transforms import Frame
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 

@@ -18,17 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from gaussian_tokenizer.frame import OPENGL_TO_OPENCV, Frame, picture_size
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.json_files import read_json
 from gaussian_tokenizer.tracking_formats import Recording, find_picture, join_params
 from gaussian_tokenizer.transforms import (
-    OPENGL_TO_OPENCV,
     SPLITS,
     TRANSFORMS_NAME,
-    Frame,
     frame_index,
-    picture_size,
-    read_json,
     read_transforms,
     sister_folders,
     sorted_frames,

@@ -10,60 +10,21 @@ the toolkit. A JSON is untrusted: what it names must lie inside its folder, or, 
 folder that the UNION lists in `sequences_*.txt`.
 """
 
-import io
 import itertools
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.image_files import image_size, open_image
+from gaussian_tokenizer.frame import OPENGL_TO_OPENCV, Frame, file_bytes, picture_size
+from gaussian_tokenizer.json_files import read_json, write_json
 
 TRANSFORMS_NAME, CANONICAL_NAME = "transforms.json", "canonical_flame_param.npz"
 SPLITS = ("train", "val", "test")
-OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 HELD_OUT_CAMERA = 8  # of VHAP's 16; the last one where there is no camera 8
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """One picture of a subject: where its camera stood, and the head parameters at that moment.
-
-    Read frames hold paths in `image`, `mask` and `params`; a frame to be written may also hold the pictures (PIL, or
-    uint8: image (H, W, 3 or 4), mask (H, W)) and the `HeadParameters` of T = 1 themselves.
-    """
-
-    timestep: int
-    camera: int
-    viewmat: np.ndarray  # (4, 4) float64, world-to-camera, OpenCV axes, metres
-    fx: float  # pixels
-    fy: float
-    cx: float  # pixels from the left edge
-    cy: float  # pixels from the upper edge
-    width: int
-    height: int
-    image: Path | Image.Image | np.ndarray
-    params: Path | HeadParameters
-    mask: Path | Image.Image | np.ndarray | None = None  # 255 where the person is
-
-    @property
-    def K(self) -> np.ndarray:
-        """(3, 3) float64 intrinsics in pixels."""
-        return np.array([[self.fx, 0, self.cx], [0, self.fy, self.cy], [0, 0, 1]], dtype=np.float64)
-
-    def image_bytes(self) -> bytes:
-        """The picture as a file: the bytes on the disk, or PNG of a picture in memory."""
-        return _file_bytes(self.image)
-
-    def load_params(self) -> HeadParameters:
-        return HeadParameters.load(self.params) if isinstance(self.params, Path) else self.params
 
 
 def read_transforms(path: Path) -> list[Frame]:
@@ -166,7 +127,7 @@ def write_frames(folder: Path, frames: Sequence[Frame]) -> None:
             size = picture_size(picture)
             if size != (frame.width, frame.height):
                 raise ValueError(f"{path} is of {size} pixels, its camera of {(frame.width, frame.height)}")
-            (folder / path).write_bytes(_file_bytes(picture))
+            (folder / path).write_bytes(file_bytes(picture))
         if params_path not in written:
             written[params_path] = frame.load_params()
             if written[params_path].num_frames != 1:
@@ -197,44 +158,6 @@ def vhap_split(moments: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
     return split
 
 
-def picture_size(picture: Path | Image.Image | np.ndarray) -> tuple[int, int]:
-    """(width, height) in pixels; of a file only the header is read. ValueError if it is not a picture."""
-    if isinstance(picture, np.ndarray):
-        return picture.shape[1], picture.shape[0]
-    if isinstance(picture, Image.Image):
-        return picture.size
-    return image_size(picture)
-
-
-def open_picture(picture: Path | Image.Image | np.ndarray) -> Image.Image:
-    """The picture, decoded; errors as of `image_files.open_image`."""
-    if isinstance(picture, np.ndarray):
-        return Image.fromarray(picture)
-    if isinstance(picture, Image.Image):
-        return picture
-    return open_image(picture)
-
-
-def has_alpha(image: Image.Image) -> bool:
-    return "A" in image.getbands() or "transparency" in image.info
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError that names the file if it is none, or nested too deep to be read."""
-    return parse_json(path.read_bytes(), path)
-
-
-def parse_json(content: str | bytes, where: object) -> dict[str, Any]:
-    """As `read_json`, of what is already read from `where`."""
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{where}: holds a JSON {type(parsed).__name__}, expected an object")
-    return parsed
-
-
 def frame_index(entry: Mapping[str, Any]) -> tuple[int, int]:
     """Timestep and camera of an entry of `transforms*.json`; KeyError or ValueError if it does not say them."""
     timestep, camera = (entry[f"{what}_index"] for what in ("timestep", "camera"))
@@ -242,10 +165,6 @@ def frame_index(entry: Mapping[str, Any]) -> tuple[int, int]:
         if type(value) is not int or not 0 <= value < 2**31:
             raise ValueError(f"{what}_index is {value!r}, expected a whole number from 0; export the data again")
     return timestep, camera
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---- reading
@@ -317,11 +236,3 @@ def _transforms(entries: list[dict[str, Any]], rig: dict[str, Any]) -> dict[str,
         f"{what}_indices": sorted({entry[f"{what}_index"] for entry in entries}) for what in ("timestep", "camera")
     }
     return {"frames": entries, **shared, **indices}
-
-
-def _file_bytes(picture: Path | Image.Image | np.ndarray) -> bytes:
-    if isinstance(picture, Path):
-        return picture.read_bytes()
-    stream = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(stream, format="PNG")
-    return stream.getvalue()

@@ -9,7 +9,7 @@ import torch
 
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import synthesize
 
 CHROMIUM_FLAGS = (
@@ -24,7 +24,7 @@ def tiny_corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     synthesize(folder / "avatars", num_subjects=12, image_size=56, num_points=60, views=2, timesteps=2)
     settings = BuildSettings(n_bins=64, image_size=56, num_validation=4)
-    build(folder / "avatars", HeadModel.procedural(600), folder / "corpus", settings, progress=False)
+    build(folder / "avatars", build_procedural_head(600), folder / "corpus", settings, progress=False)
     return folder / "corpus"
 
 

@@ -16,7 +16,7 @@ from hub_stub import HubStub
 from transformers import Dinov2Config
 
 from gaussian_tokenizer.corpus import load_corpus
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
 
@@ -121,7 +121,7 @@ def hub():
 @pytest.fixture(scope="module")
 def pipeline() -> AvatarPipeline:
     torch.manual_seed(0)
-    head = HeadModel.procedural(600)
+    head = build_procedural_head(600)
     tokenizer = GaussianTokenizer(n_bins=16, n_faces=600, image_size=28, head_name=head.name, head_hash=head.hash)
     point = PointillistConfig(
         n_bins=16, n_faces=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16,

@@ -24,7 +24,7 @@ from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering import render
-from gaussian_tokenizer.tracking import Tracking
+from gaussian_tokenizer.tracking_class import Tracking
 from training.density_control import Cloud, Evidence, Rules, control_density
 from training.fit_arguments import FitSettings
 from training.fit_losses import (

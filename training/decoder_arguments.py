@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import GaussianDecoderConfig, PointillistConfig
-from training.arguments import PretrainArguments
+from training.common_arguments import PretrainArguments
 
 
 @dataclass

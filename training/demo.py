@@ -23,12 +23,12 @@ import torch
 
 from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.corpus import Corpus, load_corpus
-from gaussian_tokenizer.head_model import load_head
+from gaussian_tokenizer.head_loading import load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import point_features
 from modeling.point_pictures import draw_comparison
-from training.arguments import exit_on_user_error
+from training.common_arguments import exit_on_user_error
 from training.demo_report import (
     chamfer,
     draw_avatars,

@@ -24,7 +24,8 @@ from gaussian_tokenizer.rendering import render
 from modeling import PointillistForCausalLM
 from training.frames import SubjectRows, cameras_of, motion_of, on_background
 from training.metrics import slot_metrics, slot_sums
-from training.windows import AvatarRows, EvaluationWindows, collate_windows
+from training.rows import AvatarRows
+from training.windows import EvaluationWindows, collate_windows
 
 VIEWS = (-35.0, 0.0, 35.0)  # degrees to the subject's left
 GIF_SUBJECTS = 4

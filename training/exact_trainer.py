@@ -6,7 +6,6 @@ the newest such folder, so a run killed in the middle of a save goes on from the
 Private methods of transformers are used in this file alone, each with the reason; their signatures are the same from 5.17 to 5.24.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from gaussian_tokenizer.atomic import atomic_file, flush_to_disk
+from gaussian_tokenizer.disk import disk_is_full
 from gaussian_tokenizer.hub import one_line, upload
 from training.process import Interrupted, StopSignals
 
@@ -204,22 +204,6 @@ def removed_if_disk_is_full(written: Callable[[], Path | None]) -> Iterator[None
             f"the disk is full: {folder} could not be written and was removed ({error}). Earlier checkpoints are whole; "
             "free space, or lower --save_total_limit, and go on with --resume_from_checkpoint true"
         ) from error
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether an error of any of the writers (Python, safetensors, torch.save) means: no space left."""
-    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) or any(
-        text in str(error)
-        # torch.save says where its zip writer stopped, not why.
-        for text in (
-            "No space left",
-            "StorageFull",
-            "Disk quota exceeded",
-            "os error 28",
-            "inline_container",
-            "iostream",
-        )
-    )
 
 
 def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:

@@ -25,13 +25,15 @@ import torch
 from tqdm.auto import tqdm
 
 from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.disk import disk_is_full
+from gaussian_tokenizer.frame import Frame
+from gaussian_tokenizer.head_loading import load_head
+from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.subject import write_subject
-from gaussian_tokenizer.tracking import Tracking, find_trackings, load_tracking
-from gaussian_tokenizer.transforms import Frame
-from training.arguments import exit_on_user_error, parse_arguments
+from gaussian_tokenizer.tracking import find_trackings, load_tracking
+from gaussian_tokenizer.tracking_class import Tracking
 from training.avatar_fitting import Fit, optimise
-from training.exact_trainer import disk_is_full
+from training.common_arguments import exit_on_user_error, parse_arguments
 from training.fit_arguments import FitArguments, FitSettings
 from training.fit_pictures import evenly_spread
 from training.fit_queue import Job, order_of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.tracking import Tracking
+from gaussian_tokenizer.tracking_class import Tracking
 
 
 class Pictures:

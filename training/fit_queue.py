@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.json_files import read_json
 from gaussian_tokenizer.locks import exclusive
-from gaussian_tokenizer.transforms import read_json
 from training.fit_report import REPORT_NAME
 from training.fit_state import differences, saved_identity
 

@@ -16,9 +16,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.corpus import POSE_SIZES, Corpus
+from gaussian_tokenizer.corpus import Corpus
+from gaussian_tokenizer.corpus_schema import POSE_SIZES
 from gaussian_tokenizer.head_parameters import HeadParameters
-from training.windows import AvatarRows
+from training.rows import AvatarRows
 
 POSES = ("expr", *POSE_SIZES)
 BACKGROUNDS = (0.0, 0.5, 1.0)  # grey levels of training (LAM)

@@ -24,11 +24,12 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from gaussian_tokenizer.animation import METHODS
 from gaussian_tokenizer.corpus import Corpus, load_corpus
-from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.head_loading import load_head
+from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import FeatureCache
-from training.arguments import exit_on_user_error, flag_named, parse_arguments
+from training.common_arguments import exit_on_user_error, flag_named, parse_arguments
 from training.decoder_arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
 from training.decoder_trainer import DecoderTrainer, LossWeights
 from training.exact_trainer import checkpoint_to_resume, going_on_from

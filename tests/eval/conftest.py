@@ -14,6 +14,7 @@ from transformers import Dinov2Config
 from eval import reenactment_bench
 from eval.clips import Clip, open_dataset
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.synthesize import synthesize
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
@@ -23,7 +24,7 @@ VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_
 
 @pytest.fixture(scope="session")
 def bench_head() -> HeadModel:
-    return HeadModel.procedural(600)
+    return build_procedural_head(600)
 
 
 @pytest.fixture(scope="session")

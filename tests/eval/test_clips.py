@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from eval.clips import digest, on_white, open_dataset
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.tracking import load_tracking
 
 from .conftest import repainted
@@ -82,7 +82,7 @@ def test_a_subject_of_one_frame_cannot_be_source_and_driver(people, bench_head):
 
 def test_people_of_another_head_model_are_refused(people):
     with pytest.raises(ValueError, match="head"):
-        open_dataset(people, HeadModel.procedural(1200))
+        open_dataset(people, build_procedural_head(1200))
 
 
 def test_pictures_of_two_sizes_are_refused_because_pixels_would_not_mean_the_same(

@@ -15,15 +15,15 @@ pytest.importorskip("viser", reason="the viewer needs viser: pip install 'avatar
 from eval.viewer import main
 from eval.viewer_page import UNITS, Page, open_server
 from gaussian_tokenizer.avatar import GaussianAvatar, open_avatar
-from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.motions import synthetic_motion
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("viewer") / "ada"
-    synthesize_subject(HeadModel.procedural(600), 1, num_points=80).avatar.save(folder)
+    synthesize_subject(build_procedural_head(600), 1, num_points=80).avatar.save(folder)
     return folder
 
 

@@ -7,14 +7,14 @@ import torch
 
 from eval.viewer_colors import MODES, modes, point_colors, points_per_area, ramp
 from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 
 @pytest.fixture(scope="module")
 def avatar() -> GaussianAvatar:
-    return synthesize_subject(HeadModel.procedural(600), 1, num_points=300).avatar
+    return synthesize_subject(build_procedural_head(600), 1, num_points=300).avatar
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,12 +8,13 @@ from eval.viewer_controls import MAX_EXPRESSIONS, motions, sliders, to_parameter
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.motions import MOTIONS, synthetic_motion
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 
 @pytest.fixture(scope="module")
 def head() -> HeadModel:
-    return HeadModel.procedural(600)
+    return build_procedural_head(600)
 
 
 def by_label(head):

@@ -9,14 +9,14 @@ from PIL import Image
 
 from eval.viewer_exports import folder_bytes, png_bytes, splat_bytes
 from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.motions import expression_frames
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 
 @pytest.fixture(scope="module")
 def avatar() -> GaussianAvatar:
-    return synthesize_subject(HeadModel.procedural(600), 1, num_points=80).avatar
+    return synthesize_subject(build_procedural_head(600), 1, num_points=80).avatar
 
 
 def test_the_ply_has_the_pose_that_was_asked_for(avatar):

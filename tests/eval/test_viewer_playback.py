@@ -11,13 +11,13 @@ pytest.importorskip("viser", reason="the viewer needs viser: pip install 'avatar
 from eval import viewer_playback
 from eval.viewer_page import open_server
 from eval.viewer_playback import Playback
-from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.motions import synthetic_motion
+from gaussian_tokenizer.procedural_head import build_procedural_head
 
 
 @pytest.fixture(scope="module")
 def motions():
-    head = HeadModel.procedural(600)
+    head = build_procedural_head(600)
     return {"nod": synthetic_motion("nod", head, 96), "talk": synthetic_motion("talk", head, 8)}
 
 

@@ -5,15 +5,15 @@ import torch
 
 from eval.viewer_posing import Rig
 from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.motions import expression_frames, synthetic_motion
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.rotations import quaternion_to_matrix
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 
 @pytest.fixture(scope="module")
 def avatar() -> GaussianAvatar:
-    return synthesize_subject(HeadModel.procedural(600), 1, num_points=300).avatar
+    return synthesize_subject(build_procedural_head(600), 1, num_points=300).avatar
 
 
 def test_every_pose_is_that_of_the_avatar(avatar):

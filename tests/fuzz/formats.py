@@ -25,13 +25,14 @@ from gaussian_tokenizer.motions import load_motion
 from gaussian_tokenizer.plain_arrays import FLAME, read_arrays
 from gaussian_tokenizer.plain_pickle import interpret
 from gaussian_tokenizer.ply import read_gaussian_ply, write_gaussian_ply
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import Subject
 from gaussian_tokenizer.synthesize import synthesize
 from gaussian_tokenizer.tracking import load_tracking
 from modeling import GaussianDecoderConfig, PointillistConfig
 from tests.fuzz import mutations as m
-from training.arguments import read_yaml
+from training.common_arguments import read_yaml
 
 JSON, NPZ = (m.json_value, m.json_value, m.number_in_text), (m.zip_member,)
 SAFETENSORS = (m.safetensors_header, m.safetensors_header, m.safetensors_values)
@@ -55,7 +56,7 @@ class Format:
 def make_formats(folder: Path) -> dict[str, Format]:
     """Write a whole file of every format into `folder`, about ten seconds."""
     flame.arrays_in_child = _arrays_in_this_process  # type: ignore[assignment]  # the child costs 50 ms a file
-    head = HeadModel.procedural(600)
+    head = build_procedural_head(600)
     head.save(folder / "head.safetensors")
     options = {"image_size": 32, "views": 2, "timesteps": 2, "num_points": 60}
     subject, *_ = synthesize(folder / "avatars", 4, **options)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import synthesize
 
 
 @pytest.fixture(scope="session")
 def small_head() -> HeadModel:
-    return HeadModel.procedural(600)
+    return build_procedural_head(600)
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from gaussian_tokenizer import atomic, corpus_builder
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.synthesize import RECIPE, SyntheticSource
+from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.synthesize import RECIPE
+from gaussian_tokenizer.synthetic_source import SyntheticSource
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
-FOLDER, HEAD = sys.argv[1], HeadModel.procedural(600)
+FOLDER, HEAD = sys.argv[1], build_procedural_head(600)
 
 
 def changes_something(event: str, arguments: tuple) -> bool:
@@ -45,7 +46,7 @@ def build(job: dict) -> dict:
 
     os.fsync = lambda descriptor: None  # nobody pulls the plug here
     if not job["exchange"]:
-        atomic._exchange = corpus_builder._exchange = lambda first, second: False
+        atomic.exchange_names = corpus_builder.exchange_names = lambda first, second: False
     sys.addaudithook(count)
     source = job["subjects"]
     if isinstance(source, int):

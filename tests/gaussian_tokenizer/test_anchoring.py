@@ -11,9 +11,7 @@ from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
 from gaussian_tokenizer.anchoring import (
-    closest_point_barycentrics,
     face_frames,
-    interpolate,
     local_to_world,
     local_to_world_log_scales,
     local_to_world_quats,
@@ -21,6 +19,7 @@ from gaussian_tokenizer.anchoring import (
     world_to_local_log_scales,
     world_to_local_quats,
 )
+from gaussian_tokenizer.triangles import closest_point_barycentrics, interpolate
 
 
 def random_mesh(seed, num_vertices=12, num_faces=20, frames=(), dtype=torch.float32):

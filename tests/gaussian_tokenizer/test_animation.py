@@ -12,9 +12,10 @@ from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.rotations import axis_angle_to_matrix, quaternion_to_matrix
 
-HEAD = HeadModel.procedural(600)
+HEAD = build_procedural_head(600)
 
 
 def random_params(num_frames=3, head=HEAD, seed=0, dtype=torch.float64, offsets=True) -> HeadParameters:

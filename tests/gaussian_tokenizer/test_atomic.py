@@ -117,7 +117,7 @@ def test_a_new_folder_appears_whole(tmp_path):
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
-        monkeypatch.setattr(atomic, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(atomic, "exchange_names", lambda first, second: False)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "old").write_bytes(b"0")
     with atomic_folder(tmp_path / "corpus") as folder:
@@ -132,7 +132,7 @@ def test_on_linux_two_names_are_exchanged_in_one_step(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "was_a").touch()
-    if not atomic._exchange(tmp_path / "a", tmp_path / "b"):
+    if not atomic.exchange_names(tmp_path / "a", tmp_path / "b"):
         pytest.skip("the file system of the temporary folder cannot exchange names")
     assert names(tmp_path / "b") == ["was_a"] and names(tmp_path / "a") == []
 

@@ -22,6 +22,7 @@ from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.ply import property_names, read_gaussian_ply
+from gaussian_tokenizer.procedural_head import build_procedural_head
 
 
 def tiny_head(seed=0, vertices=10, faces=16, name="tiny", shape_size=3, expression_size=2):
@@ -570,7 +571,7 @@ def test_a_world_ply_holds_what_a_viewer_draws(tmp_path, frame, method):
 
 
 def test_an_avatar_on_the_built_in_head_goes_to_files_and_back_through_its_points(tmp_path):
-    head = HeadModel.procedural(600)
+    head = build_procedural_head(600)
     params = random_params(num_frames=2, head=head)
     avatar = random_avatar(1000, 1, head=head, params=replace(params, static_offset=None, dynamic_offset=None))
     avatar.with_head(head).save(tmp_path / "a")

@@ -24,12 +24,12 @@ from gaussian_tokenizer.corpus import load_corpus, staging_folder, tokenizer_fin
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_checks import validate
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import Frame, Subject, write_subject
 
-HEAD = HeadModel.procedural(600)
+HEAD = build_procedural_head(600)
 SETTINGS = BuildSettings(num_validation=3, shard_size=12_000)
 
 

@@ -14,9 +14,9 @@ from gaussian_tokenizer.build_corpus import main
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_checks import validate
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 
-HEAD = HeadModel.procedural(600)
+HEAD = build_procedural_head(600)
 
 
 def problems(corpus, avatars):

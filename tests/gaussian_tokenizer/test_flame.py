@@ -10,8 +10,9 @@ import pytest
 import scipy.sparse
 import torch
 
+from gaussian_tokenizer.flame import read_flame
 from gaussian_tokenizer.flame_teeth import find_lip_rings
-from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.head_loading import load_head
 from gaussian_tokenizer.head_parameters import HeadParameters
 
 AROUND, RINGS, SHAPES, EXPRESSIONS = 32, 8, 6, 100
@@ -109,7 +110,7 @@ def write(folder: Path, content: dict) -> Path:
 
 def test_a_python_2_pickle_with_chumpy_and_sparse_arrays_loads(tmp_path):
     content = flame_like()
-    head = HeadModel.from_flame(write(tmp_path, content), teeth=False)
+    head = read_flame(write(tmp_path, content), teeth=False)
     assert head.name == "flame" and (head.n_shape, head.n_expression) == (SHAPES, EXPRESSIONS)
     for ours, theirs in (
         (head.template, content["v_template"].array),
@@ -126,16 +127,13 @@ def test_a_python_2_pickle_with_chumpy_and_sparse_arrays_loads(tmp_path):
 def test_row_compressed_regressors_and_python_3_pickles_load_too(tmp_path):
     content = flame_like()
     content["J_regressor"] = content["J_regressor"].tocsr()
-    head = HeadModel.from_flame(write(tmp_path, content), teeth=False)
+    head = read_flame(write(tmp_path, content), teeth=False)
     np.testing.assert_array_equal(head.joint_regressor.numpy(), content["J_regressor"].toarray().astype(np.float32))
     plain = {key: value.array if isinstance(value, Chumpy) else value for key, value in flame_like().items()}
     path = tmp_path / "python3.pkl"
     for protocol in (2, 4):
         path.write_bytes(pickle.dumps(plain, protocol=protocol))
-        assert (
-            HeadModel.from_flame(path, teeth=False).hash
-            == HeadModel.from_flame(write(tmp_path, flame_like()), teeth=False).hash
-        )
+        assert read_flame(path, teeth=False).hash == read_flame(write(tmp_path, flame_like()), teeth=False).hash
 
 
 def test_the_reader_needs_neither_chumpy_nor_scipy(tmp_path):
@@ -163,7 +161,7 @@ def test_lip_rings_are_the_ridges_of_the_lips_in_order():
 def test_teeth_follow_the_rule_of_gaussian_avatars(tmp_path):
     content = flame_like()
     path = write(tmp_path, content)
-    bare, head = HeadModel.from_flame(path, teeth=False), HeadModel.from_flame(path)
+    bare, head = read_flame(path, teeth=False), read_flame(path)
     v, f = bare.n_vertices, bare.n_faces
     assert (head.n_vertices, head.n_faces) == (v + 120, f + 168)
     upper, lower = find_lip_rings(content["v_template"].array, content["f"].astype(np.int64))
@@ -206,12 +204,12 @@ def test_teeth_follow_the_rule_of_gaussian_avatars(tmp_path):
 def test_given_lip_rings_are_used_in_either_direction(tmp_path):
     path = write(tmp_path, flame_like())
     upper, lower = find_lip_rings(flame_like()["v_template"].array, flame_like()["f"].astype(np.int64))
-    assert HeadModel.from_flame(path, lip_rings=(upper, lower)).hash == HeadModel.from_flame(path).hash
-    backwards = HeadModel.from_flame(path, lip_rings=(upper[::-1], lower[::-1]))
+    assert read_flame(path, lip_rings=(upper, lower)).hash == read_flame(path).hash
+    backwards = read_flame(path, lip_rings=(upper[::-1], lower[::-1]))
     a, b, c = (backwards.template[backwards.faces[-168:-140, corner]] for corner in range(3))
     assert (torch.linalg.cross(b - a, c - a)[:, 2] > 0).all()
     with pytest.raises(ValueError, match=r"flame\.pkl.*lip rings of \(3,\)"):
-        HeadModel.from_flame(path, lip_rings=(upper[:3], lower))
+        read_flame(path, lip_rings=(upper[:3], lower))
 
 
 def test_a_flame_head_poses_and_converts_once_to_safetensors(tmp_path):
@@ -249,7 +247,7 @@ def test_a_pickle_that_names_anything_else_is_refused_and_nothing_in_it_runs(nam
     path = tmp_path / "hostile.pkl"
     path.write_bytes(hostile_pickles(marker)[name])
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as caught:
-        HeadModel.from_flame(path)
+        read_flame(path)
     assert str(path) in str(caught.value)
     assert not marker.exists()
 
@@ -265,7 +263,7 @@ def test_allowed_names_cannot_be_bent_to_other_uses(tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"hostile\.pkl: not a FLAME pickle"):
-            HeadModel.from_flame(path)
+            read_flame(path)
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):
@@ -275,7 +273,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     for length in (0, 1, 50, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"flame\.pkl: not a FLAME pickle"):
-            HeadModel.from_flame(path)
+            read_flame(path)
     count = AROUND * RINGS
     cases = {
         "lacks f, weights": {key: value for key, value in content.items() if key not in ("f", "weights")},
@@ -289,11 +287,11 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     }
     for message, changed in cases.items():
         with pytest.raises(ValueError, match=message) as caught:
-            HeadModel.from_flame(write(tmp_path, changed))
+            read_flame(write(tmp_path, changed))
         assert str(path) in str(caught.value)
     path.write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(ValueError, match="holds a list"):
-        HeadModel.from_flame(path)
+        read_flame(path)
 
 
 @pytest.mark.parametrize("name", ["a tuple 200,000 deep", "a tuple doubled 40 times", "a memo index of 2^28"])
@@ -307,7 +305,7 @@ def test_a_pickle_that_kills_an_unpickler_is_one_line(name, tmp_path):
     path = tmp_path / "flame.pkl"
     path.write_bytes(b"\x80\x02" + content)
     with pytest.raises(ValueError, match=r"flame\.pkl: ") as caught:
-        HeadModel.from_flame(path)
+        read_flame(path)
     assert "\n" not in str(caught.value)
 
 
@@ -316,7 +314,7 @@ def test_empty_sparse_matrices_are_counted_before_any_is_filled(tmp_path):
     path = write(tmp_path, {key: empty for key in ("v_template", "f", *list(flame_like())[2:7])})
     tracemalloc.start()
     with pytest.raises(ValueError, match="its arrays have 700,000,000 numbers, expected at most 33,554,432 in all"):
-        HeadModel.from_flame(path)
+        read_flame(path)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 
@@ -330,21 +328,21 @@ def test_a_sparse_matrix_whose_parts_disagree_is_named(tmp_path, part, damage):
         pytest.skip("any number is a fine weight")
     setattr(regressor, part, np.array(damage(getattr(regressor, part))))
     with pytest.raises(ValueError, match="J_regressor is not a readable array"):
-        HeadModel.from_flame(write(tmp_path, content))
+        read_flame(write(tmp_path, content))
 
 
 @pytest.mark.parametrize("key", ["v_template", "f", "shapedirs", "weights"])
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (3,)])
 def test_an_array_without_rows_is_named(tmp_path, key, shape):
     with pytest.raises(ValueError, match=r"flame\.pkl: \w+ is .*, expected .* and at least one row"):
-        HeadModel.from_flame(write(tmp_path, flame_like() | {key: np.zeros(shape)}))
+        read_flame(write(tmp_path, flame_like() | {key: np.zeros(shape)}))
 
 
 def test_a_number_that_float32_does_not_hold_is_named(tmp_path):
     content = flame_like()
     content["posedirs"][0, 0, 0] = 1e300
     with pytest.raises(ValueError, match="posedirs holds float64 values that are not all finite float32 numbers"):
-        HeadModel.from_flame(write(tmp_path, content))
+        read_flame(write(tmp_path, content))
 
 
 def test_the_command_converts_a_file_and_says_in_one_line_what_is_missing(tmp_path):

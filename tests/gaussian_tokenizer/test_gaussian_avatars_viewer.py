@@ -11,6 +11,7 @@ from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.motions import synthetic_motion
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.rotations import quaternion_to_matrix
 from gaussian_tokenizer.synthetic import synthesize_subject
 
@@ -21,7 +22,7 @@ DYNAMIC = ("translation", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "exp
 @pytest.fixture(scope="module")
 def head() -> HeadModel:
     """With FLAME's 300 shapes and 100 expressions: what is drivable in that viewer."""
-    small = HeadModel.procedural(600)
+    small = build_procedural_head(600)
     shapes = torch.zeros(small.n_vertices, 3, 300 - small.n_shape)
     expressions = torch.zeros(small.n_vertices, 3, 100 - small.n_expression)
     return replace(
@@ -35,8 +36,8 @@ def head() -> HeadModel:
 @pytest.fixture(scope="module")
 def avatar(head) -> GaussianAvatar:
     """Of three timesteps, colours of SH degree 0 and no offsets, as the decoder and a fit without them give."""
-    made = synthesize_subject(HeadModel.procedural(600), 0, num_points=120).avatar
-    params = synthetic_motion("talk", HeadModel.procedural(600), 3)
+    made = synthesize_subject(build_procedural_head(600), 0, num_points=120).avatar
+    params = synthetic_motion("talk", build_procedural_head(600), 3)
     generator = torch.Generator().manual_seed(0)
     shape = torch.cat((made.params.shape, torch.zeros(300 - len(made.params.shape))))
     expr = torch.cat((params.expr, torch.zeros(3, 100 - params.expr.shape[1])), 1)

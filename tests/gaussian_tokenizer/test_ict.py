@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from gaussian_tokenizer.head_model import JOINTS, HeadModel, load_head
+from gaussian_tokenizer.head_loading import load_head
+from gaussian_tokenizer.head_model import JOINTS, HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.ict import read_obj
+from gaussian_tokenizer.ict import read_ict, read_obj
+from gaussian_tokenizer.procedural_head import build_procedural_head
 
 ARCHIVE = Path(__file__).resolve().parents[3] / "shared/data/ict_facekit/ict_facekit_subset.tar.xz"
 
@@ -27,7 +29,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def head(folder) -> HeadModel:
-    return HeadModel.from_ict(folder)
+    return read_ict(folder)
 
 
 def test_obj_files_are_read_without_their_texture_coordinates(tmp_path):
@@ -60,17 +62,17 @@ def test_broken_obj_files_are_named(tmp_path, content, message):
 
 def test_a_folder_that_is_not_ict_facekit_says_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no generic_neutral_mesh\.obj here or in FaceXModel"):
-        HeadModel.from_ict(tmp_path)
+        read_ict(tmp_path)
     (tmp_path / "generic_neutral_mesh.obj").write_text("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
     with pytest.raises(ValueError, match="3 vertices and 1 faces, expected the 26719 and 26384"):
-        HeadModel.from_ict(tmp_path)
+        read_ict(tmp_path)
 
 
 def test_shapes_without_a_file_are_skipped_and_the_rest_is_whole(folder, head):
     assert (head.n_faces, head.n_shape, head.n_expression) == (34_332, 12, 27)
     names = json.loads((folder / "FaceXModel/vertex_indices.json").read_text())["expressions"]
     assert [name for name in names if name in head.expression_names] == list(head.expression_names)
-    assert HeadModel.from_ict(folder / "FaceXModel").hash == head.hash
+    assert read_ict(folder / "FaceXModel").hash == head.hash
     assert load_head(str(folder)).hash == head.hash
 
 
@@ -129,7 +131,7 @@ def test_landmarks_and_regions_lie_where_they_should(head):
     assert points.shape == (68, 3) and points[0, 0] < 0 < points[16, 0]
     assert points[27, 1] > points[30, 1] > points[51, 1] > points[57, 1] > points[8, 1]
     means = {name: head.template[mask].mean(0) for name, mask in head.regions.items()}
-    assert set(HeadModel.procedural(600).regions) - {"teeth", "tongue"} == set(means)
+    assert set(build_procedural_head(600).regions) - {"teeth", "tongue"} == set(means)
     heights = [float(means[name][1]) for name in ("scalp", "brows", "eyes", "lips", "neck")]
     assert heights == sorted(heights, reverse=True)
     for name, mask in head.regions.items():
@@ -138,7 +140,7 @@ def test_landmarks_and_regions_lie_where_they_should(head):
 
 
 def test_teeth_are_kept_on_request_and_follow_their_jaws(folder, head):
-    with_teeth = HeadModel.from_ict(folder, teeth=True)
+    with_teeth = read_ict(folder, teeth=True)
     assert with_teeth.n_faces > head.n_faces + 10_000
     assert with_teeth.regions["mouth_interior"].sum() > head.regions["mouth_interior"].sum() + 4000
 
@@ -149,12 +151,12 @@ def test_shape_files_of_another_topology_or_cut_ones_are_named(folder, tmp_path)
     for name in ("generic_neutral_mesh.obj", "vertex_indices.json", "identity000.obj"):
         shutil.copy(folder / "FaceXModel" / name, copy / name)
     with pytest.raises(FileNotFoundError, match=r"lacks jawOpen\.obj"):
-        HeadModel.from_ict(tmp_path)
+        read_ict(tmp_path)
     shutil.copy(folder / "FaceXModel/jawOpen.obj", copy / "jawOpen.obj")
     content = (copy / "identity000.obj").read_bytes()
     (copy / "identity000.obj").write_bytes(content[: len(content) // 8])
     with pytest.raises(ValueError, match=r"identity000\.obj"):
-        HeadModel.from_ict(tmp_path)
+        read_ict(tmp_path)
     (copy / "vertex_indices.json").write_text("{}")
     with pytest.raises(ValueError, match=r"vertex_indices\.json: not the index file"):
-        HeadModel.from_ict(tmp_path)
+        read_ict(tmp_path)

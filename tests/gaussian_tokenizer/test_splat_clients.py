@@ -23,9 +23,9 @@ from PIL import Image
 from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.export import save_splats
 from gaussian_tokenizer.gaussians import Gaussians
-from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.picture_metrics import psnr
 from gaussian_tokenizer.ply import read_gaussian_ply
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.synthetic import synthesize_subject
 
@@ -114,7 +114,7 @@ def splat_transform(pytestconfig):
 @pytest.fixture(scope="module")
 def gaussians() -> Gaussians:
     """A head of 1,500 Gaussians, SH degree 0."""
-    return synthesize_subject(HeadModel.procedural(600), 0, num_points=1500).avatar.canonical_gaussians()
+    return synthesize_subject(build_procedural_head(600), 0, num_points=1500).avatar.canonical_gaussians()
 
 
 @pytest.fixture(scope="module", params=[(".sog", "y"), (".spz", "minus_y")], ids=["sog", "spz"])

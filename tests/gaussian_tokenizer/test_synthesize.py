@@ -18,11 +18,13 @@ from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.corpus import staging_folder
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.head_model import HeadModel, load_head
+from gaussian_tokenizer.head_loading import load_head
+from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.locks import exclusive
 from gaussian_tokenizer.subject import find_subjects
-from gaussian_tokenizer.synthesize import LOCK_NAME, RECIPE, SyntheticSource, main, synthesize
+from gaussian_tokenizer.synthesize import LOCK_NAME, RECIPE, main, synthesize
 from gaussian_tokenizer.synthetic import synthesize_subject
+from gaussian_tokenizer.synthetic_source import SyntheticSource
 
 HEAD = "procedural:600"
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic_layout import (
     BEARD,
     CLOSING,
@@ -22,7 +23,7 @@ from gaussian_tokenizer.synthetic_layout import (
 
 @pytest.fixture(scope="module")
 def head() -> HeadModel:
-    return HeadModel.procedural(600)
+    return build_procedural_head(600)
 
 
 @pytest.mark.parametrize("hair", HAIR)
@@ -35,7 +36,7 @@ def test_an_occupied_face_carries_4_to_15_points_and_the_total_is_near_the_one_a
 
 
 def test_the_full_head_carries_22000_to_30000_points():
-    layout = face_layout(HeadModel.procedural())
+    layout = face_layout(build_procedural_head())
     wanted = default_num_points(layout.n_faces)
     totals = [sparse_counts(layout, wanted, hair, beard).sum() for hair in HAIR for beard in BEARD]
     assert 22_000 <= min(totals) < max(totals) <= 30_000
@@ -130,7 +131,7 @@ def test_a_dense_layout_puts_a_point_into_every_square_of_the_spacing(head):
 
 
 def test_points_on_skin_are_wide_enough_to_fill_the_faces_beside_them():
-    layout = face_layout(HeadModel.procedural(4000))
+    layout = face_layout(build_procedural_head(4000))
     counts = sparse_counts(layout, default_num_points(4000), "short", "none")
     wide, faces = spacings(layout, counts), layout.order["skin"]
     occupied, bare = faces[counts[faces] > 0], faces[counts[faces] == 0]

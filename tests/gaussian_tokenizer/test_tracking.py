@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer.cameras import portrait_cameras
-from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering import render, to_rgba
-from gaussian_tokenizer.synthesize import PIXELS_BETWEEN_POINTS
 from gaussian_tokenizer.synthetic import draw_moments, portrait_avatar, synthesize_subject
+from gaussian_tokenizer.synthetic_source import PIXELS_BETWEEN_POINTS
 from gaussian_tokenizer.tracking import find_trackings, load_tracking
 
 
@@ -102,7 +102,7 @@ def test_parameters_of_another_head_model_are_refused(tracked, copy_of_tracked, 
     with pytest.raises(
         ValueError, match=r"was made on head model 'procedural:600' .*give the head model it was made on"
     ):
-        load_tracking(tracked, HeadModel.procedural(700))
+        load_tracking(tracked, build_procedural_head(700))
     for path in (copy_of_tracked / "flame_param").iterdir():
         change_npz(path, shape=np.zeros(300, np.float32))
     with pytest.raises(ValueError, match="shape of size 300, head model 'procedural:600' has 25"):

@@ -11,12 +11,12 @@ from plyfile import PlyData
 from safetensors.numpy import load_file
 from transformers import Dinov2Config
 
-from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig, PointillistForCausalLM, generate
 
-HEAD = HeadModel.procedural(600)
+HEAD = build_procedural_head(600)
 
 
 def save_model(folder, head_hash=HEAD.hash):

@@ -20,6 +20,7 @@ from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.motions import synthetic_motion
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.rendering import render
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
@@ -30,7 +31,7 @@ VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_
 
 @pytest.fixture(scope="module")
 def head() -> HeadModel:
-    return HeadModel.procedural(600)
+    return build_procedural_head(600)
 
 
 def components(head: HeadModel, **changes) -> dict:

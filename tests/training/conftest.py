@@ -13,7 +13,7 @@ from transformers import Dinov2Config
 
 from gaussian_tokenizer.corpus import Corpus, load_corpus
 from modeling import PointillistConfig, PointillistForCausalLM
-from training.windows import AvatarRows
+from training.rows import AvatarRows
 
 ROOT = Path(__file__).parents[2]
 DEBUG = ROOT / "training" / "configs" / "debug.yaml"

@@ -12,6 +12,7 @@ from gaussian_tokenizer.animation import animate
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.picture_metrics import psnr, ssim
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering import render
 from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
 from modeling.decoding import vertex_points
@@ -42,7 +43,7 @@ def number_of_threads():
 
 @pytest.fixture(scope="module")
 def head() -> HeadModel:
-    return HeadModel.procedural(600)
+    return build_procedural_head(600)
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from scipy.spatial import cKDTree
 
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.corpus import POSE_SIZES
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.corpus_schema import POSE_SIZES
 from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.rendering import render
 from modeling import AvatarPipeline
@@ -165,7 +165,7 @@ def subjects(corpus) -> SubjectRows:
 
 
 def test_picture_metrics_are_those_of_the_drawn_frames(subjects, tiny_corpus):
-    head = HeadModel.procedural(600)
+    head = build_procedural_head(600)
     avatar = GaussianAvatar.load(tiny_corpus.parent / "avatars" / str(subjects.rows.avatars[0]["avatar_id"]), head=head)
     frames = true_frames(subjects, 0)
     found = picture_metrics(avatar, frames)

@@ -17,11 +17,11 @@ from PIL import Image
 import training.fit_report
 from gaussian_tokenizer.build_corpus import main as build_corpus
 from gaussian_tokenizer.corpus import load_corpus
-from gaussian_tokenizer.head_model import load_head
+from gaussian_tokenizer.head_loading import load_head
 from gaussian_tokenizer.subject import Subject
 from gaussian_tokenizer.synthesize import synthesize
 from training import fit_avatars
-from training.arguments import exit_on_user_error
+from training.common_arguments import exit_on_user_error
 from training.fit_queue import Job, order_of
 from training.fit_state import FitState, saved_identity
 

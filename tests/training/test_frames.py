@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.subject import find_subjects
-from gaussian_tokenizer.synthesize import PIXELS_BETWEEN_POINTS
 from gaussian_tokenizer.synthetic import portrait_avatar, synthesize_subject
+from gaussian_tokenizer.synthetic_source import PIXELS_BETWEEN_POINTS
 from training.frames import (
     BACKGROUNDS,
     EvaluationSubjects,
@@ -61,7 +61,7 @@ def test_targets_are_the_pictures_cameras_and_moments_of_the_files(subjects, cor
 
 def test_a_subject_drawn_by_an_items_cameras_and_motion_is_its_pictures(subjects):
     """The one test that a wrong camera, pose or order of any kind cannot pass."""
-    head = HeadModel.procedural(600)
+    head = build_procedural_head(600)
     batch = collate_subjects([EvaluationSubjects(subjects, 16)[row] for row in range(2)], 0)
     assert batch["images"].shape[1] == 4
     for row in range(2):

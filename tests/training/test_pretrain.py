@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from training import pretrain
-from training.arguments import exit_on_user_error
+from training.common_arguments import exit_on_user_error
 from training.exact_trainer import COMPLETE
 
 STEPS, SAVE_EVERY = 16, 3
@@ -97,7 +97,7 @@ def test_the_output_folder_loads_and_writes_points(reference, corpus):
     tokenizer = AutoProcessor.from_pretrained(reference)
     frame = corpus.frames("validation")[0]["image"]
     avatar = corpus.avatars("validation").with_format("numpy")[0]
-    head = HeadModel.procedural(600)
+    head = build_procedural_head(600)
     inputs = tokenizer(images=frame, head_vertices=avatar["head_vertices"], head_faces=head.faces, return_tensors="pt")
     torch.manual_seed(0)
     points = tokenizer.decode(model.generate(**inputs, max_points=5)[0])
@@ -287,7 +287,7 @@ def test_a_checkpoint_without_weights_is_named(script, reference, tmp_path):
 def test_a_model_of_another_vocabulary_is_refused(script, reference, corpus, tmp_path):
     avatars = corpus.path.parent / "avatars"
     settings = BuildSettings(n_bins=32, image_size=56, num_validation=4)
-    build(avatars, HeadModel.procedural(600), tmp_path / "corpus", settings, progress=False)
+    build(avatars, build_procedural_head(600), tmp_path / "corpus", settings, progress=False)
     line = script("--model", reference, corpus=tmp_path / "corpus")
     assert "64 levels" in line and "32" in line and "build the corpus with the model's tokenizer" in line
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training import process
-from training.arguments import exit_on_user_error
+from training.common_arguments import exit_on_user_error
 from training.process import Interrupted, StopSignals, warn_of_missing_processes
 
 ROOT = Path(__file__).parents[2]

@@ -12,10 +12,10 @@ from transformers import AutoModel
 
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from modeling import GaussianDecoder
 from training import train_gaussian_decoder
-from training.arguments import exit_on_user_error
+from training.common_arguments import exit_on_user_error
 
 STEPS = 12
 
@@ -128,7 +128,7 @@ def test_what_does_not_belong_together_is_named(script):
 
 def test_a_point_model_of_another_vocabulary_is_refused(script, corpus, tmp_path):
     settings = BuildSettings(n_bins=32, image_size=56, num_validation=4)
-    build(corpus.path.parent / "avatars", HeadModel.procedural(600), tmp_path / "corpus", settings, progress=False)
+    build(corpus.path.parent / "avatars", build_procedural_head(600), tmp_path / "corpus", settings, progress=False)
     line = script(corpus=tmp_path / "corpus")
     assert "64 levels" in line and "32" in line
 

@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
+from gaussian_tokenizer.disk import disk_is_full
 from modeling import PointillistConfig, PointillistForCausalLM
 from training import exact_trainer
 from training import trainer as trainer_module
-from training.arguments import PretrainArguments, parse_arguments
-from training.exact_trainer import COMPLETE, checkpoint_to_resume, disk_is_full, going_on_from
+from training.common_arguments import PretrainArguments, parse_arguments
+from training.exact_trainer import COMPLETE, checkpoint_to_resume, going_on_from
 from training.metrics import slot_metrics
 from training.process import Interrupted
+from training.rows import AvatarRows
 from training.trainer import PointillistTrainer
-from training.windows import AvatarRows, EvaluationWindows, TrainWindows, collate_windows
+from training.windows import EvaluationWindows, TrainWindows, collate_windows
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,10 @@ from torch.utils.data import DataLoader
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic import synthesize_subject
-from training.windows import AvatarRows, EvaluationWindows, TrainWindows, collate_windows, window_start
+from training.rows import AvatarRows
+from training.windows import EvaluationWindows, TrainWindows, collate_windows, window_start
 
 
 class Sentences:
@@ -171,7 +172,7 @@ def test_the_portrait_of_a_window_is_one_of_its_subject(train_rows, corpus):
 
 
 def test_avatars_without_pictures_are_refused_where_the_model_reads_a_portrait(tmp_path):
-    head = HeadModel.procedural(600)
+    head = build_procedural_head(600)
     for i in range(3):
         synthesize_subject(head, i, 20).avatar.save(tmp_path / "avatars" / f"a{i}")
     settings = BuildSettings(num_validation=1, allow_unknown_licence=True)
