@@ -1,16 +1,15 @@
-from gaussian_tokenizer.head_loading import load_head
-from gaussian_tokenizer.tracking_class import Tracking
-
 from .auto_processor import GaussianTokenizer
 from .avatar import GaussianAvatar
 from .cameras import Cameras, portrait_cameras
 from .corpus import load_corpus
 from .gaussians import Gaussians
+from .head_loading import load_head
 from .head_model import HeadModel
 from .head_parameters import HeadParameters
 from .motions import load_motion, synthetic_motion
 from .rendering import render
 from .tracking import find_trackings, load_tracking
+from .tracking_class import Tracking
 
 __all__ = [
     "Cameras",

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from hub_stub import HubStub
+from paths import ROOT
 from transformers import Dinov2Config
 
 from gaussian_tokenizer.corpus import load_corpus
@@ -22,7 +23,6 @@ from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, Poi
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 TOOLKIT = ("gaussian_tokenizer", "modeling", "training", "eval")
 VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=28)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 TESTED = {"torch": "2.15", "transformers": "5.24"}
 
 

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from eval import reenactment_bench
 from gaussian_tokenizer.avatar import GaussianAvatar
 
 from .conftest import run_bench
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "eval" / "reenactment_bench.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 
 from gaussian_tokenizer.avatar import GaussianAvatar
@@ -26,7 +27,6 @@ from gaussian_tokenizer.synthetic import synthesize_subject
 viewer_page = pytest.importorskip("eval.viewer_page", reason="needs viser: pip install 'avatar-pointillist[viewer]'")
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 NUM_POINTS = int(os.environ.get("VIEWER_POINTS", "800"))  # 27000 for the figures of docs/viewer.md
 HEAD = "procedural:600" if NUM_POINTS < 10_000 else "procedural"
 WIDTH, HEIGHT, PANEL, NOTICE = 1000, 420, 330, 320  # viser's notice about slow drawing lies at the left

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 
 from gaussian_tokenizer.head_loading import load_head
 from gaussian_tokenizer.head_model import JOINTS, HeadModel
@@ -13,7 +14,7 @@ from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.ict import read_ict, read_obj
 from gaussian_tokenizer.procedural_head import build_procedural_head
 
-ARCHIVE = Path(__file__).resolve().parents[3] / "shared/data/ict_facekit/ict_facekit_subset.tar.xz"
+ARCHIVE = ROOT.parent / "shared/data/ict_facekit/ict_facekit_subset.tar.xz"
 
 
 @pytest.fixture(scope="module")

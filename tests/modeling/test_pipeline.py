@@ -11,6 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 from pretended_device import PretendedDevice
 from transformers import Dinov2Config
@@ -25,7 +26,6 @@ from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.rendering import render
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
 
-ROOT = Path(__file__).parents[2]
 VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=28)
 
 

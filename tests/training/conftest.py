@@ -9,13 +9,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from paths import ROOT
 from transformers import Dinov2Config
 
 from gaussian_tokenizer.corpus import Corpus, load_corpus
 from modeling import PointillistConfig, PointillistForCausalLM
 from training.rows import AvatarRows
 
-ROOT = Path(__file__).parents[2]
 DEBUG = ROOT / "training" / "configs" / "debug.yaml"
 DECODER_DEBUG = DEBUG.with_name("decoder_debug.yaml")
 # The first DeepSpeed run of a machine compiles a small C++ extension, which takes minutes.

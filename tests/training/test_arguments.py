@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from paths import ROOT
 from transformers import Dinov2Config, TrainingArguments
 
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
@@ -20,7 +21,6 @@ from training.common_arguments import PretrainArguments, flag_named, parse_argum
 from training.decoder_arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
 from training.fit_arguments import FitArguments, FitSettings
 
-ROOT = Path(__file__).parents[2]
 EVERY = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 CONFIGS = [path for path in EVERY if not path.stem.startswith(("decoder_", "fit_"))]
 FIT_CONFIGS = [path for path in EVERY if path.stem.startswith("fit_")]

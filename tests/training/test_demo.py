@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import ROOT
 from PIL import Image
 from scipy.spatial import cKDTree
 
@@ -22,8 +23,6 @@ from gaussian_tokenizer.rendering import render
 from modeling import AvatarPipeline
 from training.demo_report import chamfer, judge, mean_image_metrics, picture_metrics, true_frames
 from training.frames import SubjectRows
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 40), (300, 120), (50, 50)])

@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from training import process
 from training.common_arguments import exit_on_user_error
 from training.process import Interrupted, StopSignals, warn_of_missing_processes
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
