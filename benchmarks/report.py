@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from gaussian_tokenizer.atomic import atomic_file
-from gaussian_tokenizer.versions import installed_versions
+from gaussian_tokenizer.utils.atomic import atomic_file
+from gaussian_tokenizer.utils.versions import installed_versions
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "numpy", "accelerate", "x-transformers", "gsplat")

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.head_loading import load_head
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.synthetic import portrait_avatar, synthesize_subject
 from gaussian_tokenizer.synthetic_source import PIXELS_BETWEEN_POINTS
+from gaussian_tokenizer.utils.atomic import atomic_file
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from eval.run_folder import RUN_NAME, claim, weights_digest, write
 from eval.scores import FeatureFiles, describe_networks, missing_networks, summarize
 from eval.speed import measure
 from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.versions import installed_versions
+from gaussian_tokenizer.utils.versions import installed_versions
 from modeling import AvatarPipeline, GaussianDecoder
 from modeling.pipeline import CANDIDATES
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from gaussian_tokenizer.atomic import atomic_file
-from gaussian_tokenizer.json_files import read_json
+from gaussian_tokenizer.utils.atomic import atomic_file
+from gaussian_tokenizer.utils.json_files import read_json
 
 RUN_NAME = "run.json"
 

@@ -19,8 +19,8 @@ from eval import metrics
 from eval.clips import Clip
 from eval.networks import Missing, Networks
 from eval.protocol import Pair
-from gaussian_tokenizer.atomic import atomic_file
-from gaussian_tokenizer.npz import read_npz
+from gaussian_tokenizer.utils.atomic import atomic_file
+from gaussian_tokenizer.utils.npz import read_npz
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
 NORMAL_95 = 1.959963984540054

@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gaussian_tokenizer.hub import upload
+from gaussian_tokenizer.utils.hub import upload
 
 SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -75,10 +75,10 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    from gaussian_tokenizer.atomic import atomic_file
     from gaussian_tokenizer.corpus import load_corpus
     from gaussian_tokenizer.corpus_page import write_page
     from gaussian_tokenizer.corpus_statistics import statistics, statistics_picture, statistics_table
+    from gaussian_tokenizer.utils.atomic import atomic_file
 
     corpus = load_corpus(options.corpus)
     figures = statistics(corpus)

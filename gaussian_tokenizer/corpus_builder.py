@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gaussian_tokenizer.atomic import atomic_file, exchange_names
 from gaussian_tokenizer.corpus import (
     CARD_NAME,
     CONFIGURATIONS,
@@ -55,10 +54,11 @@ from gaussian_tokenizer.corpus_plan import (
 from gaussian_tokenizer.corpus_shards import ShardPlan, write_shard
 from gaussian_tokenizer.corpus_subjects import FolderSource, SubjectSource, Survey, read_subject
 from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.json_files import read_json
-from gaussian_tokenizer.locks import exclusive
-from gaussian_tokenizer.parallel import runner
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.utils.atomic import atomic_file, exchange_names
+from gaussian_tokenizer.utils.json_files import read_json
+from gaussian_tokenizer.utils.locks import exclusive
+from gaussian_tokenizer.utils.parallel import runner
 
 HEAD_NAME, SETTINGS_NAME, LOCK_NAME = "head.safetensors", "settings.json", "lock"
 PRELOADED = ("gaussian_tokenizer.corpus_shards",)  # what each of the processes needs

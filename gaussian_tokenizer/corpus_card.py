@@ -13,13 +13,13 @@ from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 
-from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.corpus import CONFIGURATIONS, shards_of
 from gaussian_tokenizer.corpus_plan import unknown
 from gaussian_tokenizer.corpus_schema import avatars_features, frames_features
 from gaussian_tokenizer.corpus_subjects import ABOUT, Survey
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.utils.atomic import atomic_file
 
 # Of the licences people give to captures; the Hub knows each under the lower-case name, anything else is "other".
 HUB_LICENCES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
-from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.corpus import Corpus
 from gaussian_tokenizer.corpus_statistics import Statistics, statistics_picture, statistics_rows
 from gaussian_tokenizer.image_files import open_image
+from gaussian_tokenizer.utils.atomic import atomic_file
 
 PORTRAITS, COLUMNS, PORTRAIT_SIZE = 48, 12, 96
 STYLE = (

@@ -19,7 +19,7 @@ import torch
 
 from gaussian_tokenizer.flame_teeth import add_teeth
 from gaussian_tokenizer.head_model import JOINTS, HeadModel
-from gaussian_tokenizer.plain_arrays import PlainArray, PlainSparse, arrays_in_child
+from gaussian_tokenizer.utils.plain_arrays import PlainArray, PlainSparse, arrays_in_child
 
 EXPRESSIONS = 100  # the last ones of the shape directions
 PARENTS = (-1, 0, 1, 1, 1)

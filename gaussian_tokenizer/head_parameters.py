@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gaussian_tokenizer.atomic import atomic_file
-from gaussian_tokenizer.npz import read_npz
+from gaussian_tokenizer.utils.atomic import atomic_file
+from gaussian_tokenizer.utils.npz import read_npz
 
 FRAME_KEYS = {"expr": None, "rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
 REQUIRED_KEYS = ("shape", *FRAME_KEYS)

@@ -25,7 +25,7 @@ from gaussian_tokenizer.head_building import (
     vertices_as_face_points,
 )
 from gaussian_tokenizer.head_model import JOINTS, HeadModel
-from gaussian_tokenizer.json_files import read_json
+from gaussian_tokenizer.utils.json_files import read_json
 
 NEUTRAL, INDICES = "generic_neutral_mesh.obj", "vertex_indices.json"
 N_VERTICES, N_FACES = 26_719, 26_384

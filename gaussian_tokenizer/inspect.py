@@ -16,12 +16,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.head_loading import load_head
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.inspect_kinds import Report, kind_of
 from gaussian_tokenizer.inspect_picture import contact_sheet
 from gaussian_tokenizer.tracking_checks import Problem
+from gaussian_tokenizer.utils.atomic import atomic_file
 
 
 def inspect(path: str | Path, head: str | HeadModel | None = None) -> Report:

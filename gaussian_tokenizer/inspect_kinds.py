@@ -27,12 +27,12 @@ from gaussian_tokenizer.inspect_splats import (
     splat_facts,
     world_ply_facts,
 )
-from gaussian_tokenizer.json_files import read_json
 from gaussian_tokenizer.subject import Subject
 from gaussian_tokenizer.tracking import EXPECTED, read_tracking, recognise
 from gaussian_tokenizer.tracking_checks import Problem, find_problems
 from gaussian_tokenizer.tracking_class import Tracking
 from gaussian_tokenizer.transforms import CANONICAL_NAME
+from gaussian_tokenizer.utils.json_files import read_json
 
 TRACKINGS = {
     "vhap": "a VHAP dataset folder of several cameras",

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.utils.atomic import atomic_file
 
 MAX_SH_DEGREE = 3
 _MAX_HEADER_BYTES = 65536

@@ -27,12 +27,12 @@ from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.head_loading import load_head
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.identity_statistics import identity_statistics, shapes_of_corpus, shapes_of_folders
-from gaussian_tokenizer.json_files import read_json
-from gaussian_tokenizer.locks import exclusive
-from gaussian_tokenizer.parallel import runner
 from gaussian_tokenizer.subject import write_subject
 from gaussian_tokenizer.synthetic_layout import MIN_POINTS_PER_FACE
 from gaussian_tokenizer.synthetic_source import MAX_VIEWS, SyntheticSource, _make
+from gaussian_tokenizer.utils.json_files import read_json
+from gaussian_tokenizer.utils.locks import exclusive
+from gaussian_tokenizer.utils.parallel import runner
 
 PRELOADED = ("gaussian_tokenizer.synthetic_source",)  # what each of the processes needs
 RECIPE = ("seed", "image_size", "views", "timesteps", "num_points", "identity_scale", "min_points_per_face")

@@ -25,10 +25,10 @@ import torch
 from gaussian_tokenizer.frame import OPENGL_TO_OPENCV, Frame, picture_size
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.plain_arrays import NUMPY, PlainArray, read_array
-from gaussian_tokenizer.plain_pickle import Name, Thing, interpret
 from gaussian_tokenizer.rotations import matrix_to_quaternion
 from gaussian_tokenizer.tracking_formats import Recording, find_picture, join_params
+from gaussian_tokenizer.utils.plain_arrays import NUMPY, PlainArray, read_array
+from gaussian_tokenizer.utils.plain_pickle import Name, Thing, interpret
 
 MAX_BYTES = 2**26  # of a checkpoint, unpacked; Pixel3DMM's have some hundred thousand
 # What a checkpoint of plain values may name; nothing of it is called.

@@ -21,7 +21,6 @@ import torch
 from gaussian_tokenizer.frame import OPENGL_TO_OPENCV, Frame, picture_size
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.json_files import read_json
 from gaussian_tokenizer.tracking_formats import Recording, find_picture, join_params
 from gaussian_tokenizer.transforms import (
     SPLITS,
@@ -31,6 +30,7 @@ from gaussian_tokenizer.transforms import (
     sister_folders,
     sorted_frames,
 )
+from gaussian_tokenizer.utils.json_files import read_json
 
 RAW_PATTERN = r"tracked_flame_params_(\d+)\.npz"
 # Mean distance of the skins of two trackings. Synthetic people are 3.6 to 15 mm apart, 6.8 in the middle.

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.numpy import save as safetensors_bytes
 from transformers import set_seed
 
-from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.head_loading import load_head
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.image_files import open_image
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.utils.atomic import atomic_file
 
 from .modeling_pointillist import PointillistForCausalLM
 from .point_pictures import draw_comparison

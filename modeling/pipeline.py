@@ -27,13 +27,13 @@ from huggingface_hub import ModelCardData, create_repo, snapshot_download, uploa
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from gaussian_tokenizer.atomic import atomic_folder
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.json_files import read_json
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.triangles import nearest_on_faces
+from gaussian_tokenizer.utils.atomic import atomic_folder
+from gaussian_tokenizer.utils.json_files import read_json
 
 from .candidates import likeliest
 from .decoding import to_gaussians

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.utils.atomic import atomic_file
 
 from .modeling_pointillist import PointillistForCausalLM
 

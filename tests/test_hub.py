@@ -31,7 +31,7 @@ import json, sys
 import torch
 from gaussian_tokenizer.build_corpus import main as build_corpus
 from gaussian_tokenizer.corpus import load_corpus
-from gaussian_tokenizer.hub import upload
+from gaussian_tokenizer.utils.hub import upload
 from modeling import AvatarPipeline
 
 folder, avatars, corpus = sys.argv[1:]

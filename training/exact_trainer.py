@@ -19,9 +19,9 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
-from gaussian_tokenizer.atomic import atomic_file, flush_to_disk
-from gaussian_tokenizer.disk import disk_is_full
-from gaussian_tokenizer.hub import one_line, upload
+from gaussian_tokenizer.utils.atomic import atomic_file, flush_to_disk
+from gaussian_tokenizer.utils.disk import disk_is_full
+from gaussian_tokenizer.utils.hub import one_line, upload
 from training.process import Interrupted, StopSignals
 
 COMPLETE = "COMPLETE"

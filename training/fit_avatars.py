@@ -25,13 +25,13 @@ import torch
 from tqdm.auto import tqdm
 
 from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.disk import disk_is_full
 from gaussian_tokenizer.frame import Frame
 from gaussian_tokenizer.head_loading import load_head
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.subject import write_subject
 from gaussian_tokenizer.tracking import find_trackings, load_tracking
 from gaussian_tokenizer.tracking_class import Tracking
+from gaussian_tokenizer.utils.disk import disk_is_full
 from training.avatar_fitting import Fit, optimise
 from training.common_arguments import exit_on_user_error, parse_arguments
 from training.fit_arguments import FitArguments, FitSettings

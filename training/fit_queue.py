@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaussian_tokenizer.atomic import atomic_file
-from gaussian_tokenizer.json_files import read_json
-from gaussian_tokenizer.locks import exclusive
+from gaussian_tokenizer.utils.atomic import atomic_file
+from gaussian_tokenizer.utils.json_files import read_json
+from gaussian_tokenizer.utils.locks import exclusive
 from training.fit_report import REPORT_NAME
 from training.fit_state import differences, saved_identity
 

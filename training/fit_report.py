@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gaussian_tokenizer.atomic import atomic_file
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.rendering import render
-from gaussian_tokenizer.versions import installed_versions
+from gaussian_tokenizer.utils.atomic import atomic_file
+from gaussian_tokenizer.utils.versions import installed_versions
 from training.avatar_fitting import Fit
 from training.fit_pictures import evenly_spread
 from training.fit_state import FitState

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.utils.atomic import atomic_file
 from training.density_control import Cloud, Edit
 
 FORMAT = "avatar-pointillist fit 1"

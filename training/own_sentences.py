@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from tqdm.auto import tqdm
 
-from gaussian_tokenizer.atomic import atomic_file
+from gaussian_tokenizer.utils.atomic import atomic_file
 from modeling import PointillistForCausalLM
 from modeling.pipeline import SAMPLING
 from modeling.point_features import fingerprint

@@ -13,11 +13,12 @@ import signal
 import sys
 from pathlib import Path
 
-from gaussian_tokenizer import atomic, corpus_builder
+from gaussian_tokenizer import corpus_builder
 from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import RECIPE
 from gaussian_tokenizer.synthetic_source import SyntheticSource
+from gaussian_tokenizer.utils import atomic
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 FOLDER, HEAD = sys.argv[1], build_procedural_head(600)

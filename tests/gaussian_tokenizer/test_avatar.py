@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 
-from gaussian_tokenizer import atomic
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.ply import property_names, read_gaussian_ply
 from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.utils import atomic
 
 
 def tiny_head(seed=0, vertices=10, faces=16, name="tiny", shape_size=3, expression_size=2):

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from gaussian_tokenizer import atomic
 from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.export import save_ply, save_ply_sequence, save_splats, save_video
 from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.ply import read_gaussian_ply
 from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.utils import atomic
 
 
 def random_gaussians(count=300, num_frames=2, degree=1, seed=0) -> Gaussians:

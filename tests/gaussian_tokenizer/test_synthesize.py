@@ -20,11 +20,11 @@ from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.head_loading import load_head
 from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.locks import exclusive
 from gaussian_tokenizer.subject import find_subjects
 from gaussian_tokenizer.synthesize import LOCK_NAME, RECIPE, main, synthesize
 from gaussian_tokenizer.synthetic import synthesize_subject
 from gaussian_tokenizer.synthetic_source import SyntheticSource
+from gaussian_tokenizer.utils.locks import exclusive
 
 HEAD = "procedural:600"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gaussian_tokenizer import atomic
+from gaussian_tokenizer.utils import atomic
 from modeling import PointillistForCausalLM
 from modeling.point_features import FeatureCache, fingerprint, point_features
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from gaussian_tokenizer.disk import disk_is_full
+from gaussian_tokenizer.utils.disk import disk_is_full
 from modeling import PointillistConfig, PointillistForCausalLM
 from training import exact_trainer
 from training import trainer as trainer_module

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from gaussian_tokenizer import locks
-from gaussian_tokenizer.locks import exclusive
+from gaussian_tokenizer.utils import locks
+from gaussian_tokenizer.utils.locks import exclusive
 
 
 def test_a_lock_has_one_holder_and_is_free_after_it(tmp_path):
@@ -20,7 +20,7 @@ def test_a_lock_has_one_holder_and_is_free_after_it(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     words = (
-        "import sys, pathlib\nfrom gaussian_tokenizer.locks import exclusive\n"
+        "import sys, pathlib\nfrom gaussian_tokenizer.utils.locks import exclusive\n"
         "with exclusive(pathlib.Path(sys.argv[1])) as mine:\n    print(mine, flush=True)\n    sys.stdin.read()"
     )
     holder = subprocess.Popen(

@@ -12,9 +12,9 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from gaussian_tokenizer import plain_arrays, plain_pickle
-from gaussian_tokenizer.plain_arrays import FLAME, NUMPY, PlainArray, arrays_in_child, read_array, read_arrays
-from gaussian_tokenizer.plain_pickle import interpret
+from gaussian_tokenizer.utils import plain_arrays, plain_pickle
+from gaussian_tokenizer.utils.plain_arrays import FLAME, NUMPY, PlainArray, arrays_in_child, read_array, read_arrays
+from gaussian_tokenizer.utils.plain_pickle import interpret
 
 START = b"\x80\x02"
 SET = b"c__builtin__\nset\n((%sltR."
@@ -218,7 +218,7 @@ def test_a_script_without_a_main_guard_can_read_too(tmp_path):
     path = write(tmp_path, pickle.dumps({"f": np.arange(3)}, 2))
     script = tmp_path / "script.py"
     script.write_text(
-        f"import pathlib\nfrom gaussian_tokenizer.plain_arrays import arrays_in_child\n"
+        f"import pathlib\nfrom gaussian_tokenizer.utils.plain_arrays import arrays_in_child\n"
         f"print(arrays_in_child(pathlib.Path({str(path)!r}), ['f'])['f'].shape)\n"
     )
     assert subprocess.check_output([sys.executable, script], text=True) == "(3,)\n"

@@ -8,8 +8,8 @@ import textwrap
 
 import pytest
 
-from gaussian_tokenizer import atomic
-from gaussian_tokenizer.atomic import atomic_file, atomic_folder, flush_to_disk
+from gaussian_tokenizer.utils import atomic
+from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder, flush_to_disk
 
 
 def names(folder):
@@ -57,7 +57,7 @@ def test_a_disk_that_fills_while_writing_leaves_the_old_file_and_no_temporary(tm
     # A file size limit fails the write itself, in the kernel, as a full disk does.
     script = f"""
         import resource, signal
-        from gaussian_tokenizer.atomic import atomic_file
+        from gaussian_tokenizer.utils.atomic import atomic_file
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         with atomic_file({str(tmp_path / "a.bin")!r}) as file:
@@ -74,7 +74,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"old")
     script = f"""
         import os, signal
-        from gaussian_tokenizer.atomic import atomic_file, flush_to_disk
+        from gaussian_tokenizer.utils.atomic import atomic_file, flush_to_disk
         with atomic_file({str(tmp_path / "a.bin")!r}) as file:
             file.write(b"new")
             flush_to_disk(file)

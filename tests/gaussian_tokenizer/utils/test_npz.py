@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.npz import read_npz
+from gaussian_tokenizer.utils.npz import read_npz
 
 
 def parameters(num_frames=2):
@@ -40,7 +40,7 @@ def write_bomb(path, arrays, key, megabytes):
     ],
 )
 def test_a_small_file_of_large_zeros_is_refused_before_it_is_unpacked(tmp_path, monkeypatch, key, megabytes, message):
-    monkeypatch.setattr("gaussian_tokenizer.npz.MAX_BYTES", 2**25)
+    monkeypatch.setattr("gaussian_tokenizer.utils.npz.MAX_BYTES", 2**25)
     path = write_bomb(tmp_path / "p.npz", parameters(), key, megabytes)
     assert path.stat().st_size < 1e6
     tracemalloc.start()
@@ -61,7 +61,7 @@ def test_an_array_is_as_large_as_its_header_says_not_as_its_entry(tmp_path):
 
 
 def test_what_a_file_holds_uncompressed_may_be_as_large_as_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("gaussian_tokenizer.npz.MAX_OTHER_BYTES", 1000)
+    monkeypatch.setattr("gaussian_tokenizer.utils.npz.MAX_OTHER_BYTES", 1000)
     arrays = parameters() | {"texture": np.ones(1000, np.float32)}
     np.savez(tmp_path / "p.npz", **arrays)
     params = HeadParameters.load(tmp_path / "p.npz")
