@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaussian_tokenizer.rotations import matrix_to_quaternion, quaternion_multiply
+from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion, quaternion_multiply
 
 
 @dataclass(frozen=True, eq=False)

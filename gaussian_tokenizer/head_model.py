@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix
 from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.rotations import axis_angle_to_matrix
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.json_files import parse_json
 

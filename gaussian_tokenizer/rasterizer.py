@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gaussian_tokenizer.rotations import quaternion_to_matrix
+from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 
 MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.999  # a contribution below is left out, one above is cut
 MIN_TRANSMITTANCE = 1e-4

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.rasterizer import sh_basis
-from gaussian_tokenizer.rotations import quaternion_to_matrix
 
 PIXELS_AT_ONCE = 1024
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from gaussian_tokenizer.animation import animate
+from gaussian_tokenizer.geometry.triangles import nearest_on_faces
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.rendering import render
-from gaussian_tokenizer.triangles import nearest_on_faces
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.decoding import to_gaussians, vertex_points
 from modeling.point_features import FeatureCache, point_features

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from gaussian_tokenizer.rotations import quaternion_to_matrix
+from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 
 CHILD_SIZE = 1.6  # a child's scales are its parent's divided by this (0.8 times the two children)
 

@@ -19,7 +19,7 @@ from gaussian_tokenizer.anchoring import (
     world_to_local_log_scales,
     world_to_local_quats,
 )
-from gaussian_tokenizer.triangles import closest_point_barycentrics, interpolate
+from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics, interpolate
 
 
 def random_mesh(seed, num_vertices=12, num_faces=20, frames=(), dtype=torch.float32):

@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gaussian_tokenizer import rasterizer
+from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.rasterizer import project, rasterize, sh_basis, view_colors
 from gaussian_tokenizer.rasterizer_reference import rasterize_reference
-from gaussian_tokenizer.rotations import quaternion_to_matrix
 
 NAMES = ("means", "quats", "scales", "opacities", "sh", "viewmats")
 

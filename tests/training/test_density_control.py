@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaussian_tokenizer.rotations import quaternion_to_matrix
+from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from training.density_control import (
     CHILD_SIZE,
     Cloud,

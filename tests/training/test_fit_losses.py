@@ -8,9 +8,9 @@ import torch
 
 from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.picture_metrics import ssim
 from gaussian_tokenizer.rendering import render
-from gaussian_tokenizer.rotations import quaternion_to_matrix
 from training.fit_losses import (
     photometric_loss,
     pixels_covered,

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from gaussian_tokenizer.rotations import (
+from gaussian_tokenizer.geometry.rotations import (
     axis_angle_to_matrix,
     matrix_to_quaternion,
     quaternion_multiply,

@@ -1,0 +1,1 @@
+"""Rotations and triangles, batched and differentiable. Imports nothing of ours."""
