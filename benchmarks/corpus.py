@@ -48,8 +48,8 @@ from gaussian_tokenizer.corpus_shards import ROW_GROUP_BYTES
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.procedural_head import build_procedural_head
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import Frame, Subject, find_subjects, write_subject
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.parallel import runner
 
 ABOUT = {"licence": "CC0-1.0", "consent": "synthetic, no person"}

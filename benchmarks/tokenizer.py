@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from report import markdown_table, write_report
 
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
 REFERENCE_SIZE = 27_000  # points of an avatar of the paper
 LIMIT = "stable argsort of the keys"

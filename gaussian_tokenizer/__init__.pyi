@@ -1,4 +1,4 @@
-from .auto_processor import GaussianTokenizer
+from .tokenizer.registration import GaussianTokenizer
 from .avatar import GaussianAvatar
 from .cameras import Cameras, portrait_cameras
 from .corpus import load_corpus

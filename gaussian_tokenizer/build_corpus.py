@@ -53,7 +53,7 @@ def _build(options: argparse.Namespace) -> int:
     from gaussian_tokenizer.corpus_builder import build
     from gaussian_tokenizer.corpus_plan import BuildSettings
     from gaussian_tokenizer.head_loading import load_head
-    from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+    from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
     names = [field.name for field in fields(BuildSettings)]
     settings = BuildSettings(**{name: vars(options)[name] for name in names})

@@ -27,7 +27,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from fsspec.core import url_to_fs
 from fsspec.implementations.dirfs import DirFileSystem
 
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.json_files import parse_json
 
 FORMAT = "avatar-pointillist corpus 1"

@@ -18,7 +18,7 @@ from gaussian_tokenizer.corpus_plan import unknown
 from gaussian_tokenizer.corpus_schema import avatars_features, frames_features
 from gaussian_tokenizer.corpus_subjects import ABOUT, Survey
 from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
 
 # Of the licences people give to captures; the Hub knows each under the lower-case name, anything else is "other".

@@ -31,9 +31,9 @@ from gaussian_tokenizer.corpus import (
 from gaussian_tokenizer.corpus_schema import points_per_face
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.image_files import open_image
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import Frame, Subject, find_subject_folders
+from gaussian_tokenizer.tokenizer.image_files import open_image
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
 SHOWN_PROBLEMS = 5  # of one file
 ROUNDING = 1e-6  # metres: what float32 costs on the way

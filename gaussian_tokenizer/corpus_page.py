@@ -12,7 +12,7 @@ from PIL import Image
 
 from gaussian_tokenizer.corpus import Corpus
 from gaussian_tokenizer.corpus_statistics import Statistics, statistics_picture, statistics_rows
-from gaussian_tokenizer.image_files import open_image
+from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.utils.atomic import atomic_file
 
 PORTRAITS, COLUMNS, PORTRAIT_SIZE = 48, 12, 96

@@ -21,7 +21,7 @@ from gaussian_tokenizer.corpus import CONFIGURATIONS, FORMAT, SPLITS, tokenizer_
 from gaussian_tokenizer.corpus_shards import Rows, ShardPlan
 from gaussian_tokenizer.corpus_subjects import ABOUT, UNKNOWN, Survey
 from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.processing_gaussian_tokenizer import DEFAULT_BOUNDS, GaussianTokenizer
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import DEFAULT_BOUNDS, GaussianTokenizer
 
 FIT_MARGIN = 0.05  # of the longest edge of the box around all points
 REQUIRED = ("licence", "consent")  # of a subject's metadata

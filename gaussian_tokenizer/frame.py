@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.image_files import image_size, open_image
+from gaussian_tokenizer.tokenizer.image_files import image_size, open_image
 
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 

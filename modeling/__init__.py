@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-import gaussian_tokenizer.auto_processor  # noqa: F401  (AutoProcessor then knows the tokenizer that lies beside the models)
+import gaussian_tokenizer.tokenizer.registration  # noqa: F401  (AutoProcessor then knows the tokenizer that lies beside the models)
 
 from .configuration_gaussian_decoder import GaussianDecoderConfig
 from .configuration_pointillist import PointillistConfig

@@ -18,7 +18,7 @@ from transformers import Dinov2Config
 
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.procedural_head import build_procedural_head
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
 
 pytestmark = pytest.mark.slow

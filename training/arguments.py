@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 
 from transformers import Dinov2Config
 
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
 from training.common_arguments import flag_named
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import GaussianDecoderConfig, PointillistConfig
 from training.common_arguments import PretrainArguments
 

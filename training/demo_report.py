@@ -19,8 +19,8 @@ from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.motions import expression_frames, synthetic_motion
 from gaussian_tokenizer.picture_metrics import psnr, ssim
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistForCausalLM
 from training.frames import SubjectRows, cameras_of, motion_of, on_background
 from training.metrics import slot_metrics, slot_sums

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.picture_metrics import psnr, ssim
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.versions import installed_versions
 from training.avatar_fitting import Fit

@@ -15,8 +15,8 @@ from eval import reenactment_bench
 from eval.clips import Clip, open_dataset
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.procedural_head import build_procedural_head
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.synthesize import synthesize
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
 
 VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=28)

@@ -19,14 +19,14 @@ from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.head_model import HeadModel
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.ict import _read_indices, read_obj
-from gaussian_tokenizer.image_files import open_image, verify_image
 from gaussian_tokenizer.inspect import inspect
 from gaussian_tokenizer.motions import load_motion
 from gaussian_tokenizer.ply import read_gaussian_ply, write_gaussian_ply
 from gaussian_tokenizer.procedural_head import build_procedural_head
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import Subject
 from gaussian_tokenizer.synthesize import synthesize
+from gaussian_tokenizer.tokenizer.image_files import open_image, verify_image
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.tracking import load_tracking
 from gaussian_tokenizer.utils.plain_arrays import FLAME, read_arrays
 from gaussian_tokenizer.utils.plain_pickle import interpret

@@ -23,8 +23,8 @@ from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.corpus_schema import points_per_face
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.procedural_head import build_procedural_head
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.subject import Frame, Subject, write_subject
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
 HEAD = build_procedural_head(600)
 SETTINGS = BuildSettings(num_validation=2, shard_size=40_000, n_bins=256)

@@ -47,4 +47,4 @@ def test_an_avatar_needs_neither_transformers_nor_datasets():
 def test_auto_processor_knows_the_tokenizer_once_it_is_imported(imports, tmp_path):
     GaussianTokenizer(n_bins=32, n_faces=20).save_pretrained(tmp_path)
     code = f"{imports}; print(type(AutoProcessor.from_pretrained({str(tmp_path)!r})).__module__)"
-    assert python(code) == "gaussian_tokenizer.processing_gaussian_tokenizer"
+    assert python(code) == "gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer"

@@ -13,7 +13,7 @@ from transformers import Dinov2Config
 
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.procedural_head import build_procedural_head
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig, PointillistForCausalLM, generate
 
 HEAD = build_procedural_head(600)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, StaticCache
 
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig, PointillistForCausalLM, PointStreamer, RingCache
 
 pytestmark = pytest.mark.newest

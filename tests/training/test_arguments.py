@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from paths import ROOT
 from transformers import Dinov2Config, TrainingArguments
 
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
 from training.arguments import DataArguments, ModelArguments
 from training.common_arguments import PretrainArguments, flag_named, parse_arguments

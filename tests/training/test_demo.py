@@ -18,8 +18,8 @@ from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.corpus_schema import POSE_SIZES
 from gaussian_tokenizer.head_parameters import HeadParameters
 from gaussian_tokenizer.procedural_head import build_procedural_head
-from gaussian_tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline
 from training.demo_report import chamfer, judge, mean_image_metrics, picture_metrics, true_frames
 from training.frames import SubjectRows

@@ -12,8 +12,8 @@ from PIL import Image
 
 from gaussian_tokenizer.corpus_subjects import _check_picture
 from gaussian_tokenizer.frame import Frame, open_picture, picture_size
-from gaussian_tokenizer.image_files import image_size, open_image, verify_image
-from gaussian_tokenizer.processing_conditions import pixel_values
+from gaussian_tokenizer.tokenizer.image_files import image_size, open_image, verify_image
+from gaussian_tokenizer.tokenizer.processing_conditions import pixel_values
 from gaussian_tokenizer.tracking import read_tracking
 from gaussian_tokenizer.tracking_checks import find_problems
 from modeling.generate import open_portrait
