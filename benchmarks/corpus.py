@@ -45,9 +45,9 @@ from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_shards import ROW_GROUP_BYTES
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.subject import Frame, Subject, find_subjects, write_subject
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.parallel import runner

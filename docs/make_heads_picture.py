@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.ict import read_ict
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.ict import read_ict
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.mesh_picture import draw_mesh
-from gaussian_tokenizer.procedural_head import build_procedural_head
 
 VIEWS = ((0, 0), (40, 8), (90, 0), (180, 0))  # yaw, pitch in degrees
 COLORS = {

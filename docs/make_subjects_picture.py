@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer.cameras import portrait_cameras
-from gaussian_tokenizer.head_loading import load_head
+from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.synthetic import portrait_avatar, synthesize_subject
 from gaussian_tokenizer.synthetic_source import PIXELS_BETWEEN_POINTS

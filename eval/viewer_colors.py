@@ -8,8 +8,8 @@ import numpy as np
 
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.gaussians import SH_DC
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 ORDER = "generation order"
 MODES = ("true colour", ORDER, "face", "density")

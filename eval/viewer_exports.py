@@ -14,7 +14,7 @@ from PIL import Image
 
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.export import save_splats
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 
 @torch.inference_mode()

@@ -16,8 +16,8 @@ from gaussian_tokenizer.animation import drive, nearest_rotation
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics, interpolate
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 ONE_JOINT = 1 - 1e-6  # weight from which a point follows its joint alone
 

@@ -1,13 +1,13 @@
-from .tokenizer.registration import GaussianTokenizer
 from .avatar import GaussianAvatar
 from .cameras import Cameras, portrait_cameras
 from .corpus import load_corpus
 from .gaussians import Gaussians
-from .head_loading import load_head
-from .head_model import HeadModel
-from .head_parameters import HeadParameters
+from .heads.loading import load_head
+from .heads.head_model import HeadModel
+from .heads.head_parameters import HeadParameters
 from .motions import load_motion, synthetic_motion
 from .rendering import render
+from .tokenizer.registration import GaussianTokenizer
 from .tracking import find_trackings, load_tracking
 from .tracking_class import Tracking
 

@@ -25,8 +25,8 @@ from gaussian_tokenizer.anchoring import (
 from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion, quaternion_multiply
 from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics, interpolate
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 METHODS = ("lbs", "face_frames")
 MIN_SCALE = 1e-9  # metres; what is smaller has no finite logarithm

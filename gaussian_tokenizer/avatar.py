@@ -31,9 +31,9 @@ from gaussian_tokenizer.anchoring import (
 from gaussian_tokenizer.animation import Local, Placed, drive, place, ride_on_faces
 from gaussian_tokenizer.export import save_ply
 from gaussian_tokenizer.gaussians import Gaussians
-from gaussian_tokenizer.head_loading import built_in_head, load_head
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.loading import built_in_head, load_head
 from gaussian_tokenizer.ply import MAX_SH_DEGREE, PlyGaussians, read_gaussian_ply, write_gaussian_ply
 from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder, flush_to_disk
 from gaussian_tokenizer.utils.json_files import parse_json, read_json

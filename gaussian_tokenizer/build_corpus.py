@@ -52,7 +52,7 @@ def print_counts(manifest: Mapping[str, Any]) -> None:
 def _build(options: argparse.Namespace) -> int:
     from gaussian_tokenizer.corpus_builder import build
     from gaussian_tokenizer.corpus_plan import BuildSettings
-    from gaussian_tokenizer.head_loading import load_head
+    from gaussian_tokenizer.heads.loading import load_head
     from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
     names = [field.name for field in fields(BuildSettings)]
@@ -94,7 +94,7 @@ def _stats(options: argparse.Namespace) -> int:
 
 def _validate(options: argparse.Namespace) -> int:
     from gaussian_tokenizer.corpus_checks import validate
-    from gaussian_tokenizer.head_loading import load_head
+    from gaussian_tokenizer.heads.loading import load_head
 
     if (options.avatars is None) != (options.head is None):
         raise ValueError("--avatars and --head belong together: the subject folders, and the head model they are of")

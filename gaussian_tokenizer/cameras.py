@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
 
 
 @dataclass(frozen=True, eq=False)

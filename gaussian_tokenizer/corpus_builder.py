@@ -53,7 +53,7 @@ from gaussian_tokenizer.corpus_plan import (
 )
 from gaussian_tokenizer.corpus_shards import ShardPlan, write_shard
 from gaussian_tokenizer.corpus_subjects import FolderSource, SubjectSource, Survey, read_subject
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file, exchange_names
 from gaussian_tokenizer.utils.json_files import read_json

@@ -17,7 +17,7 @@ from gaussian_tokenizer.corpus import CONFIGURATIONS, shards_of
 from gaussian_tokenizer.corpus_plan import unknown
 from gaussian_tokenizer.corpus_schema import avatars_features, frames_features
 from gaussian_tokenizer.corpus_subjects import ABOUT, Survey
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
 

@@ -29,8 +29,8 @@ from gaussian_tokenizer.corpus import (
     tokenizer_fingerprint,
 )
 from gaussian_tokenizer.corpus_schema import points_per_face
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.subject import Frame, Subject, find_subject_folders
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer

@@ -20,7 +20,7 @@ import torch
 from gaussian_tokenizer.corpus import CONFIGURATIONS, FORMAT, SPLITS, tokenizer_fingerprint
 from gaussian_tokenizer.corpus_shards import Rows, ShardPlan
 from gaussian_tokenizer.corpus_subjects import ABOUT, UNKNOWN, Survey
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import DEFAULT_BOUNDS, GaussianTokenizer
 
 FIT_MARGIN = 0.05  # of the longest edge of the box around all points

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tokenizer.image_files import image_size, open_image
 
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])

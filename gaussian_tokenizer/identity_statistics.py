@@ -15,8 +15,8 @@ import torch
 
 from gaussian_tokenizer.avatar import PARAMETERS_NAME
 from gaussian_tokenizer.corpus import Corpus, read_rows
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 SAMPLE_SIZE = 512
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gaussian_tokenizer.head_loading import load_head
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.inspect_kinds import Report, kind_of
 from gaussian_tokenizer.inspect_picture import contact_sheet
 from gaussian_tokenizer.tracking_checks import Problem

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from gaussian_tokenizer.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
 from gaussian_tokenizer.corpus import CONFIGURATIONS, MANIFEST_NAME, load_corpus
 from gaussian_tokenizer.frame import has_alpha, open_picture
-from gaussian_tokenizer.head_loading import built_in_head, load_head
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.ict import NEUTRAL
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.ict import NEUTRAL
+from gaussian_tokenizer.heads.loading import built_in_head, load_head
 from gaussian_tokenizer.inspect_splats import (
     compressed_ply_facts,
     is_bound_ply,

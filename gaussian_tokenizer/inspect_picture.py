@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tracking_checks import ENOUGH_SEEN, best_convention
 from gaussian_tokenizer.tracking_geometry import (
     EXPECTED,

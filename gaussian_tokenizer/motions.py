@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gaussian_tokenizer.animation import check_motion
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import FRAME_KEYS, HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 
 MOTIONS = ("talk", "nod", "look_around", "expressions")
 PARAMETERS_NAME, FRAMES_FOLDER = "flame_param.npz", "flame_param"

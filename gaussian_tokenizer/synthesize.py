@@ -24,8 +24,8 @@ from gaussian_tokenizer.build_corpus import add_corpus_options, print_counts
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.head_loading import load_head
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.identity_statistics import identity_statistics, shapes_of_corpus, shapes_of_folders
 from gaussian_tokenizer.subject import write_subject
 from gaussian_tokenizer.synthetic_layout import MIN_POINTS_PER_FACE

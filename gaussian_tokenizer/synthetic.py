@@ -22,8 +22,8 @@ from gaussian_tokenizer.anchoring import (
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.gaussians import SH_DC
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.synthetic_layout import (
     JAW_OPENING,
     MIN_POINTS_PER_FACE,

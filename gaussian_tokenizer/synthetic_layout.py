@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 MIN_POINTS_PER_FACE, MAX_POINTS_PER_FACE = 4, 15
 # zone: (points per area relative to plain skin, points on an occupied face of average size). A later zone wins.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gaussian_tokenizer.avatar import METADATA_NAME
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tracking_checks import find_problems
 from gaussian_tokenizer.tracking_class import Tracking
 from gaussian_tokenizer.tracking_formats import Recording

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from gaussian_tokenizer.frame import Frame, has_alpha, open_picture
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tracking_geometry import (
     CONVENTIONS,
     EXPECTED,

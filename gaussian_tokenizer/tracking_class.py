@@ -11,7 +11,7 @@ import torch
 
 from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.frame import Frame, has_alpha, open_picture
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 
 @dataclass(frozen=True, eq=False)

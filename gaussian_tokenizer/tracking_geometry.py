@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from gaussian_tokenizer.frame import OPENGL_TO_OPENCV, Frame
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
 
 if TYPE_CHECKING:
     from gaussian_tokenizer.tracking_class import Tracking

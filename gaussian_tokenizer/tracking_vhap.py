@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from gaussian_tokenizer.frame import OPENGL_TO_OPENCV, Frame, picture_size
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tracking_formats import Recording, find_picture, join_params
 from gaussian_tokenizer.transforms import (
     SPLITS,

@@ -21,8 +21,8 @@ from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.export import UP, save_ply_sequence, save_splats, save_video
 from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.motions import MOTIONS, load_motion, synthetic_motion
 from gaussian_tokenizer.rendering import render
 

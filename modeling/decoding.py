@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gaussian_tokenizer.gaussians import Gaussians
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 from .modeling_gaussian_decoder import GaussianDecoderOutput
 

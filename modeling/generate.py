@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.numpy import save as safetensors_bytes
 from transformers import set_seed
 
-from gaussian_tokenizer.head_loading import load_head
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file

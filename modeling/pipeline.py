@@ -29,8 +29,8 @@ from torch import Tensor
 
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.geometry.triangles import nearest_on_faces
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_folder
 from gaussian_tokenizer.utils.json_files import read_json

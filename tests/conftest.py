@@ -9,7 +9,7 @@ import torch
 
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import synthesize
 
 CHROMIUM_FLAGS = (

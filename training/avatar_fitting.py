@@ -21,8 +21,8 @@ from torch import Tensor
 from gaussian_tokenizer.animation import Local, ride_on_faces
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.gaussians import Gaussians
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.tracking_class import Tracking
 from training.density_control import Cloud, Evidence, Rules, control_density

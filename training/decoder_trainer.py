@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gaussian_tokenizer.animation import animate
 from gaussian_tokenizer.geometry.triangles import nearest_on_faces
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.rendering import render
 from modeling import GaussianDecoder, PointillistForCausalLM

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from gaussian_tokenizer.corpus import Corpus, load_corpus
-from gaussian_tokenizer.head_loading import load_head
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.utils.atomic import atomic_file
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import point_features

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.cameras import Cameras, portrait_cameras
 from gaussian_tokenizer.export import save_video
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.motions import expression_frames, synthetic_motion
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.rendering import render

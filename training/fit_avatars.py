@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.frame import Frame
-from gaussian_tokenizer.head_loading import load_head
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.subject import write_subject
 from gaussian_tokenizer.tracking import find_trackings, load_tracking
 from gaussian_tokenizer.tracking_class import Tracking

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.corpus import Corpus
 from gaussian_tokenizer.corpus_schema import POSE_SIZES
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from training.rows import AvatarRows
 
 POSES = ("expr", *POSE_SIZES)

@@ -24,8 +24,8 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from gaussian_tokenizer.animation import METHODS
 from gaussian_tokenizer.corpus import Corpus, load_corpus
-from gaussian_tokenizer.head_loading import load_head
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import FeatureCache

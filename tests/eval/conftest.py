@@ -13,8 +13,8 @@ from transformers import Dinov2Config
 
 from eval import reenactment_bench
 from eval.clips import Clip, open_dataset
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import synthesize
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import synthesize
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gaussian_tokenizer import corpus_builder
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import RECIPE
 from gaussian_tokenizer.synthetic_source import SyntheticSource
 from gaussian_tokenizer.utils import atomic

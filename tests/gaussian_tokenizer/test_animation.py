@@ -11,9 +11,9 @@ from gaussian_tokenizer.animation import animate, drive, nearest_rotation
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix, quaternion_to_matrix
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
 HEAD = build_procedural_head(600)
 

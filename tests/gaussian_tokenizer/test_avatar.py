@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 
 from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.ply import property_names, read_gaussian_ply
-from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.utils import atomic
 
 

@@ -14,7 +14,7 @@ from gaussian_tokenizer.build_corpus import main
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_checks import validate
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
 HEAD = build_procedural_head(600)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.export import save_splats
 from gaussian_tokenizer.gaussians import Gaussians
-from gaussian_tokenizer.head_loading import load_head
+from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.inspect import inspect, main
 from gaussian_tokenizer.inspect_picture import contact_sheet
 from gaussian_tokenizer.tracking import load_tracking, read_tracking

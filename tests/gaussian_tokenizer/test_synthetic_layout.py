@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic_layout import (
     BEARD,
     CLOSING,

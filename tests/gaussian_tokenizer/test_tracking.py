@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer.cameras import portrait_cameras
-from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering import render, to_rgba
 from gaussian_tokenizer.synthetic import draw_moments, portrait_avatar, synthesize_subject
 from gaussian_tokenizer.synthetic_source import PIXELS_BETWEEN_POINTS

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tracking import load_tracking, read_tracking
 from gaussian_tokenizer.tracking_geometry import project
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.inspect import inspect
 from gaussian_tokenizer.tracking import find_trackings, load_tracking, read_tracking
 from gaussian_tokenizer.tracking_geometry import project

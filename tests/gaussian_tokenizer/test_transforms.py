@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer.frame import Frame
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.transforms import read_transforms, resolve_inside, sister_folders, vhap_split, write_frames
 
 

@@ -18,10 +18,10 @@ from transformers import Dinov2Config
 
 from gaussian_tokenizer.avatar import GaussianAvatar
 from gaussian_tokenizer.cameras import portrait_cameras
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.motions import synthetic_motion
-from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM

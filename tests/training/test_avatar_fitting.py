@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gaussian_tokenizer.frame import Frame
-from gaussian_tokenizer.head_loading import load_head
-from gaussian_tokenizer.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.synthesize import synthesize
 from gaussian_tokenizer.tracking import read_tracking
 from gaussian_tokenizer.tracking_class import Tracking

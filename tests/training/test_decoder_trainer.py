@@ -9,10 +9,10 @@ import torch
 from transformers import Dinov2Config
 
 from gaussian_tokenizer.animation import animate
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.picture_metrics import psnr, ssim
-from gaussian_tokenizer.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering import render
 from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
 from modeling.decoding import vertex_points

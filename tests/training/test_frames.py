@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.subject import find_subjects
 from gaussian_tokenizer.synthetic import portrait_avatar, synthesize_subject

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from training import pretrain
 from training.common_arguments import exit_on_user_error
 from training.exact_trainer import COMPLETE

@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from modeling import GaussianDecoder
 from training import train_gaussian_decoder
 from training.common_arguments import exit_on_user_error

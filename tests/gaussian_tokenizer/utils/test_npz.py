@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.utils.npz import read_npz
 
 

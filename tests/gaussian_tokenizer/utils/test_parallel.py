@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.utils.parallel import runner
 
 TOLD = partial(str.format, "{0} on {1.name}")  # found by every process

@@ -5,7 +5,7 @@ scipy sparse matrix. A pickle is a program, so it is not run: `plain_arrays` fin
 own. Every name that such a file does not need ends the reading with a `ValueError`. Convert once: `HeadModel.save`.
 With the teeth that GaussianAvatars adds (`flame_teeth`) the mesh has 5,143 vertices and 10,144 faces.
 
-    python -m gaussian_tokenizer.flame flame2023.pkl flame.safetensors
+    python -m gaussian_tokenizer.heads.flame flame2023.pkl flame.safetensors
 """
 
 import argparse
@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from gaussian_tokenizer.flame_teeth import add_teeth
-from gaussian_tokenizer.head_model import JOINTS, HeadModel
+from gaussian_tokenizer.heads.flame_teeth import add_teeth
+from gaussian_tokenizer.heads.head_model import JOINTS, HeadModel
 from gaussian_tokenizer.utils.plain_arrays import PlainArray, PlainSparse, arrays_in_child
 
 EXPRESSIONS = 100  # the last ones of the shape directions

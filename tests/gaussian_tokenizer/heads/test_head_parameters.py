@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 
 def flame_arrays(num_frames=3, vertices=5, static_ndim=3, shape_size=300, expression_size=100, seed=0):

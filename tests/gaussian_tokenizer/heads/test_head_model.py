@@ -6,10 +6,10 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from gaussian_tokenizer.head_loading import built_in_head, load_head
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.loading import built_in_head, load_head
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
 
 def random_head(vertices=40, shapes=7, expressions=5, seed=0) -> HeadModel:

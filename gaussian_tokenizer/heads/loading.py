@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from gaussian_tokenizer.flame import read_flame
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.ict import read_ict
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.flame import read_flame
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.ict import read_ict
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
 
 def load_head(spec: str | Path) -> HeadModel:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 
-from gaussian_tokenizer.head_model import JOINTS, HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.head_model import JOINTS, HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
 REGIONS = {
     "face", "scalp", "beard", "brows", "lips", "eyelids", "eyes", "iris", "ears", "nose", "neck", "mouth_interior",

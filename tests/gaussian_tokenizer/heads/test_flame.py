@@ -10,10 +10,10 @@ import pytest
 import scipy.sparse
 import torch
 
-from gaussian_tokenizer.flame import read_flame
-from gaussian_tokenizer.flame_teeth import find_lip_rings
-from gaussian_tokenizer.head_loading import load_head
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.flame import read_flame
+from gaussian_tokenizer.heads.flame_teeth import find_lip_rings
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.loading import load_head
 
 AROUND, RINGS, SHAPES, EXPRESSIONS = 32, 8, 6, 100
 
@@ -141,7 +141,7 @@ def test_the_reader_needs_neither_chumpy_nor_scipy(tmp_path):
     path = write(tmp_path, flame_like())
     code = (
         "import sys; sys.modules['scipy'] = sys.modules['chumpy'] = None\n"
-        "from gaussian_tokenizer.flame import read_flame\n"
+        "from gaussian_tokenizer.heads.flame import read_flame\n"
         f"print(read_flame({str(path)!r}).n_faces)"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -347,7 +347,7 @@ def test_a_number_that_float32_does_not_hold_is_named(tmp_path):
 
 def test_the_command_converts_a_file_and_says_in_one_line_what_is_missing(tmp_path):
     def command(*arguments):
-        run = [sys.executable, "-m", "gaussian_tokenizer.flame", *map(str, arguments)]
+        run = [sys.executable, "-m", "gaussian_tokenizer.heads.flame", *map(str, arguments)]
         return subprocess.run(run, capture_output=True, text=True)
 
     done = command(write(tmp_path, flame_like()), tmp_path / "head.safetensors", "--no-teeth")

@@ -9,7 +9,7 @@ those of a GaussianAvatars file, not exactly there; for the very same, give the 
 
 import numpy as np
 
-from gaussian_tokenizer.head_model import JOINTS
+from gaussian_tokenizer.heads.head_model import JOINTS
 
 RING = 15  # vertices of each row and of each lip ring
 RECEDED = 3e-4  # metres behind the ridge (both lips together) that end the search for it

@@ -8,11 +8,11 @@ import pytest
 import torch
 from paths import ROOT
 
-from gaussian_tokenizer.head_loading import load_head
-from gaussian_tokenizer.head_model import JOINTS, HeadModel
-from gaussian_tokenizer.head_parameters import HeadParameters
-from gaussian_tokenizer.ict import read_ict, read_obj
-from gaussian_tokenizer.procedural_head import build_procedural_head
+from gaussian_tokenizer.heads.head_model import JOINTS, HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.ict import read_ict, read_obj
+from gaussian_tokenizer.heads.loading import load_head
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
 ARCHIVE = ROOT.parent / "shared/data/ict_facekit/ict_facekit_subset.tar.xz"
 

@@ -15,17 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gaussian_tokenizer.head_building import (
-    above_hairline,
-    below_jaw,
-    fit_joint_regressor,
-    in_beard,
-    rounded,
-    smoothstep,
-    vertices_as_face_points,
-)
-from gaussian_tokenizer.head_model import HeadModel
-from gaussian_tokenizer.procedural_mesh import (
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.procedural_mesh import (
     LEFT_EAR,
     LEFT_EYE,
     LOWER_TEETH,
@@ -38,7 +29,16 @@ from gaussian_tokenizer.procedural_mesh import (
     Mesh,
     build_mesh,
 )
-from gaussian_tokenizer.procedural_surface import EYE_CENTER
+from gaussian_tokenizer.heads.procedural_surface import EYE_CENTER
+from gaussian_tokenizer.heads.rigging import (
+    above_hairline,
+    below_jaw,
+    fit_joint_regressor,
+    in_beard,
+    rounded,
+    smoothstep,
+    vertices_as_face_points,
+)
 
 JOINT_POSITIONS = {  # millimetres
     "root": (0.0, -150.0, -22.0),

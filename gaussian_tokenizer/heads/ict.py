@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gaussian_tokenizer.head_building import (
+from gaussian_tokenizer.heads.head_model import JOINTS, HeadModel
+from gaussian_tokenizer.heads.rigging import (
     BETWEEN_EYES,
     above_hairline,
     below_jaw,
@@ -24,7 +25,6 @@ from gaussian_tokenizer.head_building import (
     smoothstep,
     vertices_as_face_points,
 )
-from gaussian_tokenizer.head_model import JOINTS, HeadModel
 from gaussian_tokenizer.utils.json_files import read_json
 
 NEUTRAL, INDICES = "generic_neutral_mesh.obj", "vertex_indices.json"

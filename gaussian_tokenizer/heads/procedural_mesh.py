@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gaussian_tokenizer.procedural_surface import EYE_CENTER, EYE_RADIUS, cast, skin_distance, skin_normal
+from gaussian_tokenizer.heads.procedural_surface import EYE_CENTER, EYE_RADIUS, cast, skin_distance, skin_normal
 
 FEWEST_FACES, MOST_FACES = 600, 40_000
 # Values of `Mesh.part`.

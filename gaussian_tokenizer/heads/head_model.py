@@ -21,7 +21,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix
-from gaussian_tokenizer.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.json_files import parse_json
 

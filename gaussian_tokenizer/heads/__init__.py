@@ -1,0 +1,1 @@
+"""Head models (procedural, ICT-FaceKit, FLAME), their parameters, and `load_head`, the one door to them."""
