@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 from report import markdown_table, write_report
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_builder import build

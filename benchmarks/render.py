@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from report import markdown_table, write_report
 
+from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.rasterizer import MIN_ALPHA, project, rasterize
 from gaussian_tokenizer.rasterizer_reference import rasterize_reference

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from eval.clips import Clip
 from eval.protocol import Pair, check_frames, frame_name, read_frames
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering import render

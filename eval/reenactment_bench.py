@@ -40,7 +40,7 @@ from eval.report_pictures import draw_grid, save_pair_video
 from eval.run_folder import RUN_NAME, claim, weights_digest, write
 from eval.scores import FeatureFiles, describe_networks, missing_networks, summarize
 from eval.speed import measure
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.utils.versions import installed_versions
 from modeling import AvatarPipeline, GaussianDecoder
 from modeling.pipeline import CANDIDATES

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eval.methods import Method
 from eval.protocol import Pair
-from gaussian_tokenizer.export import save_video
+from gaussian_tokenizer.avatars.export import save_video
 from gaussian_tokenizer.utils.atomic import atomic_file
 
 GRID_PAIRS = 8  # of each mode

@@ -15,7 +15,7 @@ import torch
 
 from eval.methods import draw
 from eval.protocol import Pair
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 
 FRAMES = 32  # drawn for the measurement, after one to warm up
 

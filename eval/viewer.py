@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from eval.viewer_controls import motions
-from gaussian_tokenizer.avatar import GaussianAvatar, open_avatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar, open_avatar
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,8 +6,8 @@ wrote the points.
 
 import numpy as np
 
-from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.gaussians import SH_DC
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.gaussians import SH_DC
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 

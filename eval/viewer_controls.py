@@ -11,11 +11,11 @@ from math import pi
 from pathlib import Path
 from typing import Any
 
-from gaussian_tokenizer.animation import check_motion
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.motions import MOTIONS, UNNAMED, load_motion, synthetic_motion
+from gaussian_tokenizer.avatars.skinning import check_motion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.motions import MOTIONS, UNNAMED, load_motion, synthetic_motion
 
 MAX_EXPRESSIONS = 10
 STILL = "none"

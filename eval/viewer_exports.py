@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.export import save_splats
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.export import save_splats
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 

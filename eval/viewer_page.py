@@ -25,7 +25,7 @@ from eval.viewer_controls import Slider, sliders, to_parameters
 from eval.viewer_exports import folder_bytes, png_bytes, splat_bytes
 from eval.viewer_playback import Playback
 from eval.viewer_posing import Rig
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gaussian_tokenizer.animation import drive, nearest_rotation
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.skinning import drive, nearest_rotation
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics, interpolate
 from gaussian_tokenizer.heads.head_model import HeadModel

@@ -1,11 +1,11 @@
-from .avatar import GaussianAvatar
+from .avatars.avatar import GaussianAvatar
 from .cameras import Cameras, portrait_cameras
 from .corpus import load_corpus
-from .gaussians import Gaussians
-from .heads.loading import load_head
+from .avatars.gaussians import Gaussians
 from .heads.head_model import HeadModel
 from .heads.head_parameters import HeadParameters
-from .motions import load_motion, synthetic_motion
+from .heads.loading import load_head
+from .avatars.motions import load_motion, synthetic_motion
 from .rendering import render
 from .tokenizer.registration import GaussianTokenizer
 from .tracking import find_trackings, load_tracking

@@ -18,8 +18,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from gaussian_tokenizer.anchoring import face_frames, local_to_world
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.anchoring import face_frames, local_to_world
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.corpus_schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gaussian_tokenizer.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
 from gaussian_tokenizer.corpus import CONFIGURATIONS, MANIFEST_NAME, load_corpus
 from gaussian_tokenizer.frame import has_alpha, open_picture
 from gaussian_tokenizer.heads.head_model import HeadModel

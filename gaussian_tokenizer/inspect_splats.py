@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gaussian_tokenizer.ply import read_gaussian_ply
+from gaussian_tokenizer.avatars.ply import read_gaussian_ply
 
 SPLAT = np.dtype([("position", "<f4", 3), ("scale", "<f4", 3), ("rgba", "u1", 4), ("rotation", "u1", 4)])
 MAX_HEADER_BYTES, END = 65536, b"end_header\n"

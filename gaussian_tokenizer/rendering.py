@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.rasterizer import rasterize
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gaussian_tokenizer.avatar import METADATA_NAME
+from gaussian_tokenizer.avatars.avatar import METADATA_NAME
 from gaussian_tokenizer.build_corpus import add_corpus_options, print_counts
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_builder import build

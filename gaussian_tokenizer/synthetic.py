@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from gaussian_tokenizer.anchoring import (
+from gaussian_tokenizer.avatars.anchoring import (
     face_frames,
     world_to_local,
     world_to_local_log_scales,
     world_to_local_quats,
 )
-from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.gaussians import SH_DC
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.gaussians import SH_DC
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.frame import OPENGL_TO_OPENCV
 from gaussian_tokenizer.heads.head_model import HeadModel

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gaussian_tokenizer.avatar import METADATA_NAME
+from gaussian_tokenizer.avatars.avatar import METADATA_NAME
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tracking_checks import find_problems
 from gaussian_tokenizer.tracking_class import Tracking

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gaussian_tokenizer.animation import METHODS, drive
-from gaussian_tokenizer.avatar import GaussianAvatar, open_avatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar, open_avatar
+from gaussian_tokenizer.avatars.export import UP, save_ply_sequence, save_splats, save_video
+from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.avatars.motions import MOTIONS, load_motion, synthetic_motion
+from gaussian_tokenizer.avatars.skinning import METHODS, drive
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.export import UP, save_ply_sequence, save_splats, save_video
-from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.motions import MOTIONS, load_motion, synthetic_motion
 from gaussian_tokenizer.rendering import render
 
 DISTANCE = 1.0  # metres from the camera to the middle of the head

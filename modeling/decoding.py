@@ -7,7 +7,7 @@ the `Gaussians` of one avatar. Canonical space: still unposed, one frame.
 import torch
 from torch import Tensor
 
-from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 

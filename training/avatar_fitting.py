@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gaussian_tokenizer.animation import Local, ride_on_faces
-from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.avatars.skinning import Local, ride_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering import render

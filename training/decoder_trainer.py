@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaussian_tokenizer.animation import animate
+from gaussian_tokenizer.avatars.skinning import animate
 from gaussian_tokenizer.geometry.triangles import nearest_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.picture_metrics import psnr, ssim

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.export import save_video
+from gaussian_tokenizer.avatars.motions import expression_frames, synthetic_motion
 from gaussian_tokenizer.cameras import Cameras, portrait_cameras
-from gaussian_tokenizer.export import save_video
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.motions import expression_frames, synthetic_motion
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer

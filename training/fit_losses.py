@@ -10,8 +10,8 @@ Axes: N Gaussians, H W pixels.
 import torch
 from torch import Tensor
 
+from gaussian_tokenizer.avatars.gaussians import SH_DC, Gaussians
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.gaussians import SH_DC, Gaussians
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.picture_metrics import ssim
 from gaussian_tokenizer.rasterizer import project

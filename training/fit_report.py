@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.picture_metrics import psnr, ssim
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer

@@ -22,7 +22,7 @@ import torch
 from transformers import set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
-from gaussian_tokenizer.animation import METHODS
+from gaussian_tokenizer.avatars.skinning import METHODS
 from gaussian_tokenizer.corpus import Corpus, load_corpus
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head

@@ -21,7 +21,7 @@ from eval.methods import (
     truth,
 )
 from eval.protocol import frame_name, make_pairs
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.rendering import render
 
 from .conftest import repainted, same_avatar

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from eval.protocol import check_frames, export_protocol, frame_name, make_pairs, read_frames
-from gaussian_tokenizer.export import save_video
+from gaussian_tokenizer.avatars.export import save_video
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 

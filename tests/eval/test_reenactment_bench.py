@@ -13,7 +13,7 @@ import pytest
 from paths import ROOT
 
 from eval import reenactment_bench
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 
 from .conftest import run_bench
 

@@ -14,9 +14,9 @@ pytest.importorskip("viser", reason="the viewer needs viser: pip install 'avatar
 
 from eval.viewer import main
 from eval.viewer_page import UNITS, Page, open_server
-from gaussian_tokenizer.avatar import GaussianAvatar, open_avatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar, open_avatar
+from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.motions import synthetic_motion
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 

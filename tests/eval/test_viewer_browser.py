@@ -17,10 +17,10 @@ import torch
 from paths import ROOT
 from PIL import Image
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.ply import read_gaussian_ply
 from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.ply import read_gaussian_ply
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.synthetic import synthesize_subject
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from eval.viewer_controls import MAX_EXPRESSIONS, motions, sliders, to_parameters
+from gaussian_tokenizer.avatars.motions import MOTIONS, synthetic_motion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.motions import MOTIONS, synthetic_motion
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 

@@ -11,8 +11,8 @@ pytest.importorskip("viser", reason="the viewer needs viser: pip install 'avatar
 from eval import viewer_playback
 from eval.viewer_page import open_server
 from eval.viewer_playback import Playback
+from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.motions import synthetic_motion
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from PIL import Image
 from transformers import AutoConfig
 
 from gaussian_tokenizer import corpus_checks
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.motions import load_motion
+from gaussian_tokenizer.avatars.ply import read_gaussian_ply, write_gaussian_ply
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
@@ -22,8 +24,6 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.ict import _read_indices, read_obj
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.inspect import inspect
-from gaussian_tokenizer.motions import load_motion
-from gaussian_tokenizer.ply import read_gaussian_ply, write_gaussian_ply
 from gaussian_tokenizer.subject import Subject
 from gaussian_tokenizer.synthesize import synthesize
 from gaussian_tokenizer.tokenizer.image_files import open_image, verify_image

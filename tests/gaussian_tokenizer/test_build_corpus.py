@@ -18,7 +18,7 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.build_corpus import main
 from gaussian_tokenizer.corpus import load_corpus, staging_folder, tokenizer_fingerprint
 from gaussian_tokenizer.corpus_builder import build

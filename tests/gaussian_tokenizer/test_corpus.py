@@ -15,7 +15,7 @@ from datasets import load_dataset
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_checks import validate

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.build_corpus import main
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_checks import validate

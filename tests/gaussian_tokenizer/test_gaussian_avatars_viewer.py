@@ -7,12 +7,12 @@ import plyfile
 import pytest
 import torch
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.motions import synthetic_motion
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 STATIC = ("shape", "static_offset")  # these stay the avatar's, whatever motion is played

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.export import save_splats
-from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.export import save_splats
+from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.inspect import inspect, main
 from gaussian_tokenizer.inspect_picture import contact_sheet

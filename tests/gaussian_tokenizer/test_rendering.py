@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gaussian_tokenizer import rendering
+from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.rasterizer_reference import rasterize_reference
 from gaussian_tokenizer.rendering import render
 

@@ -20,12 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
+from gaussian_tokenizer.avatars.export import save_splats
+from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.avatars.ply import read_gaussian_ply
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.export import save_splats
-from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.picture_metrics import psnr
-from gaussian_tokenizer.ply import read_gaussian_ply
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.synthetic import synthesize_subject
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.subject import Frame, Subject, find_subjects, write_subject

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.corpus import staging_folder
 from gaussian_tokenizer.corpus_builder import build

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.gaussians import SH_DC
 from gaussian_tokenizer.cameras import Cameras, portrait_cameras
-from gaussian_tokenizer.gaussians import SH_DC
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics
 from gaussian_tokenizer.heads.head_model import HeadModel

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.tracking import load_tracking
 from gaussian_tokenizer.tracking_geometry import (

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModel, Dinov2Model
 
-from gaussian_tokenizer.gaussians import SH_DC
+from gaussian_tokenizer.avatars.gaussians import SH_DC
 from modeling import GaussianDecoder, GaussianDecoderConfig, to_gaussians
 from modeling.modeling_gaussian_decoder import HeldExp, JointBlock, positional_encoding
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Dinov2Config
 
-from gaussian_tokenizer.animation import animate
+from gaussian_tokenizer.avatars.skinning import animate
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head

@@ -13,7 +13,7 @@ from paths import ROOT
 from PIL import Image
 from scipy.spatial import cKDTree
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.corpus_schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

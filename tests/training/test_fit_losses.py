@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.gaussians import Gaussians
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.picture_metrics import ssim
 from gaussian_tokenizer.rendering import render

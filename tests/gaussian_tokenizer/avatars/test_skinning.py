@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from gaussian_tokenizer.animation import animate, drive, nearest_rotation
-from gaussian_tokenizer.avatar import GaussianAvatar
-from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.avatars.skinning import animate, drive, nearest_rotation
 from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix, quaternion_to_matrix
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

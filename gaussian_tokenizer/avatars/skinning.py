@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gaussian_tokenizer.anchoring import (
+from gaussian_tokenizer.avatars.anchoring import (
     face_frames,
     local_to_world,
     local_to_world_log_scales,
@@ -22,7 +22,7 @@ from gaussian_tokenizer.anchoring import (
     world_to_local_log_scales,
     world_to_local_quats,
 )
-from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion, quaternion_multiply
 from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics, interpolate
 from gaussian_tokenizer.heads.head_model import HeadModel

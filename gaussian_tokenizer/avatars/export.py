@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.avatars.ply import PlyGaussians, write_gaussian_ply
 from gaussian_tokenizer.geometry.rotations import quaternion_multiply
-from gaussian_tokenizer.ply import PlyGaussians, write_gaussian_ply
 from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder
 
 MIN_SCALE, MIN_OPACITY = 1e-12, 1e-7  # with a finite logarithm and logit in float32

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from gaussian_tokenizer.avatars.export import save_ply, save_ply_sequence, save_splats, save_video
+from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.avatars.ply import read_gaussian_ply
 from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.export import save_ply, save_ply_sequence, save_splats, save_video
-from gaussian_tokenizer.gaussians import Gaussians
-from gaussian_tokenizer.ply import read_gaussian_ply
 from gaussian_tokenizer.rendering import render
 from gaussian_tokenizer.utils import atomic
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from gaussian_tokenizer.anchoring import (
+from gaussian_tokenizer.avatars.anchoring import (
     FaceFrames,
     face_frames,
     local_to_world,
@@ -28,13 +28,13 @@ from gaussian_tokenizer.anchoring import (
     world_to_local_log_scales,
     world_to_local_quats,
 )
-from gaussian_tokenizer.animation import Local, Placed, drive, place, ride_on_faces
-from gaussian_tokenizer.export import save_ply
-from gaussian_tokenizer.gaussians import Gaussians
+from gaussian_tokenizer.avatars.export import save_ply
+from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.avatars.ply import MAX_SH_DEGREE, PlyGaussians, read_gaussian_ply, write_gaussian_ply
+from gaussian_tokenizer.avatars.skinning import Local, Placed, drive, place, ride_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import built_in_head, load_head
-from gaussian_tokenizer.ply import MAX_SH_DEGREE, PlyGaussians, read_gaussian_ply, write_gaussian_ply
 from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder, flush_to_disk
 from gaussian_tokenizer.utils.json_files import parse_json, read_json
 

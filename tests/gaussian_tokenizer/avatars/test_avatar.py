@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 
-from gaussian_tokenizer.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.ply import property_names, read_gaussian_ply
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.ply import property_names, read_gaussian_ply
 from gaussian_tokenizer.utils import atomic
 
 
@@ -262,7 +262,7 @@ def test_a_write_that_the_disk_cuts_off_leaves_the_old_avatar(tmp_path):
     before = {name: (tmp_path / "a" / name).read_bytes() for name in files(tmp_path / "a")}
     script = f"""
         import resource, signal, torch
-        from gaussian_tokenizer.avatar import GaussianAvatar
+        from gaussian_tokenizer.avatars.avatar import GaussianAvatar
         avatar = GaussianAvatar.load({str(tmp_path / "a")!r})
         many = {{name: value.repeat(1000, *[1] * (value.ndim - 1)) for name, value in avatar.tensors().items()}}
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
-from gaussian_tokenizer.anchoring import (
+from gaussian_tokenizer.avatars.anchoring import (
     face_frames,
     local_to_world,
     local_to_world_log_scales,

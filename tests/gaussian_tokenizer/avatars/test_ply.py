@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gaussian_tokenizer.ply import PlyGaussians, property_names, read_gaussian_ply, write_gaussian_ply
+from gaussian_tokenizer.avatars.ply import PlyGaussians, property_names, read_gaussian_ply, write_gaussian_ply
 
 
 def random_rows(num_rows, sh_degree, with_faces=True, seed=0, n_faces=10144):

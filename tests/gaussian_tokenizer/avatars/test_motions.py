@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from gaussian_tokenizer.avatars.motions import MOTIONS, expression_frames, load_motion, synthetic_motion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.motions import MOTIONS, expression_frames, load_motion, synthetic_motion
 
 HEAD = build_procedural_head(600)
 ARKIT = ("jawOpen", "mouthSmile_L", "mouthSmile_R", "eyeBlink_L", "eyeBlink_R", "browInnerUp_L", "browInnerUp_R")
