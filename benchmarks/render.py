@@ -27,11 +27,11 @@ import torch
 from report import markdown_table, write_report
 
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
-from gaussian_tokenizer.rasterizer import MIN_ALPHA, project, rasterize
-from gaussian_tokenizer.rasterizer_reference import rasterize_reference
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.rasterizer import MIN_ALPHA, project, rasterize
+from gaussian_tokenizer.rendering.rasterizer_reference import rasterize_reference
+from gaussian_tokenizer.rendering.splatting import render
 
 TWIN_POINTS, TWIN_PIXELS = 5_000, 128
 AVATAR_POINTS, AVATAR_PIXELS = 27_000, 512

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.rendering import render, to_rgba
+from gaussian_tokenizer.rendering.cameras import portrait_cameras
+from gaussian_tokenizer.rendering.splatting import render, to_rgba
 from gaussian_tokenizer.synthetic import synthesize_subject
 from training.demo_report import draw_avatars
 

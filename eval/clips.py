@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.corpus import MANIFEST_NAME, is_url, load_corpus
 from gaussian_tokenizer.corpus_schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.tracking import find_trackings, load_tracking
 from gaussian_tokenizer.tracking_class import Tracking
 

@@ -24,7 +24,7 @@ from eval.protocol import Pair, check_frames, frame_name, read_frames
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder
 from modeling import AvatarPipeline, GaussianDecoder, to_gaussians
 from modeling.decoding import vertex_points

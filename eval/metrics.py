@@ -46,7 +46,7 @@ def ssim(a: ArrayLike, b: ArrayLike) -> Array:
     """
     import torch
 
-    from gaussian_tokenizer import picture_metrics
+    from gaussian_tokenizer.rendering import image_metrics as picture_metrics
 
     a, b = _pictures(a, b)
     pairs = ((torch.from_numpy(x / 255.0)[None], torch.from_numpy(y / 255.0)[None]) for x, y in zip(a, b))

@@ -26,9 +26,9 @@ from eval.viewer_exports import folder_bytes, png_bytes, splat_bytes
 from eval.viewer_playback import Playback
 from eval.viewer_posing import Rig
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.rendering.cameras import portrait_cameras
 
 # The page is in centimetres: viser sends covariances as float16, which ends at Gaussians of 0.2 mm when they are in metres.
 UNITS = 100.0

@@ -1,12 +1,12 @@
 from .avatars.avatar import GaussianAvatar
-from .cameras import Cameras, portrait_cameras
-from .corpus import load_corpus
 from .avatars.gaussians import Gaussians
+from .avatars.motions import load_motion, synthetic_motion
+from .rendering.cameras import Cameras, portrait_cameras
+from .corpus import load_corpus
 from .heads.head_model import HeadModel
 from .heads.head_parameters import HeadParameters
 from .heads.loading import load_head
-from .avatars.motions import load_motion, synthetic_motion
-from .rendering import render
+from .rendering.splatting import render
 from .tokenizer.registration import GaussianTokenizer
 from .tracking import find_trackings, load_tracking
 from .tracking_class import Tracking

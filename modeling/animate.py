@@ -20,11 +20,11 @@ from gaussian_tokenizer.avatars.export import UP, save_ply_sequence, save_splats
 from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.motions import MOTIONS, load_motion, synthetic_motion
 from gaussian_tokenizer.avatars.skinning import METHODS, drive
-from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.splatting import render
 
 DISTANCE = 1.0  # metres from the camera to the middle of the head
 ROOM = 1.5  # side of the picture, in heights of the skull

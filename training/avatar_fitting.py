@@ -23,7 +23,7 @@ from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.skinning import Local, ride_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tracking_class import Tracking
 from training.density_control import Cloud, Evidence, Rules, control_density
 from training.fit_arguments import FitSettings

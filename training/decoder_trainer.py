@@ -18,8 +18,8 @@ from torch import Tensor
 from gaussian_tokenizer.avatars.skinning import animate
 from gaussian_tokenizer.geometry.triangles import nearest_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.picture_metrics import psnr, ssim
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
+from gaussian_tokenizer.rendering.splatting import render
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.decoding import to_gaussians, vertex_points
 from modeling.point_features import FeatureCache, point_features

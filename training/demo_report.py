@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.export import save_video
 from gaussian_tokenizer.avatars.motions import expression_frames, synthetic_motion
-from gaussian_tokenizer.cameras import Cameras, portrait_cameras
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.picture_metrics import psnr, ssim
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.cameras import Cameras, portrait_cameras
+from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
+from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistForCausalLM
 from training.frames import SubjectRows, cameras_of, motion_of, on_background

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gaussian_tokenizer.avatars.gaussians import SH_DC, Gaussians
-from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
-from gaussian_tokenizer.picture_metrics import ssim
-from gaussian_tokenizer.rasterizer import project
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.image_metrics import ssim
+from gaussian_tokenizer.rendering.rasterizer import project
+from gaussian_tokenizer.rendering.splatting import render
 
 NEAR, EPS2D = 0.01, 0.3  # as in `render`
 RADIUS = 3.0  # standard deviations: how far a Gaussian is counted as covering the screen (3D Gaussian Splatting)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gaussian_tokenizer.cameras import Cameras
+from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.tracking_class import Tracking
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.picture_metrics import psnr, ssim
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
+from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.versions import installed_versions

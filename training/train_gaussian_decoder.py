@@ -26,7 +26,7 @@ from gaussian_tokenizer.avatars.skinning import METHODS
 from gaussian_tokenizer.corpus import Corpus, load_corpus
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.picture_metrics import psnr, ssim
+from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import FeatureCache
 from training.common_arguments import exit_on_user_error, flag_named, parse_arguments

@@ -22,7 +22,7 @@ from eval.methods import (
 )
 from eval.protocol import frame_name, make_pairs
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.splatting import render
 
 from .conftest import repainted, same_avatar
 

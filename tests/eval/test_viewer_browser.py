@@ -19,9 +19,9 @@ from PIL import Image
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.ply import read_gaussian_ply
-from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 viewer_page = pytest.importorskip("eval.viewer_page", reason="needs viser: pip install 'avatar-pointillist[viewer]'")

@@ -23,10 +23,10 @@ from PIL import Image
 from gaussian_tokenizer.avatars.export import save_splats
 from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.ply import read_gaussian_ply
-from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.picture_metrics import psnr
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.image_metrics import psnr
+from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.synthetic import synthesize_subject
 
 pytest.importorskip("gsplat", reason="needs gsplat for .splat and .compressed.ply")

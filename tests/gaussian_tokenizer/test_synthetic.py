@@ -8,13 +8,13 @@ import torch
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.gaussians import SH_DC
-from gaussian_tokenizer.cameras import Cameras, portrait_cameras
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.rendering import Rendering, render
+from gaussian_tokenizer.rendering.cameras import Cameras, portrait_cameras
+from gaussian_tokenizer.rendering.splatting import Rendering, render
 from gaussian_tokenizer.synthetic import (
     SHAPE_LIMIT,
     SyntheticSubject,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tracking import load_tracking
 from gaussian_tokenizer.tracking_geometry import (
     CONVENTIONS,

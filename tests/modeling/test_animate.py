@@ -16,7 +16,7 @@ from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.synthetic import synthesize_subject
 from modeling import animate
 

@@ -18,11 +18,11 @@ from transformers import Dinov2Config
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import synthetic_motion
-from gaussian_tokenizer.cameras import portrait_cameras
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.cameras import portrait_cameras
+from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
 

@@ -12,8 +12,8 @@ from gaussian_tokenizer.avatars.skinning import animate
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.picture_metrics import psnr, ssim
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
+from gaussian_tokenizer.rendering.splatting import render
 from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
 from modeling.decoding import vertex_points
 from modeling.point_features import FeatureCache, point_features

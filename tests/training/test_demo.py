@@ -14,11 +14,11 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.corpus_schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline
 from training.demo_report import chamfer, judge, mean_image_metrics, picture_metrics, true_frames

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.cameras import Cameras
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
-from gaussian_tokenizer.picture_metrics import ssim
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.image_metrics import ssim
+from gaussian_tokenizer.rendering.splatting import render
 from training.fit_losses import (
     photometric_loss,
     pixels_covered,

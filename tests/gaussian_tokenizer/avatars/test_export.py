@@ -14,8 +14,8 @@ from PIL import Image
 from gaussian_tokenizer.avatars.export import save_ply, save_ply_sequence, save_splats, save_video
 from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.ply import read_gaussian_ply
-from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.utils import atomic
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.rasterizer import rasterize
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.rasterizer import rasterize
 
 logger = logging.getLogger(__name__)
 

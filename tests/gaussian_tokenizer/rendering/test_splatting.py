@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from gaussian_tokenizer import rendering
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.cameras import Cameras
-from gaussian_tokenizer.rasterizer_reference import rasterize_reference
-from gaussian_tokenizer.rendering import render
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.rasterizer_reference import rasterize_reference
+from gaussian_tokenizer.rendering.splatting import render
+from gaussian_tokenizer.rendering.splatting import splatting as rendering
 
 
 def some_gaussians(frames=1, n=60, degree=0, seed=0):

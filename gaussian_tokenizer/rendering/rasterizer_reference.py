@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
-from gaussian_tokenizer.rasterizer import sh_basis
+from gaussian_tokenizer.rendering.rasterizer import sh_basis
 
 PIXELS_AT_ONCE = 1024
 

@@ -6,7 +6,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from gaussian_tokenizer.picture_metrics import psnr, ssim
+from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 
 
 def test_psnr_is_that_of_scikit_image_picture_by_picture(pictures):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from gaussian_tokenizer.cameras import Cameras
+from gaussian_tokenizer.rendering.cameras import Cameras
 
 
 def project(cameras, point):
