@@ -41,6 +41,7 @@ from PIL import Image
 from report import markdown_table, write_report
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.captures.subject import Frame, Subject, find_subjects, write_subject
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_shards import ROW_GROUP_BYTES
@@ -48,7 +49,6 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
-from gaussian_tokenizer.subject import Frame, Subject, find_subjects, write_subject
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.parallel import runner
 

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from gaussian_tokenizer import inspect
-from gaussian_tokenizer.frame import OPENGL_TO_OPENCV
+from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV
 from gaussian_tokenizer.synthesize import synthesize
 
 

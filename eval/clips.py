@@ -1,6 +1,6 @@
 """What the bench is run on: clips, each the frames of one tracked subject, camera after camera, over time.
 
-A dataset is a folder of tracked subjects, as `gaussian_tokenizer.tracking` reads them (VHAP exports, Pixel3DMM's output, what
+A dataset is a folder of tracked subjects, as `gaussian_tokenizer.captures.loading` reads them (VHAP exports, Pixel3DMM's output, what
 `python -m gaussian_tokenizer.synthesize` writes), or a corpus folder, of which one split is read. Every picture comes with its
 camera and the head parameters of its moment. Pictures are opened when they are asked for, and laid on white.
 """
@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from gaussian_tokenizer.captures.loading import find_trackings, load_tracking
+from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.corpus import MANIFEST_NAME, is_url, load_corpus
 from gaussian_tokenizer.corpus_schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
-from gaussian_tokenizer.tracking import find_trackings, load_tracking
-from gaussian_tokenizer.tracking_class import Tracking
 
 FILE_NAME = re.compile(r"[^\x00-\x1f/\\.][^\x00-\x1f/\\]*")  # subjects name files and folders
 

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.clips import Clip, on_white
-from gaussian_tokenizer.frame import open_picture
+from gaussian_tokenizer.captures.frame import open_picture
 from gaussian_tokenizer.utils.atomic import atomic_folder
 
 MODES = ("self", "cross")

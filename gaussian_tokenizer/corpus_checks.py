@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from gaussian_tokenizer.captures.subject import Frame, Subject, find_subject_folders
 from gaussian_tokenizer.corpus import (
     CARD_NAME,
     MANIFEST_NAME,
@@ -31,7 +32,6 @@ from gaussian_tokenizer.corpus import (
 from gaussian_tokenizer.corpus_schema import points_per_face
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.subject import Frame, Subject, find_subject_folders
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from gaussian_tokenizer.captures.checks import Problem
+from gaussian_tokenizer.captures.contact_sheet import contact_sheet
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.inspect_kinds import Report, kind_of
-from gaussian_tokenizer.inspect_picture import contact_sheet
-from gaussian_tokenizer.tracking_checks import Problem
 from gaussian_tokenizer.utils.atomic import atomic_file
 
 

@@ -13,8 +13,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gaussian_tokenizer.avatars.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
+from gaussian_tokenizer.captures.checks import Problem, find_problems
+from gaussian_tokenizer.captures.frame import has_alpha, open_picture
+from gaussian_tokenizer.captures.loading import EXPECTED, read_tracking, recognise
+from gaussian_tokenizer.captures.subject import Subject
+from gaussian_tokenizer.captures.tracking import Tracking
+from gaussian_tokenizer.captures.transforms_json import CANONICAL_NAME
 from gaussian_tokenizer.corpus import CONFIGURATIONS, MANIFEST_NAME, load_corpus
-from gaussian_tokenizer.frame import has_alpha, open_picture
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.ict import NEUTRAL
@@ -27,11 +32,6 @@ from gaussian_tokenizer.inspect_splats import (
     splat_facts,
     world_ply_facts,
 )
-from gaussian_tokenizer.subject import Subject
-from gaussian_tokenizer.tracking import EXPECTED, read_tracking, recognise
-from gaussian_tokenizer.tracking_checks import Problem, find_problems
-from gaussian_tokenizer.tracking_class import Tracking
-from gaussian_tokenizer.transforms import CANONICAL_NAME
 from gaussian_tokenizer.utils.json_files import read_json
 
 TRACKINGS = {

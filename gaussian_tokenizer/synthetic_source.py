@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.frame import OPENGL_TO_OPENCV
+from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV
+from gaussian_tokenizer.captures.subject import Frame
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.rendering.splatting import render, to_rgba
-from gaussian_tokenizer.subject import Frame
 from gaussian_tokenizer.synthetic import (
     SyntheticSubject,
     draw_moments,

@@ -21,10 +21,10 @@ from torch import Tensor
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.skinning import Local, ride_on_faces
+from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.splatting import render
-from gaussian_tokenizer.tracking_class import Tracking
 from training.density_control import Cloud, Evidence, Rules, control_density
 from training.fit_arguments import FitSettings
 from training.fit_losses import (

@@ -25,12 +25,12 @@ import torch
 from tqdm.auto import tqdm
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.frame import Frame
+from gaussian_tokenizer.captures.frame import Frame
+from gaussian_tokenizer.captures.loading import find_trackings, load_tracking
+from gaussian_tokenizer.captures.subject import write_subject
+from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.subject import write_subject
-from gaussian_tokenizer.tracking import find_trackings, load_tracking
-from gaussian_tokenizer.tracking_class import Tracking
 from gaussian_tokenizer.utils.disk import disk_is_full
 from training.avatar_fitting import Fit, optimise
 from training.common_arguments import exit_on_user_error, parse_arguments

@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.rendering.cameras import Cameras
-from gaussian_tokenizer.tracking_class import Tracking
 
 
 class Pictures:

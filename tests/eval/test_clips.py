@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from eval.clips import digest, on_white, open_dataset
+from gaussian_tokenizer.captures.loading import load_tracking
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.tracking import load_tracking
 
 from .conftest import repainted
 

@@ -15,6 +15,8 @@ from gaussian_tokenizer import corpus_checks
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import load_motion
 from gaussian_tokenizer.avatars.ply import read_gaussian_ply, write_gaussian_ply
+from gaussian_tokenizer.captures.loading import load_tracking
+from gaussian_tokenizer.captures.subject import Subject
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
@@ -24,11 +26,9 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.ict import _read_indices, read_obj
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.inspect import inspect
-from gaussian_tokenizer.subject import Subject
 from gaussian_tokenizer.synthesize import synthesize
 from gaussian_tokenizer.tokenizer.image_files import open_image, verify_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-from gaussian_tokenizer.tracking import load_tracking
 from gaussian_tokenizer.utils.plain_arrays import FLAME, read_arrays
 from gaussian_tokenizer.utils.plain_pickle import interpret
 from modeling import GaussianDecoderConfig, PointillistConfig

@@ -10,11 +10,11 @@ from PIL import Image
 from scipy.stats import entropy
 
 from gaussian_tokenizer.build_corpus import main
+from gaussian_tokenizer.captures.subject import find_subjects
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.corpus_page import first_pictures
 from gaussian_tokenizer.corpus_statistics import statistics, statistics_table
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.subject import find_subjects
 
 HEAD = build_procedural_head(600)
 

@@ -12,10 +12,10 @@ from PIL import Image
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.export import save_splats
 from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.captures.contact_sheet import contact_sheet
+from gaussian_tokenizer.captures.loading import load_tracking, read_tracking
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.inspect import inspect, main
-from gaussian_tokenizer.inspect_picture import contact_sheet
-from gaussian_tokenizer.tracking import load_tracking, read_tracking
 
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 

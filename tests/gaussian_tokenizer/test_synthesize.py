@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.captures.subject import find_subjects
 from gaussian_tokenizer.corpus import staging_folder
 from gaussian_tokenizer.corpus_builder import build
 from gaussian_tokenizer.corpus_plan import BuildSettings
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
-from gaussian_tokenizer.subject import find_subjects
 from gaussian_tokenizer.synthesize import LOCK_NAME, RECIPE, main, synthesize
 from gaussian_tokenizer.synthetic import synthesize_subject
 from gaussian_tokenizer.synthetic_source import SyntheticSource

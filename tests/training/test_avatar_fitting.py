@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from gaussian_tokenizer.frame import Frame
+from gaussian_tokenizer.captures.frame import Frame
+from gaussian_tokenizer.captures.loading import read_tracking
+from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.synthesize import synthesize
-from gaussian_tokenizer.tracking import read_tracking
-from gaussian_tokenizer.tracking_class import Tracking
 from training.avatar_fitting import (
     Fit,
     _pictures_of_step,

@@ -16,9 +16,9 @@ from PIL import Image
 
 import training.fit_report
 from gaussian_tokenizer.build_corpus import main as build_corpus
+from gaussian_tokenizer.captures.subject import Subject
 from gaussian_tokenizer.corpus import load_corpus
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.subject import Subject
 from gaussian_tokenizer.synthesize import synthesize
 from training import fit_avatars
 from training.common_arguments import exit_on_user_error

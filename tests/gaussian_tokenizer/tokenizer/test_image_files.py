@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gaussian_tokenizer.captures.checks import find_problems
+from gaussian_tokenizer.captures.frame import Frame, open_picture, picture_size
+from gaussian_tokenizer.captures.loading import read_tracking
 from gaussian_tokenizer.corpus_subjects import _check_picture
-from gaussian_tokenizer.frame import Frame, open_picture, picture_size
 from gaussian_tokenizer.tokenizer.image_files import image_size, open_image, verify_image
 from gaussian_tokenizer.tokenizer.processing_conditions import pixel_values
-from gaussian_tokenizer.tracking import read_tracking
-from gaussian_tokenizer.tracking_checks import find_problems
 from modeling.generate import open_portrait
 
 
@@ -99,6 +99,6 @@ def test_the_checks_of_a_tracking_hold_one_image_at_a_time(copy_of_tracked, smal
         most = max(most, sum(reference() is not None for reference in alive))
         return image
 
-    monkeypatch.setattr("gaussian_tokenizer.tracking_checks.open_picture", counting)
+    monkeypatch.setattr("gaussian_tokenizer.captures.checks.open_picture", counting)
     assert find_problems(read_tracking(copy_of_tracked, small_head), small_head) == []
     assert 1 <= most <= 2

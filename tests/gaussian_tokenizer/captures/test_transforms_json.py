@@ -10,9 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from gaussian_tokenizer.frame import Frame
+from gaussian_tokenizer.captures.frame import Frame
+from gaussian_tokenizer.captures.transforms_json import (
+    read_transforms,
+    resolve_inside,
+    sister_folders,
+    vhap_split,
+    write_frames,
+)
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.transforms import read_transforms, resolve_inside, sister_folders, vhap_split, write_frames
 
 
 def random_frames(timesteps=10, cameras=3, width=7, height=5, seed=0):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from gaussian_tokenizer.captures.loading import find_trackings, load_tracking
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.rendering.splatting import render, to_rgba
 from gaussian_tokenizer.synthetic import draw_moments, portrait_avatar, synthesize_subject
 from gaussian_tokenizer.synthetic_source import PIXELS_BETWEEN_POINTS
-from gaussian_tokenizer.tracking import find_trackings, load_tracking
 
 
 def change_npz(path, **arrays):
@@ -75,7 +75,7 @@ def test_alpha_is_the_pictures_own_or_the_masks_or_one(copy_of_tracked, small_he
     for path, (name, rgba) in zip(paths, pictures.items()):
         Image.fromarray(rgba if name == "own" else rgba[..., :3]).save(path)
         Image.fromarray(rgba[..., 3]).save(copy_of_tracked / "fg_masks" / path.name)
-    from gaussian_tokenizer.tracking import read_tracking
+    from gaussian_tokenizer.captures.loading import read_tracking
 
     change_frames(copy_of_tracked, lambda entry: entry.pop("fg_mask_path"), row=2)
     tracking = read_tracking(copy_of_tracked, small_head)
@@ -156,7 +156,7 @@ def test_a_split_of_frames_that_are_not_there_is_refused(copy_of_tracked, small_
 
 
 def test_cameras_of_different_pictures_are_not_one_set(copy_of_tracked, small_head, change_frames):
-    from gaussian_tokenizer.tracking import read_tracking
+    from gaussian_tokenizer.captures.loading import read_tracking
 
     for folder in ("images", "fg_masks"):
         path = copy_of_tracked / folder / "00000_01.png"

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from gaussian_tokenizer.avatars.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
-from gaussian_tokenizer.frame import Frame
+from gaussian_tokenizer.captures.frame import Frame
+from gaussian_tokenizer.captures.transforms_json import TRANSFORMS_NAME, read_transforms, write_frames
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.transforms import TRANSFORMS_NAME, read_transforms, write_frames
 from gaussian_tokenizer.utils.atomic import atomic_folder
 from gaussian_tokenizer.utils.json_files import read_json, write_json
 

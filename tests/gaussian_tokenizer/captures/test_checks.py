@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gaussian_tokenizer.tracking import load_tracking, read_tracking
-from gaussian_tokenizer.tracking_checks import find_problems
+from gaussian_tokenizer.captures.checks import find_problems
+from gaussian_tokenizer.captures.loading import load_tracking, read_tracking
 
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from gaussian_tokenizer.frame import OPENGL_TO_OPENCV, Frame, picture_size
+from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, picture_size
+from gaussian_tokenizer.captures.recording import Recording, find_picture, join_params
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.tracking_formats import Recording, find_picture, join_params
 from gaussian_tokenizer.utils.plain_arrays import NUMPY, PlainArray, read_array
 from gaussian_tokenizer.utils.plain_pickle import Name, Thing, interpret
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.tracking_checks import ENOUGH_SEEN, best_convention
-from gaussian_tokenizer.tracking_geometry import (
+from gaussian_tokenizer.captures.checks import ENOUGH_SEEN, best_convention
+from gaussian_tokenizer.captures.projection import (
     EXPECTED,
     Sample,
     as_if,
@@ -22,9 +21,10 @@ from gaussian_tokenizer.tracking_geometry import (
     size_within,
     visible_triangles,
 )
+from gaussian_tokenizer.heads.head_model import HeadModel
 
 if TYPE_CHECKING:
-    from gaussian_tokenizer.tracking_class import Tracking
+    from gaussian_tokenizer.captures.tracking import Tracking
 
 TILE, GAP, LINE = 208, 6, 18  # pixels: longest side of a picture, between pictures, height of a line of text
 GREY, INK, BAD = (200, 200, 204), (30, 30, 34), (200, 30, 30)

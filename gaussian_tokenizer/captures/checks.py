@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from gaussian_tokenizer.frame import Frame, has_alpha, open_picture
-from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.tracking_geometry import (
+from gaussian_tokenizer.captures.frame import Frame, has_alpha, open_picture
+from gaussian_tokenizer.captures.projection import (
     CONVENTIONS,
     EXPECTED,
     Sample,
@@ -24,9 +23,10 @@ from gaussian_tokenizer.tracking_geometry import (
     share_seen,
     silhouette,
 )
+from gaussian_tokenizer.heads.head_model import HeadModel
 
 if TYPE_CHECKING:
-    from gaussian_tokenizer.tracking_class import Tracking
+    from gaussian_tokenizer.captures.tracking import Tracking
 
 SAMPLES = 16
 ENOUGH_SEEN = 0.5  # of the vertices, in the pictures on average

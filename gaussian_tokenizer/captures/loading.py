@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from gaussian_tokenizer.avatars.avatar import METADATA_NAME
+from gaussian_tokenizer.captures.checks import find_problems
+from gaussian_tokenizer.captures.pixel3dmm import checkpoint_files, read_pixel3dmm
+from gaussian_tokenizer.captures.recording import Recording
+from gaussian_tokenizer.captures.tracking import Tracking
+from gaussian_tokenizer.captures.transforms_json import SPLITS, TRANSFORMS_NAME, sister_folders, vhap_split
+from gaussian_tokenizer.captures.vhap import RAW_PATTERN, raw_file, read_dataset, read_raw
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.tracking_checks import find_problems
-from gaussian_tokenizer.tracking_class import Tracking
-from gaussian_tokenizer.tracking_formats import Recording
-from gaussian_tokenizer.tracking_pixel3dmm import checkpoint_files, read_pixel3dmm
-from gaussian_tokenizer.tracking_vhap import RAW_PATTERN, raw_file, read_dataset, read_raw
-from gaussian_tokenizer.transforms import SPLITS, TRANSFORMS_NAME, sister_folders, vhap_split
 from gaussian_tokenizer.utils.json_files import read_json
 
 READERS: dict[str, Callable[[Path, HeadModel | None], Recording]] = {

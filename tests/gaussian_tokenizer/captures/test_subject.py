@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.captures.subject import Frame, Subject, find_subjects, write_subject
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.subject import Frame, Subject, find_subjects, write_subject
 
 
 def tiny_head(seed=0, vertices=10, faces=16):

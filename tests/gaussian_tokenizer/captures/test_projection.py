@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.rendering.splatting import render
-from gaussian_tokenizer.tracking import load_tracking
-from gaussian_tokenizer.tracking_geometry import (
+from gaussian_tokenizer.captures.loading import load_tracking
+from gaussian_tokenizer.captures.projection import (
     CONVENTIONS,
     EXPECTED,
     as_if,
@@ -17,6 +16,7 @@ from gaussian_tokenizer.tracking_geometry import (
     share_seen,
     silhouette,
 )
+from gaussian_tokenizer.rendering.splatting import render
 
 
 @pytest.fixture(scope="module")

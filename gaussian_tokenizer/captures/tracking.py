@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gaussian_tokenizer.frame import Frame, has_alpha, open_picture
+from gaussian_tokenizer.captures.frame import Frame, has_alpha, open_picture
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 

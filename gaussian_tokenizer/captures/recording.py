@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gaussian_tokenizer.frame import Frame
+from gaussian_tokenizer.captures.frame import Frame
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")

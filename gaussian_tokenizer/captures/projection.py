@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from gaussian_tokenizer.frame import OPENGL_TO_OPENCV, Frame
+from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame
 from gaussian_tokenizer.heads.head_model import HeadModel
 
 if TYPE_CHECKING:
-    from gaussian_tokenizer.tracking_class import Tracking
+    from gaussian_tokenizer.captures.tracking import Tracking
 
 NEAR = 0.01  # metres; what is closer to the camera is not drawn
 EXPECTED = "camera-to-world with OpenGL axes"

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from gaussian_tokenizer.captures.loading import load_tracking, read_tracking
+from gaussian_tokenizer.captures.projection import project
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.tracking import load_tracking, read_tracking
-from gaussian_tokenizer.tracking_geometry import project
 
 FOCAL, CENTER = 3.0, (0.05, -0.1)
 

@@ -18,11 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gaussian_tokenizer.frame import OPENGL_TO_OPENCV, Frame, picture_size
-from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.tracking_formats import Recording, find_picture, join_params
-from gaussian_tokenizer.transforms import (
+from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, picture_size
+from gaussian_tokenizer.captures.recording import Recording, find_picture, join_params
+from gaussian_tokenizer.captures.transforms_json import (
     SPLITS,
     TRANSFORMS_NAME,
     frame_index,
@@ -30,6 +28,8 @@ from gaussian_tokenizer.transforms import (
     sister_folders,
     sorted_frames,
 )
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.utils.json_files import read_json
 
 RAW_PATTERN = r"tracked_flame_params_(\d+)\.npz"

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gaussian_tokenizer.frame import OPENGL_TO_OPENCV, Frame, file_bytes, picture_size
+from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, file_bytes, picture_size
 from gaussian_tokenizer.utils.json_files import read_json, write_json
 
 TRANSFORMS_NAME, CANONICAL_NAME = "transforms.json", "canonical_flame_param.npz"
