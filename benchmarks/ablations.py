@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from report import markdown_table, write_report
 
 from eval.methods import vertex_avatar
-from gaussian_tokenizer.corpus import load_corpus
+from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import fingerprint

@@ -42,9 +42,9 @@ from report import markdown_table, write_report
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.captures.subject import Frame, Subject, find_subjects, write_subject
-from gaussian_tokenizer.corpus import load_corpus
-from gaussian_tokenizer.corpus_builder import build
-from gaussian_tokenizer.corpus_shards import ROW_GROUP_BYTES
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.corpus import load_corpus
+from gaussian_tokenizer.corpus.shards import ROW_GROUP_BYTES
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head

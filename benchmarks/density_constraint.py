@@ -29,7 +29,7 @@ import numpy as np
 from report import markdown_table, write_report
 
 from gaussian_tokenizer.captures.subject import find_subjects
-from gaussian_tokenizer.corpus import load_corpus
+from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from gaussian_tokenizer.captures.loading import find_trackings, load_tracking
 from gaussian_tokenizer.captures.tracking import Tracking
-from gaussian_tokenizer.corpus import MANIFEST_NAME, is_url, load_corpus
-from gaussian_tokenizer.corpus_schema import POSE_SIZES
+from gaussian_tokenizer.corpus.corpus import MANIFEST_NAME, is_url, load_corpus
+from gaussian_tokenizer.corpus.schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras

@@ -1,15 +1,15 @@
 from .avatars.avatar import GaussianAvatar
 from .avatars.gaussians import Gaussians
 from .avatars.motions import load_motion, synthetic_motion
-from .corpus import load_corpus
+from .captures.loading import find_trackings, load_tracking
+from .captures.tracking import Tracking
+from .corpus.corpus import load_corpus
 from .heads.head_model import HeadModel
 from .heads.head_parameters import HeadParameters
 from .heads.loading import load_head
 from .rendering.cameras import Cameras, portrait_cameras
 from .rendering.splatting import render
 from .tokenizer.registration import GaussianTokenizer
-from .captures.loading import find_trackings, load_tracking
-from .captures.tracking import Tracking
 
 __all__ = [
     "Cameras",

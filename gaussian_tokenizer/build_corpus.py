@@ -50,8 +50,8 @@ def print_counts(manifest: Mapping[str, Any]) -> None:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from gaussian_tokenizer.corpus_builder import build
-    from gaussian_tokenizer.corpus_plan import BuildSettings
+    from gaussian_tokenizer.corpus.building import build
+    from gaussian_tokenizer.corpus.planning import BuildSettings
     from gaussian_tokenizer.heads.loading import load_head
     from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
@@ -75,9 +75,9 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    from gaussian_tokenizer.corpus import load_corpus
-    from gaussian_tokenizer.corpus_page import write_page
-    from gaussian_tokenizer.corpus_statistics import statistics, statistics_picture, statistics_table
+    from gaussian_tokenizer.corpus.corpus import load_corpus
+    from gaussian_tokenizer.corpus.html_page import write_page
+    from gaussian_tokenizer.corpus.stats import statistics, statistics_picture, statistics_table
     from gaussian_tokenizer.utils.atomic import atomic_file
 
     corpus = load_corpus(options.corpus)
@@ -93,7 +93,7 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from gaussian_tokenizer.corpus_checks import validate
+    from gaussian_tokenizer.corpus.validation import validate
     from gaussian_tokenizer.heads.loading import load_head
 
     if (options.avatars is None) != (options.head is None):

@@ -22,12 +22,12 @@ from tempfile import TemporaryDirectory
 from gaussian_tokenizer.avatars.avatar import METADATA_NAME
 from gaussian_tokenizer.build_corpus import add_corpus_options, print_counts
 from gaussian_tokenizer.captures.subject import write_subject
-from gaussian_tokenizer.corpus import load_corpus
-from gaussian_tokenizer.corpus_builder import build
-from gaussian_tokenizer.corpus_plan import BuildSettings
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.corpus import load_corpus
+from gaussian_tokenizer.corpus.identity_stats import identity_statistics, shapes_of_corpus, shapes_of_folders
+from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.identity_statistics import identity_statistics, shapes_of_corpus, shapes_of_folders
 from gaussian_tokenizer.synthetic_layout import MIN_POINTS_PER_FACE
 from gaussian_tokenizer.synthetic_source import MAX_VIEWS, SyntheticSource, _make
 from gaussian_tokenizer.utils.json_files import read_json

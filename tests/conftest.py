@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from gaussian_tokenizer.corpus_builder import build
-from gaussian_tokenizer.corpus_plan import BuildSettings
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import synthesize
 

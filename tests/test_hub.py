@@ -16,7 +16,7 @@ from hub_stub import HubStub
 from paths import ROOT
 from transformers import Dinov2Config
 
-from gaussian_tokenizer.corpus import load_corpus
+from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
@@ -30,7 +30,7 @@ PUSH = """
 import json, sys
 import torch
 from gaussian_tokenizer.build_corpus import main as build_corpus
-from gaussian_tokenizer.corpus import load_corpus
+from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.utils.hub import upload
 from modeling import AvatarPipeline
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gaussian_tokenizer.corpus import Corpus, load_corpus
+from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.utils.atomic import atomic_file

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from gaussian_tokenizer.corpus import Corpus
-from gaussian_tokenizer.corpus_schema import POSE_SIZES
+from gaussian_tokenizer.corpus.corpus import Corpus
+from gaussian_tokenizer.corpus.schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 from training.rows import AvatarRows

@@ -3,8 +3,8 @@
 from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
 
-from gaussian_tokenizer.corpus import Corpus
-from gaussian_tokenizer.corpus_card import HUB_LICENCES
+from gaussian_tokenizer.corpus.card import HUB_LICENCES
+from gaussian_tokenizer.corpus.corpus import Corpus
 from modeling import GaussianDecoderConfig, PointillistConfig
 
 SLOTS = {"x": "x", "y": "y", "z": "z", "b": "face"}

@@ -18,7 +18,7 @@ import torch
 from transformers import Dinov2Model, set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
-from gaussian_tokenizer.corpus import Corpus, load_corpus
+from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from modeling import PointillistForCausalLM
 from training.arguments import DataArguments, ModelArguments
 from training.common_arguments import PretrainArguments, exit_on_user_error, flag_named, parse_arguments

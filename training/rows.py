@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from gaussian_tokenizer.corpus import Corpus
+from gaussian_tokenizer.corpus.corpus import Corpus
 
 HEAD_COLUMNS = ("head_vertices", "head_normals")
 

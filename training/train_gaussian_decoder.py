@@ -23,7 +23,7 @@ from transformers import set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
 from gaussian_tokenizer.avatars.skinning import METHODS
-from gaussian_tokenizer.corpus import Corpus, load_corpus
+from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim

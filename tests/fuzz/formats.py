@@ -11,15 +11,15 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import AutoConfig
 
-from gaussian_tokenizer import corpus_checks
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import load_motion
 from gaussian_tokenizer.avatars.ply import read_gaussian_ply, write_gaussian_ply
 from gaussian_tokenizer.captures.loading import load_tracking
 from gaussian_tokenizer.captures.subject import Subject
-from gaussian_tokenizer.corpus import load_corpus
-from gaussian_tokenizer.corpus_builder import build
-from gaussian_tokenizer.corpus_plan import BuildSettings
+from gaussian_tokenizer.corpus import validation as corpus_checks
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.corpus import load_corpus
+from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads import flame
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

@@ -13,8 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
-from gaussian_tokenizer import corpus_builder
-from gaussian_tokenizer.corpus_plan import BuildSettings
+from gaussian_tokenizer.corpus import building as corpus_builder
+from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import RECIPE
 from gaussian_tokenizer.synthetic_source import SyntheticSource

@@ -21,10 +21,10 @@ from PIL import Image
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.build_corpus import main
 from gaussian_tokenizer.captures.subject import Frame, Subject, write_subject
-from gaussian_tokenizer.corpus import load_corpus, staging_folder, tokenizer_fingerprint
-from gaussian_tokenizer.corpus_builder import build
-from gaussian_tokenizer.corpus_checks import validate
-from gaussian_tokenizer.corpus_plan import BuildSettings
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.corpus import load_corpus, staging_folder, tokenizer_fingerprint
+from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.validation import validate
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
@@ -117,7 +117,7 @@ def test_a_build_killed_at_random_moments_ends_with_the_same_bytes(subjects, tmp
     staging = staging_folder(output)
     # From a server without threads: a fork of this process would inherit locks that nobody gives back.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gaussian_tokenizer.corpus_builder"])
+    context.set_forkserver_preload(["gaussian_tokenizer.corpus.building"])
     rng = random.Random(0)
     num_shards = sum(name.endswith(".parquet") for name in expected)
     found = set()
@@ -192,7 +192,7 @@ def test_finished_shards_are_kept_and_damaged_ones_are_written_again(subjects, t
 
 
 def fail_after(monkeypatch, count):
-    from gaussian_tokenizer import corpus_builder
+    from gaussian_tokenizer.corpus import building as corpus_builder
 
     real, calls = corpus_builder.write_shard, []
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gaussian_tokenizer.corpus import staging_folder
+from gaussian_tokenizer.corpus.corpus import staging_folder
 from gaussian_tokenizer.synthesize import synthesize
 
 

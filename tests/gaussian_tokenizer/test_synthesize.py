@@ -15,9 +15,9 @@ from PIL import Image
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.captures.subject import find_subjects
-from gaussian_tokenizer.corpus import staging_folder
-from gaussian_tokenizer.corpus_builder import build
-from gaussian_tokenizer.corpus_plan import BuildSettings
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.corpus import staging_folder
+from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
@@ -189,7 +189,7 @@ def test_a_corpus_killed_at_random_moments_keeps_its_subjects_and_ends_with_the_
     staging = staging_folder(output)
     # From a server without threads: a fork of this process would inherit locks that nobody gives back.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gaussian_tokenizer.synthesize", "gaussian_tokenizer.corpus_builder"])
+    context.set_forkserver_preload(["gaussian_tokenizer.synthesize", "gaussian_tokenizer.corpus.building"])
     rng = random.Random(0)
     found = []
     for attempt in range(20):
@@ -220,7 +220,7 @@ def test_a_corpus_killed_at_random_moments_keeps_its_subjects_and_ends_with_the_
 
 
 def test_a_half_made_corpus_of_other_people_is_not_continued(head, tiny_corpus, tmp_path, monkeypatch):
-    from gaussian_tokenizer import corpus_builder
+    from gaussian_tokenizer.corpus import building as corpus_builder
 
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")

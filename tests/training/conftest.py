@@ -12,7 +12,7 @@ import torch
 from paths import ROOT
 from transformers import Dinov2Config
 
-from gaussian_tokenizer.corpus import Corpus, load_corpus
+from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from modeling import PointillistConfig, PointillistForCausalLM
 from training.rows import AvatarRows
 

@@ -17,7 +17,7 @@ from PIL import Image
 import training.fit_report
 from gaussian_tokenizer.build_corpus import main as build_corpus
 from gaussian_tokenizer.captures.subject import Subject
-from gaussian_tokenizer.corpus import load_corpus
+from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.synthesize import synthesize
 from training import fit_avatars

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from gaussian_tokenizer.corpus_builder import build
-from gaussian_tokenizer.corpus_plan import BuildSettings
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from training import pretrain
 from training.common_arguments import exit_on_user_error

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gaussian_tokenizer.corpus import load_corpus
-from gaussian_tokenizer.corpus_builder import build
-from gaussian_tokenizer.corpus_plan import BuildSettings
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.corpus import load_corpus
+from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic import synthesize_subject
 from training.rows import AvatarRows

@@ -13,7 +13,7 @@ from PIL import Image
 from gaussian_tokenizer.captures.checks import find_problems
 from gaussian_tokenizer.captures.frame import Frame, open_picture, picture_size
 from gaussian_tokenizer.captures.loading import read_tracking
-from gaussian_tokenizer.corpus_subjects import _check_picture
+from gaussian_tokenizer.corpus.sources import _check_picture
 from gaussian_tokenizer.tokenizer.image_files import image_size, open_image, verify_image
 from gaussian_tokenizer.tokenizer.processing_conditions import pixel_values
 from modeling.generate import open_portrait

@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
-from gaussian_tokenizer.corpus import Corpus
-from gaussian_tokenizer.corpus_statistics import Statistics, statistics_picture, statistics_rows
+from gaussian_tokenizer.corpus.corpus import Corpus
+from gaussian_tokenizer.corpus.stats import Statistics, statistics_picture, statistics_rows
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.utils.atomic import atomic_file
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from gaussian_tokenizer.corpus import load_corpus
+from gaussian_tokenizer.corpus.corpus import load_corpus
+from gaussian_tokenizer.corpus.identity_stats import identity_statistics, shapes_of_corpus, shapes_of_folders
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.identity_statistics import identity_statistics, shapes_of_corpus, shapes_of_folders
 
 HEAD = build_procedural_head(600)
 

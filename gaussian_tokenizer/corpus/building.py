@@ -31,7 +31,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gaussian_tokenizer.corpus import (
+from gaussian_tokenizer.corpus.card import write_card
+from gaussian_tokenizer.corpus.corpus import (
     CARD_NAME,
     CONFIGURATIONS,
     FORMAT,
@@ -40,8 +41,7 @@ from gaussian_tokenizer.corpus import (
     sha256_of,
     staging_folder,
 )
-from gaussian_tokenizer.corpus_card import write_card
-from gaussian_tokenizer.corpus_plan import (
+from gaussian_tokenizer.corpus.planning import (
     BuildSettings,
     check_tokenizer,
     make_manifest,
@@ -51,8 +51,8 @@ from gaussian_tokenizer.corpus_plan import (
     split_subjects,
     versions,
 )
-from gaussian_tokenizer.corpus_shards import ShardPlan, write_shard
-from gaussian_tokenizer.corpus_subjects import FolderSource, SubjectSource, Survey, read_subject
+from gaussian_tokenizer.corpus.shards import ShardPlan, write_shard
+from gaussian_tokenizer.corpus.sources import FolderSource, SubjectSource, Survey, read_subject
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file, exchange_names
@@ -61,7 +61,7 @@ from gaussian_tokenizer.utils.locks import exclusive
 from gaussian_tokenizer.utils.parallel import runner
 
 HEAD_NAME, SETTINGS_NAME, LOCK_NAME = "head.safetensors", "settings.json", "lock"
-PRELOADED = ("gaussian_tokenizer.corpus_shards",)  # what each of the processes needs
+PRELOADED = ("gaussian_tokenizer.corpus.shards",)  # what each of the processes needs
 
 
 def build(

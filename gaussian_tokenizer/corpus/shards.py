@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from datasets import Features
 from safetensors import safe_open
 
-from gaussian_tokenizer.corpus import FINGERPRINT_KEY, tokenizer_fingerprint
-from gaussian_tokenizer.corpus_schema import avatars_features, frames_features, points_per_face
-from gaussian_tokenizer.corpus_subjects import CAMERA, POSE, about_of, subject_file
+from gaussian_tokenizer.corpus.corpus import FINGERPRINT_KEY, tokenizer_fingerprint
+from gaussian_tokenizer.corpus.schema import avatars_features, frames_features, points_per_face
+from gaussian_tokenizer.corpus.sources import CAMERA, POSE, about_of, subject_file
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from gaussian_tokenizer.captures.subject import Frame, Subject, find_subject_folders
-from gaussian_tokenizer.corpus import (
+from gaussian_tokenizer.corpus.corpus import (
     CARD_NAME,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
@@ -29,7 +29,7 @@ from gaussian_tokenizer.corpus import (
     sha256_of,
     tokenizer_fingerprint,
 )
-from gaussian_tokenizer.corpus_schema import points_per_face
+from gaussian_tokenizer.corpus.schema import points_per_face
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tokenizer.image_files import open_image

@@ -11,9 +11,9 @@ import pytest
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.build_corpus import main
-from gaussian_tokenizer.corpus_builder import build
-from gaussian_tokenizer.corpus_checks import validate
-from gaussian_tokenizer.corpus_plan import BuildSettings
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.validation import validate
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
 HEAD = build_procedural_head(600)

@@ -17,11 +17,11 @@ from PIL import Image
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.captures.subject import Frame, Subject, write_subject
-from gaussian_tokenizer.corpus import load_corpus
-from gaussian_tokenizer.corpus_builder import build
-from gaussian_tokenizer.corpus_checks import validate
-from gaussian_tokenizer.corpus_plan import BuildSettings
-from gaussian_tokenizer.corpus_schema import points_per_face
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.corpus import load_corpus
+from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.schema import points_per_face
+from gaussian_tokenizer.corpus.validation import validate
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer

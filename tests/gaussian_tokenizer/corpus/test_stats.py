@@ -11,9 +11,9 @@ from scipy.stats import entropy
 
 from gaussian_tokenizer.build_corpus import main
 from gaussian_tokenizer.captures.subject import find_subjects
-from gaussian_tokenizer.corpus import load_corpus
-from gaussian_tokenizer.corpus_page import first_pictures
-from gaussian_tokenizer.corpus_statistics import statistics, statistics_table
+from gaussian_tokenizer.corpus.corpus import load_corpus
+from gaussian_tokenizer.corpus.html_page import first_pictures
+from gaussian_tokenizer.corpus.stats import statistics, statistics_table
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
 HEAD = build_procedural_head(600)
@@ -86,7 +86,7 @@ def test_the_command_writes_a_picture_and_a_page_that_stands_alone(corpus, tmp_p
 def test_names_on_the_page_are_text_and_not_html(corpus, figures, tmp_path):
     from dataclasses import replace
 
-    from gaussian_tokenizer.corpus_page import write_page
+    from gaussian_tokenizer.corpus.html_page import write_page
 
     page = write_page(corpus, replace(figures, licences={"<script>alert(1)</script>": 12}), tmp_path / "page.html")
     assert "<script>" not in page.read_text() and "&lt;script&gt;" in page.read_text()
@@ -95,7 +95,7 @@ def test_names_on_the_page_are_text_and_not_html(corpus, figures, tmp_path):
 def test_a_phone_scrolls_the_page_downwards_only(corpus, figures, tmp_path, width_on_a_phone):
     from dataclasses import replace
 
-    from gaussian_tokenizer.corpus_page import write_page
+    from gaussian_tokenizer.corpus.html_page import write_page
 
     page = write_page(corpus, replace(figures, licences={"a-name-without-a-space-" * 6: 12}), tmp_path / "page.html")
     assert width_on_a_phone(page) == 390

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gaussian_tokenizer.avatars.avatar import PARAMETERS_NAME
-from gaussian_tokenizer.corpus import Corpus, read_rows
+from gaussian_tokenizer.corpus.corpus import Corpus, read_rows
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gaussian_tokenizer.corpus import Corpus, read_rows
+from gaussian_tokenizer.corpus.corpus import Corpus, read_rows
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import SLOTS, GaussianTokenizer
 
 SEQUENCE_BARS = 40

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow
 import torch
 
-from gaussian_tokenizer.corpus import CONFIGURATIONS, FORMAT, SPLITS, tokenizer_fingerprint
-from gaussian_tokenizer.corpus_shards import Rows, ShardPlan
-from gaussian_tokenizer.corpus_subjects import ABOUT, UNKNOWN, Survey
+from gaussian_tokenizer.corpus.corpus import CONFIGURATIONS, FORMAT, SPLITS, tokenizer_fingerprint
+from gaussian_tokenizer.corpus.shards import Rows, ShardPlan
+from gaussian_tokenizer.corpus.sources import ABOUT, UNKNOWN, Survey
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import DEFAULT_BOUNDS, GaussianTokenizer
 

@@ -13,10 +13,10 @@ from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 
-from gaussian_tokenizer.corpus import CONFIGURATIONS, shards_of
-from gaussian_tokenizer.corpus_plan import unknown
-from gaussian_tokenizer.corpus_schema import avatars_features, frames_features
-from gaussian_tokenizer.corpus_subjects import ABOUT, Survey
+from gaussian_tokenizer.corpus.corpus import CONFIGURATIONS, shards_of
+from gaussian_tokenizer.corpus.planning import unknown
+from gaussian_tokenizer.corpus.schema import avatars_features, frames_features
+from gaussian_tokenizer.corpus.sources import ABOUT, Survey
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file

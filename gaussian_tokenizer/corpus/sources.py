@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from gaussian_tokenizer.avatars.anchoring import face_frames, local_to_world
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.captures.subject import Frame, Subject, find_subject_folders
-from gaussian_tokenizer.corpus_schema import POSE_SIZES
+from gaussian_tokenizer.corpus.schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tokenizer.image_files import verify_image

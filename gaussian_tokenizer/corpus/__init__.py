@@ -1,0 +1,1 @@
+"""Tokenised avatars with their conditions as a Hugging Face dataset: built, checked, read."""
