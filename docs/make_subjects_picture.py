@@ -14,8 +14,8 @@ from PIL import Image
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.rendering.splatting import render
-from gaussian_tokenizer.synthetic import portrait_avatar, synthesize_subject
-from gaussian_tokenizer.synthetic_source import PIXELS_BETWEEN_POINTS
+from gaussian_tokenizer.synthetic.source import PIXELS_BETWEEN_POINTS
+from gaussian_tokenizer.synthetic.subject import portrait_avatar, synthesize_subject
 from gaussian_tokenizer.utils.atomic import atomic_file
 
 

@@ -28,13 +28,13 @@ from gaussian_tokenizer.corpus.identity_stats import identity_statistics, shapes
 from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.synthetic_layout import MIN_POINTS_PER_FACE
-from gaussian_tokenizer.synthetic_source import MAX_VIEWS, SyntheticSource, _make
+from gaussian_tokenizer.synthetic.layout import MIN_POINTS_PER_FACE
+from gaussian_tokenizer.synthetic.source import MAX_VIEWS, SyntheticSource, _make
 from gaussian_tokenizer.utils.json_files import read_json
 from gaussian_tokenizer.utils.locks import exclusive
 from gaussian_tokenizer.utils.parallel import runner
 
-PRELOADED = ("gaussian_tokenizer.synthetic_source",)  # what each of the processes needs
+PRELOADED = ("gaussian_tokenizer.synthetic.source",)  # what each of the processes needs
 RECIPE = ("seed", "image_size", "views", "timesteps", "num_points", "identity_scale", "min_points_per_face")
 LOCK_NAME = (
     ".synthesize.lock"  # while subjects are being made; nobody else may take their temporary folders for leftovers

@@ -17,7 +17,7 @@ from eval.viewer_page import UNITS, Page, open_server
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar, open_avatar
 from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.synthetic import synthesize_subject
+from gaussian_tokenizer.synthetic.subject import synthesize_subject
 
 
 @pytest.fixture(scope="module")

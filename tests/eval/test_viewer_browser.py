@@ -22,7 +22,7 @@ from gaussian_tokenizer.avatars.ply import read_gaussian_ply
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.splatting import render
-from gaussian_tokenizer.synthetic import synthesize_subject
+from gaussian_tokenizer.synthetic.subject import synthesize_subject
 
 viewer_page = pytest.importorskip("eval.viewer_page", reason="needs viser: pip install 'avatar-pointillist[viewer]'")
 

@@ -8,7 +8,7 @@ import torch
 from eval.viewer_colors import MODES, modes, point_colors, points_per_area, ramp
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.synthetic import synthesize_subject
+from gaussian_tokenizer.synthetic.subject import synthesize_subject
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
 

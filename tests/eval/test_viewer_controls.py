@@ -9,7 +9,7 @@ from gaussian_tokenizer.avatars.motions import MOTIONS, synthetic_motion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.synthetic import synthesize_subject
+from gaussian_tokenizer.synthetic.subject import synthesize_subject
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from eval.viewer_exports import folder_bytes, png_bytes, splat_bytes
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import expression_frames
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.synthetic import synthesize_subject
+from gaussian_tokenizer.synthetic.subject import synthesize_subject
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import expression_frames, synthetic_motion
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.synthetic import synthesize_subject
+from gaussian_tokenizer.synthetic.subject import synthesize_subject
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from gaussian_tokenizer.corpus import building as corpus_builder
 from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import RECIPE
-from gaussian_tokenizer.synthetic_source import SyntheticSource
+from gaussian_tokenizer.synthetic.source import SyntheticSource
 from gaussian_tokenizer.utils import atomic
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")

@@ -13,7 +13,7 @@ from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.synthetic import synthesize_subject
+from gaussian_tokenizer.synthetic.subject import synthesize_subject
 
 STATIC = ("shape", "static_offset")  # these stay the avatar's, whatever motion is played
 DYNAMIC = ("translation", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "expr", "dynamic_offset")

@@ -27,7 +27,7 @@ from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.image_metrics import psnr
 from gaussian_tokenizer.rendering.splatting import render
-from gaussian_tokenizer.synthetic import synthesize_subject
+from gaussian_tokenizer.synthetic.subject import synthesize_subject
 
 pytest.importorskip("gsplat", reason="needs gsplat for .splat and .compressed.ply")
 pytestmark = pytest.mark.slow

@@ -22,8 +22,8 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.synthesize import LOCK_NAME, RECIPE, main, synthesize
-from gaussian_tokenizer.synthetic import synthesize_subject
-from gaussian_tokenizer.synthetic_source import SyntheticSource
+from gaussian_tokenizer.synthetic.source import SyntheticSource
+from gaussian_tokenizer.synthetic.subject import synthesize_subject
 from gaussian_tokenizer.utils.locks import exclusive
 
 HEAD = "procedural:600"

@@ -17,7 +17,7 @@ from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.splatting import render
-from gaussian_tokenizer.synthetic import synthesize_subject
+from gaussian_tokenizer.synthetic.subject import synthesize_subject
 from modeling import animate
 
 HEAD = build_procedural_head(600)

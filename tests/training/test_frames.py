@@ -8,8 +8,8 @@ from PIL import Image
 from gaussian_tokenizer.captures.subject import find_subjects
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.splatting import render
-from gaussian_tokenizer.synthetic import portrait_avatar, synthesize_subject
-from gaussian_tokenizer.synthetic_source import PIXELS_BETWEEN_POINTS
+from gaussian_tokenizer.synthetic.source import PIXELS_BETWEEN_POINTS
+from gaussian_tokenizer.synthetic.subject import portrait_avatar, synthesize_subject
 from training.frames import (
     BACKGROUNDS,
     EvaluationSubjects,

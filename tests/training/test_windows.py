@@ -9,7 +9,7 @@ from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.synthetic import synthesize_subject
+from gaussian_tokenizer.synthetic.subject import synthesize_subject
 from training.rows import AvatarRows
 from training.windows import EvaluationWindows, TrainWindows, collate_windows, window_start
 

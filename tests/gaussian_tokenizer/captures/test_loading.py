@@ -14,8 +14,8 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.rendering.splatting import render, to_rgba
-from gaussian_tokenizer.synthetic import draw_moments, portrait_avatar, synthesize_subject
-from gaussian_tokenizer.synthetic_source import PIXELS_BETWEEN_POINTS
+from gaussian_tokenizer.synthetic.source import PIXELS_BETWEEN_POINTS
+from gaussian_tokenizer.synthetic.subject import draw_moments, portrait_avatar, synthesize_subject
 
 
 def change_npz(path, **arrays):

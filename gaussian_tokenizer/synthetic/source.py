@@ -12,13 +12,13 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.rendering.splatting import render, to_rgba
-from gaussian_tokenizer.synthetic import (
+from gaussian_tokenizer.synthetic.layout import MAX_POINTS_PER_FACE
+from gaussian_tokenizer.synthetic.subject import (
     SyntheticSubject,
     draw_moments,
     portrait_avatar,
     synthesize_subject,
 )
-from gaussian_tokenizer.synthetic_layout import MAX_POINTS_PER_FACE
 
 LICENCE, CONSENT = "CC0-1.0", "synthetic, no person"
 

@@ -24,7 +24,8 @@ from gaussian_tokenizer.avatars.gaussians import SH_DC
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.synthetic_layout import (
+from gaussian_tokenizer.synthetic.appearance import Looks, colors_of, draw_looks, smoothstep
+from gaussian_tokenizer.synthetic.layout import (
     JAW_OPENING,
     MIN_POINTS_PER_FACE,
     FaceLayout,
@@ -35,7 +36,6 @@ from gaussian_tokenizer.synthetic_layout import (
     spacings,
     sparse_counts,
 )
-from gaussian_tokenizer.synthetic_looks import Looks, colors_of, draw_looks, smoothstep
 
 SHAPE_LIMIT = 2.5  # standard deviations
 ROUNDING = 0.7  # of Phong tessellation: 0 keeps the flat faces, 1 the full tangent planes

@@ -15,7 +15,7 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.cameras import Cameras, portrait_cameras
 from gaussian_tokenizer.rendering.splatting import Rendering, render
-from gaussian_tokenizer.synthetic import (
+from gaussian_tokenizer.synthetic.subject import (
     SHAPE_LIMIT,
     SyntheticSubject,
     draw_moments,

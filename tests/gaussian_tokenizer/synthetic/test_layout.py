@@ -7,7 +7,7 @@ import pytest
 
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.synthetic_layout import (
+from gaussian_tokenizer.synthetic.layout import (
     BEARD,
     CLOSING,
     HAIR,

@@ -1,0 +1,1 @@
+"""Synthetic subjects: heads, hair, skin and images from a seed."""
