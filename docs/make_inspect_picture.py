@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from gaussian_tokenizer import inspect
 from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV
+from gaussian_tokenizer.inspect.__main__ import __main__ as inspect
 from gaussian_tokenizer.synthesize import synthesize
 
 

@@ -25,7 +25,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.ict import _read_indices, read_obj
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.inspect import inspect
+from gaussian_tokenizer.inspect.__main__ import inspect
 from gaussian_tokenizer.synthesize import synthesize
 from gaussian_tokenizer.tokenizer.image_files import open_image, verify_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer

@@ -12,7 +12,7 @@ from PIL import Image
 from gaussian_tokenizer.captures.loading import find_trackings, load_tracking, read_tracking
 from gaussian_tokenizer.captures.projection import project
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.inspect import inspect
+from gaussian_tokenizer.inspect.__main__ import inspect
 
 
 def make_union(folder, tracked, shape_offset=0.0):

@@ -1,7 +1,7 @@
 """Say what a file or folder is, what is in it and what is wrong with it.
 
-    python -m gaussian_tokenizer.inspect subjects/synthetic-0-000000 --picture sheet.png
-    python -m gaussian_tokenizer.inspect export/074_EMO-1 --head flame.safetensors --json
+    python -m gaussian_tokenizer.inspect.__main__ subjects/synthetic-0-000000 --picture sheet.png
+    python -m gaussian_tokenizer.inspect.__main__ export/074_EMO-1 --head flame.safetensors --json
 
 Trackings (see `tracking`) are looked at closely: with a head model, its projection is compared with pictures and masks.
 Everything else the toolkit reads or writes is recognised, described in a few lines, and the command that looks deeper
@@ -20,7 +20,7 @@ from gaussian_tokenizer.captures.checks import Problem
 from gaussian_tokenizer.captures.contact_sheet import contact_sheet
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.inspect_kinds import Report, kind_of
+from gaussian_tokenizer.inspect.kinds import Report, kind_of
 from gaussian_tokenizer.utils.atomic import atomic_file
 
 
@@ -43,7 +43,9 @@ def inspect(path: str | Path, head: str | HeadModel | None = None) -> Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gaussian_tokenizer.inspect", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m gaussian_tokenizer.inspect.__main__", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("path", type=Path, help="a tracking, avatar, corpus, model, head model, or a folder of such")
     parser.add_argument(
         "--head", help="head model the data was made on: procedural[:faces], .safetensors, FLAME .pkl, ICT"

@@ -15,7 +15,7 @@ from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.captures.contact_sheet import contact_sheet
 from gaussian_tokenizer.captures.loading import load_tracking, read_tracking
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.inspect import inspect, main
+from gaussian_tokenizer.inspect.__main__ import inspect, main
 
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
 
