@@ -109,7 +109,7 @@ class Fit:
         ):
             raise ValueError(
                 f"{self.tracking.path}: no camera sees the head; look at it with "
-                f"`python -m gaussian_tokenizer.inspect.__main__ {self.tracking.path} --picture look.png` (camera convention?)"
+                f"`python -m gaussian_tokenizer.inspect {self.tracking.path} --picture look.png` (camera convention?)"
             )
         return state
 

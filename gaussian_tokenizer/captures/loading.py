@@ -43,7 +43,7 @@ def load_tracking(path: str | os.PathLike, head: HeadModel) -> Tracking:
     errors = [problem.text for problem in find_problems(tracking, head) if problem.is_error]
     if errors:
         rest = (
-            f" (and {len(errors) - 1} more; python -m gaussian_tokenizer.inspect.__main__ lists them)"
+            f" (and {len(errors) - 1} more; python -m gaussian_tokenizer.inspect lists them)"
             if errors[1:]
             else ""
         )

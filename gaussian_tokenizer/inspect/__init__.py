@@ -1,1 +1,1 @@
-"""What a file or folder is, what is in it, what is wrong: `python -m gaussian_tokenizer.inspect.__main__`."""
+"""What a file or folder is, what is in it, what is wrong: `python -m gaussian_tokenizer.inspect`."""

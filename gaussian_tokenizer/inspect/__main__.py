@@ -1,7 +1,7 @@
 """Say what a file or folder is, what is in it and what is wrong with it.
 
-    python -m gaussian_tokenizer.inspect.__main__ subjects/synthetic-0-000000 --picture sheet.png
-    python -m gaussian_tokenizer.inspect.__main__ export/074_EMO-1 --head flame.safetensors --json
+    python -m gaussian_tokenizer.inspect subjects/synthetic-0-000000 --picture sheet.png
+    python -m gaussian_tokenizer.inspect export/074_EMO-1 --head flame.safetensors --json
 
 Trackings (see `tracking`) are looked at closely: with a head model, its projection is compared with pictures and masks.
 Everything else the toolkit reads or writes is recognised, described in a few lines, and the command that looks deeper
@@ -44,7 +44,7 @@ def inspect(path: str | Path, head: str | HeadModel | None = None) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m gaussian_tokenizer.inspect.__main__", description=__doc__.splitlines()[0]
+        prog="python -m gaussian_tokenizer.inspect", description=__doc__.splitlines()[0]
     )
     parser.add_argument("path", type=Path, help="a tracking, avatar, corpus, model, head model, or a folder of such")
     parser.add_argument(

@@ -97,7 +97,7 @@ def kind_of(path: Path) -> Kind:
         return _avatar, "a GaussianAvatars result folder", [f"python -m modeling.animate --avatar {path} --help"]
     if _subjects_in(path):
         commands = (
-            f"gaussian_tokenizer.inspect.__main__ {path}/<one>",
+            f"gaussian_tokenizer.inspect {path}/<one>",
             f"gaussian_tokenizer.build_corpus --avatars {path} --help",
         )
         return _many, "a folder of subjects", [f"python -m {command}" for command in commands]
@@ -125,7 +125,7 @@ def _kind_of_file(path: Path) -> Kind:
         return _head, "a head model", [head]
     if "gaussian_avatar" in keys:
         return _avatar, "an avatar", [animate]
-    return _weights, "weights of a model", [f"python -m gaussian_tokenizer.inspect.__main__ {path.parent}"]
+    return _weights, "weights of a model", [f"python -m gaussian_tokenizer.inspect {path.parent}"]
 
 
 def _kind_of_ply(path: Path, animate: str) -> Kind:
