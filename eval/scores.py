@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from eval import metrics
 from eval.clips import Clip
+from eval.metrics.functional import functional as metrics
 from eval.networks import Missing, Networks
 from eval.protocol import Pair
 from gaussian_tokenizer.utils.atomic import atomic_file

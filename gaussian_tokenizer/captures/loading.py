@@ -42,11 +42,7 @@ def load_tracking(path: str | os.PathLike, head: HeadModel) -> Tracking:
     tracking = read_tracking(path, head)
     errors = [problem.text for problem in find_problems(tracking, head) if problem.is_error]
     if errors:
-        rest = (
-            f" (and {len(errors) - 1} more; python -m gaussian_tokenizer.inspect lists them)"
-            if errors[1:]
-            else ""
-        )
+        rest = f" (and {len(errors) - 1} more; python -m gaussian_tokenizer.inspect lists them)" if errors[1:] else ""
         raise ValueError(f"{tracking.path}: {errors[0]}{rest}")
     return tracking
 

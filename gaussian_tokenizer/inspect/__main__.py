@@ -43,9 +43,7 @@ def inspect(path: str | Path, head: str | HeadModel | None = None) -> Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m gaussian_tokenizer.inspect", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m gaussian_tokenizer.inspect", description=__doc__.splitlines()[0])
     parser.add_argument("path", type=Path, help="a tracking, avatar, corpus, model, head model, or a folder of such")
     parser.add_argument(
         "--head", help="head model the data was made on: procedural[:faces], .safetensors, FLAME .pkl, ICT"

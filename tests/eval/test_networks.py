@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 
-from eval.metrics import cosine_similarity
+from eval.metrics.functional import cosine_similarity
 from eval.networks import OPENERS, Missing, NetworkOptions, open_networks
 from eval.networks_faces import (
     ARCFACE_FIVE,

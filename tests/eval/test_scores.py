@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eval.metrics import frechet_distance
+from eval.metrics.functional import frechet_distance
 from eval.networks import FaceReading, Missing
 from eval.protocol import make_pairs
 from eval.scores import (

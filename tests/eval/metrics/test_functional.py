@@ -10,12 +10,12 @@ import pytest
 import scipy.linalg
 from scipy.spatial.transform import Rotation
 
-from eval.metrics import (
+from eval.metrics.__main__ import main
+from eval.metrics.functional import (
     cosine_similarity,
     expression_distance,
     frechet_distance,
     keypoint_distance,
-    main,
     pose_distance_euler,
     pose_distance_geodesic,
     psnr,
@@ -199,7 +199,7 @@ def test_rows_that_do_not_belong_together_are_named():
 
 def test_the_doctor_lists_every_metric_and_the_way_to_the_missing_ones(tmp_path):
     environment = {**os.environ, "TORCH_HOME": str(tmp_path)}  # no weights that somebody has downloaded
-    command = [sys.executable, "-m", "eval.metrics", "doctor"]
+    command = [sys.executable, "-m", "eval.metrics.functional", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     status = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines() if line and line[0].isupper()}
