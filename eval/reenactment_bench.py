@@ -32,7 +32,7 @@ from eval.methods import (
     ours_maker,
     truth,
 )
-from eval.networks import Networks, add_network_flags, open_networks, options_from
+from eval.networks.registry import Networks, add_network_flags, open_networks, options_from
 from eval.protocol import MODES, Pair, describe, export_protocol, in_words, make_pairs
 from eval.report import markdown, measured_block
 from eval.report_html import page

@@ -10,7 +10,7 @@ NETWORK_OF_METRIC = {"LPIPS": "lpips", "FID": "inception", "AKD, APD, AED": "fac
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `doctor`; returns the exit status: 0, or 1 if a file that was given is not what its flag asks for."""
-    from eval.networks import add_network_flags, options_from
+    from eval.networks.registry import add_network_flags, options_from
 
     parser = argparse.ArgumentParser(prog="python -m eval.metrics.functional", description="Metrics of avatars.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _diagnosis(options) -> tuple[list[tuple[str, str, str, str]], int]:
     """Rows (metric, status, network, what to do) of the table, and the exit status."""
-    from eval.networks import OPENERS, Missing
+    from eval.networks.registry import OPENERS, Missing
 
     rows = [(metric, "ready", "none: mathematics", "") for metric in ("PSNR", "SSIM")]
     status = 0

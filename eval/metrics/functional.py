@@ -6,7 +6,7 @@
     rotations (N, 3, 3)         -> pose_distance_geodesic, pose_distance_euler (APD)
     expressions (N, E)          -> expression_distance (AED)
 
-No network lives here (`eval.networks` has those) and everything is float64. A row of NaN says that no face was found: the
+No network lives here (`eval.networks.registry` has those) and everything is float64. A row of NaN says that no face was found: the
 distance of that frame is NaN too, never zero. Definitions, and why these: docs/metrics.md. From the command line,
 
     python -m eval.metrics.functional doctor

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval.metrics.functional import frechet_distance
-from eval.networks import FaceReading, Missing
+from eval.networks.registry import FaceReading, Missing
 from eval.protocol import make_pairs
 from eval.scores import (
     FeatureFiles,

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 
 from eval.metrics.functional import cosine_similarity
-from eval.networks import OPENERS, Missing, NetworkOptions, open_networks
-from eval.networks_faces import (
+from eval.networks.faces import (
     ARCFACE_FIVE,
     ARCFACE_TEMPLATE,
     LANDMARK_MEMBERS,
@@ -30,7 +29,8 @@ from eval.networks_faces import (
     reading_of,
     similarity,
 )
-from eval.networks_files import batches, check_state_dict, read_state_dict
+from eval.networks.registry import OPENERS, Missing, NetworkOptions, open_networks
+from eval.networks.weights import batches, check_state_dict, read_state_dict
 
 WEIGHTS_FLAGS = ("lpips_weights", "inception_weights", "landmark_weights", "clip_model", "arcface_weights")
 
@@ -406,7 +406,7 @@ def landmarks_at(points: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("batch", ["N", 1])
 def test_arcface_reads_the_aligned_crop_and_gives_nan_without_a_face(batch, tmp_path):
     pytest.importorskip("onnxruntime")
-    from eval.networks_faces import ArcFace
+    from eval.networks.faces import ArcFace
 
     matrix = onnx_file(tmp_path / "arcface.onnx", batch=batch)
     images = np.random.default_rng(1).integers(0, 256, (2, 150, 140, 3), dtype=np.uint8)

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from eval.networks_faces import ArcFace, FaceLandmarks, FaceReading, open_arcface, open_face
-from eval.networks_files import Missing
-from eval.networks_pictures import Clip, Inception, Lpips, open_clip, open_inception, open_lpips
+from eval.networks.faces import ArcFace, FaceLandmarks, FaceReading, open_arcface, open_face
+from eval.networks.images import Clip, Inception, Lpips, open_clip, open_inception, open_lpips
+from eval.networks.weights import Missing
 
 __all__ = [
     "OPENERS",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.networks_files import (
+from eval.networks.weights import (
     Missing,
     batches,
     cached_checkpoint,

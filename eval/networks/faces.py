@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval.networks_files import Missing, batches, find_weights, source_of
+from eval.networks.weights import Missing, batches, find_weights, source_of
 
 Array = NDArray[np.float64]
 
