@@ -29,7 +29,7 @@ import torch
 from PIL import Image, ImageDraw
 from report import markdown_table, write_report
 
-from eval.methods import vertex_avatar
+from eval.reenactment.methods import vertex_avatar
 from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.clips import FILE_NAME, Clip, digest, open_dataset
-from eval.methods import (
+from eval.networks.registry import Networks, add_network_flags, open_networks, options_from
+from eval.reenactment.clips import FILE_NAME, Clip, digest, open_dataset
+from eval.reenactment.methods import (
     BUILT_IN,
     Method,
     compared,
@@ -32,14 +33,13 @@ from eval.methods import (
     ours_maker,
     truth,
 )
-from eval.networks.registry import Networks, add_network_flags, open_networks, options_from
-from eval.protocol import MODES, Pair, describe, export_protocol, in_words, make_pairs
-from eval.report import markdown, measured_block
-from eval.report_html import page
-from eval.report_pictures import draw_grid, save_pair_video
-from eval.run_folder import RUN_NAME, claim, weights_digest, write
-from eval.scores import FeatureFiles, describe_networks, missing_networks, summarize
-from eval.speed import measure
+from eval.reenactment.protocol import MODES, Pair, describe, export_protocol, in_words, make_pairs
+from eval.reenactment.report import markdown, measured_block
+from eval.reenactment.report_html import page
+from eval.reenactment.report_images import draw_grid, save_pair_video
+from eval.reenactment.run_folder import RUN_NAME, claim, weights_digest, write
+from eval.reenactment.scores import FeatureFiles, describe_networks, missing_networks, summarize
+from eval.reenactment.speed import measure
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.utils.versions import installed_versions
 from modeling import AvatarPipeline, GaussianDecoder

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import Dinov2Config
 
 from eval import reenactment_bench
-from eval.clips import Clip, open_dataset
+from eval.reenactment.clips import Clip, open_dataset
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import synthesize

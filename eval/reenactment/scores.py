@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from eval.clips import Clip
 from eval.metrics.functional import functional as metrics
 from eval.networks.registry import Missing, Networks
-from eval.protocol import Pair
+from eval.reenactment.clips import Clip
+from eval.reenactment.protocol import Pair
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.npz import read_npz
 

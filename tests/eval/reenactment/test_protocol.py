@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.protocol import check_frames, export_protocol, frame_name, make_pairs, read_frames
+from eval.reenactment.protocol import check_frames, export_protocol, frame_name, make_pairs, read_frames
 from gaussian_tokenizer.avatars.export import save_video
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 

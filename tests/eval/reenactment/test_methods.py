@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.methods import (
+from eval.reenactment.methods import (
     compared,
     copy_source,
     draw_pair,
@@ -20,7 +20,7 @@ from eval.methods import (
     source_params,
     truth,
 )
-from eval.protocol import frame_name, make_pairs
+from eval.reenactment.protocol import frame_name, make_pairs
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.rendering.splatting import render
 

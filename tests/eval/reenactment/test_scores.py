@@ -7,8 +7,8 @@ import pytest
 
 from eval.metrics.functional import frechet_distance
 from eval.networks.registry import FaceReading, Missing
-from eval.protocol import make_pairs
-from eval.scores import (
+from eval.reenactment.protocol import make_pairs
+from eval.reenactment.scores import (
     FeatureFiles,
     fid_with_interval,
     frame_values,

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.published import TABLES
-from eval.report import (
+from eval.reenactment.published import TABLES
+from eval.reenactment.report import (
     MAIN,
     MORE,
     PUBLISHED_WARNING,
@@ -23,7 +23,7 @@ from eval.report import (
     refusals,
     speed_lines,
 )
-from eval.scores import Metric
+from eval.reenactment.scores import Metric
 
 VIDEO_BYTES = 24 * 2**20  # embedded in all
 STYLE = """

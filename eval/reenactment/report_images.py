@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.methods import Method
-from eval.protocol import Pair
+from eval.reenactment.methods import Method
+from eval.reenactment.protocol import Pair
 from gaussian_tokenizer.avatars.export import save_video
 from gaussian_tokenizer.utils.atomic import atomic_file
 

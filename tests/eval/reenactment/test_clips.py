@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.clips import digest, on_white, open_dataset
+from eval.reenactment.clips import digest, on_white, open_dataset
 from gaussian_tokenizer.captures.loading import load_tracking
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 

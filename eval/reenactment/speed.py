@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from eval.methods import draw
-from eval.protocol import Pair
+from eval.reenactment.methods import draw
+from eval.reenactment.protocol import Pair
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 
 FRAMES = 32  # drawn for the measurement, after one to warm up

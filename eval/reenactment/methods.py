@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.clips import Clip
-from eval.protocol import Pair, check_frames, frame_name, read_frames
+from eval.reenactment.clips import Clip
+from eval.reenactment.protocol import Pair, check_frames, frame_name, read_frames
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

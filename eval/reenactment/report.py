@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.published import TABLES, PublishedTable
-from eval.scores import METRIC, Metric
+from eval.reenactment.published import TABLES, PublishedTable
+from eval.reenactment.scores import METRIC, Metric
 
 # Table S1: self LPIPS, FID, AKD, APD; cross FID, CLIP, AKD, APD. PSNR and SSIM are added in front.
 MAIN = {"self": ("psnr", "ssim", "lpips", "fid", "akd", "apd"), "cross": ("fid", "clip", "akd", "apd")}

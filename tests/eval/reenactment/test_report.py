@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval.methods import copy_source, truth
-from eval.protocol import make_pairs
-from eval.published import TABLES
-from eval.report import PUBLISHED_WARNING, markdown, measured_block
-from eval.report_html import page
-from eval.report_pictures import draw_grid, save_pair_video
+from eval.reenactment.methods import copy_source, truth
+from eval.reenactment.protocol import make_pairs
+from eval.reenactment.published import TABLES
+from eval.reenactment.report import PUBLISHED_WARNING, markdown, measured_block
+from eval.reenactment.report_html import page
+from eval.reenactment.report_images import draw_grid, save_pair_video
 
 
 @pytest.fixture

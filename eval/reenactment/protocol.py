@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from eval.clips import Clip, on_white
+from eval.reenactment.clips import Clip, on_white
 from gaussian_tokenizer.captures.frame import open_picture
 from gaussian_tokenizer.utils.atomic import atomic_folder
 

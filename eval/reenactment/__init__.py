@@ -1,0 +1,1 @@
+"""The reenactment bench: clips, protocol, methods, scores and the report."""
