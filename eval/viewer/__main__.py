@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from eval.viewer_controls import motions
+from eval.viewer.controls import motions
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar, open_avatar
 
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def view(options: argparse.Namespace) -> None:
     """Open the avatars, serve them until interrupted."""
     try:
-        from eval.viewer_page import Page, check_address, open_server
+        from eval.viewer.page import Page, check_address, open_server
     except ImportError as error:
         raise ImportError(f'the viewer needs viser ({error}): pip install "avatar-pointillist[viewer]"') from error
     torch.set_num_threads(1)  # a pose is too little work to share, and the browser needs the other cores

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.viewer_exports import folder_bytes, png_bytes, splat_bytes
+from eval.viewer.exports import folder_bytes, png_bytes, splat_bytes
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import expression_frames
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head

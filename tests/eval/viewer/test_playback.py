@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("viser", reason="the viewer needs viser: pip install 'avatar-pointillist[viewer]'")
 
-from eval import viewer_playback
-from eval.viewer_page import open_server
-from eval.viewer_playback import Playback
+from eval.viewer import playback as viewer_playback
+from eval.viewer.page import open_server
+from eval.viewer.playback import Playback
 from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 

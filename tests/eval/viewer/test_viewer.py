@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("viser", reason="the viewer needs viser: pip install 'avatar-pointillist[viewer]'")
 
-from eval.viewer import main
-from eval.viewer_page import UNITS, Page, open_server
+from eval.viewer.__main__ import main
+from eval.viewer.page import UNITS, Page, open_server
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar, open_avatar
 from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
@@ -194,7 +194,7 @@ def test_the_view_from_the_start_shows_all_of_it_on_every_page(server, folder, c
 
 
 def test_of_very_many_points_some_are_dots_and_all_are_gaussians(server, folder, monkeypatch):
-    monkeypatch.setattr("eval.viewer_page.MAX_DOTS", 60)
+    monkeypatch.setattr("eval.viewer.page.MAX_DOTS", 60)
     avatar = open_avatar(folder, None)
     page = Page(server, {"ada": avatar}, {})
     assert len(page.handles[0].points) == len(page.handles[0].colors) == -(-len(avatar) // 3)

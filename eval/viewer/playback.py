@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from viser import GuiApi, GuiEvent
 
-from eval.viewer_controls import STILL
+from eval.viewer.controls import STILL
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 RATE, MAX_RATE = 25, 60  # frames a second

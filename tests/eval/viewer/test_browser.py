@@ -24,7 +24,7 @@ from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.synthetic.subject import synthesize_subject
 
-viewer_page = pytest.importorskip("eval.viewer_page", reason="needs viser: pip install 'avatar-pointillist[viewer]'")
+viewer_page = pytest.importorskip("eval.viewer.page", reason="needs viser: pip install 'avatar-pointillist[viewer]'")
 
 pytestmark = pytest.mark.slow
 NUM_POINTS = int(os.environ.get("VIEWER_POINTS", "800"))  # 27000 for the figures of docs/viewer.md

@@ -4,7 +4,7 @@ from math import radians
 import pytest
 import torch
 
-from eval.viewer_controls import MAX_EXPRESSIONS, motions, sliders, to_parameters
+from eval.viewer.controls import MAX_EXPRESSIONS, motions, sliders, to_parameters
 from gaussian_tokenizer.avatars.motions import MOTIONS, synthetic_motion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

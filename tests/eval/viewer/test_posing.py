@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.viewer_posing import Rig
+from eval.viewer.posing import Rig
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import expression_frames, synthetic_motion
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix

@@ -20,11 +20,11 @@ import numpy as np
 import viser
 from viser import ViserServer
 
-from eval.viewer_colors import MODES, modes, point_colors
-from eval.viewer_controls import Slider, sliders, to_parameters
-from eval.viewer_exports import folder_bytes, png_bytes, splat_bytes
-from eval.viewer_playback import Playback
-from eval.viewer_posing import Rig
+from eval.viewer.colors import MODES, modes, point_colors
+from eval.viewer.controls import Slider, sliders, to_parameters
+from eval.viewer.exports import folder_bytes, png_bytes, splat_bytes
+from eval.viewer.playback import Playback
+from eval.viewer.posing import Rig
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.viewer_colors import MODES, modes, point_colors, points_per_area, ramp
+from eval.viewer.colors import MODES, modes, point_colors, points_per_area, ramp
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic.subject import synthesize_subject

@@ -1,0 +1,1 @@
+"""Avatars in the browser: `python -m eval.viewer`."""
