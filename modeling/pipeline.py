@@ -312,7 +312,7 @@ from modeling import AvatarPipeline
 
 pipeline = AvatarPipeline.from_pretrained("THIS_FOLDER_OR_ID")
 avatar = pipeline("portrait.png", seed=0)
-avatar.save("avatar")                      # a GaussianAvatars folder; python -m modeling.animate moves it
+avatar.save("avatar")                      # a GaussianAvatars folder; python -m gaussian_tokenizer.animate moves it
 ```""",
             """Where this toolkit is not installed, the networks and the tokenizer load one by one:
 

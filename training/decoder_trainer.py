@@ -21,7 +21,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from gaussian_tokenizer.rendering.splatting import render
 from modeling import GaussianDecoder, PointillistForCausalLM
-from modeling.decoding import to_gaussians, vertex_points
+from modeling.conversion import to_gaussians, vertex_points
 from modeling.point_features import FeatureCache, point_features
 from training.exact_trainer import ExactTrainer
 from training.frames import cameras_of, motion_of, on_background

@@ -24,10 +24,10 @@ import torch
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import load_head
+from gaussian_tokenizer.rendering.point_plots import draw_comparison
 from gaussian_tokenizer.utils.atomic import atomic_file
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import point_features
-from modeling.point_pictures import draw_comparison
 from training.common_arguments import exit_on_user_error
 from training.demo_report import (
     chamfer,

@@ -41,13 +41,11 @@ def ssim(a: ArrayLike, b: ArrayLike) -> Array:
     """
     import torch
 
-    from gaussian_tokenizer.rendering import image_metrics as picture_metrics
+    from gaussian_tokenizer.rendering import image_metrics
 
     a, b = _pictures(a, b)
     pairs = ((torch.from_numpy(x / 255.0)[None], torch.from_numpy(y / 255.0)[None]) for x, y in zip(a, b))
-    return np.array(
-        [float(picture_metrics.ssim(*pair)) for pair in pairs]
-    )  # one by one: five copies are held at a time
+    return np.array([float(image_metrics.ssim(*pair)) for pair in pairs])  # one by one: five copies are held at a time
 
 
 def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:

@@ -27,7 +27,7 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder
 from modeling import AvatarPipeline, GaussianDecoder, to_gaussians
-from modeling.decoding import vertex_points
+from modeling.conversion import vertex_points
 
 BUILT_IN = ("truth", "ours", "flame_position", "copy-source", "mean-image")
 FRAMES_AT_ONCE = 8  # always the same frames together, or the last digits would depend on where a run was killed

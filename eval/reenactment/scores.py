@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.metrics.functional import functional as metrics
+from eval.metrics import functional as metrics
 from eval.networks.registry import Missing, Networks
 from eval.reenactment.clips import Clip
 from eval.reenactment.protocol import Pair

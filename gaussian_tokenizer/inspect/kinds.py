@@ -94,7 +94,11 @@ def kind_of(path: Path) -> Kind:
     if any((folder / NEUTRAL).is_file() for folder in (path, path / "FaceXModel")):
         return _head, "a head model, ICT-FaceKit", [f"load_head('{path}'), see docs/heads.md"]
     if _has_avatar(path):
-        return _avatar, "a GaussianAvatars result folder", [f"python -m modeling.animate --avatar {path} --help"]
+        return (
+            _avatar,
+            "a GaussianAvatars result folder",
+            [f"python -m gaussian_tokenizer.animate --avatar {path} --help"],
+        )
     if _subjects_in(path):
         commands = (
             f"gaussian_tokenizer.inspect {path}/<one>",
@@ -105,9 +109,12 @@ def kind_of(path: Path) -> Kind:
 
 
 def _kind_of_file(path: Path) -> Kind:
-    animate, head = f"python -m modeling.animate --avatar {path} --help", f"load_head('{path}'), see docs/heads.md"
+    animate, head = (
+        f"python -m gaussian_tokenizer.animate --avatar {path} --help",
+        f"load_head('{path}'), see docs/heads.md",
+    )
     if path.suffix == ".npz":
-        return _motion, "head parameters", [f"python -m modeling.animate --motion {path} --help"]
+        return _motion, "head parameters", [f"python -m gaussian_tokenizer.animate --motion {path} --help"]
     if path.suffix == ".ply":
         return _kind_of_ply(path, animate)
     if path.suffix == ".splat":

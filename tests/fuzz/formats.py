@@ -16,7 +16,7 @@ from gaussian_tokenizer.avatars.motions import load_motion
 from gaussian_tokenizer.avatars.ply import read_gaussian_ply, write_gaussian_ply
 from gaussian_tokenizer.captures.loading import load_tracking
 from gaussian_tokenizer.captures.subject import Subject
-from gaussian_tokenizer.corpus import validation as corpus_checks
+from gaussian_tokenizer.corpus import validation
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.corpus.planning import BuildSettings
@@ -129,7 +129,7 @@ def _read_corpus(corpus: Path) -> None:
     loaded = load_corpus(corpus)
     for split in loaded.splits:
         loaded.frame_rows(split)
-    corpus_checks.validate(corpus)
+    validation.validate(corpus)
 
 
 def _arrays_in_this_process(path: Path, keys: Sequence[str]) -> dict:

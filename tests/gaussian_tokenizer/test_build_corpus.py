@@ -192,9 +192,9 @@ def test_finished_shards_are_kept_and_damaged_ones_are_written_again(subjects, t
 
 
 def fail_after(monkeypatch, count):
-    from gaussian_tokenizer.corpus import building as corpus_builder
+    from gaussian_tokenizer.corpus import building
 
-    real, calls = corpus_builder.write_shard, []
+    real, calls = building.write_shard, []
 
     def write(*arguments):
         calls.append(1)
@@ -202,7 +202,7 @@ def fail_after(monkeypatch, count):
             raise OSError(28, "No space left on device")
         return real(*arguments)
 
-    monkeypatch.setattr(corpus_builder, "write_shard", write)
+    monkeypatch.setattr(building, "write_shard", write)
 
 
 def test_subjects_that_change_between_two_attempts_are_read_anew(tmp_path, monkeypatch):

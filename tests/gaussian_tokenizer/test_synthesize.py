@@ -220,12 +220,12 @@ def test_a_corpus_killed_at_random_moments_keeps_its_subjects_and_ends_with_the_
 
 
 def test_a_half_made_corpus_of_other_people_is_not_continued(head, tiny_corpus, tmp_path, monkeypatch):
-    from gaussian_tokenizer.corpus import building as corpus_builder
+    from gaussian_tokenizer.corpus import building
 
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpus_builder, "write_shard", full)
+    monkeypatch.setattr(building, "write_shard", full)
     with pytest.raises(OSError, match="No space left"):
         build(source(3), head, tmp_path / "corpus", SETTINGS, progress=False)
     monkeypatch.undo()

@@ -15,7 +15,7 @@ from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from gaussian_tokenizer.rendering.splatting import render
 from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
-from modeling.decoding import vertex_points
+from modeling.conversion import vertex_points
 from modeling.point_features import FeatureCache, point_features
 from training.decoder_arguments import DecoderTrainingArguments
 from training.decoder_trainer import CONDITION, DecoderTrainer, LossWeights

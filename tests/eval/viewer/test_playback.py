@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("viser", reason="the viewer needs viser: pip install 'avatar-pointillist[viewer]'")
 
-from eval.viewer import playback as viewer_playback
+from eval.viewer import playback as playback_module
 from eval.viewer.page import open_server
 from eval.viewer.playback import Playback
 from gaussian_tokenizer.avatars.motions import synthetic_motion
@@ -24,7 +24,7 @@ def motions():
 @pytest.fixture
 def clock(monkeypatch):
     clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now)
-    monkeypatch.setattr(viewer_playback, "time", clock)
+    monkeypatch.setattr(playback_module, "time", clock)
     return clock
 
 

@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from gaussian_tokenizer.corpus import building as corpus_builder
+from gaussian_tokenizer.corpus import building
 from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import RECIPE
@@ -47,14 +47,14 @@ def build(job: dict) -> dict:
 
     os.fsync = lambda descriptor: None  # nobody pulls the plug here
     if not job["exchange"]:
-        atomic.exchange_names = corpus_builder.exchange_names = lambda first, second: False
+        atomic.exchange_names = building.exchange_names = lambda first, second: False
     sys.addaudithook(count)
     source = job["subjects"]
     if isinstance(source, int):
         source = SyntheticSource(source, dict(zip(RECIPE, (0, 16, 1, 1, 20, 1.0, 4))))
     try:
         settings = BuildSettings(**job["settings"])
-        corpus_builder.build(
+        building.build(
             source, HEAD, Path(job["output"]), settings, overwrite=job["overwrite"], num_proc=1, progress=False
         )
     except Exception as error:

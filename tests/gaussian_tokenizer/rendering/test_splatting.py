@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.rendering import splatting
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.rasterizer_reference import rasterize_reference
 from gaussian_tokenizer.rendering.splatting import render
-from gaussian_tokenizer.rendering.splatting import splatting as rendering
 
 
 def some_gaussians(frames=1, n=60, degree=0, seed=0):
@@ -116,8 +116,8 @@ def test_planes_and_widening_that_make_no_sense_are_refused():
 
 
 def test_which_rasteriser_draws_is_said_once(caplog):
-    rendering._log_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger=rendering.__name__):
+    splatting._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger=splatting.__name__):
         for _ in range(2):
             render(some_gaussians(), some_cameras())
     assert [record.message for record in caplog.records] == ["the rasteriser in PyTorch draws (CPU)"]
@@ -147,7 +147,7 @@ def test_gsplat_is_asked_for_the_same_pictures(frames, n_cameras):
         return torch.cat((image, depth / alpha.clamp(min=1e-10)), -1).float(), alpha.float(), {}
 
     gaussians, cameras = some_gaussians(frames=frames, degree=1), some_cameras(n_cameras)
-    colors, alpha, depth = rendering._with_gsplat(stand_in, gaussians, cameras, 0.3, 0.01, 1e10)
+    colors, alpha, depth = splatting._with_gsplat(stand_in, gaussians, cameras, 0.3, 0.01, 1e10)
     ours = render(gaussians, cameras, background=0)
     assert torch.allclose(colors, ours.image, atol=1e-4) and torch.allclose(alpha, ours.alpha, atol=1e-4)
     assert torch.allclose(depth, ours.depth, atol=1e-4)

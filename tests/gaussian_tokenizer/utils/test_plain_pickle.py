@@ -241,7 +241,7 @@ def test_the_process_cannot_take_more_memory_than_it_is_given():
     pytest.importorskip("resource")
     if sys.platform == "darwin":
         pytest.skip("macOS has no limit of memory for a process")
-    script = "from gaussian_tokenizer import plain_arrays as p; p._limit_this_process(2**28); bytes(2**29)"
+    script = "from gaussian_tokenizer.utils import plain_arrays as p; p._limit_this_process(2**28); bytes(2**29)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.endswith("MemoryError\n")
 

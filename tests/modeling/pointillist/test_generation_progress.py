@@ -7,7 +7,7 @@ from itertools import groupby
 import pytest
 import torch
 
-from modeling import generation_progress
+from modeling.pointillist import generation_progress
 
 POINT = re.compile(
     r"generating: .*?(\d+)(?:/(\d+))? points \[\d\d:\d\d(?:<[\d:?]+)?, +[\d.?]+ points/s(?:, height (\d+) %)?\]"

@@ -1,4 +1,4 @@
-"""`python -m modeling.animate`: files of a moving head from the command line, errors in one line."""
+"""`python -m gaussian_tokenizer.animate`: files of a moving head from the command line, errors in one line."""
 
 import os
 import shutil
@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from pretended_device import PretendedDevice
 
+from gaussian_tokenizer import animate
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.synthetic.subject import synthesize_subject
-from modeling import animate
 
 HEAD = build_procedural_head(600)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config
 
 from modeling import PointillistConfig, PointillistForCausalLM, PointillistModel
-from modeling.modeling_condition import ConditionEncoder
+from modeling.pointillist.modeling_condition import ConditionEncoder
 
 from .conftest import TINY
 

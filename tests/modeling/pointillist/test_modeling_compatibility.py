@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from modeling import PointillistForCausalLM, PointillistOutput, RingCache
-from modeling.modeling_compatibility import CACHE_NAME, CACHE_NAMES
+from modeling.pointillist.modeling_compatibility import CACHE_NAME, CACHE_NAMES
 
 pytestmark = pytest.mark.newest
 POINTS = 20  # 81 tokens: two and a half windows of 32

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling.candidates import likeliest, mean_log_likelihood
+from modeling.ranking import likeliest, mean_log_likelihood
 
 OPTIONS = dict(output_point_features=True, return_dict_in_generate=True, max_points=12, top_k=5)
 CANDIDATES = 8

@@ -4,7 +4,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from modeling import PointGrammar, PointillistConfig
-from modeling.generation_sampling import TokenSampler
+from modeling.pointillist.generation_sampling import TokenSampler
 
 CONFIG = PointillistConfig(n_bins=5, n_faces=7, use_vision_encoder=False, use_point_encoder=False)
 BOS, EOS, PAD = CONFIG.bos_token_id, CONFIG.eos_token_id, CONFIG.pad_token_id

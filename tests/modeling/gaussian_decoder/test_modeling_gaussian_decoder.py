@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AutoModel, Dinov2Model
 
 from gaussian_tokenizer.avatars.gaussians import SH_DC
 from modeling import GaussianDecoder, GaussianDecoderConfig, to_gaussians
-from modeling.modeling_gaussian_decoder import HeldExp, JointBlock, positional_encoding
+from modeling.gaussian_decoder.modeling_gaussian_decoder import HeldExp, JointBlock, positional_encoding
 
 VISION = dict(hidden_size=24, num_hidden_layers=5, num_attention_heads=3, image_size=28, patch_size=14)
 TINY = dict(

@@ -1,6 +1,6 @@
 """Move an avatar and look at it, from the command line.
 
-    python -m modeling.animate --avatar subjects/synthetic-0-000000 --motion talk --output talk.gif
+    python -m gaussian_tokenizer.animate --avatar subjects/synthetic-0-000000 --motion talk --output talk.gif
 
 An avatar, its head model and a motion go in: built in (talk, nod, look_around, expressions), tracked (a flame_param.npz
 or a folder of them), or a turntable around the head at rest. Pictures come out as .gif, .mp4 or a folder of PNG, the

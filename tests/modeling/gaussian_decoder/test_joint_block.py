@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modeling import GaussianDecoder, GaussianDecoderConfig
-from modeling.modeling_gaussian_decoder import JointBlock
+from modeling.gaussian_decoder.modeling_gaussian_decoder import JointBlock
 
 CONFIG = GaussianDecoderConfig(hidden_size=32, num_attention_heads=4)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling.point_pictures import draw_comparison, view
+from gaussian_tokenizer.rendering.point_plots import draw_comparison, view
 
 
 def rows_and_columns(pixels):

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling import GaussianDecoderConfig, PointillistConfig
-from modeling.configuration_gaussian_decoder import spread_layers
+from modeling.gaussian_decoder.configuration_gaussian_decoder import spread_layers
 
 VISION = dict(hidden_size=24, num_hidden_layers=5, num_attention_heads=3, image_size=28, patch_size=14)
 TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, point_feature_size=20, vision_config=VISION)
