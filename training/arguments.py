@@ -10,7 +10,7 @@ from transformers import Dinov2Config
 
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
-from training.common_arguments import flag_named
+from training.common.arguments import flag_named
 
 
 @dataclass

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import GaussianDecoderConfig, PointillistConfig
-from training.common_arguments import PretrainArguments
+from training.common.arguments import PretrainArguments
 
 
 @dataclass

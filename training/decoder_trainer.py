@@ -23,7 +23,7 @@ from gaussian_tokenizer.rendering.splatting import render
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.conversion import to_gaussians, vertex_points
 from modeling.point_features import FeatureCache, point_features
-from training.exact_trainer import ExactTrainer
+from training.common.exact_trainer import ExactTrainer
 from training.frames import cameras_of, motion_of, on_background
 from training.losses import PerceptualLoss, offset_regulariser
 

@@ -28,7 +28,8 @@ from gaussian_tokenizer.rendering.point_plots import draw_comparison
 from gaussian_tokenizer.utils.atomic import atomic_file
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import point_features
-from training.common_arguments import exit_on_user_error
+from training.common.arguments import exit_on_user_error
+from training.common.model_card import hub_license
 from training.demo_report import (
     chamfer,
     draw_avatars,
@@ -40,7 +41,6 @@ from training.demo_report import (
     true_frames,
 )
 from training.frames import SubjectRows, mean_images
-from training.model_card import hub_license
 
 STEPS = 6
 SHOWN = 8  # subjects in the pictures

@@ -22,9 +22,9 @@ from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistForCausalLM
+from training.common.rows import AvatarRows
 from training.frames import SubjectRows, cameras_of, motion_of, on_background
 from training.metrics import slot_metrics, slot_sums
-from training.rows import AvatarRows
 from training.windows import EvaluationWindows, collate_windows
 
 VIEWS = (-35.0, 0.0, 35.0)  # degrees to the subject's left

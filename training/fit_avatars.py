@@ -33,13 +33,13 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.utils.disk import disk_is_full
 from training.avatar_fitting import Fit, optimise
-from training.common_arguments import exit_on_user_error, parse_arguments
+from training.common.arguments import exit_on_user_error, parse_arguments
+from training.common.process import Interrupted, StopSignals, warn_of_missing_processes
 from training.fit_arguments import FitArguments, FitSettings
 from training.fit_pictures import evenly_spread
 from training.fit_queue import Job, order_of
 from training.fit_report import fit_report, write_report
 from training.fit_state import FitState
-from training.process import Interrupted, StopSignals, warn_of_missing_processes
 
 POLL_SECONDS = 1.0
 STEPS_BETWEEN_FIGURES = 50  # in the progress bar

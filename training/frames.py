@@ -19,7 +19,7 @@ from gaussian_tokenizer.corpus.corpus import Corpus
 from gaussian_tokenizer.corpus.schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
-from training.rows import AvatarRows
+from training.common.rows import AvatarRows
 
 POSES = ("expr", *POSE_SIZES)
 BACKGROUNDS = (0.0, 0.5, 1.0)  # grey levels of training (LAM)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.trainer_pt_utils import get_model_param_count
 
 from modeling import PointillistConfig, PointillistForCausalLM
-from training.rows import AvatarRows
+from training.common.rows import AvatarRows
 
 SLOTS = ("x", "y", "z", "b")
 

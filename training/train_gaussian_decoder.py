@@ -29,15 +29,15 @@ from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import FeatureCache
-from training.common_arguments import exit_on_user_error, flag_named, parse_arguments
+from training.common.arguments import exit_on_user_error, flag_named, parse_arguments
+from training.common.exact_trainer import checkpoint_to_resume, going_on_from
+from training.common.model_card import decoder_card
+from training.common.process import warn_of_missing_processes
 from training.decoder_arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
 from training.decoder_trainer import DecoderTrainer, LossWeights
-from training.exact_trainer import checkpoint_to_resume, going_on_from
 from training.frames import EvaluationSubjects, SubjectRows, TrainSubjects, collate_subjects, mean_images, on_background
 from training.losses import PerceptualLoss
-from training.model_card import decoder_card
 from training.own_sentences import own_sentences
-from training.process import warn_of_missing_processes
 
 
 def main() -> None:

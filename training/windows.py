@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from training.rows import AvatarRows
+from training.common.rows import AvatarRows
 
 
 class TrainWindows(Dataset):

@@ -33,7 +33,7 @@ from gaussian_tokenizer.utils.plain_arrays import FLAME, read_arrays
 from gaussian_tokenizer.utils.plain_pickle import interpret
 from modeling import GaussianDecoderConfig, PointillistConfig
 from tests.fuzz import mutations as m
-from training.common_arguments import read_yaml
+from training.common.arguments import read_yaml
 
 JSON, NPZ = (m.json_value, m.json_value, m.number_in_text), (m.zip_member,)
 SAFETENSORS = (m.safetensors_header, m.safetensors_header, m.safetensors_values)

@@ -14,7 +14,7 @@ from transformers import Dinov2Config
 
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from modeling import PointillistConfig, PointillistForCausalLM
-from training.rows import AvatarRows
+from training.common.rows import AvatarRows
 
 DEBUG = ROOT / "training" / "configs" / "debug.yaml"
 DECODER_DEBUG = DEBUG.with_name("decoder_debug.yaml")

@@ -21,7 +21,7 @@ from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.synthesize import synthesize
 from training import fit_avatars
-from training.common_arguments import exit_on_user_error
+from training.common.arguments import exit_on_user_error
 from training.fit_queue import Job, order_of
 from training.fit_state import FitState, saved_identity
 

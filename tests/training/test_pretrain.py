@@ -22,8 +22,8 @@ from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from training import pretrain
-from training.common_arguments import exit_on_user_error
-from training.exact_trainer import COMPLETE
+from training.common.arguments import exit_on_user_error
+from training.common.exact_trainer import COMPLETE
 
 STEPS, SAVE_EVERY = 16, 3
 # A checkpoint every third step, so that a kill falls before, into and after one.

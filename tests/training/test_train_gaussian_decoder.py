@@ -15,7 +15,7 @@ from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from modeling import GaussianDecoder
 from training import train_gaussian_decoder
-from training.common_arguments import exit_on_user_error
+from training.common.arguments import exit_on_user_error
 
 STEPS = 12
 

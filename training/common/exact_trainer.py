@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from gaussian_tokenizer.utils.atomic import atomic_file, flush_to_disk
 from gaussian_tokenizer.utils.disk import disk_is_full
 from gaussian_tokenizer.utils.hub import one_line, upload
-from training.process import Interrupted, StopSignals
+from training.common.process import Interrupted, StopSignals
 
 COMPLETE = "COMPLETE"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from training import process
-from training.common_arguments import exit_on_user_error
-from training.process import Interrupted, StopSignals, warn_of_missing_processes
+from training.common import process
+from training.common.arguments import exit_on_user_error
+from training.common.process import Interrupted, StopSignals, warn_of_missing_processes
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_handlers_are_those_of_before_when_the_block_is_over():
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_worker_that_inherits_it_outlives_ctrl_c_and_can_be_terminated(number, status):
     code = (
-        "import os, sys\nfrom training.process import StopSignals\n"
+        "import os, sys\nfrom training.common.process import StopSignals\n"
         "with StopSignals() as signals:\n"
         "    worker = os.fork()\n"
         "    if worker == 0:\n"
@@ -108,7 +108,7 @@ def launched(tmp_path: Path, *arguments: str, code: str) -> subprocess.Completed
 
 
 def test_processes_that_accelerate_does_not_start_are_missed(tmp_path):
-    code = "import os\nfrom training.process import warn_of_missing_processes\n"
+    code = "import os\nfrom training.common.process import warn_of_missing_processes\n"
     code += "warn_of_missing_processes(int(os.environ.get('WORLD_SIZE', 1)))"
     said = launched(tmp_path, "--cpu", "--num_processes", "2", code=code).stderr
     assert "warning: accelerate launch was asked for more than one process, but 1 runs" in said

@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
-from training.help_text import GroupedParser
-from training.process import Interrupted
+from training.common.help_text import GroupedParser
+from training.common.process import Interrupted
 
 
 @dataclass

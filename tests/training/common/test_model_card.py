@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from training.model_card import hub_license
+from training.common.model_card import hub_license
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What the trainings share: arguments, rows of a corpus, the exact trainer, model cards, signals."""
