@@ -24,8 +24,8 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianT
 from modeling import PointillistForCausalLM
 from training.common.rows import AvatarRows
 from training.frames import SubjectRows, cameras_of, motion_of, on_background
-from training.metrics import slot_metrics, slot_sums
-from training.windows import EvaluationWindows, collate_windows
+from training.pretraining.metrics import slot_metrics, slot_sums
+from training.pretraining.windows import EvaluationWindows, collate_windows
 
 VIEWS = (-35.0, 0.0, 35.0)  # degrees to the subject's left
 GIF_SUBJECTS = 4

@@ -20,15 +20,15 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from modeling import PointillistForCausalLM
-from training.arguments import DataArguments, ModelArguments
 from training.common.arguments import PretrainArguments, exit_on_user_error, flag_named, parse_arguments
 from training.common.exact_trainer import checkpoint_to_resume, going_on_from
 from training.common.model_card import model_card
 from training.common.process import warn_of_missing_processes
 from training.common.rows import AvatarRows
-from training.metrics import baselines, decoder_parameters
-from training.trainer import PointillistTrainer
-from training.windows import EvaluationWindows, TrainWindows, collate_windows
+from training.pretraining.arguments import DataArguments, ModelArguments
+from training.pretraining.metrics import baselines, decoder_parameters
+from training.pretraining.trainer import PointillistTrainer
+from training.pretraining.windows import EvaluationWindows, TrainWindows, collate_windows
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig, PointillistForCausalLM
-from training.metrics import baselines, flops_per_token, slot_metrics, slot_sums
+from training.pretraining.metrics import baselines, flops_per_token, slot_metrics, slot_sums
 
 SLOTS = "xyzb"
 

@@ -11,7 +11,7 @@ from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic.subject import synthesize_subject
 from training.common.rows import AvatarRows
-from training.windows import EvaluationWindows, TrainWindows, collate_windows, window_start
+from training.pretraining.windows import EvaluationWindows, TrainWindows, collate_windows, window_start
 
 
 class Sentences:

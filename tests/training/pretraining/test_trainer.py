@@ -15,15 +15,15 @@ from safetensors import SafetensorError
 
 from gaussian_tokenizer.utils.disk import disk_is_full
 from modeling import PointillistConfig, PointillistForCausalLM
-from training import trainer as trainer_module
 from training.common import exact_trainer
 from training.common.arguments import PretrainArguments, parse_arguments
 from training.common.exact_trainer import COMPLETE, checkpoint_to_resume, going_on_from
 from training.common.process import Interrupted
 from training.common.rows import AvatarRows
-from training.metrics import slot_metrics
-from training.trainer import PointillistTrainer
-from training.windows import EvaluationWindows, TrainWindows, collate_windows
+from training.pretraining import trainer as trainer_module
+from training.pretraining.metrics import slot_metrics
+from training.pretraining.trainer import PointillistTrainer
+from training.pretraining.windows import EvaluationWindows, TrainWindows, collate_windows
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import time
 import torch
 
 from training.common.exact_trainer import ExactTrainer
-from training.metrics import decoder_parameters, flops_per_token, peak_flops, slot_metrics, slot_sums
+from training.pretraining.metrics import decoder_parameters, flops_per_token, peak_flops, slot_metrics, slot_sums
 
 
 class PointillistTrainer(ExactTrainer):

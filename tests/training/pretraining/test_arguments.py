@@ -16,10 +16,10 @@ from transformers import Dinov2Config, TrainingArguments
 
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
-from training.arguments import DataArguments, ModelArguments
 from training.common.arguments import PretrainArguments, flag_named, parse_arguments
 from training.decoder_arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
 from training.fit_arguments import FitArguments, FitSettings
+from training.pretraining.arguments import DataArguments, ModelArguments
 
 EVERY = sorted((ROOT / "training" / "configs").glob("*.yaml"))
 CONFIGS = [path for path in EVERY if not path.stem.startswith(("decoder_", "fit_"))]

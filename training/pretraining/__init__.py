@@ -1,0 +1,1 @@
+"""Pre-training of the point model: arguments, windows, trainer, metrics."""
