@@ -30,6 +30,7 @@ from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import point_features
 from training.common.arguments import exit_on_user_error
 from training.common.model_card import hub_license
+from training.decoder.subjects import SubjectRows, mean_images
 from training.demo_report import (
     chamfer,
     draw_avatars,
@@ -40,7 +41,6 @@ from training.demo_report import (
     picture_metrics,
     true_frames,
 )
-from training.frames import SubjectRows, mean_images
 
 STEPS = 6
 SHOWN = 8  # subjects in the pictures

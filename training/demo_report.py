@@ -23,7 +23,7 @@ from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistForCausalLM
 from training.common.rows import AvatarRows
-from training.frames import SubjectRows, cameras_of, motion_of, on_background
+from training.decoder.subjects import SubjectRows, cameras_of, motion_of, on_background
 from training.pretraining.metrics import slot_metrics, slot_sums
 from training.pretraining.windows import EvaluationWindows, collate_windows
 

@@ -33,11 +33,18 @@ from training.common.arguments import exit_on_user_error, flag_named, parse_argu
 from training.common.exact_trainer import checkpoint_to_resume, going_on_from
 from training.common.model_card import decoder_card
 from training.common.process import warn_of_missing_processes
-from training.decoder_arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
-from training.decoder_trainer import DecoderTrainer, LossWeights
-from training.frames import EvaluationSubjects, SubjectRows, TrainSubjects, collate_subjects, mean_images, on_background
-from training.losses import PerceptualLoss
-from training.own_sentences import own_sentences
+from training.decoder.arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
+from training.decoder.generated_sequences import own_sentences
+from training.decoder.losses import PerceptualLoss
+from training.decoder.subjects import (
+    EvaluationSubjects,
+    SubjectRows,
+    TrainSubjects,
+    collate_subjects,
+    mean_images,
+    on_background,
+)
+from training.decoder.trainer import DecoderTrainer, LossWeights
 
 
 def main() -> None:

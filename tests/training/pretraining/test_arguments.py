@@ -17,7 +17,7 @@ from transformers import Dinov2Config, TrainingArguments
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
 from training.common.arguments import PretrainArguments, flag_named, parse_arguments
-from training.decoder_arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
+from training.decoder.arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
 from training.fit_arguments import FitArguments, FitSettings
 from training.pretraining.arguments import DataArguments, ModelArguments
 

@@ -23,7 +23,7 @@ from gaussian_tokenizer.utils.atomic import atomic_file
 from modeling import PointillistForCausalLM
 from modeling.pipeline import SAMPLING
 from modeling.point_features import fingerprint
-from training.frames import SubjectRows
+from training.decoder.subjects import SubjectRows
 
 BATCH = 32  # sentences written together; part of what decides the random numbers
 MAX_POINTS_PER_FACE = 15

@@ -17,9 +17,8 @@ from gaussian_tokenizer.rendering.splatting import render
 from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
 from modeling.conversion import vertex_points
 from modeling.point_features import FeatureCache, point_features
-from training.decoder_arguments import DecoderTrainingArguments
-from training.decoder_trainer import CONDITION, DecoderTrainer, LossWeights
-from training.frames import (
+from training.decoder.arguments import DecoderTrainingArguments
+from training.decoder.subjects import (
     EvaluationSubjects,
     SubjectRows,
     TrainSubjects,
@@ -28,6 +27,7 @@ from training.frames import (
     motion_of,
     on_background,
 )
+from training.decoder.trainer import CONDITION, DecoderTrainer, LossWeights
 
 PAPER = LossWeights()
 MODES = ("full", "ar_feature", "position", "flame_position")

@@ -6,8 +6,8 @@ import torch
 
 from modeling import PointillistForCausalLM
 from modeling.point_features import num_points
-from training.frames import SubjectRows, TrainSubjects
-from training.own_sentences import own_sentences
+from training.decoder.generated_sequences import own_sentences
+from training.decoder.subjects import SubjectRows, TrainSubjects
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.conversion import to_gaussians, vertex_points
 from modeling.point_features import FeatureCache, point_features
 from training.common.exact_trainer import ExactTrainer
-from training.frames import cameras_of, motion_of, on_background
-from training.losses import PerceptualLoss, offset_regulariser
+from training.decoder.losses import PerceptualLoss, offset_regulariser
+from training.decoder.subjects import cameras_of, motion_of, on_background
 
 CONDITION = ("pixel_values", "head_vertices", "head_normals")
 

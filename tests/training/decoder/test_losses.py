@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from training.losses import PerceptualLoss, offset_regulariser
+from training.decoder.losses import PerceptualLoss, offset_regulariser
 
 
 def test_the_offset_regulariser_counts_real_points_in_units_of_the_limit():

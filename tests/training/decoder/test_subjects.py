@@ -10,7 +10,7 @@ from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.synthetic.source import PIXELS_BETWEEN_POINTS
 from gaussian_tokenizer.synthetic.subject import portrait_avatar, synthesize_subject
-from training.frames import (
+from training.decoder.subjects import (
     BACKGROUNDS,
     EvaluationSubjects,
     SubjectRows,

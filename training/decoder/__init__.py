@@ -1,0 +1,1 @@
+"""Training of the Gaussian decoder: arguments, subjects, losses, trainer."""
