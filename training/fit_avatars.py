@@ -32,14 +32,14 @@ from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.utils.disk import disk_is_full
-from training.avatar_fitting import Fit, optimise
 from training.common.arguments import exit_on_user_error, parse_arguments
 from training.common.process import Interrupted, StopSignals, warn_of_missing_processes
-from training.fit_arguments import FitArguments, FitSettings
-from training.fit_pictures import evenly_spread
-from training.fit_queue import Job, order_of
-from training.fit_report import fit_report, write_report
-from training.fit_state import FitState
+from training.fitting.arguments import FitArguments, FitSettings
+from training.fitting.images import evenly_spread
+from training.fitting.optimization import Fit, optimise
+from training.fitting.queue import Job, order_of
+from training.fitting.report import fit_report, write_report
+from training.fitting.state import FitState
 
 POLL_SECONDS = 1.0
 STEPS_BETWEEN_FIGURES = 50  # in the progress bar

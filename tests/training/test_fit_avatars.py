@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-import training.fit_report
+import training.fitting.report
 from gaussian_tokenizer.build_corpus import main as build_corpus
 from gaussian_tokenizer.captures.subject import Subject
 from gaussian_tokenizer.corpus.corpus import load_corpus
@@ -22,8 +22,8 @@ from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.synthesize import synthesize
 from training import fit_avatars
 from training.common.arguments import exit_on_user_error
-from training.fit_queue import Job, order_of
-from training.fit_state import FitState, saved_identity
+from training.fitting.queue import Job, order_of
+from training.fitting.state import FitState, saved_identity
 
 DEBUG = Path(fit_avatars.__file__).parent / "configs" / "fit_debug.yaml"
 HEAD = "procedural:600"
@@ -74,7 +74,7 @@ def people(tmp_path_factory) -> Path:
 @pytest.fixture
 def no_picture(monkeypatch):
     """Drawing fit.png is half of so short a fit."""
-    monkeypatch.setattr(training.fit_report, "draw_fit", lambda fit, avatar, report, path: path.write_bytes(b""))
+    monkeypatch.setattr(training.fitting.report, "draw_fit", lambda fit, avatar, report, path: path.write_bytes(b""))
 
 
 @pytest.fixture(scope="module")

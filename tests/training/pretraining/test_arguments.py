@@ -18,7 +18,7 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianT
 from modeling import PointillistConfig
 from training.common.arguments import PretrainArguments, flag_named, parse_arguments
 from training.decoder.arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
-from training.fit_arguments import FitArguments, FitSettings
+from training.fitting.arguments import FitArguments, FitSettings
 from training.pretraining.arguments import DataArguments, ModelArguments
 
 EVERY = sorted((ROOT / "training" / "configs").glob("*.yaml"))

@@ -11,7 +11,7 @@ from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.image_metrics import ssim
 from gaussian_tokenizer.rendering.splatting import render
-from training.fit_losses import (
+from training.fitting.losses import (
     photometric_loss,
     pixels_covered,
     position_regulariser,

@@ -21,7 +21,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from gaussian_tokenizer.utils.atomic import atomic_file
-from training.density_control import Cloud, Edit
+from training.fitting.density_control import Cloud, Edit
 
 FORMAT = "avatar-pointillist fit 1"
 STATISTICS = ("gradient_sums", "views", "radii")

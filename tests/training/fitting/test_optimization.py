@@ -12,7 +12,9 @@ from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.synthesize import synthesize
-from training.avatar_fitting import (
+from training.fitting.arguments import FitSettings
+from training.fitting.images import Pictures, evenly_spread
+from training.fitting.optimization import (
     Fit,
     _pictures_of_step,
     _resets_opacities,
@@ -21,9 +23,7 @@ from training.avatar_fitting import (
     rules,
     scene_extent,
 )
-from training.fit_arguments import FitSettings
-from training.fit_pictures import Pictures, evenly_spread
-from training.fit_report import picture_metrics, points_per_face, tokenized
+from training.fitting.report import picture_metrics, points_per_face, tokenized
 
 CPU = torch.device("cpu")
 QUICK = FitSettings(

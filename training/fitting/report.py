@@ -22,9 +22,9 @@ from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.versions import installed_versions
-from training.avatar_fitting import Fit
-from training.fit_pictures import evenly_spread
-from training.fit_state import FitState
+from training.fitting.images import evenly_spread
+from training.fitting.optimization import Fit
+from training.fitting.state import FitState
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
-from training.density_control import (
+from training.fitting.density_control import (
     CHILD_SIZE,
     Cloud,
     Edit,

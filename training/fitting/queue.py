@@ -18,8 +18,8 @@ from typing import Any
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.json_files import read_json
 from gaussian_tokenizer.utils.locks import exclusive
-from training.fit_report import REPORT_NAME
-from training.fit_state import differences, saved_identity
+from training.fitting.report import REPORT_NAME
+from training.fitting.state import differences, saved_identity
 
 FAILURE_NAME, CHECKPOINT_NAME = "failed.json", "checkpoint.safetensors"
 WORK_FOLDER = ".fit"

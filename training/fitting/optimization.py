@@ -25,9 +25,10 @@ from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.splatting import render
-from training.density_control import Cloud, Evidence, Rules, control_density
-from training.fit_arguments import FitSettings
-from training.fit_losses import (
+from training.fitting.arguments import FitSettings
+from training.fitting.density_control import Cloud, Evidence, Rules, control_density
+from training.fitting.images import Pictures, evenly_spread
+from training.fitting.losses import (
     photometric_loss,
     pixels_covered,
     position_regulariser,
@@ -35,8 +36,7 @@ from training.fit_losses import (
     screen_gradients,
     screen_radii,
 )
-from training.fit_pictures import Pictures, evenly_spread
-from training.fit_state import FitState
+from training.fitting.state import FitState
 
 POSES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6}
 MAX_FIRST_COLOR = 1 / 255  # of the constant SH coefficient of a first Gaussian

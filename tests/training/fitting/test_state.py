@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from training.density_control import Cloud, Edit
-from training.fit_state import FitState, differences, saved_identity
+from training.fitting.density_control import Cloud, Edit
+from training.fitting.state import FitState, differences, saved_identity
 
 RATES = {
     "positions": 0.01,

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.density_control import FaceLimits
+from training.fitting.density_control import FaceLimits
 
 # Iterations and periods: what `shorten` divides.
 TIMES = (

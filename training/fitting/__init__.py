@@ -1,0 +1,1 @@
+"""Fitting of avatars to tracked images: arguments, optimization, density control, queue, report."""
