@@ -35,8 +35,8 @@ from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import fingerprint
 from training.decoder.subjects import SubjectRows, mean_images
-from training.demo import reencoded, shape_parameters
-from training.demo_report import mean_image_metrics, on_white, picture_metrics, pictures_of, true_frames
+from training.demo.__main__ import reencoded, shape_parameters
+from training.demo.report import mean_image_metrics, on_white, picture_metrics, pictures_of, true_frames
 
 WAYS = {
     "full": ["--mode", "full", "--read_anchors", "false"],

@@ -22,7 +22,7 @@ from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline
 from training.decoder.subjects import SubjectRows
-from training.demo_report import chamfer, judge, mean_image_metrics, picture_metrics, true_frames
+from training.demo.report import chamfer, judge, mean_image_metrics, picture_metrics, true_frames
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 40), (300, 120), (50, 50)])

@@ -31,7 +31,7 @@ from modeling.point_features import point_features
 from training.common.arguments import exit_on_user_error
 from training.common.model_card import hub_license
 from training.decoder.subjects import SubjectRows, mean_images
-from training.demo_report import (
+from training.demo.report import (
     chamfer,
     draw_avatars,
     draw_motion,
