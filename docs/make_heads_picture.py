@@ -10,13 +10,13 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from mesh_preview import draw_mesh
 from PIL import Image
 
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.ict import read_ict
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.mesh_picture import draw_mesh
 
 VIEWS = ((0, 0), (40, 8), (90, 0), (180, 0))  # yaw, pitch in degrees
 COLORS = {

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV
-from gaussian_tokenizer.inspect.__main__ import main
+from gaussian_tokenizer.inspect.__main__ import main as inspect
 from gaussian_tokenizer.synthesize import synthesize
 
 
@@ -28,7 +28,7 @@ def main() -> None:
                 camera_to_world = np.array(entry["transform_matrix"])
                 entry["transform_matrix"] = np.linalg.inv(camera_to_world @ OPENGL_TO_OPENCV).tolist()
             path.write_text(json.dumps(content))
-        main([str(subject), "--head", options.head, "--picture", str(options.output)])
+        inspect([str(subject), "--head", options.head, "--picture", str(options.output)])
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ def animate(arguments: argparse.Namespace) -> None:
     """Everything between the command line and the files."""
     check(arguments)
     avatar = open_avatar(arguments.avatar, arguments.head)
+    assert avatar.head is not None
     motion = choose_motion(arguments, avatar.head).to(arguments.device)
     avatar = avatar.to(arguments.device)
     canonical = avatar.canonical_gaussians()  # an avatar without colours is refused here

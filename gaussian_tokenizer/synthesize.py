@@ -20,11 +20,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gaussian_tokenizer.avatars.avatar import METADATA_NAME
-from gaussian_tokenizer.build_corpus import add_corpus_options, print_counts
 from gaussian_tokenizer.captures.subject import write_subject
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.corpus.identity_stats import identity_statistics, shapes_of_corpus, shapes_of_folders
+from gaussian_tokenizer.corpus.options import add_corpus_options, print_counts
 from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head

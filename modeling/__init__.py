@@ -4,16 +4,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import gaussian_tokenizer.tokenizer.registration  # noqa: F401  (AutoProcessor then knows the tokenizer that lies beside the models)
 
-from .configuration_gaussian_decoder import GaussianDecoderConfig
-from .configuration_pointillist import PointillistConfig
-from .decoding import to_gaussians
-from .generation_grammar import PointGrammar
-from .generation_pointillist import PointillistGenerateOutput
-from .generation_ring_cache import RingCache
-from .generation_streamer import PointStreamer
-from .modeling_gaussian_decoder import GaussianDecoder, GaussianDecoderOutput
-from .modeling_pointillist import PointillistForCausalLM, PointillistModel, PointillistOutput
+from .conversion import to_gaussians
+from .gaussian_decoder import GaussianDecoder, GaussianDecoderConfig, GaussianDecoderOutput
 from .pipeline import AvatarPipeline
+from .pointillist import (
+    PointGrammar,
+    PointillistConfig,
+    PointillistForCausalLM,
+    PointillistGenerateOutput,
+    PointillistModel,
+    PointillistOutput,
+    PointStreamer,
+    RingCache,
+)
 
 AutoConfig.register(PointillistConfig.model_type, PointillistConfig, exist_ok=True)
 AutoModel.register(PointillistConfig, PointillistModel, exist_ok=True)

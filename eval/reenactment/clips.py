@@ -1,6 +1,6 @@
 """What the bench is run on: clips, each the frames of one tracked subject, camera after camera, over time.
 
-A dataset is a folder of tracked subjects, as `gaussian_tokenizer.captures.loading` reads them (VHAP exports, Pixel3DMM's output, what
+A dataset is a folder of tracked subjects, as `gaussian_tokenizer.captures` reads them (VHAP exports, Pixel3DMM's output, what
 `python -m gaussian_tokenizer.synthesize` writes), or a corpus folder, of which one split is read. Every picture comes with its
 camera and the head parameters of its moment. Pictures are opened when they are asked for, and laid on white.
 """

@@ -1,6 +1,6 @@
 """From frames to the numbers of the table: per frame, per pair, over all of them with an interval.
 
-The networks of `eval.networks.registry` read every picture once; what they read is kept as a file beside the frames and serves every
+The networks of `eval.networks` read every picture once; what they read is kept as a file beside the frames and serves every
 metric. A metric whose network is missing has no number but a reason. A frame in which no face is found counts as
 such and enters no mean. A mean is over all frames of all pairs; its interval is one over source subjects, because frames of
 one person are not independent: a bootstrap, of FID a jackknife.

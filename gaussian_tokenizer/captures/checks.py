@@ -7,7 +7,6 @@ and the one that fits is named.
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -23,10 +22,8 @@ from gaussian_tokenizer.captures.projection import (
     share_seen,
     silhouette,
 )
+from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
-
-if TYPE_CHECKING:
-    from gaussian_tokenizer.captures.tracking import Tracking
 
 SAMPLES = 16
 ENOUGH_SEEN = 0.5  # of the vertices, in the pictures on average
@@ -49,7 +46,7 @@ class Problem:
     is_error: bool = True
 
 
-def find_problems(tracking: "Tracking", head: HeadModel) -> list[Problem]:
+def find_problems(tracking: Tracking, head: HeadModel) -> list[Problem]:
     """Everything that is wrong with a tracking, errors first."""
     problems = [*_of_metadata(tracking, head), *_of_frames(tracking)]
     if tracking.frames:
@@ -73,7 +70,7 @@ def best_convention(samples: list[Sample]) -> tuple[str, dict[str, float]]:
     return max(seen, key=lambda name: seen[name]), seen
 
 
-def _of_metadata(tracking: "Tracking", head: HeadModel) -> list[Problem]:
+def _of_metadata(tracking: Tracking, head: HeadModel) -> list[Problem]:
     problems = []
     name, digest = (tracking.metadata.get(key) for key in ("head_name", "head_hash"))
     if digest is not None and digest != head.hash:
@@ -88,7 +85,7 @@ def _of_metadata(tracking: "Tracking", head: HeadModel) -> list[Problem]:
     return problems
 
 
-def _of_frames(tracking: "Tracking") -> list[Problem]:
+def _of_frames(tracking: Tracking) -> list[Problem]:
     frames = tracking.frames
     if not frames:
         return [Problem("has head parameters, but no pictures beside them; copy its folder of pictures there")]
@@ -111,7 +108,7 @@ def _of_frames(tracking: "Tracking") -> list[Problem]:
     return problems
 
 
-def _of_cameras(tracking: "Tracking", samples: list[Sample], faces: np.ndarray) -> list[Problem]:
+def _of_cameras(tracking: Tracking, samples: list[Sample], faces: np.ndarray) -> list[Problem]:
     inside = [
         each.frame for each in samples if is_inside(np.linalg.inv(each.frame.viewmat)[:3, 3], each.vertices, faces)
     ]
@@ -147,7 +144,7 @@ def _of_size(samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
     return [Problem(f"{text}; are their translations in millimetres? expected are metres")]
 
 
-def _of_pictures(tracking: "Tracking", samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
+def _of_pictures(tracking: Tracking, samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
     """`heads` (h, w) bool: where the head is in each of the samples; none, if that is not known."""
     shapes = [head.shape for head in heads] or [(1, 1)] * len(samples)
     try:

@@ -4,8 +4,6 @@ Upper row: the pictures on grey, as alpha or masks cut them out. Below: the head
 files see it, drawn over the picture. If they see too little of it, a third row shows the convention that fits best.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,10 +19,8 @@ from gaussian_tokenizer.captures.projection import (
     size_within,
     visible_triangles,
 )
+from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
-
-if TYPE_CHECKING:
-    from gaussian_tokenizer.captures.tracking import Tracking
 
 TILE, GAP, LINE = 208, 6, 18  # pixels: longest side of a picture, between pictures, height of a line of text
 GREY, INK, BAD = (200, 200, 204), (30, 30, 34), (200, 30, 30)
@@ -32,7 +28,7 @@ MESH, OUTLINE = np.array((64, 150, 255)), (255, 214, 0)
 SOLID = 0.55  # how much of the mesh covers the picture
 
 
-def contact_sheet(tracking: "Tracking", head: HeadModel, count: int = 6) -> Image.Image:
+def contact_sheet(tracking: Tracking, head: HeadModel, count: int = 6) -> Image.Image:
     """RGB picture of up to `count` frames of a tracking that has some."""
     samples = sample_frames(tracking, head, count)
     faces = head.faces.cpu().numpy()
@@ -53,7 +49,7 @@ def contact_sheet(tracking: "Tracking", head: HeadModel, count: int = 6) -> Imag
     return _stack(rows)
 
 
-def _picture(tracking: "Tracking", sample: Sample) -> Image.Image:
+def _picture(tracking: Tracking, sample: Sample) -> Image.Image:
     """RGB, its longer side TILE pixels, transparent parts in grey."""
     width, height, _ = size_within(sample.frame, TILE)
     rgba = Image.fromarray((tracking.picture(sample.frame_index).numpy() * 255 + 0.5).astype(np.uint8))

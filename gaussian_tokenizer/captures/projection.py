@@ -1,16 +1,14 @@
 """Where the head of a tracking is in its pictures: projection, silhouette, and what other camera conventions would give."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame
+from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
-
-if TYPE_CHECKING:
-    from gaussian_tokenizer.captures.tracking import Tracking
 
 NEAR = 0.01  # metres; what is closer to the camera is not drawn
 EXPECTED = "camera-to-world with OpenGL axes"
@@ -31,7 +29,7 @@ class Sample(NamedTuple):
     vertices: np.ndarray  # (V, 3) float64 metres, world space
 
 
-def sample_frames(tracking: "Tracking", head: HeadModel, count: int) -> list[Sample]:
+def sample_frames(tracking: Tracking, head: HeadModel, count: int) -> list[Sample]:
     """Up to `count` frames, from as many cameras and moments as there are, evenly spread."""
     frames = tracking.frames
     by_camera: dict[int, list[int]] = {}

@@ -5,11 +5,15 @@ of the portrait encoder feed it, and in which ranges its Gaussians live. Sizes: 
 (12 blocks, width 1024, 16 heads); ranges and initial values of the Gaussians: LAM's released configuration.
 """
 
+import math
+from collections.abc import Mapping
+
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import Dinov2Config, PreTrainedConfig
 
-from .configuration_pointillist import LAYERS, OCTAVES, POSITIVE, SIZE, check_fields
-
+SIZE, LAYERS = (1, 2**31 - 1), (1, 10_000)  # the most that an index of a tensor holds, and that a list of names may
+POSITIVE, OCTAVES = (1e-12, 1e12), (0, 64)
 LIMITS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "point_feature_size"), SIZE),
     **dict.fromkeys(("point_extent", "init_scale", "max_scale", "max_offset"), POSITIVE),
@@ -19,6 +23,24 @@ LIMITS = {
     "init_opacity": (0, 1),
 }
 MODES = ("full", "ar_feature", "position", "flame_position")
+
+
+# As in configuration_pointillist.py: a checkpoint of one travels without the files of the other.
+def check_fields(config: PreTrainedConfig, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raise `ValueError` for a field outside its limits (NaN is outside of all), a centre that is no point, or no dtype."""
+    if isinstance(config.dtype, str) and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
+        raise ValueError(f"dtype is {config.dtype!r}, expected one of torch's, such as float32; correct config.json")
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} is {value}, expected {low} to {high}; correct config.json")
+    vision = config.vision_config
+    depth = vision.get("num_hidden_layers", 1) if isinstance(vision, dict) else 1
+    if isinstance(depth, int) and not LAYERS[0] <= depth <= LAYERS[1]:
+        raise ValueError(f"vision_config has num_hidden_layers {depth}, expected {LAYERS[0]} to {LAYERS[1]}")
+    centre = config.point_centre
+    if centre is not None and (len(centre) != 3 or not all(map(math.isfinite, centre))):
+        raise ValueError(f"point_centre is {centre}, expected x, y and z in metres")
 
 
 @strict

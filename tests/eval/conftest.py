@@ -1,17 +1,12 @@
 """A tiny pipeline, three people to run the bench on, and one run of it."""
 
-import json
-import sys
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from bench import run_bench
 from transformers import Dinov2Config
 
-from eval import reenactment_bench
 from eval.reenactment.clips import Clip, open_dataset
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
@@ -84,30 +79,9 @@ def bench_words(pipeline_folder, people) -> list[str]:
     return [*words, "--seed", "3", "--camera", "0"]
 
 
-def run_bench(words: list[str], output: Path, *more: str) -> dict:
-    """What a run in this process writes to results.json."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["reenactment_bench.py", *words, "--output_dir", str(output), *more])
-        reenactment_bench.main()
-    return json.loads((output / "results.json").read_text())
-
-
 @pytest.fixture(scope="session")
 def finished(bench_words, tmp_path_factory) -> Path:
     """The folder of a run of both modes, from start to end."""
     output = tmp_path_factory.mktemp("bench") / "out"
     run_bench(bench_words, output)
     return output
-
-
-def repainted(clip: Clip, grey: int) -> Clip:
-    """The same clip with other pictures, all of one grey."""
-    return replace(clip, read=lambda row: Image.new("RGBA", clip.size, (grey, grey, grey, 255)))
-
-
-def same_avatar(first, second) -> bool:
-    return all(torch.equal(value, second.tensors()[name]) for name, value in first.tensors().items())
-
-
-def noise(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)

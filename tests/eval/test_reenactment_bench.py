@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from bench import run_bench
 from paths import ROOT
 
 from eval import reenactment_bench
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-
-from .conftest import run_bench
 
 SCRIPT = ROOT / "eval" / "reenactment_bench.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

@@ -7,13 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bench import repainted
 from PIL import Image
 
 from eval.reenactment.clips import digest, on_white, open_dataset
 from gaussian_tokenizer.captures.loading import load_tracking
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-
-from .conftest import repainted
 
 
 def test_transparent_pictures_are_laid_on_white_and_opaque_ones_stay_as_they_are():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bench import repainted, same_avatar
 from PIL import Image
 
 from eval.reenactment.methods import (
@@ -23,8 +24,6 @@ from eval.reenactment.methods import (
 from eval.reenactment.protocol import frame_name, make_pairs
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.rendering.splatting import render
-
-from .conftest import repainted, same_avatar
 
 LIMITS = dict(max_points=12, max_points_per_face=15)
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bench import noise
 
 from eval.metrics.functional import frechet_distance
 from eval.networks.registry import FaceReading, Missing
@@ -17,8 +18,6 @@ from eval.reenactment.scores import (
     resample,
     summarize,
 )
-
-from .conftest import noise
 
 ABSENT = Missing("a network", "not installed: it", "pip install it")
 

@@ -127,7 +127,7 @@ def test_out_of_memory_says_what_to_make_smaller(monkeypatch):
     def full(*_):
         raise torch.cuda.OutOfMemoryError("tried to allocate")
 
-    monkeypatch.setattr(rendering, "_with_ours", full)
+    monkeypatch.setattr(splatting, "_with_ours", full)
     with pytest.raises(
         torch.cuda.OutOfMemoryError, match="3 pictures of 20 x 16 and 60 Gaussians; render fewer cameras"
     ):

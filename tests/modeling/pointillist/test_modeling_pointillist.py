@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import torch
+from tiny_model import TINY
 from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config
 
 from modeling import PointillistConfig, PointillistForCausalLM, PointillistModel
 from modeling.pointillist.modeling_condition import ConditionEncoder
-
-from .conftest import TINY
 
 pytestmark = pytest.mark.newest
 
