@@ -1,9 +1,9 @@
 """What the Gaussian decoder makes of what it is told of a point: the paper's ablation, on open data.
 
     make demo && python benchmarks/ablations.py      # half an hour of two cores; started again it goes on where it was
-    python benchmarks/ablations.py --seeds 0 --steps 20 --output outputs/small_ablations
+    python benchmarks/ablations.py --seeds 0 --steps 20 --output_dir outputs/small_ablations
 
-The corpus and the point model are the demo's. Each decoder is trained from new weights for the same steps on the same people,
+The corpus and the point model are the demo's. Each decoder is trained from new weights for the same steps on the same subjects,
 with the demo's settings but for what its points tell:
 
     full             position and hidden state of the point model (the paper)
@@ -12,8 +12,8 @@ with the demo's settings but for what its points tell:
     flame_position   no point model: the vertices of the person's head
     full + anchors   as full, and where the point's face is on the person's head (ours)
 
-Then each makes avatars of the same held-out people from portrait and head parameters; those that read points dress the same clouds,
-written once. PSNR and SSIM are means over all frames of these people; +- is the standard deviation over the seeds.
+Then each makes avatars of the same held-out subjects from portrait and head parameters; those that read points decode the same
+clouds, generated once. PSNR and SSIM are means over all frames of these subjects; +- is the standard deviation over the seeds.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import fingerprint
 from training.decoder.subjects import SubjectRows, mean_images
 from training.demo.__main__ import reencoded, shape_parameters
-from training.demo.report import mean_image_metrics, on_white, picture_metrics, pictures_of, true_frames
+from training.demo.report import image_metrics, images_of, mean_image_metrics, on_white, true_frames
 
 WAYS = {
     "full": ["--mode", "full", "--read_anchors", "false"],
@@ -45,37 +45,37 @@ WAYS = {
     "flame_position": ["--mode", "flame_position", "--read_anchors", "false"],
     "full + anchors": ["--mode", "full", "--read_anchors", "true"],
 }
-SHOWN, SIZE = 5, 144  # people of the picture, pixels
+SHOWN, SIZE = 5, 144  # subjects of the image, pixels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("outputs/demo"), help="folder of a finished demo")
-    parser.add_argument("--output", type=Path, default=Path("outputs/ablations"), help="folder of the decoders")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablations"), help="folder of the decoders")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=450, help="of each decoder's training")
-    parser.add_argument("--num_people", type=int, default=16, help="held-out people")
+    parser.add_argument("--num_subjects", type=int, default=16, help="held-out subjects")
     parser.add_argument("--config", default="training/configs/decoder_demo.yaml", help="all other settings")
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/ablations.png"))
+    parser.add_argument("--image", type=Path, default=Path("docs/images/ablations.png"))
     arguments = parser.parse_args()
     # A decoder belongs to the point model behind it: those of another demo are not taken for these.
     point_model = fingerprint(PointillistForCausalLM.from_pretrained(arguments.demo / "model"))
-    arguments.output /= point_model[:8]
+    arguments.output_dir /= point_model[:8]
     for seed in arguments.seeds:  # seed by seed: when stopped, every way has as many
         for way in WAYS:
             train(way, seed, arguments)
     torch.set_num_threads(1)
-    judged, pictures = judge(arguments)
+    judged, images = judge(arguments)
     rows = [table_row(way, values) for way, values in judged.items()]
     print("\n" + markdown_table(rows))
-    settings = {"seeds": arguments.seeds, "steps": arguments.steps, "people": arguments.num_people}
+    settings = {"seeds": arguments.seeds, "steps": arguments.steps, "subjects": arguments.num_subjects}
     path = write_report("ablations", rows, **settings, by_seed=judged)
-    draw(arguments.picture, pictures)
-    print(f"\nwritten: {path}, {arguments.picture}")
+    draw(arguments.image, images)
+    print(f"\nwritten: {path}, {arguments.image}")
 
 
 def folder_of(way: str, seed: int, arguments: argparse.Namespace) -> Path:
-    return arguments.output / f"{way.replace(' + ', '_')}-{seed}"
+    return arguments.output_dir / f"{way.replace(' + ', '_')}-{seed}"
 
 
 def train(way: str, seed: int, arguments: argparse.Namespace) -> None:
@@ -97,13 +97,13 @@ def train(way: str, seed: int, arguments: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def judge(arguments: argparse.Namespace) -> tuple[dict, list[list[np.ndarray]]]:
-    """Way -> measure -> a value for each seed; and for the first people a row of pictures: portrait, one for each way."""
+    """Way -> measure -> a value for each seed; and for the first entries a row of images: portrait, one for each way."""
     pipeline = AvatarPipeline.from_pretrained(arguments.demo / "pipeline")
     corpus = load_corpus(arguments.demo / "corpus")
-    subjects = SubjectRows(corpus, "validation", use_heads=True, max_subjects=arguments.num_people)
+    subjects = SubjectRows(corpus, "validation", use_heads=True, max_subjects=arguments.num_subjects)
     rows = range(len(subjects))
-    people = [subjects.subject(row, None) for row in rows]
-    params = [shape_parameters(pipeline, person) for person in people]
+    entries = [subjects.subject(row, None) for row in rows]
+    params = [shape_parameters(pipeline, person) for person in entries]
     frames = [true_frames(subjects, row) for row in rows]
     portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in rows]
     inputs = pipeline.inputs(portraits, params)
@@ -113,7 +113,7 @@ def judge(arguments: argparse.Namespace) -> tuple[dict, list[list[np.ndarray]]]:
     means = mean_images(SubjectRows(corpus, "train", use_heads=False))
     baseline = np.mean([mean_image_metrics(means, subjects, row) for row in rows], axis=0)
     judged: dict = {"mean image": {"psnr": [float(baseline[0])], "ssim": [float(baseline[1])]}}
-    pictures = [[on_white(portraits[row], SIZE)] for row in rows[:SHOWN]]
+    images = [[on_white(portraits[row], SIZE)] for row in rows[:SHOWN]]
     for way in WAYS:
         judged[way] = {"psnr": [], "ssim": [], "psnr_true_points": []}
         for seed in arguments.seeds:
@@ -124,15 +124,15 @@ def judge(arguments: argparse.Namespace) -> tuple[dict, list[list[np.ndarray]]]:
                     avatar = known = vertex_avatar(pipeline.head, decoder, *clouds[row][2:])
                 else:
                     avatar, known = (
-                        pipeline.dress(*clouds[row]),
-                        reencoded(pipeline, people[row], inputs, row, params[row]),
+                        pipeline.decode_attributes(*clouds[row]),
+                        reencoded(pipeline, entries[row], inputs, row, params[row]),
                     )
-                found.append((*picture_metrics(avatar, frames[row]), picture_metrics(known, frames[row])[0]))
+                found.append((*image_metrics(avatar, frames[row]), image_metrics(known, frames[row])[0]))
                 if seed == arguments.seeds[0] and row < SHOWN:
-                    pictures[row].append(pictures_of(avatar, None, portrait_cameras(pipeline.head, SIZE))[0])
+                    images[row].append(images_of(avatar, None, portrait_cameras(pipeline.head, SIZE))[0])
             for name, value in zip(judged[way], np.mean(found, axis=0)):
                 judged[way][name].append(float(value))
-    return judged, pictures
+    return judged, images
 
 
 def table_row(way: str, values: dict[str, list[float]]) -> dict[str, str]:
@@ -152,9 +152,9 @@ def table_row(way: str, values: dict[str, list[float]]) -> dict[str, str]:
     }
 
 
-def draw(path: Path, pictures: list[list[np.ndarray]]) -> None:
+def draw(path: Path, images: list[list[np.ndarray]]) -> None:
     """A row for each person: the portrait, then what each way made of it."""
-    lines = np.concatenate([np.concatenate(line, axis=1) for line in pictures])
+    lines = np.concatenate([np.concatenate(line, axis=1) for line in images])
     labels = Image.new("RGB", (lines.shape[1], 16), "white")
     for number, name in enumerate(("portrait", *WAYS)):
         ImageDraw.Draw(labels).text((number * SIZE + 4, 2), name, fill="black")

@@ -4,12 +4,12 @@
     python benchmarks/corpus.py --rounds 1 --captures 2 --times 1 --many 100 300
 
 Speed, one process, in turns, the fastest of the rounds; every file is flushed to the disk:
-  straight   the arrays of all subjects are in memory; tokenise them and write them with pyarrow
+  straight   the arrays of all subjects are in memory; tokenize them and write them with pyarrow
   reading    from the subject folders to those arrays, and nothing else
-  ours       `build` from the subject folders: read, check, tokenise, write, checksums, card
+  ours       `build` from the subject folders: read, check, tokenize, write, checksums, card
   limits     the bytes of the corpus copied in memory, and written to one file
-Subjects: "captures" have 27,000 points on 10,144 faces and 128 pictures of 512 x 512 pixels (noise that takes PNG a quarter
-of a megabyte, as a head does), "clouds" the points alone, "small" ones 100 points on 600 faces and one picture of 16 x 16.
+Subjects: "captures" have 27,000 points on 10,144 faces and 128 images of 512 x 512 pixels (noise that takes PNG a quarter
+of a megabyte, as a head does), "clouds" the points alone, "small" ones 100 points on 600 faces and one image of 16 x 16.
 Processes: a build of more subjects (`--times`, hard links to the same ones) with 1 and 2, less the start of the pool. Beside it
 what two processes gain on a plain loop (on a busy machine little), the processor time of one, which a thread of it that
 computes checksums makes longer than the clock's, and how long the bytes of the corpus alone take to the disk.
@@ -52,7 +52,7 @@ from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.parallel import runner
 
-ABOUT = {"licence": "CC0-1.0", "consent": "synthetic, no person"}
+ABOUT = {"license": "CC0-1.0", "consent": "synthetic, no person"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ SEEDS = {CAPTURE: 6, CLOUD: 20, SMALL: 20}  # different subjects among the many
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captures", type=int, default=6, help="subjects of the size of a capture, 33 MB each")
-    parser.add_argument("--clouds", type=int, default=300, help="subjects without pictures")
+    parser.add_argument("--clouds", type=int, default=300, help="subjects without images")
     parser.add_argument("--small", type=int, default=600, help="small subjects")
     parser.add_argument("--times", type=int, default=6, help="so many times those, to build with two processes")
     parser.add_argument("--many", type=int, nargs="+", default=[100, 1_000, 10_000], help="subjects, for the memory")
@@ -207,7 +207,7 @@ def read(subject: Subject, head: HeadModel) -> dict:
 
 
 def write_straight(subjects: Sequence[dict], tokenizer: GaussianTokenizer, folder: Path) -> None:
-    """Tokenise and write: one table of avatars and one of frames, in row groups as large as ours."""
+    """Tokenize and write: one table of avatars and one of frames, in row groups as large as ours."""
     folder.mkdir(exist_ok=True)
     avatars, frames = [], []
     for subject in subjects:
@@ -321,7 +321,7 @@ def measure_many(numbers: Sequence[int], num_proc: int, folder: Path) -> list[di
             str(subjects),
             "--head",
             f"procedural:{SMALL.faces}",
-            "--output",
+            "--output_dir",
             str(folder / "corpus"),
         ]
         rows.append(measure_command("build_corpus", number, [*options, *pool], folder))

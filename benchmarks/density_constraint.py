@@ -1,14 +1,14 @@
 """What 4 to 15 Gaussians on a face cost a fit, and what they save the point model.
 
     python benchmarks/density_constraint.py                 # about a quarter of an hour of one core
-    python benchmarks/density_constraint.py --num_subjects 4 --num_heldout 1 --steps 60 --output outputs/small_study
+    python benchmarks/density_constraint.py --num_subjects 4 --num_heldout 1 --steps 60 --output_dir outputs/small_study
 
 Two questions, each answered with and without the density constraint, all else equal.
 
 1. Two synthetic subjects (1,500 faces, 128 pixels, nine cameras, the demo schedule): PSNR from a camera that was held out, and of
    held-out moments; Gaussians in all, on the fullest face.
 2. Several smaller ones (600 faces, 64 pixels, a shorter schedule), as corpora with one tokenizer: the loss of a small point model
-   on subjects it has not seen, after the same number of steps. Sentences differ in length, so a nat a token is not the same good: a
+   on subjects it has not seen, after the same number of steps. Sequences differ in length, so a nat a token is not the same good: a
    point of a denser cloud says less, and there are more of them. Hence also nats a point and nats a person.
 
 Every step is a command of the toolkit, printed before it runs. What is there already is not made again.
@@ -37,7 +37,7 @@ from gaussian_tokenizer.utils.atomic import atomic_file
 HEADS = {"large": "procedural:1500", "several": "procedural:600"}  # the paper: 10,144 for 27,000 points
 N_BINS = 128
 WAYS = {"limited": "4 to 15", "free": "no limit"}  # name of a folder: points on a face
-SHORT = {  # for pictures of 64 pixels
+SHORT = {  # for images of 64 pixels
     "iterations": 240, "start_downscale": 2, "full_resolution_from": 120, "densify_until": 210, "densify_interval": 20,
 }  # fmt: skip
 MODEL = {
@@ -49,14 +49,14 @@ MAX_LOSS, MIN_PSNR = 0.5, 28.0  # dB
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/density_constraint"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/density_constraint"))
     parser.add_argument("--num_large", type=int, default=2, help="subjects of the first question")
     parser.add_argument("--num_subjects", type=int, default=8, help="of the second question")
     parser.add_argument("--num_heldout", type=int, default=2, help="of them, kept from training")
     parser.add_argument("--steps", type=int, default=400, help="of the point model")
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/density_constraint.png"))
+    parser.add_argument("--image", type=Path, default=Path("docs/images/density_constraint.png"))
     arguments = parser.parse_args()
-    output = arguments.output
+    output = arguments.output_dir
 
     synthesize(output / "large", HEADS["large"], arguments.num_large, image_size=128, timesteps=6)
     synthesize(output / "several", HEADS["several"], arguments.num_subjects, image_size=64, timesteps=4)
@@ -72,11 +72,11 @@ def main() -> None:
         build(output / f"several-{way}", tokenizer, arguments.num_heldout, output / f"corpus-{way}")
         pretrain(output / f"corpus-{way}", arguments.steps, output / f"model-{way}")
         models.append(model_row(way, output))
-    draw(models, output, arguments.picture)
+    draw(models, output, arguments.image)
     targets = judge(fits)
     print(markdown_table(fits), markdown_table(models), markdown_table(targets), sep="\n\n")
     path = write_report("density_constraint", fits, point_models=models, targets=targets, threads=1, n_bins=N_BINS)
-    print(f"\nwritten: {path}, {arguments.picture}")
+    print(f"\nwritten: {path}, {arguments.image}")
 
 
 # ---- the steps
@@ -97,7 +97,7 @@ def synthesize(folder: Path, head: str, count: int, image_size: int, timesteps: 
 
 
 def fit(data: Path, head: str, output: Path, **settings: object) -> None:
-    options = flags(data=data, head=head, output=output, use_cpu="true", disable_tqdm="true", **settings)
+    options = flags(data=data, head=head, output_dir=output, device="cpu", disable_tqdm="true", **settings)
     run("training/fit_avatars.py", "training/configs/fit_demo.yaml", *options)
 
 
@@ -147,7 +147,7 @@ def fit_row(name: str, way: str, output: Path) -> dict:
     return {
         "subjects": len(found),
         "head": HEADS[name],
-        "pixels": found[0]["picture_size"][0],
+        "pixels": found[0]["size_of_image"][0],
         "on a face": WAYS[way],
         "PSNR camera": round(mean("psnr"), 2),
         "PSNR moments": round(mean("psnr_timesteps"), 2),
@@ -162,23 +162,23 @@ def fit_row(name: str, way: str, output: Path) -> dict:
 
 def model_row(way: str, output: Path) -> dict:
     report = json.loads((output / f"model-{way}" / "training_report.json").read_text())
-    points, people, tokens = held_out(output / f"corpus-{way}")
+    points, subjects, tokens = held_out(output / f"corpus-{way}")
     nats = report["heldout_nll"] * tokens
     return {
         "on a face": WAYS[way],
         "steps": report["steps"],
         "parameters": report["num_parameters"],
-        "held-out points a person": round(points / people),
+        "held-out points a person": round(points / subjects),
         "nats a token": report["heldout_nll"],
         "unigram": report["unigram_nll"],
         **{f"nats {slot}": report[f"heldout_nll_{slot}"] for slot in "xyzb"},
         "nats a point": nats / points,
-        "nats a person": round(nats / people),
+        "nats a person": round(nats / subjects),
     }
 
 
 def held_out(corpus: Path) -> tuple[int, int, int]:
-    """Points, people and tokens (end tokens counted, first ones not) of the held-out split."""
+    """Points, subjects and tokens (end tokens counted, first ones not) of the held-out split."""
     avatars = load_corpus(corpus).avatars("validation")
     points = sum(avatars["num_points"])
     return points, len(avatars), 4 * points + len(avatars)
@@ -205,7 +205,7 @@ def draw(models: list[dict], output: Path, path: Path) -> None:
 
     colors = {"limited": "#3b6ea5", "free": "#c2703d"}
     figure = Figure(figsize=(10, 3.4), dpi=120, layout="constrained")
-    histogram, points, people = figure.subplots(1, 3)
+    histogram, points, subjects = figure.subplots(1, 3)
     for way in WAYS:
         report = reports(output / f"large-{way}")[0]
         counts = np.repeat(
@@ -220,12 +220,12 @@ def draw(models: list[dict], output: Path, path: Path) -> None:
         evaluated = [(entry["step"], entry["eval_nll"]) for entry in log if "eval_nll" in entry]
         steps, nll = np.array(evaluated).T
         points.plot(steps, nll * row["nats a point"] / row["nats a token"], "o-", color=colors[way], label=WAYS[way])
-        people.plot(
+        subjects.plot(
             steps, nll * row["nats a person"] / row["nats a token"] / 1000, "o-", color=colors[way], label=WAYS[way]
         )
-    points.set(xlabel="step", ylabel="nats a point", title="point model, people not seen")
-    people.set(xlabel="step", ylabel="thousand nats a person", title="the same, whole sentences", ylim=(0, None))
-    for axes in (histogram, points, people):
+    points.set(xlabel="step", ylabel="nats a point", title="point model, subjects not seen")
+    subjects.set(xlabel="step", ylabel="thousand nats a person", title="the same, whole sequences", ylim=(0, None))
+    for axes in (histogram, points, subjects):
         axes.legend(fontsize=8, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Speed, memory and exactness of the rasterisers: ours on one core, beside its slow twin and a limit; gsplat on CUDA.
+"""Speed, memory and exactness of the rasterizers: ours on one core, beside its slow twin and a limit; gsplat on CUDA.
 
     python benchmarks/render.py                         # about three minutes, most of it the twin
     python benchmarks/render.py --points 1000 5000 --pixels 64 128 --rounds 2
 
 Scenes are Gaussians on an ellipsoid the size of a head whose scales follow the spacing of the points, as in an avatar, in
-square pictures. Rows: ours forward, forward + backward (gradients to everything), and as the limit one `exp` for each pixel
-of each Gaussian's ellipse, which no exact rasteriser avoids. Times are processor time of the one thread, the best of the
+square images. Rows: ours forward, forward + backward (gradients to everything), and as the limit one `exp` for each pixel
+of each Gaussian's ellipse, which no exact rasterizer avoids. Times are processor time of the one thread, the best of the
 rounds; memory is what the process grows by. Growth is time ~ points ** exponent (and pixels, counted as width * height)
 from the smallest to the largest size; work that is points + pixels stays under 1 in both.
 """
@@ -35,8 +35,8 @@ from gaussian_tokenizer.rendering.splatting import render
 
 TWIN_POINTS, TWIN_PIXELS = 5_000, 128
 AVATAR_POINTS, AVATAR_PIXELS = 27_000, 512
-SEMI_AXES = (0.09, 0.14, 0.11)  # metres
-SURFACE = 0.155  # square metres
+SEMI_AXES = (0.09, 0.14, 0.11)  # meters
+SURFACE = 0.155  # square meters
 
 
 def main() -> None:
@@ -206,7 +206,7 @@ def head(n_points: int) -> Gaussians:
 
 
 def front(pixels: int) -> Cameras:
-    """The head fills four fifths of the picture's height."""
+    """The head fills four fifths of the image's height."""
     return Cameras.look_at((0.0, 0.0, 1.0), (0, 0, 0), focal=pixels / 0.36, width=pixels, height=pixels)
 
 

@@ -1,6 +1,6 @@
-"""Pictures of meshes: a small z-buffer rasteriser in NumPy, for documentation and for looking at a result.
+"""Images of meshes: a small z-buffer rasterizer in NumPy, for documentation and for looking at a result.
 
-Orthographic, one head-light and a fill light, smooth shading from vertex normals, optional vertex colours. It is no
+Orthographic, one head-light and a fill light, smooth shading from vertex normals, optional vertex colors. It is no
 renderer of Gaussians and knows nothing of cameras: `view` is a turn about the vertical axis and a tilt.
 """
 
@@ -39,7 +39,7 @@ def draw_mesh(
     seen = (vertices - center) @ rotation.T
     scale = 2 * size / extent  # drawn at twice the size, then averaged: smooth outlines
     pixels = np.stack((size + scale * seen[:, 0], size - scale * seen[:, 1], seen[:, 2]), 1)
-    image = _rasterise(pixels, faces, colors * shade[:, None], 2 * size, background)
+    image = _rasterize(pixels, faces, colors * shade[:, None], 2 * size, background)
     image = image.reshape(size, 2, size, 2, 3).mean((1, 3))
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
@@ -67,8 +67,8 @@ def _shade(normals: np.ndarray) -> np.ndarray:
     return brightness
 
 
-def _rasterise(pixels: np.ndarray, faces: np.ndarray, colors: np.ndarray, size: int, background: float) -> np.ndarray:
-    """Nearest front-facing triangle at every pixel centre, colours interpolated; (size, size, 3)."""
+def _rasterize(pixels: np.ndarray, faces: np.ndarray, colors: np.ndarray, size: int, background: float) -> np.ndarray:
+    """Nearest front-facing triangle at every pixel center, colors interpolated; (size, size, 3)."""
     image = np.full((size, size, 3), background)
     depth = np.full((size, size), -np.inf)
     for face in faces:

@@ -1,6 +1,6 @@
-"""How good is it, against whom, under which protocol? Self- and cross-reenactment of a data set of tracked people.
+"""How good is it, against whom, under which protocol? Self- and cross-reenactment of a data set of tracked subjects.
 
-    python eval/reenactment_bench.py --model outputs/demo/pipeline --dataset people --mode both --output_dir outputs/bench
+    python eval/reenactment_bench.py --model outputs/demo/pipeline --dataset subjects --mode both --output_dir outputs/bench
 
 An avatar is made of the first frame of each clip and driven by the rest of it (self) or by another person's clip (cross). Written
 are results.json (every number, with the protocol), results.md (the table), grid.png, a video of every pair, and report.html, one
@@ -74,7 +74,7 @@ def main() -> None:
         "--candidates",
         type=int,
         default=CANDIDATES,
-        help=f"clouds of which the likeliest is dressed (default: {CANDIDATES})",
+        help=f"clouds of which the likeliest is decoded (default: {CANDIDATES})",
     )
     parser.add_argument("--max_points", type=int, help="points of an avatar at most (default: no limit but the next)")
     parser.add_argument("--max_points_per_face", type=int, default=15, help="points on a face at most (default: 15)")
@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
             mode: sum(pair.mode == mode for pair in pairs) for mode in MODES if mode in {p.mode for p in pairs}
         },
         "subjects": [clip.subject_id for clip in clips],
-        "picture": list(clips[0].size),
+        "image": list(clips[0].size),
         "pairs": [describe(pair) for pair in pairs],
         "protocol": in_words(vars(arguments)),
         "networks": describe_networks(networks),

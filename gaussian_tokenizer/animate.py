@@ -3,7 +3,7 @@
     python -m gaussian_tokenizer.animate --avatar subjects/synthetic-0-000000 --motion talk --output talk.gif
 
 An avatar, its head model and a motion go in: built in (talk, nod, look_around, expressions), tracked (a flame_param.npz
-or a folder of them), or a turntable around the head at rest. Pictures come out as .gif, .mp4 or a folder of PNG, the
+or a folder of them), or a turntable around the head at rest. Images come out as .gif, .mp4 or a folder of PNG, the
 posed Gaussians as a numbered PLY sequence or, of the avatar at rest, as one file for a splat viewer. Runs on a CPU.
 """
 
@@ -19,15 +19,15 @@ from gaussian_tokenizer.avatars.avatar import GaussianAvatar, open_avatar
 from gaussian_tokenizer.avatars.export import UP, save_ply_sequence, save_splats, save_video
 from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.motions import MOTIONS, load_motion, synthetic_motion
-from gaussian_tokenizer.avatars.skinning import METHODS, drive
+from gaussian_tokenizer.avatars.skinning import METHODS, retarget
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.splatting import render
 
-DISTANCE = 1.0  # metres from the camera to the middle of the head
-ROOM = 1.5  # side of the picture, in heights of the skull
+DISTANCE = 1.0  # meters from the camera to the middle of the head
+ROOM = 1.5  # side of the image, in heights of the skull
 BORDER = 1.02  # and at least so much more than all that skull and hair pass over
 STRAYS = 0.005  # of the Gaussians may stick out: one far away shall not make the head small
 FRAMES_AT_ONCE = 4
@@ -48,7 +48,7 @@ def main() -> None:
         default="talk",
         help=f"{', '.join(MOTIONS)}, turntable, or a flame_param.npz or a folder of them (default: talk)",
     )
-    parser.add_argument("--output", type=Path, help="pictures: .gif, .mp4, or a folder of PNG (no suffix)")
+    parser.add_argument("--output", type=Path, help="images: .gif, .mp4, or a folder of PNG (no suffix)")
     parser.add_argument("--ply_sequence", type=Path, help="folder for the Gaussians of every frame, 00000.ply, ...")
     parser.add_argument(
         "--export", type=Path, help="the Gaussians at rest for a splat viewer: .ply, .splat or .compressed.ply"
@@ -59,14 +59,14 @@ def main() -> None:
         default="y",
         help="where the crown is in --export and --ply_sequence; minus_y for SuperSplat (default: y)",
     )
-    parser.add_argument("--method", choices=METHODS, default="lbs", help="how the Gaussians follow the head")
-    parser.add_argument("--size", type=int, default=256, help="width and height of the pictures")
+    parser.add_argument("--animation", choices=METHODS, default="lbs", help="how the Gaussians follow the head")
+    parser.add_argument("--image_size", type=int, default=256, help="width and height of the images")
     parser.add_argument("--fps", type=float, default=25.0, help="frames per second of .gif and .mp4")
     parser.add_argument(
         "--num_frames", type=int, help="frames of a built-in motion (default: 48), or the first so many of a file"
     )
     parser.add_argument("--azimuth", type=float, default=0.0, help="degrees of the camera to the subject's left")
-    parser.add_argument("--background", type=float, default=1.0, help="grey behind the head, 0 black to 1 white")
+    parser.add_argument("--background", type=float, default=1.0, help="gray behind the head, 0 black to 1 white")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     arguments = parser.parse_args()
     try:
@@ -83,18 +83,20 @@ def animate(arguments: argparse.Namespace) -> None:
     assert avatar.head is not None
     motion = choose_motion(arguments, avatar.head).to(arguments.device)
     avatar = avatar.to(arguments.device)
-    canonical = avatar.canonical_gaussians()  # an avatar without colours is refused here
+    canonical = avatar.canonical_gaussians()  # an avatar without colors is refused here
     if arguments.export is not None:
         save_splats(arguments.export, canonical, up=arguments.up)
         print(f"{len(avatar):,} Gaussians at rest in {arguments.export}")
     if arguments.ply_sequence is not None:
-        parts = tqdm(posed_parts(avatar, motion, arguments.method), desc="PLY", total=motion.num_frames, unit="frame")
+        parts = tqdm(
+            posed_parts(avatar, motion, arguments.animation), desc="PLY", total=motion.num_frames, unit="frame"
+        )
         count = save_ply_sequence(arguments.ply_sequence, parts, arguments.up)
         print(f"{count} frames of {len(avatar):,} Gaussians in {arguments.ply_sequence}")
     if arguments.output is not None:
-        pictures = draw(avatar, motion, arguments)
-        save_video(arguments.output, pictures, arguments.fps)
-        print(f"{len(pictures)} pictures of {arguments.size} x {arguments.size} in {arguments.output}")
+        images = draw(avatar, motion, arguments)
+        save_video(arguments.output, images, arguments.fps)
+        print(f"{len(images)} images of {arguments.image_size} x {arguments.image_size} in {arguments.output}")
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -107,8 +109,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{path}: its folder {path.parent} is not there; create it first")
     if arguments.output is not None and arguments.output.suffix not in ("", ".gif", ".mp4"):
         raise ValueError(f"--output {arguments.output}: expected .gif, .mp4, or no suffix for a folder of PNG")
-    if not 8 <= arguments.size <= 8192:
-        raise ValueError(f"--size {arguments.size}: expected 8 to 8192 pixels")
+    if not 8 <= arguments.image_size <= 8192:
+        raise ValueError(f"--image_size {arguments.image_size}: expected 8 to 8192 pixels")
     if arguments.num_frames is not None and arguments.num_frames < 1:
         raise ValueError(f"--num_frames {arguments.num_frames}: expected at least 1")
     if not 0 <= arguments.background <= 1:
@@ -146,21 +148,21 @@ def draw(avatar: GaussianAvatar, motion: HeadParameters, arguments: argparse.Nam
     if turntable:
         azimuths = [arguments.azimuth + 360 * index / motion.num_frames for index in range(motion.num_frames)]
     target, extent = framing(avatar, motion.frame(0) if turntable else motion, azimuths)
-    size = arguments.size
+    size = arguments.image_size
     cameras = Cameras.orbit(target, DISTANCE, azimuths, 0.0, DISTANCE * size / extent, size, size)
-    pictures = []
-    with tqdm(total=motion.num_frames, desc="pictures", unit="frame") as progress:
-        for posed in posed_parts(avatar, motion, arguments.method, FRAMES_AT_ONCE):
+    images = []
+    with tqdm(total=motion.num_frames, desc="images", unit="frame") as progress:
+        for posed in posed_parts(avatar, motion, arguments.animation, FRAMES_AT_ONCE):
             start = progress.n
             seen_by = cameras[start : start + posed.num_frames] if turntable else cameras
             image = render(posed, seen_by, background=arguments.background).image
-            pictures.append((image.clamp(0, 1) * 255 + 0.5).byte().cpu().numpy())
+            images.append((image.clamp(0, 1) * 255 + 0.5).byte().cpu().numpy())
             progress.update(posed.num_frames)
-    return np.concatenate(pictures)
+    return np.concatenate(images)
 
 
 def framing(avatar: GaussianAvatar, motion: HeadParameters, azimuths: Sequence[float]) -> tuple[torch.Tensor, float]:
-    """Where the cameras look (3,) and the side of what they see there, metres: the head in all frames, with its hair.
+    """Where the cameras look (3,) and the side of what they see there, meters: the head in all frames, with its hair.
 
     Measured on the mesh without the neck, whose length differs from one head model to another, so that a portrait of
     any of them is framed alike; a head that moves about or has much hair is given the room it takes.
@@ -172,20 +174,20 @@ def framing(avatar: GaussianAvatar, motion: HeadParameters, azimuths: Sequence[f
     at_rest = head.canonical_vertices(own)[skull]
     height = float(at_rest[:, 1].max() - at_rest[:, 1].min())
     frames = [motion.frame(index) for index in range(motion.num_frames)]
-    vertices = torch.stack([head.pose(drive(own, frame, head)).vertices[0, skull] for frame in frames]).flatten(0, 1)
+    vertices = torch.stack([head.pose(retarget(own, frame, head)).vertices[0, skull] for frame in frames]).flatten(0, 1)
     target = (vertices.amin(0) + vertices.amax(0)) / 2
     hair = hair_thickness(avatar.canonical_gaussians(), at_rest)
     half = 0.0
     for viewmat in Cameras.orbit(target, DISTANCE, azimuths, 0.0, 1.0, 1, 1).viewmats:
         x, y, depth = (vertices @ viewmat[:3, :3].T + viewmat[:3, 3]).unbind(-1)
-        # What is nearer than the target looks larger; what comes too near for a picture does not count.
+        # What is nearer than the target looks larger; what comes too near for an image does not count.
         nearness = DISTANCE / (depth - hair).clamp(min=DISTANCE / 4)
         half = max(half, float(((torch.maximum(x.abs(), y.abs()) + hair) * nearness).max()))
     return target, max(ROOM * height, 2 * BORDER * half)
 
 
 def hair_thickness(gaussians: Gaussians, skull: torch.Tensor) -> float:
-    """How far Gaussians (T = 1) stand out above and beside the vertices of a skull (V, 3), metres, at least 0."""
+    """How far Gaussians (T = 1) stand out above and beside the vertices of a skull (V, 3), meters, at least 0."""
     stretched = quaternion_to_matrix(gaussians.quats[0]) * gaussians.scales[0, :, None]
     reach = 3 * stretched.square().sum(-1).sqrt()  # three standard deviations along each axis, (N, 3)
     above = gaussians.positions[0] + reach - skull.amax(0)

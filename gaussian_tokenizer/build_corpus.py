@@ -1,13 +1,13 @@
 """Build, count and check a corpus from the command line.
 
-    python -m gaussian_tokenizer.build_corpus --avatars DIR --head HEAD --output DIR [--num_proc N] [--push_to_hub REPO]
-    python -m gaussian_tokenizer.build_corpus stats CORPUS [--picture statistics.png] [--page page.html]
+    python -m gaussian_tokenizer.build_corpus --avatars DIR --head HEAD --output_dir DIR [--num_proc N] [--push_to_hub REPO]
+    python -m gaussian_tokenizer.build_corpus stats CORPUS [--image statistics.png] [--page page.html]
     python -m gaussian_tokenizer.build_corpus validate CORPUS [--avatars DIR --head HEAD]
 
 A build that was killed is continued by the same command and ends with the same bytes. On a small CPU, from subjects
 that were made on the built-in head:
 
-    python -m gaussian_tokenizer.build_corpus --avatars subjects --head procedural:600 --output corpus --num_proc 2
+    python -m gaussian_tokenizer.build_corpus --avatars subjects --head procedural:600 --output_dir corpus --num_proc 2
 """
 
 import argparse
@@ -46,16 +46,16 @@ def _build(options: argparse.Namespace) -> int:
     manifest = build(
         options.avatars,
         load_head(options.head),
-        options.output,
+        options.output_dir,
         settings,
         tokenizer=GaussianTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None,
         num_proc=options.num_proc,
         overwrite=options.overwrite,
     )
     print_counts(manifest)
-    print(f"corpus: {options.output}")
+    print(f"corpus: {options.output_dir}")
     if options.push_to_hub:
-        address = upload(options.output, options.push_to_hub, "dataset", options.hub_private_repo)
+        address = upload(options.output_dir, options.push_to_hub, "dataset", options.hub_private_repo)
         print(f"uploaded: {address}")
     return 0
 
@@ -63,16 +63,16 @@ def _build(options: argparse.Namespace) -> int:
 def _stats(options: argparse.Namespace) -> int:
     from gaussian_tokenizer.corpus.corpus import load_corpus
     from gaussian_tokenizer.corpus.html_page import write_page
-    from gaussian_tokenizer.corpus.stats import statistics, statistics_picture, statistics_table
+    from gaussian_tokenizer.corpus.stats import statistics, statistics_plot, statistics_table
     from gaussian_tokenizer.utils.atomic import atomic_file
 
     corpus = load_corpus(options.corpus)
     figures = statistics(corpus)
     print(statistics_table(figures))
-    if options.picture:
-        with atomic_file(options.picture) as file:
-            file.write(statistics_picture(figures))
-        print(f"\npicture: {options.picture}")
+    if options.image:
+        with atomic_file(options.image) as file:
+            file.write(statistics_plot(figures))
+        print(f"\nimage: {options.image}")
     if options.page:
         print(f"\npage: {write_page(corpus, figures, options.page)}")
     return 0
@@ -101,7 +101,7 @@ def _validate(options: argparse.Namespace) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gaussian_tokenizer.build_corpus",
-        description="Tokenise a folder of avatars into a corpus that datasets.load_dataset opens.",
+        description="Tokenize a folder of avatars into a corpus that datasets.load_dataset opens.",
         epilog="Other commands: `stats CORPUS` prints and draws figures, `validate CORPUS` checks every file; each has its "
         "own --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -109,17 +109,17 @@ def _build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--avatars", required=True, type=Path, help="folder of subject folders")
     add("--head", required=True, help="procedural, procedural:600, a .safetensors, a FLAME .pkl, an ICT-FaceKit folder")
-    add("--output", required=True, type=Path, help="corpus folder to make")
+    add("--output_dir", required=True, type=Path, help="corpus folder to make")
     add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
     add_corpus_options(parser)
-    add("--image_size", type=int, default=224, help="side of the pictures that the tokenizer prepares, pixels")
+    add("--image_size", type=int, default=224, help="side of the images that the tokenizer prepares, pixels")
     add("--tokenizer", type=Path, help="use this tokenizer as it is, not --n_bins, --bounds and --image_size")
     add("--seed", type=int, default=0, help="of the split")
     add("--skip_bad", action="store_true", help="leave out subjects that cannot be used, and record them")
     add(
-        "--allow_unknown_licence",
+        "--allow_unknown_license",
         action="store_true",
-        help="accept subjects without licence or consent; the card names them",
+        help="accept subjects without license or consent; the card names them",
     )
     add("--push_to_hub", metavar="REPO", help="upload the corpus as this dataset repository")
     add("--hub_private_repo", action="store_true", help="make that repository private")
@@ -129,8 +129,8 @@ def _build_parser() -> argparse.ArgumentParser:
 def _stats_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gaussian_tokenizer.build_corpus stats")
     parser.add_argument("corpus", help="corpus folder, or its URL")
-    parser.add_argument("--picture", type=Path, help="draw points per face, lengths and use of the bins to this PNG")
-    parser.add_argument("--page", type=Path, help="write an HTML page with figures, pictures and licences here")
+    parser.add_argument("--image", type=Path, help="draw points per face, lengths and use of the bins to this PNG")
+    parser.add_argument("--page", type=Path, help="write an HTML page with figures, images and licenses here")
     return parser
 
 

@@ -1,10 +1,10 @@
-"""Make synthetic subjects, as avatar folders or straight as a corpus: what to train on where there are no captured people.
+"""Make synthetic subjects, as avatar folders or straight as a corpus: what to train on where there are no captured subjects.
 
-    python -m gaussian_tokenizer.synthesize --num_subjects 200 --head procedural:600 --output subjects --num_proc 2
+    python -m gaussian_tokenizer.synthesize --num_subjects 200 --head procedural:600 --output_dir subjects --num_proc 2
     python -m gaussian_tokenizer.synthesize --num_subjects 10000 --head procedural:600 --corpus corpus --num_proc 2
 
-With `--output` each subject (see `synthetic`) becomes a folder in the layout of GaussianAvatars and VHAP (see `subject`):
-the avatar, its head parameters, and pictures drawn by `render` with their cameras and moments. A folder appears whole or
+With `--output_dir` each subject (see `synthetic`) becomes a folder in the layout of GaussianAvatars and VHAP (see `subject`):
+the avatar, its head parameters, and images drawn by `render` with their cameras and moments. A folder appears whole or
 not at all. With `--corpus` the subjects go into the corpus that `build_corpus` would make of those folders, byte for byte,
 without the folders. Run again, the command keeps what is finished and makes the rest; the number of processes does not
 change a byte. Time grows with the number of subjects, memory does not.
@@ -96,15 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Write synthetic subjects (avatars with portraits) as GaussianAvatars folders.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--num_subjects", type=int, required=True, help="how many people to make")
-    parser.add_argument("--output", type=Path, help="folder to put the subjects' folders in")
+    parser.add_argument("--num_subjects", type=int, required=True, help="how many subjects to make")
+    parser.add_argument("--output_dir", type=Path, help="folder to put the subjects' folders in")
     parser.add_argument(
         "--head",
         default="procedural:600",
         help="procedural[:faces], a .safetensors head model, a FLAME .pkl or an ICT-FaceKit folder",
     )
     parser.add_argument("--num_proc", type=int, default=1, help="processes; the result does not depend on it")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other people")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other subjects")
     parser.add_argument("--image_size", type=int, default=128, help="pixels, both sides of a portrait")
     parser.add_argument("--views", type=int, default=1, help=f"cameras around a subject, 1 (front) to {MAX_VIEWS}")
     parser.add_argument("--timesteps", type=int, default=1, help="moments: at rest, then random expressions and turns")
@@ -122,13 +122,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=MIN_POINTS_PER_FACE,
         help="on an occupied face; fewer spread the points over more faces",
     )
-    corpus = parser.add_argument_group("straight to a corpus, instead of --output")
+    corpus = parser.add_argument_group("straight to a corpus, instead of --output_dir")
     corpus.add_argument("--corpus", type=Path, help="corpus folder to make; see build_corpus for the options below")
     corpus.add_argument("--tokenizer_image_size", type=int, default=224, help="side of what the tokenizer prepares")
     add_corpus_options(corpus)
     options = parser.parse_args(arguments)
-    if (options.output is None) == (options.corpus is None):
-        parser.error("give either --output, for folders, or --corpus")
+    if (options.output_dir is None) == (options.corpus is None):
+        parser.error("give either --output_dir, for folders, or --corpus")
     try:
         (_to_folders if options.corpus is None else _to_corpus)(options)
     except (ValueError, OSError) as error:
@@ -137,8 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _to_folders(options: argparse.Namespace) -> None:
     names = ("num_subjects", "head", "num_proc", *RECIPE)
-    folders = synthesize(options.output, **{name: vars(options)[name] for name in names})
-    print(f"{len(folders)} subjects in {options.output}")
+    folders = synthesize(options.output_dir, **{name: vars(options)[name] for name in names})
+    print(f"{len(folders)} subjects in {options.output_dir}")
     print(f"identities: {identity_statistics(load_head(options.head), shapes_of_folders(folders))}")
 
 
@@ -154,7 +154,7 @@ def _to_corpus(options: argparse.Namespace) -> None:
 
 def _write(folder: Path, recipe: dict, head: HeadModel) -> None:
     made = _make(folder.name, recipe, head)
-    write_subject(folder, made.avatar, made.pictures, made.metadata)
+    write_subject(folder, made.avatar, made.images, made.metadata)
 
 
 def _is_finished(folder: Path, recipe: dict, head: HeadModel) -> bool:

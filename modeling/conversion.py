@@ -23,7 +23,7 @@ def to_gaussians(output: GaussianDecoderOutput, row: int = 0, num_points: int | 
         num_points: how many leading points are real; default all N.
 
     Returns:
-        `Gaussians` of one frame (T = 1), float32, canonical space in metres.
+        `Gaussians` of one frame (T = 1), float32, canonical space in meters.
 
     Raises:
         ValueError: there is no such row, or it has fewer points.
@@ -45,7 +45,7 @@ def vertex_points(head: HeadModel, params: HeadParameters) -> tuple[Tensor, Tens
     """What a decoder of mode "flame_position" reads in the place of a generated cloud.
 
     Returns:
-        The vertices (V, 3) of a person's head, metres in canonical space, and for each a face (V,) it is a corner of; which of
+        The vertices (V, 3) of a person's head, meters in canonical space, and for each a face (V,) it is a corner of; which of
         them does not matter, the vertex lies on all.
     """
     faces = torch.zeros(head.n_vertices, dtype=torch.int64, device=head.device)

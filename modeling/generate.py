@@ -24,7 +24,7 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianT
 from gaussian_tokenizer.utils.atomic import atomic_file
 
 from .modeling_pointillist import PointillistForCausalLM
-from .point_pictures import draw_comparison
+from .point_images import draw_comparison
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument(
         "--head", required=True, help="head model: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder"
     )
-    parser.add_argument("--portrait", type=Path, help="picture of the person, face in the middle")
+    parser.add_argument("--portrait", type=Path, help="image of the person, face in the middle")
     parser.add_argument("--params", type=Path, help="flame_param.npz with the person's shape (default: the mean head)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for points.safetensors, .ply and .png")
     parser.add_argument("--max_points", type=int, help="write no more points than this (default: 32,768)")
@@ -103,7 +103,7 @@ def check_head(tokenizer: GaussianTokenizer, head: HeadModel, name: str) -> None
 def open_portrait(path: Path) -> Image.Image:
     """An image file, whole."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such picture")
+        raise FileNotFoundError(f"{path}: no such image")
     return open_image(path)
 
 

@@ -10,7 +10,7 @@ A pipeline is a folder, or a repository of the Hub, with a normal subfolder for 
     point_model/         PointillistForCausalLM
     gaussian_decoder/    GaussianDecoder
     head/                head.safetensors, a HeadModel
-    README.md, images/   the model card and its pictures
+    README.md, images/   the model card and its images
     *.py                 the code of the components once more: transformers looks for it here, whatever the subfolder
 """
 
@@ -63,10 +63,10 @@ class AvatarPipeline:
         gaussian_decoder: GaussianDecoder,
         head: HeadModel,
     ):
-        spelled, decoded = point_model.config, gaussian_decoder.config
-        if (spelled.n_bins, spelled.n_faces) != (tokenizer.n_bins, tokenizer.n_faces):
+        point_config, decoder_config = point_model.config, gaussian_decoder.config
+        if (point_config.n_bins, point_config.n_faces) != (tokenizer.n_bins, tokenizer.n_faces):
             raise ValueError(
-                f"the point model spells points with {spelled.n_bins} levels and {spelled.n_faces} faces, the tokenizer with "
+                f"the point model has {point_config.n_bins} levels and {point_config.n_faces} faces, the tokenizer "
                 f"{tokenizer.n_bins} and {tokenizer.n_faces}; take both from one training"
             )
         if head.n_faces != tokenizer.n_faces or tokenizer.head_hash not in (None, head.hash):
@@ -74,15 +74,15 @@ class AvatarPipeline:
                 f"the tokenizer is for head model {tokenizer.head_name!r} ({tokenizer.n_faces} faces, hash "
                 f"{tokenizer.head_hash}), not for {head.name!r} ({head.n_faces} faces, hash {head.hash})"
             )
-        if decoded.mode == "flame_position":
+        if decoder_config.mode == "flame_position":
             raise ValueError(
                 "the Gaussian decoder is of mode flame_position, which decodes head vertices and no generated points; "
                 "a pipeline needs full, position or ar_feature"
             )
-        if decoded.reads_point_features and decoded.point_feature_size != spelled.hidden_size:
+        if decoder_config.reads_point_features and decoder_config.point_feature_size != point_config.hidden_size:
             raise ValueError(
-                f"the Gaussian decoder reads point features of width {decoded.point_feature_size}, the point model has width "
-                f"{spelled.hidden_size}; take the decoder that was trained behind this point model"
+                f"the Gaussian decoder reads point features of width {decoder_config.point_feature_size}, the point model has "
+                f"{point_config.hidden_size}; take the decoder that was trained behind this point model"
             )
         self.tokenizer, self.head = tokenizer, head
         self.point_model, self.gaussian_decoder = point_model.eval(), gaussian_decoder.eval()
@@ -115,7 +115,7 @@ class AvatarPipeline:
             head_params: the person's head parameters, of which shape and static offset are used (None: the mean head); for a
                 list of portraits a list of them.
             seed: makes the same avatar again; None samples from torch's generator as it stands.
-            candidates: how many clouds are written of each person, side by side; the likeliest is dressed.
+            candidates: how many clouds are written of each person, side by side; the likeliest is decoder_config.
             generate: options of `PointillistForCausalLM.generate` (max_points, temperature, guidance_scale, ...).
 
         Returns:
@@ -133,7 +133,7 @@ class AvatarPipeline:
         params = [zeros if own is None else own for own in given]
         inputs = self.inputs(images, params)
         written = self.write(inputs, seed=seed, candidates=candidates, **generate)
-        avatars = [self.dress(*item) for item in zip(*self.points(written), inputs["pixel_values"], params)]
+        avatars = [self.decode_attributes(*item) for item in zip(*self.points(written), inputs["pixel_values"], params)]
         return avatars if many else avatars[0]
 
     def inputs(self, images: Sequence[Any], params: Sequence[HeadParameters]) -> dict[str, Tensor]:
@@ -155,14 +155,14 @@ class AvatarPipeline:
         candidates: int = CANDIDATES,
         **generate: Any,
     ) -> PointillistGenerateOutput:
-        """Sentences of B persons with the hidden states that predicted their points, the likeliest of the candidates each."""
+        """Sequences of B persons with the hidden states that predicted their points, the likeliest of the candidates each."""
         if candidates < 1:
             raise ValueError(f"candidates must be at least 1, found {candidates}")
-        reads = self.point_model.config
+        config = self.point_model.config
         condition = {
             name: value.repeat_interleave(candidates, 0)
             for name, value in inputs.items()
-            if (reads.use_vision_encoder if name == "pixel_values" else reads.use_point_encoder)
+            if (config.use_vision_encoder if name == "pixel_values" else config.use_point_encoder)
         }
         if seed is not None:
             torch.manual_seed(seed)
@@ -171,33 +171,33 @@ class AvatarPipeline:
         return written if candidates == 1 else likeliest(self.point_model, written, candidates)
 
     def points(self, written: PointillistGenerateOutput) -> tuple[list[dict], list[Tensor]]:
-        """Of each sentence its points (positions (N, 3), faces (N,)) and their features (N, 4, D)."""
+        """Of each sequence its points (positions (N, 3), faces (N,)) and their features (N, 4, D)."""
         points = [self.tokenizer.decode(ids.cpu(), errors="truncate") for ids in written.sequences]
         empty = [row for row, own in enumerate(points) if len(own["faces"]) == 0]
         if empty:
             raise ValueError(
-                f"the point model ended sentence {empty[0]} before its first point: give min_points, or another seed"
+                f"the point model ended sequence {empty[0]} before its first point: give min_points, or another seed"
             )
         return points, [features[: len(own["faces"])] for features, own in zip(written.point_features, points)]
 
     @torch.no_grad()
-    def dress(
+    def decode_attributes(
         self, points: Mapping[str, Any], features: Tensor | None, pixel_values: Tensor, params: HeadParameters
     ) -> GaussianAvatar:
         """The avatar of one person's points: their looks from the decoder, anchored to the head.
 
         `points` with positions (N, 3) and faces (N,), `features` (N, 4, D), `pixel_values` (3, S, S).
         """
-        reads = self.gaussian_decoder.config
+        config = self.gaussian_decoder.config
         own = params.canonical().to(self.device)
         faces = torch.as_tensor(points["faces"], device=self.device)
         positions = torch.as_tensor(points["positions"], device=self.device)
         anchors = None
-        if reads.read_anchors:
+        if config.read_anchors:
             anchors = nearest_on_faces(positions, faces, self.head.canonical_vertices(own), self.head.faces)
         decoded = self.gaussian_decoder(
             positions=positions[None],
-            point_features=features[None] if reads.reads_point_features and features is not None else None,
+            point_features=features[None] if config.reads_point_features and features is not None else None,
             pixel_values=pixel_values[None],
             anchors=None if anchors is None else anchors[None],
         )
@@ -245,13 +245,13 @@ class AvatarPipeline:
     def save_pretrained(
         self,
         folder: str | os.PathLike,
-        pictures: Sequence[str | os.PathLike] = (),
+        images: Sequence[str | os.PathLike] = (),
         card: str | None = None,
         license: str = "other",
     ) -> None:
         """Write the folder described above; it appears whole, or what was there before stays.
 
-        `pictures` are copied to `images/` and shown by the model card; `card` adds a paragraph to it. `license` is the Hub's
+        `images` are copied to `images/` and shown by the model card; `card` adds a paragraph to it. `license` is the Hub's
         name of the license of these weights ("apache-2.0", "cc-by-nc-4.0", ...), which their training data decide.
         """
         folder = Path(folder)
@@ -264,9 +264,9 @@ class AvatarPipeline:
                 shutil.copy(code, new)
             (new / "head").mkdir()
             self.head.save(new / "head" / HEAD_NAME)
-            if pictures:
+            if images:
                 (new / "images").mkdir()
-            names = [Path(shutil.copy(picture, new / "images")).name for picture in pictures]
+            names = [Path(shutil.copy(image, new / "images")).name for image in images]
             (new / "README.md").write_text(self._card(names, card, license), encoding="utf-8")
             index = {"format": FORMAT, "components": list(COMPONENTS)}
             (new / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -274,7 +274,7 @@ class AvatarPipeline:
     def push_to_hub(
         self,
         repo_id: str,
-        pictures: Sequence[str | os.PathLike] = (),
+        images: Sequence[str | os.PathLike] = (),
         card: str | None = None,
         private: bool | None = None,
         token: str | None = None,
@@ -282,19 +282,19 @@ class AvatarPipeline:
     ) -> str:
         """Upload the folder as a model repository; returns its address."""
         with TemporaryDirectory() as temporary:
-            self.save_pretrained(Path(temporary) / "pipeline", pictures, card, license)
+            self.save_pretrained(Path(temporary) / "pipeline", images, card, license)
             address = create_repo(repo_id, private=private, exist_ok=True, token=token)
             upload_folder(repo_id=address.repo_id, folder_path=Path(temporary) / "pipeline", token=token)
             return str(address)
 
-    def _card(self, pictures: Sequence[str], paragraph: str | None, license: str) -> str:
+    def _card(self, images: Sequence[str], paragraph: str | None, license: str) -> str:
         header = ModelCardData(
             license=license,
             library_name="avatar-pointillist",
             tags=["avatar-pointillist", "gaussian-splatting", "3d", "avatars"],
             pipeline_tag="image-to-3d",
         ).to_yaml()
-        shown = "\n\n".join(f"![{Path(picture).stem}](images/{picture})" for picture in pictures)
+        shown = "\n\n".join(f"![{Path(image).stem}](images/{image})" for image in images)
         points, decoder = self.point_model.config, self.gaussian_decoder.config
         parts = [
             f"---\n{header}\n---\n\n# Avatar pipeline",

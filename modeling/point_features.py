@@ -1,8 +1,8 @@
-"""What the point model thought of each point: its hidden states over whole sentences, for training the Gaussian decoder.
+"""What the point model thought of each point: its hidden states over whole sequences, for training the Gaussian decoder.
 
 In: token ids of `GaussianTokenizer` (B, L) and the condition of the point model. Out: (B, N, 4, D), for every point the last
 hidden states at the positions that *predict* its x, y, z and face (AvatarPointillist, method figure). They are those of
-`generate(..., output_point_features=True)` on the same ids: attention is banded by the window, however long the sentence. It
+`generate(..., output_point_features=True)` on the same ids: attention is banded by the window, however long the sequence. It
 is read piece by piece, so that memory grows with the window and the piece, not with the square of the length.
 
 The point model is frozen while the decoder learns: `FeatureCache` keeps its features on disk.
@@ -50,7 +50,7 @@ def point_features(
 
     Args:
         model: the point model; runs in evaluation mode and is left in the mode it was in.
-        input_ids: (B, L) whole sentences, bos first, then four tokens a point, then eos (which may be missing), then padding.
+        input_ids: (B, L) whole sequences, bos first, then four tokens a point, then eos (which may be missing), then padding.
         pixel_values, head_vertices, head_normals, condition_embeds: the condition, see `PointillistForCausalLM.forward`.
         chunk: tokens a pass, default 2,048. The result does not depend on it.
 
@@ -58,7 +58,7 @@ def point_features(
         (B, N, 4, D) in the precision of the model, N points of the longest row; zero beyond a row's end.
 
     Raises:
-        ValueError: a row is not a sentence, or `chunk` is not positive.
+        ValueError: a row is not a sequence, or `chunk` is not positive.
     """
     counts = num_points(input_ids, model)
     chunk = CHUNK if chunk is None else chunk
@@ -77,7 +77,7 @@ def point_features(
         cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())
         pieces = []
         for begin in range(0, length, chunk):
-            # Padding is on the right, where no token of a sentence looks: it needs no mask.
+            # Padding is on the right, where no token of a sequence appearance: it needs no mask.
             piece = input_ids[:, begin : min(begin + chunk, length)]
             outputs = model.model(piece, condition=condition, cache=cache, use_cache=True)
             pieces.append(outputs.last_hidden_state)
@@ -92,7 +92,7 @@ def point_features(
 
 
 class FeatureCache:
-    """Features of one point model in a folder, a file for each sentence under each condition.
+    """Features of one point model in a folder, a file for each sequence under each condition.
 
     A file's name is a hash of the model's weights and configuration, the ids and the condition: another checkpoint or another
     portrait never finds it. Values are rounded to `dtype`, when computed as when read, so a second epoch sees what the first
@@ -127,17 +127,17 @@ class FeatureCache:
                 raise ValueError(f"{name} for {len(value)} sequences, but {len(input_ids)} sequences of tokens")
         rows = []
         for row, count in enumerate(num_points(input_ids, model).tolist()):
-            sentence = input_ids[row, : 1 + 4 * count]  # how far the batch was padded must not matter
+            sequence = input_ids[row, : 1 + 4 * count]  # how far the batch was padded must not matter
             own = {name: value[row] for name, value in given.items()}
-            rows.append(self.get(sentence, own, partial(_features_of_one, model, sentence, own)))
+            rows.append(self.get(sequence, own, partial(_features_of_one, model, sequence, own)))
         return pad_sequence(rows, batch_first=True).to(model.device, model.dtype)
 
-    def get(self, sentence: Tensor, condition: dict[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
-        """Features (N, 4, D) of one sentence (L,) under its condition (no batch axis), in `dtype` on the CPU.
+    def get(self, sequence: Tensor, condition: dict[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """Features (N, 4, D) of one sequence (L,) under its condition (no batch axis), in `dtype` on the CPU.
 
         Read from the disk, or made by `compute()` and written.
         """
-        path = self.folder / f"{self.key(sentence, condition)}.safetensors"
+        path = self.folder / f"{self.key(sequence, condition)}.safetensors"
         stored = _read(path)
         if stored is not None:
             return stored
@@ -153,10 +153,10 @@ class FeatureCache:
             file.write(data)
         return features
 
-    def key(self, sentence: Tensor, condition: dict[str, Tensor]) -> str:
+    def key(self, sequence: Tensor, condition: dict[str, Tensor]) -> str:
         """Hexadecimal hash of everything that the features depend on."""
         digest = hashlib.sha256(f"{self.fingerprint} {self.dtype}".encode())
-        _hash_tensors(digest, {"input_ids": sentence.long(), **condition})
+        _hash_tensors(digest, {"input_ids": sequence.long(), **condition})
         return digest.hexdigest()
 
 
@@ -205,15 +205,15 @@ def _read(path: Path) -> Tensor | None:
     return features
 
 
-def _features_of_one(model: PointillistForCausalLM, sentence: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    return point_features(model, sentence[None], **{name: value[None] for name, value in condition.items()})[0]
+def _features_of_one(model: PointillistForCausalLM, sequence: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    return point_features(model, sequence[None], **{name: value[None] for name, value in condition.items()})[0]
 
 
 def num_points(input_ids: Tensor, model: PointillistForCausalLM) -> Tensor:
-    """Points (B,) in each sentence of (B, L); `ValueError` that names the row if it is not bos, points, eos, padding."""
+    """Points (B,) in each sequence of (B, L); `ValueError` that names the row if it is not bos, points, eos, padding."""
     bos, eos, pad = model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id
     if input_ids.ndim != 2 or not input_ids.shape[1]:
-        raise ValueError(f"input_ids must be (B, L) sentences, found {tuple(input_ids.shape)}")
+        raise ValueError(f"input_ids must be (B, L) sequences, found {tuple(input_ids.shape)}")
     lengths = (input_ids < bos).sum(1)
     for row, (ids, length) in enumerate(zip(input_ids, lengths.tolist())):
         points, end = ids[1 : 1 + length], ids[1 + length :]
@@ -221,7 +221,7 @@ def num_points(input_ids: Tensor, model: PointillistForCausalLM) -> Tensor:
         if ids[0] != bos or length % 4 or (points >= bos).any() or not ended or (end[1:] != pad).any():
             shown = ids.tolist() if len(ids) <= 12 else [*ids[:6].tolist(), "...", *ids[-6:].tolist()]
             raise ValueError(
-                f"row {row} of input_ids is not a whole sentence (bos {bos}, four tokens a point, eos {eos}, padding {pad} on the "
+                f"row {row} of input_ids is not a whole sequence (bos {bos}, four tokens a point, eos {eos}, padding {pad} on the "
                 f"right): {length} tokens of points in {shown}"
             )
     return lengths // 4

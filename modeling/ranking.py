@@ -17,7 +17,7 @@ from .modeling_pointillist import PointillistForCausalLM
 
 @torch.no_grad()
 def mean_log_likelihood(model: PointillistForCausalLM, written: PointillistGenerateOutput) -> Tensor:
-    """(B * C,) nats a token of the points, each token among those of its slot; -inf for a sentence without points.
+    """(B * C,) nats a token of the points, each token among those of its slot; -inf for a sequence without points.
 
     `written` comes from `generate(..., output_point_features=True, return_dict_in_generate=True)` without a prompt.
     """

@@ -20,7 +20,7 @@ CHROMIUM_FLAGS = (
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory) -> Path:
-    """Folder of a corpus: 12 subjects, 4 of them held out, about 60 points each on 600 faces, four pictures of 56 pixels."""
+    """Folder of a corpus: 12 subjects, 4 of them held out, about 60 points each on 600 faces, four images of 56 pixels."""
     folder = tmp_path_factory.mktemp("tiny")
     synthesize(folder / "avatars", num_subjects=12, image_size=56, num_points=60, views=2, timesteps=2)
     settings = BuildSettings(n_bins=64, image_size=56, num_validation=4)
@@ -59,11 +59,11 @@ def width_on_a_phone(browser):
 
 
 @pytest.fixture(scope="session")
-def pictures():
+def image_pairs():
     """Call it with a seed and a size."""
 
     def make(seed: int, size: tuple[int, int] = (40, 32)) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two pairs of smooth pictures (2, H, W, 3) with noise of different strength."""
+        """Two pairs of smooth images (2, H, W, 3) with noise of different strength."""
         random = np.random.default_rng(seed)
         y, x = np.mgrid[: size[0], : size[1]] / 10
         truth = np.stack(

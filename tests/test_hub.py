@@ -48,7 +48,7 @@ assert again.head.hash == pipeline.head.hash and again.tokenizer.bounds == pipel
 pipeline.point_model.to(torch.bfloat16).push_to_hub("me/half")
 pipeline.gaussian_decoder.to(torch.bfloat16).push_to_hub("me/half-decoder")
 
-words = ["--avatars", avatars, "--head", "procedural:600", "--output", corpus, "--n_bins", "64", "--image_size", "56"]
+words = ["--avatars", avatars, "--head", "procedural:600", "--output_dir", corpus, "--n_bins", "64", "--image_size", "56"]
 assert build_corpus([*words, "--num_validation", "4", "--push_to_hub", "me/corpus"]) == 0
 rows = load_corpus("hf://datasets/me/corpus").avatars("train")
 try:

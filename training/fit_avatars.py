@@ -1,9 +1,9 @@
 """Fit a Gaussian avatar to every tracked subject of a folder, with 4 to 15 Gaussians on every occupied face.
 
     accelerate launch training/fit_avatars.py training/configs/fit_demo.yaml --data subjects --head procedural:600 \\
-        --output avatars                                                               # minutes a subject on one CPU core
+        --output_dir avatars                                                               # minutes a subject on one CPU core
     accelerate launch training/fit_avatars.py training/configs/fit_paper.yaml --data tracked --head flame.safetensors \\
-        --output avatars --shorten 20                                                  # on one GPU or several, 30,000 steps
+        --output_dir avatars --shorten 20                                                  # on one GPU or several, 30,000 steps
 
 Subjects are spread over the processes that `accelerate launch` starts. Run again, the command goes on: finished subjects are
 kept, interrupted ones continue where they were, those that failed are named (`--retry_failed true` tries them once more). Every
@@ -36,7 +36,7 @@ from training.common.arguments import exit_on_user_error, parse_arguments
 from training.common.process import Interrupted, StopSignals, warn_of_missing_processes
 from training.fitting.arguments import FitArguments, FitSettings
 from training.fitting.images import evenly_spread
-from training.fitting.optimization import Fit, optimise
+from training.fitting.optimization import Fit, optimize
 from training.fitting.queue import Job, order_of
 from training.fitting.report import fit_report, write_report
 from training.fitting.state import FitState
@@ -51,13 +51,13 @@ def main() -> None:
     # Subjects share nothing, so the processes form no group that one of them could keep waiting or bring down.
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     warn_of_missing_processes(processes)
-    torch.set_num_threads(1)  # the rasteriser has one; the order of all other sums is then the same everywhere, too
+    torch.set_num_threads(1)  # the rasterizer has one; the order of all other sums is then the same everywhere, too
     head = load_head(arguments.head)
-    jobs = [Job(path, Path(arguments.output)) for path in find_trackings(arguments.data)]
+    jobs = [Job(path, Path(arguments.output_dir)) for path in find_trackings(arguments.data)]
     finished = [job.is_finished(settings.to_dict()) for job in jobs]
     for job in jobs:
         job.check_checkpoint({"settings": settings.to_dict()})
-    Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
     worker = Worker(arguments, settings, head)
     if process == 0:
         print(f"{len(jobs)} subjects, {sum(finished)} finished; {processes} processes, {worker.device}", flush=True)
@@ -73,7 +73,7 @@ def main() -> None:
             ) from error
     failures = {job.name: failure["reason"] for job in jobs if (failure := job.failure()) is not None}
     if process == 0:
-        print(f"{len(jobs) - len(failures)} avatars in {arguments.output}", flush=True)
+        print(f"{len(jobs) - len(failures)} avatars in {arguments.output_dir}", flush=True)
     if failures:
         lines = "".join(f"\n  {name}: {reason}" for name, reason in failures.items())
         sys.exit(f"{len(failures)} of {len(jobs)} subjects failed; --retry_failed true tries them again:{lines}")
@@ -85,7 +85,9 @@ class Worker:
     def __init__(self, arguments: FitArguments, settings: FitSettings, head: HeadModel):
         self.arguments, self.settings, self.head = arguments, settings, head
         self.place = int(os.environ.get("LOCAL_RANK", 0))
-        on_gpu = torch.cuda.is_available() and not arguments.use_cpu
+        on_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+        if on_gpu and not torch.cuda.is_available():
+            raise ValueError("--device cuda: this PyTorch sees no GPU; give --device cpu")
         self.device = torch.device("cuda", self.place % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
         self.signals = StopSignals()
 
@@ -132,20 +134,18 @@ class Worker:
 
     def fit(self, job: Job) -> None:
         tracking = load_tracking(job.source, self.head)
-        fit = Fit.of(tracking, self.head, self.settings, self.device, self.arguments.picture_cache)
+        fit = Fit.of(tracking, self.head, self.settings, self.device, self.arguments.image_cache)
         identity = {"settings": self.settings.to_dict(), "data": fingerprint(tracking, self.head)}
         if job.failure() is not None:
             job.forget_unless(identity)  # what was wrong with it may have been mended
         job.check_checkpoint(identity)
         state = FitState.load(job.checkpoint, self.device) if job.checkpoint.exists() else fit.begin()
-        self.optimise(job, fit, state, identity)
+        self.optimize(job, fit, state, identity)
         avatar = fit.avatar(state)
-        report = fit_report(fit, state, avatar, self.arguments.max_eval_pictures) | {
-            "settings": self.settings.to_dict()
-        }
+        report = fit_report(fit, state, avatar, self.arguments.max_eval_images) | {"settings": self.settings.to_dict()}
         staging = job.work / "result"
         shutil.rmtree(staging, ignore_errors=True)
-        frames = result_frames(fit, avatar, self.arguments.max_result_pictures)
+        frames = result_frames(fit, avatar, self.arguments.max_result_images)
         metadata = tracking.metadata | {
             "avatar_id": tracking.subject_id,
             "fit": {name: report[name] for name in CARRIED},
@@ -159,7 +159,7 @@ class Worker:
         figures += [f"held-out camera {report['psnr']:.2f} dB"] if report["psnr"] is not None else []
         tqdm.write(f"{job.name}: {'; '.join(figures)}")
 
-    def optimise(self, job: Job, fit: Fit, state: FitState, identity: dict) -> None:
+    def optimize(self, job: Job, fit: Fit, state: FitState, identity: dict) -> None:
         """All steps that are left, with checkpoints and a progress bar."""
         clocks = {"wall": time.perf_counter, "cpu": time.process_time}
         begin = {name: clock() - state.seconds[name] for name, clock in clocks.items()}
@@ -177,7 +177,7 @@ class Worker:
                 bar.update()
                 last = state.iteration == fit.settings.iterations
                 if state.iteration % STEPS_BETWEEN_FIGURES == 0:
-                    bar.set_postfix(points=f"{len(state.cloud):,}", loss=f"{loss:.4f}")
+                    bar.set_postfix(points=f"{len(state.gaussians):,}", loss=f"{loss:.4f}")
                 if last or self.signals.received or state.iteration % self.arguments.save_every == 0:
                     state.seconds = {name: clock() - begin[name] for name, clock in clocks.items()}
                     state.save(job.checkpoint, identity)
@@ -186,11 +186,11 @@ class Worker:
                         f"{job.name} saved after {state.iteration:,} of {fit.settings.iterations:,} steps"
                     )
 
-            optimise(fit, state, after_step)
+            optimize(fit, state, after_step)
 
 
 def fingerprint(tracking: Tracking, head: HeadModel) -> str:
-    """16 hex digits of what a fit reads, the content of the pictures aside."""
+    """16 hex digits of what a fit reads, the content of the images aside."""
     digest = hashlib.sha256(head.hash.encode())
     for frame in tracking.frames:
         size = frame.image.stat().st_size if isinstance(frame.image, Path) else 0
@@ -202,15 +202,15 @@ def fingerprint(tracking: Tracking, head: HeadModel) -> str:
 
 
 def result_frames(fit: Fit, avatar: GaussianAvatar, count: int | None) -> list[Frame]:
-    """Pictures for the corpus: transparent where the person is not, with the head parameters that the fit found."""
+    """Images for the corpus: transparent where the person is not, with the head parameters that the fit found."""
     assert avatar.params is not None
     frames = []
     for index in evenly_spread(fit.tracking, range(len(fit.tracking.frames)), count):
         frame = fit.tracking.frames[index]
         image = frame.image
         if frame.mask is not None or not (isinstance(image, Path) and image.suffix.lower() == ".png"):
-            image = (fit.pictures.rgba(index) * 255).round().to(torch.uint8).cpu().numpy()
-        params = avatar.params.frame(fit.pictures.row(index))
+            image = (fit.images.rgba(index) * 255).round().to(torch.uint8).cpu().numpy()
+        params = avatar.params.frame(fit.images.row(index))
         frames.append(replace(frame, image=image, mask=None, params=params))
     return frames
 

@@ -1,4 +1,4 @@
-"""Pre-train the autoregressive point model on a corpus of tokenised avatars.
+"""Pre-train the autoregressive point model on a corpus of tokenized avatars.
 
     accelerate launch training/pretrain.py training/configs/debug.yaml --corpus CORPUS                 # seconds on a CPU
     accelerate launch training/pretrain.py training/configs/small.yaml --corpus CORPUS --bf16 true     # one GPU

@@ -34,7 +34,7 @@ from training.common.exact_trainer import checkpoint_to_resume, going_on_from
 from training.common.model_card import decoder_card
 from training.common.process import warn_of_missing_processes
 from training.decoder.arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
-from training.decoder.generated_sequences import own_sentences
+from training.decoder.generated_sequences import generated_sequences
 from training.decoder.losses import PerceptualLoss
 from training.decoder.subjects import (
     EvaluationSubjects,
@@ -62,8 +62,8 @@ def main() -> None:
         )
     if frames.num_targets < 1:
         raise ValueError(f"--num_targets must be at least 1, found {frames.num_targets}")
-    if not 0 <= frames.own_share <= 1:
-        raise ValueError(f"--own_share is a share, 0 to 1, found {frames.own_share}")
+    if not 0 <= frames.self_generated_ratio <= 1:
+        raise ValueError(f"--self_generated_ratio is a share, 0 to 1, found {frames.self_generated_ratio}")
     if frames.animation not in METHODS:
         raise ValueError(f"--animation {frames.animation}: expected {' or '.join(METHODS)}")
     warn_of_missing_processes(arguments.world_size)
@@ -81,17 +81,23 @@ def main() -> None:
     heldout = SubjectRows(corpus, frames.eval_split, use_heads, frames.max_eval_avatars)
     subjects_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * max(1, arguments.world_size)
     items = arguments.max_steps * subjects_a_step
-    sentences: list[np.ndarray] = []
-    if frames.own_share:
-        folder = Path(frames.feature_cache or arguments.output_dir) / "own_sentences"
-        sentences = own_sentences(
+    sequences: list[np.ndarray] = []
+    if frames.self_generated_ratio:
+        folder = Path(frames.feature_cache or arguments.output_dir) / "generated_sequences"
+        sequences = generated_sequences(
             point_model.to(arguments.device), train, folder, arguments.seed, not arguments.disable_tqdm
         )
     trainer = DecoderTrainer(
         model=model,
         args=arguments,
         train_dataset=TrainSubjects(
-            train, items, frames.num_targets, arguments.seed, frames.random_source, sentences, frames.own_share
+            train,
+            items,
+            frames.num_targets,
+            arguments.seed,
+            frames.random_source,
+            sequences,
+            frames.self_generated_ratio,
         ),
         eval_dataset=EvaluationSubjects(heldout, frames.max_eval_frames),
         data_collator=partial(collate_subjects, pad_token_id=point_model.config.pad_token_id),
@@ -134,10 +140,10 @@ def open_point_model(name: str, corpus: Corpus) -> PointillistForCausalLM:
     """The frozen point model; `ValueError` if it spells points otherwise than the corpus."""
     with flag_named("--point_model", name):
         point_model = PointillistForCausalLM.from_pretrained(name)
-    spelled, tokenizer = point_model.config, corpus.tokenizer
-    if (spelled.n_bins, spelled.n_faces) != (tokenizer.n_bins, tokenizer.n_faces):
+    point_config, tokenizer = point_model.config, corpus.tokenizer
+    if (point_config.n_bins, point_config.n_faces) != (tokenizer.n_bins, tokenizer.n_faces):
         raise ValueError(
-            f"--point_model {name} spells points with {spelled.n_bins} levels and {spelled.n_faces} faces, the corpus "
+            f"--point_model {name} spells points with {point_config.n_bins} levels and {point_config.n_faces} faces, the corpus "
             f"{corpus.path} with {tokenizer.n_bins} and {tokenizer.n_faces}; build the corpus with the model's tokenizer"
         )
     return point_model
@@ -179,7 +185,7 @@ def build_decoder(arguments: DecoderArguments, point_model: PointillistForCausal
 
 
 def mean_image_metrics(train: SubjectRows, heldout: EvaluationSubjects) -> dict[str, float]:
-    """PSNR and SSIM of the mean training picture of each camera over the held-out frames that show one of its pictures."""
+    """PSNR and SSIM of the mean training image of each camera over the held-out frames that show one of its images."""
     means = mean_images(train)
     values = []
     for row in range(len(heldout)):

@@ -1,6 +1,6 @@
-"""The mathematics of the metrics: pictures, features, landmarks, rotations in; one number a frame (or a set) out.
+"""The mathematics of the metrics: images, features, landmarks, rotations in; one number a frame (or a set) out.
 
-    pictures (N, H, W, 3) uint8 -> psnr, ssim
+    images (N, H, W, 3) uint8 -> psnr, ssim
     features (N, D)             -> frechet_distance (FID), cosine_similarity (CSIM, CLIP)
     landmarks (N, K, 2)         -> keypoint_distance (AKD)
     rotations (N, 3, 3)         -> pose_distance_geodesic, pose_distance_euler (APD)
@@ -23,27 +23,27 @@ MAX_ROTATION_ERROR = 1e-3  # of R R^T - I; single precision stays below 1e-5, a 
 
 
 def psnr(a: ArrayLike, b: ArrayLike) -> Array:
-    """(N,) peak signal-to-noise ratio in dB of pictures (N, H, W, 3) uint8, 10 log10(255² / mean square); inf for equal ones."""
-    a, b = _pictures(a, b)
+    """(N,) peak signal-to-noise ratio in dB of images (N, H, W, 3) uint8, 10 log10(255² / mean square); inf for equal ones."""
+    a, b = _images(a, b)
     error = np.array([np.square(x.astype(np.float64) - y).mean() for x, y in zip(a, b)])
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255.0**2 / error)
 
 
 def ssim(a: ArrayLike, b: ArrayLike) -> Array:
-    """(N,) structural similarity of pictures (N, H, W, 3) uint8 (Wang et al. 2004), 1 for equal ones.
+    """(N,) structural similarity of images (N, H, W, 3) uint8 (Wang et al. 2004), 1 for equal ones.
 
     Gaussian window of 11 pixels with sigma 1.5, each channel by itself; the mean over channels and over the pixels around which
-    the whole window lies in the picture.
+    the whole window lies in the image.
 
     Raises:
-        ValueError: pictures smaller than the window.
+        ValueError: images smaller than the window.
     """
     import torch
 
     from gaussian_tokenizer.rendering import image_metrics
 
-    a, b = _pictures(a, b)
+    a, b = _images(a, b)
     pairs = ((torch.from_numpy(x / 255.0)[None], torch.from_numpy(y / 255.0)[None]) for x, y in zip(a, b))
     return np.array([float(image_metrics.ssim(*pair)) for pair in pairs])  # one by one: five copies are held at a time
 
@@ -51,7 +51,7 @@ def ssim(a: ArrayLike, b: ArrayLike) -> Array:
 def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
     """|μx - μy|² + Tr(Σx + Σy - 2 (Σx Σy)^½) of features (N, D) and (M, D): FID where they are Inception's (Heusel et al. 2017).
 
-    With centred features X and Y, divided by the square root of N - 1 and M - 1, Σx = XᵀX and Σy = YᵀY, and the non-zero
+    With centered features X and Y, divided by the square root of N - 1 and M - 1, Σx = XᵀX and Σy = YᵀY, and the non-zero
     eigenvalues of Σx Σy are the squared singular values of X Yᵀ. The trace of the root is thus their plain sum, and no root
     is ever taken of the rounding errors that stand where a rank-deficient covariance (N <= D) has zeros.
 
@@ -113,19 +113,19 @@ def cosine_similarity(a: ArrayLike, b: ArrayLike) -> Array:
         return (a * b).sum(-1) / np.sqrt(np.square(a).sum(-1) * np.square(b).sum(-1))
 
 
-def _pictures(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _images(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.ndim != 4 or a.shape[3] != 3 or not a.dtype == b.dtype == np.uint8:
         raise ValueError(
-            f"expected two stacks of pictures (N, H, W, 3) uint8 of one size, found {a.shape} {a.dtype} and {b.shape} {b.dtype}"
+            f"expected two stacks of images (N, H, W, 3) uint8 of one size, found {a.shape} {a.dtype} and {b.shape} {b.dtype}"
         )
     return a, b
 
 
 def _spread(features: Array) -> Array:
     """A matrix S of at most D rows with SᵀS the unbiased covariance of features (N, D)."""
-    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    return np.asarray(np.linalg.qr(centred, mode="r")) if len(centred) > centred.shape[1] else centred
+    centered = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    return np.asarray(np.linalg.qr(centered, mode="r")) if len(centered) > centered.shape[1] else centered
 
 
 def _same_shape(a: ArrayLike, b: ArrayLike, what: str, shape: tuple[int | None, ...]) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """Networks that look at faces: landmarks, head rotation and expression by MediaPipe, identity by ArcFace.
 
-A picture in which no face is found gives a row of NaN, never zeros: what follows counts it. Landmarks are in pixels, a
-pixel's centre at (column + 0.5, row + 0.5).
+An image in which no face is found gives a row of NaN, never zeros: what follows counts it. Landmarks are in pixels, a
+pixel's center at (column + 0.5, row + 0.5).
 """
 
 import os
@@ -28,7 +28,7 @@ LANDMARK_NETWORK = "FaceLandmarker, mediapipe"
 EXPRESSIONS = 52
 
 # MediaPipe's mesh has 478 vertices and no contour of its own. These are the ones nearest to the 68 points of iBUG, on which
-# AKD is published, in iBUG's order: from the left of the picture to the right.
+# AKD is published, in iBUG's order: from the left of the image to the right.
 MESH_68 = (
     127, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 356,  # jaw
     70, 63, 105, 66, 107, 336, 296, 334, 293, 300,  # brows
@@ -38,7 +38,7 @@ MESH_68 = (
     78, 82, 13, 312, 308, 317, 14, 87,  # lips, inside
 )  # fmt: skip
 
-# Where ArcFace expects eyes, nose and mouth corners in its 112 x 112 crop (x, y); InsightFace counts from pixel centres.
+# Where ArcFace expects eyes, nose and mouth corners in its 112 x 112 crop (x, y); InsightFace counts from pixel centers.
 ARCFACE_SIZE = 112
 ARCFACE_FIVE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
@@ -49,7 +49,7 @@ ARCFACE_FILE = "w600k_r50.onnx"
 
 @dataclass(frozen=True)
 class FaceReading:
-    """The faces of N pictures; NaN in every row whose picture shows none."""
+    """The faces of N images; NaN in every row whose image shows none."""
 
     landmarks: Array  # (N, 68, 2) pixels x, y
     rotations: Array  # (N, 3, 3) head to camera
@@ -70,7 +70,7 @@ def open_face(weights: str | None) -> "FaceLandmarks | Missing":
 
 
 class FaceLandmarks:
-    """Landmarks, rotation and expression of the most prominent face of each picture."""
+    """Landmarks, rotation and expression of the most prominent face of each image."""
 
     def __init__(self, weights: Path):
         from mediapipe.tasks.python import BaseOptions, vision
@@ -96,7 +96,7 @@ class FaceLandmarks:
         return asdict(self.source)
 
     def __call__(self, images: np.ndarray) -> FaceReading:
-        """Faces of pictures (N, H, W, 3) uint8, each picture by itself: no tracking from one to the next."""
+        """Faces of images (N, H, W, 3) uint8, each image by itself: no tracking from one to the next."""
         import mediapipe
 
         results = []
@@ -107,7 +107,7 @@ class FaceLandmarks:
 
 
 def reading_of(results: list, height: int, width: int) -> FaceReading:
-    """FaceLandmarker's results for N pictures of one size as arrays."""
+    """FaceLandmarker's results for N images of one size as arrays."""
     landmarks = np.full((len(results), len(MESH_68), 2), np.nan)
     rotations = np.full((len(results), 3, 3), np.nan)
     expressions = np.full((len(results), EXPRESSIONS), np.nan)
@@ -163,7 +163,7 @@ def open_arcface(weights: str | None, landmark_weights: str | None, device: str)
 class ArcFace:
     """Identity features (Deng et al. 2019) of aligned faces, compared by their cosine: CSIM.
 
-    `face` finds the landmarks of pictures that come without; None allows only pictures with theirs. Pixels enter as
+    `face` finds the landmarks of images that come without; None allows only images with theirs. Pixels enter as
     (value - 127.5) / 127.5 in RGB, as InsightFace's networks of ONNX from PyTorch want them.
     """
 
@@ -190,12 +190,12 @@ class ArcFace:
         return asdict(self.source)
 
     def __call__(self, images: np.ndarray, landmarks: np.ndarray | None = None) -> Array:
-        """(N, 512) features of pictures (N, H, W, 3) uint8, NaN where no face was found.
+        """(N, 512) features of images (N, H, W, 3) uint8, NaN where no face was found.
 
-        `landmarks` (N, 68, 2) of the same pictures save finding them again.
+        `landmarks` (N, 68, 2) of the same images save finding them again.
         """
         if landmarks is None:
-            assert self.face is not None, "pictures without landmarks, and nothing to find them with"
+            assert self.face is not None, "images without landmarks, and nothing to find them with"
             landmarks = self.face(images).landmarks
         features = np.full((len(images), 512), np.nan)
         for row, (image, points) in enumerate(zip(images, five_points(landmarks))):
@@ -206,21 +206,21 @@ class ArcFace:
 
 
 def five_points(landmarks: np.ndarray) -> Array:
-    """(N, 68, 2) iBUG points -> (N, 5, 2): the eyes left and right in the picture, tip of the nose, corners of the mouth."""
+    """(N, 68, 2) iBUG points -> (N, 5, 2): the eyes left and right in the image, tip of the nose, corners of the mouth."""
     points = np.asarray(landmarks, np.float64)
     eyes = [points[:, 36:42].mean(1), points[:, 42:48].mean(1)]
     return np.stack([*eyes, points[:, 30], points[:, 48], points[:, 54]], axis=1)
 
 
 def aligned_face(image: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(112, 112, 3) uint8 crop in which the five points (5, 2) of a picture (H, W, 3) uint8 lie nearest to ArcFace's template.
+    """(112, 112, 3) uint8 crop in which the five points (5, 2) of an image (H, W, 3) uint8 lie nearest to ArcFace's template.
 
-    Bilinear, black outside the picture.
+    Bilinear, black outside the image.
     """
-    rotation, shift = similarity(ARCFACE_TEMPLATE, points)  # from the crop back to the picture, as PIL samples
+    rotation, shift = similarity(ARCFACE_TEMPLATE, points)  # from the crop back to the image, as PIL samples
     coefficients = np.concatenate((rotation, shift[:, None]), axis=1).ravel()
     options = ((ARCFACE_SIZE, ARCFACE_SIZE), Image.Transform.AFFINE, tuple(coefficients), Image.Resampling.BILINEAR)
-    # in floats: PIL's own bytes are cut off below the point, half a grey level too dark on average
+    # in floats: PIL's own bytes are cut off below the point, half a gray level too dark on average
     channels = [Image.fromarray(plane).transform(*options) for plane in image.astype(np.float32).transpose(2, 0, 1)]
     return np.rint(np.stack([np.asarray(channel) for channel in channels], -1)).astype(np.uint8)
 
@@ -228,7 +228,7 @@ def aligned_face(image: np.ndarray, points: np.ndarray) -> np.ndarray:
 def similarity(source: np.ndarray, target: np.ndarray) -> tuple[Array, Array]:
     """Scaled rotation A (2, 2) and shift t (2,) for which A source + t is nearest to target, both (K, 2), in least squares.
 
-    In complex numbers the problem is one of one unknown: the slope of a line through the centred points.
+    In complex numbers the problem is one of one unknown: the slope of a line through the centered points.
     """
     z, w = (points[:, 0] + 1j * points[:, 1] for points in (source, target))
     slope = np.vdot(z - z.mean(), w - w.mean()) / np.vdot(z - z.mean(), z - z.mean()).real

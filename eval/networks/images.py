@@ -1,4 +1,4 @@
-"""Networks of torch that look at whole pictures: LPIPS, FID's Inception, CLIP.
+"""Networks of torch that look at whole images: LPIPS, FID's Inception, CLIP.
 
 Architecture and preprocessing are those of the packages `lpips`, `torch-fidelity` and `transformers`; only the weights are
 loaded here, as plain tensors, and compared with the network before use.
@@ -48,7 +48,7 @@ def open_lpips(net: str, weights: str | None, device: str) -> "Lpips | Missing":
 
 
 class Lpips:
-    """Learned perceptual distance (Zhang et al. 2018): smaller is more alike, 0 for equal pictures."""
+    """Learned perceptual distance (Zhang et al. 2018): smaller is more alike, 0 for equal images."""
 
     def __init__(self, net: str, weights: Path, device: str):
         import lpips
@@ -75,10 +75,10 @@ class Lpips:
 
     @torch.inference_mode()
     def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """(N,) distances of pictures (N, H, W, 3) uint8."""
+        """(N,) distances of images (N, H, W, 3) uint8."""
         if min(a.shape[1:3]) < LPIPS_MIN_SIZE:
             raise ValueError(
-                f"LPIPS needs pictures of at least {LPIPS_MIN_SIZE} pixels a side, found {a.shape[2]}x{a.shape[1]}"
+                f"LPIPS needs images of at least {LPIPS_MIN_SIZE} pixels a side, found {a.shape[2]}x{a.shape[1]}"
             )
         values = [
             self.network(*(part.to(self.device).float() / 255 for part in pair), normalize=True).flatten()
@@ -98,7 +98,7 @@ def open_inception(weights: str | None, device: str) -> "Inception | Missing":
 class Inception:
     """InceptionV3 of 2015-12-05 (TensorFlow's, in torch), its last pooling: what FID is defined with.
 
-    Pictures are resized to 299 pixels as TensorFlow 1 did: bilinear, without anti-aliasing.
+    Images are resized to 299 pixels as TensorFlow 1 did: bilinear, without anti-aliasing.
     """
 
     def __init__(self, weights: Path, device: str):
@@ -128,7 +128,7 @@ class Inception:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """(N, 2048) features of pictures (N, H, W, 3) uint8."""
+        """(N, 2048) features of images (N, H, W, 3) uint8."""
         values = [self.network(part.to(self.device))[0] for (part,) in batches(images)]
         return torch.cat(values).double().cpu().numpy() if values else np.zeros((0, 2048))
 
@@ -154,9 +154,9 @@ def open_clip(model: str | None, device: str) -> "Clip | Missing":
 
 
 class Clip:
-    """Picture features of CLIP (Radford et al. 2021), as they are compared by their cosine.
+    """Image features of CLIP (Radford et al. 2021), as they are compared by their cosine.
 
-    Pictures are prepared by the model's processor on PIL, also where torchvision is installed: the same numbers everywhere.
+    Images are prepared by the model's processor on PIL, also where torchvision is installed: the same numbers everywhere.
     """
 
     def __init__(self, folder: Path, label: str, device: str):
@@ -198,7 +198,7 @@ class Clip:
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """(N, D) features of pictures (N, H, W, 3) uint8, not normalised."""
+        """(N, D) features of images (N, H, W, 3) uint8, not normalized."""
         values = []
         for (part,) in batches(images):
             pixels = self.processor(images=list(part.numpy()), input_data_format="channels_first", return_tensors="pt")

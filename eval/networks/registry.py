@@ -4,13 +4,13 @@
 
 | field | network | package | gives |
 |---|---|---|---|
-| lpips | AlexNet or VGG16 with LPIPS' linear heads | lpips | (N,) distances of two stacks of pictures |
+| lpips | AlexNet or VGG16 with LPIPS' linear heads | lpips | (N,) distances of two stacks of images |
 | inception | InceptionV3 of FID | torch-fidelity | (N, 2048) features |
 | face | FaceLandmarker | mediapipe | `FaceReading`: landmarks, rotations, expressions |
-| clip | CLIP's picture encoder | transformers | (N, D) features |
+| clip | CLIP's image encoder | transformers | (N, D) features |
 | arcface | ArcFace | onnxruntime | (N, 512) features of aligned faces |
 
-Pictures are (N, H, W, 3) uint8, results NumPy. Nothing is downloaded, and packages are imported only where they are used.
+Images are (N, H, W, 3) uint8, results NumPy. Nothing is downloaded, and packages are imported only where they are used.
 """
 
 import argparse

@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-BATCH = 8  # pictures a forward pass
+BATCH = 8  # images a forward pass
 
 
 @dataclass(frozen=True)
 class Missing:
     """A network that cannot be had here: what its metric shows instead of a number."""
 
-    network: str  # for people: "AlexNet, lpips"
+    network: str  # for subjects: "AlexNet, lpips"
     reason: str
     remedy: str
 
@@ -122,15 +122,15 @@ def check_state_dict(
             )
 
 
-def batches(*pictures: np.ndarray) -> Iterator[list[Tensor]]:
-    """Stacks of pictures (N, H, W, 3) uint8 of one N, piece by piece as tensors (n, 3, H, W) uint8.
+def batches(*images: np.ndarray) -> Iterator[list[Tensor]]:
+    """Stacks of images (N, H, W, 3) uint8 of one N, piece by piece as tensors (n, 3, H, W) uint8.
 
     Raises:
-        ValueError: not pictures of 8 bits, or stacks of different shapes.
+        ValueError: not images of 8 bits, or stacks of different shapes.
     """
-    for stack in pictures:
-        if stack.ndim != 4 or stack.shape[3] != 3 or stack.dtype != np.uint8 or stack.shape != pictures[0].shape:
-            shapes = ", ".join(f"{stack.shape} {stack.dtype}" for stack in pictures)
-            raise ValueError(f"expected pictures (N, H, W, 3) uint8 of one size, found {shapes}")
-    for begin in range(0, len(pictures[0]), BATCH):
-        yield [torch.from_numpy(stack[begin : begin + BATCH].copy()).permute(0, 3, 1, 2) for stack in pictures]
+    for stack in images:
+        if stack.ndim != 4 or stack.shape[3] != 3 or stack.dtype != np.uint8 or stack.shape != images[0].shape:
+            shapes = ", ".join(f"{stack.shape} {stack.dtype}" for stack in images)
+            raise ValueError(f"expected images (N, H, W, 3) uint8 of one size, found {shapes}")
+    for begin in range(0, len(images[0]), BATCH):
+        yield [torch.from_numpy(stack[begin : begin + BATCH].copy()).permute(0, 3, 1, 2) for stack in images]

@@ -1,8 +1,8 @@
 """What the bench is run on: clips, each the frames of one tracked subject, camera after camera, over time.
 
 A dataset is a folder of tracked subjects, as `gaussian_tokenizer.captures` reads them (VHAP exports, Pixel3DMM's output, what
-`python -m gaussian_tokenizer.synthesize` writes), or a corpus folder, of which one split is read. Every picture comes with its
-camera and the head parameters of its moment. Pictures are opened when they are asked for, and laid on white.
+`python -m gaussian_tokenizer.synthesize` writes), or a corpus folder, of which one split is read. Every image comes with its
+camera and the head parameters of its moment. Images are opened when they are asked for, and laid on white.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Clip:
     numbers: list[int]  # T, of the cameras
     cameras: Cameras  # T of them, float64
     params: HeadParameters  # T rows
-    read: Callable[[int], Image.Image]  # row -> picture as stored, RGBA
+    read: Callable[[int], Image.Image]  # row -> image as stored, RGBA
 
     def __len__(self) -> int:
         return len(self.cameras)
@@ -48,16 +48,16 @@ class Clip:
         return self.cameras.width, self.cameras.height
 
     def portrait(self) -> Image.Image:
-        """The first picture with its transparency: what a method makes an avatar of."""
+        """The first image with its transparency: what a method makes an avatar of."""
         return self.read(0)
 
-    def picture(self, row: int) -> np.ndarray:
+    def image(self, row: int) -> np.ndarray:
         """(H, W, 3) uint8, on white."""
         return on_white(self.read(row))
 
-    def pictures(self, rows: Sequence[int]) -> np.ndarray:
+    def images(self, rows: Sequence[int]) -> np.ndarray:
         """(N, H, W, 3) uint8, on white."""
-        return np.stack([self.picture(row) for row in rows])
+        return np.stack([self.image(row) for row in rows])
 
 
 def open_dataset(
@@ -72,7 +72,7 @@ def open_dataset(
 
     `camera` is the number of the camera to take (None: all of them), `num_subjects` takes the first so many
     subjects, `num_frames` the first so many frames of each camera. ValueError or FileNotFoundError that names the subject for
-    what cannot be read, a head model of another kind, pictures of several sizes (distances in pixels would mean
+    what cannot be read, a head model of another kind, images of several sizes (distances in pixels would mean
     different things), fewer than two frames, and a subject id that cannot name a file.
     """
     path = Path(path) if not is_url(str(path)) else path
@@ -90,14 +90,14 @@ def open_dataset(
             )
         if clip.size != clips[0].size:
             raise ValueError(
-                f"{path}: pictures of {clip.subject_id!r} are of {clip.size} pixels (width, height), those of "
+                f"{path}: images of {clip.subject_id!r} are of {clip.size} pixels (width, height), those of "
                 f"{clips[0].subject_id!r} of {clips[0].size}; resize them to one size"
             )
     return clips
 
 
 def digest(clips: Sequence[Clip]) -> str:
-    """16 hex digits over everything a run reads: pictures, cameras and head parameters. Opens every picture once."""
+    """16 hex digits over everything a run reads: images, cameras and head parameters. Opens every image once."""
     found = hashlib.sha256()
     with tqdm(total=sum(map(len, clips)), desc="reading the dataset", unit="frame", leave=False) as progress:
         for clip in clips:
@@ -111,7 +111,7 @@ def digest(clips: Sequence[Clip]) -> str:
 
 
 def on_white(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 of a picture with or without transparency."""
+    """(H, W, 3) uint8 of an image with or without transparency."""
     rgba = np.asarray(image.convert("RGBA"), np.uint32)
     color, alpha = rgba[..., :3], rgba[..., 3:]
     return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
@@ -140,7 +140,7 @@ def _tracked_clips(path: Path, head: HeadModel, camera: int | None, num_frames: 
 
 def _tracked_reader(tracking: Tracking, rows: list[int]) -> Callable[[int], Image.Image]:
     def read(row: int) -> Image.Image:
-        return Image.fromarray((tracking.picture(rows[row]).numpy() * 255 + 0.5).astype(np.uint8))
+        return Image.fromarray((tracking.image(rows[row]).numpy() * 255 + 0.5).astype(np.uint8))
 
     return read
 
@@ -167,7 +167,7 @@ def _corpus_clips(
         taken = [entries[index] for index in _choose_frames(where, places, camera, num_frames)]
         sizes = {(int(entry["width"]), int(entry["height"])) for entry in taken}
         if len(sizes) > 1:
-            raise ValueError(f"{where} has pictures of {sorted(sizes)} pixels; resize them to one size")
+            raise ValueError(f"{where} has images of {sorted(sizes)} pixels; resize them to one size")
         Ks = [[[e["fx"], 0, e["cx"]], [0, e["fy"], e["cy"]], [0, 0, 1]] for e in taken]
         cameras = Cameras(
             torch.tensor(np.stack([e["viewmat"] for e in taken]), dtype=torch.float64),
@@ -200,7 +200,7 @@ def _choose_frames(
 ) -> list[int]:
     """Indices of the frames, given (camera, timestep) of each: of the wanted camera or of all, the first of each."""
     if not places:
-        raise ValueError(f"{where} has no pictures")
+        raise ValueError(f"{where} has no images")
     cameras = sorted({number for number, _ in places})
     if camera is not None and camera not in cameras:
         raise ValueError(f"{where} has no camera {camera}; it has {', '.join(map(str, cameras))}")

@@ -59,8 +59,8 @@ def truth() -> Method:
     return Method(
         "truth",
         "the true frames: what a perfect method would reach",
-        lambda pair: pair.driver.pictures(pair.rows),
-        {"cross": ("there is no true picture of one person with the motion of another",)},
+        lambda pair: pair.driver.images(pair.rows),
+        {"cross": ("there is no true image of one person with the motion of another",)},
     )
 
 
@@ -68,17 +68,17 @@ def copy_source() -> Method:
     return Method(
         "copy-source",
         "the source portrait for every frame: the right person who never moves",
-        lambda pair: np.repeat(pair.source.pictures([0]), len(pair.rows), 0),
+        lambda pair: np.repeat(pair.source.images([0]), len(pair.rows), 0),
     )
 
 
 def mean_image(clips: Sequence[Clip]) -> Method:
-    """Uses no picture of the source's or the driver's clip, hence nothing of the frame it is judged on."""
-    total = sum(clip.picture(0).astype(np.int64) for clip in clips)
+    """Uses no image of the source's or the driver's clip, hence nothing of the frame it is judged on."""
+    total = sum(clip.image(0).astype(np.int64) for clip in clips)
 
     def frames(pair: Pair) -> np.ndarray:
         left_out = {clip.subject_id: clip for clip in (pair.source, pair.driver)}.values()
-        rest = total - sum(clip.picture(0).astype(np.int64) for clip in left_out)
+        rest = total - sum(clip.image(0).astype(np.int64) for clip in left_out)
         mean = np.round(rest / (len(clips) - len(left_out))).astype(np.uint8)
         return np.repeat(mean[None], len(pair.rows), 0)
 
@@ -151,7 +151,7 @@ def ours_maker(pipeline: AvatarPipeline, seed: int, **generate: Any) -> Maker:
         written = pipeline.write(inputs, seed=seed, **generate)
         parts = zip(*pipeline.points(written), inputs["pixel_values"], params)
         tokens = (written.sequences < pipeline.point_model.config.bos_token_id).sum(1).tolist()
-        return Generated([pipeline.dress(*part) for part in parts], tokens)
+        return Generated([pipeline.decode_attributes(*part) for part in parts], tokens)
 
     return make
 
@@ -192,9 +192,9 @@ def draw_pair(avatar: GaussianAvatar, pair: Pair, folder: Path) -> None:
         rows = range(start, min(start + FRAMES_AT_ONCE, pair.rows.stop))
         if all((target / frame_name(row)).is_file() for row in rows):
             continue
-        for row, picture in zip(rows, draw(avatar, pair.driver, rows)):
+        for row, image in zip(rows, draw(avatar, pair.driver, rows)):
             with atomic_file(target / frame_name(row)) as file:
-                Image.fromarray(picture).save(file, format="PNG")
+                Image.fromarray(image).save(file, format="PNG")
 
 
 def draw(avatar: GaussianAvatar, driver: Clip, rows: range) -> np.ndarray:

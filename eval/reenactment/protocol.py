@@ -1,4 +1,4 @@
-"""Who is driven by whom, the same pictures for every method, and the folders in which methods hand in their frames.
+"""Who is driven by whom, the same images for every method, and the folders in which methods hand in their frames.
 
 Self-reenactment: the first frame of a clip (the first moment in the camera of the lowest number) is the source, the others, of all
 cameras, drive, and they are the truth. Cross-reenactment:
@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.reenactment.clips import Clip, on_white
-from gaussian_tokenizer.captures.frame import open_picture
+from gaussian_tokenizer.captures.frame import load_image
 from gaussian_tokenizer.utils.atomic import atomic_folder
 
 MODES = ("self", "cross")
@@ -89,13 +89,13 @@ def export_protocol(folder: Path, pairs: Sequence[Pair], seed: int) -> None:
     with atomic_folder(folder) as new:
         (new / "sources").mkdir()
         for name, clip in sources.items():
-            Image.fromarray(clip.picture(0)).save(new / "sources" / f"{name}.png")
+            Image.fromarray(clip.image(0)).save(new / "sources" / f"{name}.png")
             clip.params.frame(0).save(new / "sources" / f"{name}.npz")
         for name, clip in tqdm(drivers.items(), desc="writing drivers", unit="subject"):
             own = new / "drivers" / name
             own.mkdir(parents=True)
             for row in range(1, len(clip)):
-                Image.fromarray(clip.picture(row)).save(own / frame_name(row))
+                Image.fromarray(clip.image(row)).save(own / frame_name(row))
             clip.params.save(own / "flame_param.npz")
             _write_json(own / "cameras.json", _cameras(clip))
         width, height = pairs[0].driver.size
@@ -119,7 +119,7 @@ def describe(pair: Pair) -> dict:
 def in_words(settings: Mapping[str, Any]) -> dict[str, str]:
     """Every choice that a number depends on; `settings` are the flags of the bench."""
     return {
-        "frames": "as in the data set, whole pictures, no mask, laid on white, 8 bits; compared folders likewise",
+        "frames": "as in the data set, whole images, no mask, laid on white, 8 bits; compared folders likewise",
         "subjects": "sorted by name" + (f", the first {settings['num_subjects']}" if settings['num_subjects'] else ""),
         "camera": f"camera {settings['camera']}" if settings['camera'] is not None else "all, one after the other by number",
         "source": "the first frame of a clip (its first moment in its camera of the lowest number), with its tracked shape and "
@@ -134,14 +134,14 @@ def in_words(settings: Mapping[str, Any]) -> dict[str, str]:
         "mean": "over all frames of all pairs",
         "intervals": f"95 %, over source subjects: bootstrap, 1,000 draws with seed {settings['seed']}; of FID the jackknife, "
         "because repeated frames raise FID",
-        "PSNR": "of a picture on 0..255, all channels together, in dB; infinite for equal pictures",
+        "PSNR": "of an image on 0..255, all channels together, in dB; infinite for equal images",
         "SSIM": "Gaussian window of 11 pixels, sigma 1.5, the mean of three channels",
-        "LPIPS": "version 0.1, network under networks, pictures on -1..1",
+        "LPIPS": "version 0.1, network under networks, images on -1..1",
         "FID": "Inception's 2,048 features of all frames of a method; self: against the true frames; cross: against the "
         "source's own frames from its second on. It falls with the number of frames: compare only equal numbers",
-        "CLIP": "cosine of picture features; self: with the true frame; cross: with the source portrait",
+        "CLIP": "cosine of image features; self: with the true frame; cross: with the source portrait",
         "CSIM": "cosine of ArcFace features; self: with the true frame; cross: with the source portrait",
-        "AKD": "mean distance of landmarks to those of the driver's frame, in pixels of a picture whose longer side is 512",
+        "AKD": "mean distance of landmarks to those of the driver's frame, in pixels of an image whose longer side is 512",
         "APD": "head rotation against the driver's frame: mean absolute difference of three Euler angles in milliradians, "
         "which fits the size of published values; geodesic: the angle between the two rotations in degrees",
         "AED": "mean absolute difference of expression coefficients to the driver's frame",
@@ -195,7 +195,7 @@ def check_frames(folder: Path, pairs: Sequence[Pair]) -> FrameProblems:
                 continue
             found.discard(name)
             try:
-                size = open_picture(path).size
+                size = load_image(path).size
             except ValueError as error:
                 unreadable.append(str(error))
                 continue
@@ -210,7 +210,7 @@ def read_frames(folder: Path, pair: Pair) -> np.ndarray:
     if video.is_file():
         width, height = pair.driver.size
         return read_video(video)[:, :height, :width]
-    return np.stack([on_white(open_picture(pair.path(folder) / frame_name(row))) for row in pair.rows])
+    return np.stack([on_white(load_image(pair.path(folder) / frame_name(row))) for row in pair.rows])
 
 
 def read_video(path: Path) -> np.ndarray:
@@ -247,7 +247,7 @@ def _visible(path: Path, folder: Path) -> str:
 def _cameras(clip: Clip) -> dict:
     viewmats, Ks = clip.cameras.viewmats.tolist(), clip.cameras.Ks.tolist()
     frames = [{"viewmat": viewmat, "K": K} for viewmat, K in zip(viewmats, Ks)]
-    about = "viewmat: world to camera, metres, OpenCV axes (x right, y down, z forward); K: pixels"
+    about = "viewmat: world to camera, meters, OpenCV axes (x right, y down, z forward); K: pixels"
     return {"about": about, "width": clip.cameras.width, "height": clip.cameras.height, "frames": frames}
 
 

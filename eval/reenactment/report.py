@@ -65,7 +65,7 @@ def measured_block(results: Mapping[str, Any]) -> str:
     footnotes: dict[str, str] = {}
     table = _methods_table(results, columns(results), footnotes, with_intervals=False)
     pairs = ", ".join(f"{mode} {count} pairs" for mode, count in results["num_pairs"].items())
-    lines = [f"{pairs}; pictures of {' x '.join(map(str, results['picture']))} pixels", "", *table, ""]
+    lines = [f"{pairs}; images of {' x '.join(map(str, results['image']))} pixels", "", *table, ""]
     lines += [f"({mark}) {reason}" for reason, mark in footnotes.items()]
     refused = list(refusals(results))
     if refused:
@@ -144,7 +144,7 @@ def speed_lines(speed: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "moving and drawing",
-            f"{speed['frames_per_second']:.1f} frames a second of {speed['picture'][0]} x {speed['picture'][1]} pixels, "
+            f"{speed['frames_per_second']:.1f} frames a second of {speed['image'][0]} x {speed['image'][1]} pixels, "
             f"{speed['points_of_drawn_avatar']:,} points, one frame at a time, without files",
         ),
         ("peak memory", f"{speed['peak_memory_gib']:.2f} GiB"),

@@ -1,6 +1,6 @@
 """`report.html`: one page that needs no other file, for everything that a run found.
 
-Pictures and videos are inside it, up to a size that a browser opens gladly; videos beyond that are links to the files beside it.
+Images and videos are inside it, up to a size that a browser opens gladly; videos beyond that are links to the files beside it.
 """
 
 import base64
@@ -54,13 +54,13 @@ def page(results: Mapping[str, Any], folder: Path, videos: Sequence[Path]) -> st
     """The page as text; `folder` holds `grid.png`, `videos` are the files of all pairs, in their order."""
     name, dataset = (html.escape(Path(str(results["run"][key])).name) for key in ("model_name", "dataset_name"))
     counts = ", ".join(f"{count} {mode} pairs" for mode, count in results["num_pairs"].items())
-    size = " × ".join(map(str, results["picture"]))
+    size = " × ".join(map(str, results["image"]))
     parts = [
         f"<h1>Reenactment bench</h1><p class='soft'>Model {name} on {dataset}: {len(results['subjects'])} subjects, {counts}, "
-        f"pictures of {size} pixels. Small figures are 95 % intervals over subjects.</p>",
+        f"images of {size} pixels. Small figures are 95 % intervals over subjects.</p>",
         _measured(results),
         "<h2>Intervals</h2>" + _charts(results),
-        f"<h2>Pictures</h2><figure><img alt='grid of sources, drivers and methods' src='{_data(folder / 'grid.png')}'>"
+        f"<h2>Images</h2><figure><img alt='grid of sources, drivers and methods' src='{_data(folder / 'grid.png')}'>"
         "<figcaption>The frame in the middle of every clip.</figcaption></figure>",
         "<h2>Videos</h2>" + _videos(videos, folder),
         "<h2>Rows</h2>" + _list((name, row["about"]) for name, row in results["methods"].items()),

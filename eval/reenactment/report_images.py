@@ -12,7 +12,7 @@ from gaussian_tokenizer.avatars.export import save_video
 from gaussian_tokenizer.utils.atomic import atomic_file
 
 GRID_PAIRS = 8  # of each mode
-PANEL = 192  # pixels of a small picture, at most those of the frames
+PANEL = 192  # pixels of a small image, at most those of the frames
 LABEL_HEIGHT, GAP, BETWEEN_MODES = 22, 4, 40
 LABEL, PAPER = (90, 96, 105), (255, 255, 255)
 FPS, SECONDS = 25, 4  # a clip of fewer frames is slowed down until it lasts so long
@@ -56,8 +56,8 @@ def save_pair_video(path: Path, pair: Pair, methods: Sequence[Method]) -> Path:
 
 def side_by_side(pair: Pair, row: int, frames: Mapping[str, np.ndarray], with_driver: bool) -> np.ndarray:
     """(h, w, 3) uint8: source, driver (in self-reenactment it is the truth) and the methods' frames with their names."""
-    panels = {"source": pair.source.picture(0)}
-    panels |= {"driver": pair.driver.picture(row)} if with_driver else {}
+    panels = {"source": pair.source.image(0)}
+    panels |= {"driver": pair.driver.image(row)} if with_driver else {}
     panels |= {("truth = driver" if name == "truth" else name): frame for name, frame in frames.items()}
     return np.concatenate([_panel(frame, name) for name, frame in panels.items()], 1)
 

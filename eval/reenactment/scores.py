@@ -1,6 +1,6 @@
 """From frames to the numbers of the table: per frame, per pair, over all of them with an interval.
 
-The networks of `eval.networks` read every picture once; what they read is kept as a file beside the frames and serves every
+The networks of `eval.networks` read every image once; what they read is kept as a file beside the frames and serves every
 metric. A metric whose network is missing has no number but a reason. A frame in which no face is found counts as
 such and enters no mean. A mean is over all frames of all pairs; its interval is one over source subjects, because frames of
 one person are not independent: a bootstrap, of FID a jackknife.
@@ -76,11 +76,11 @@ def describe_networks(networks: Networks) -> dict[str, dict[str, Any]]:
     return described
 
 
-def read_features(pictures: np.ndarray, networks: Networks) -> Features:
-    """What every network that is there says of pictures (N, H, W, 3)."""
+def read_features(images: np.ndarray, networks: Networks) -> Features:
+    """What every network that is there says of images (N, H, W, 3)."""
     parts: dict[str, list[np.ndarray]] = {}
-    for start in range(0, len(pictures), IMAGES_AT_ONCE):
-        some = pictures[start : start + IMAGES_AT_ONCE]
+    for start in range(0, len(images), IMAGES_AT_ONCE):
+        some = images[start : start + IMAGES_AT_ONCE]
         for name in ("inception", "clip"):
             net = getattr(networks, name)
             if not isinstance(net, Missing):
@@ -95,7 +95,7 @@ def read_features(pictures: np.ndarray, networks: Networks) -> Features:
 
 
 class FeatureFiles:
-    """Features of frames and pictures' distances, computed once for the same frames and networks and kept as files."""
+    """Features of frames and images' distances, computed once for the same frames and networks and kept as files."""
 
     def __init__(self, folder: Path, networks: Networks):
         self.folder, self.networks = folder, networks
@@ -104,25 +104,25 @@ class FeatureFiles:
     def of_clip(self, clip: Clip) -> Features:
         """Of all true frames."""
         path = self.folder / "clips" / f"{clip.subject_id}.npz"
-        pictures = clip.pictures(range(len(clip)))
-        return self._kept(path, pictures, None)
+        images = clip.images(range(len(clip)))
+        return self._kept(path, images, None)
 
     def of_frames(self, method: str, pair: Pair, frames: np.ndarray) -> Features:
         """Of a method's frames; of self-reenactment also `psnr`, `ssim` and `lpips` to the truth."""
         path = self.folder / method / pair.mode / f"{pair.name}.npz"
-        return self._kept(path, frames, pair.driver.pictures(pair.rows) if pair.mode == "self" else None)
+        return self._kept(path, frames, pair.driver.images(pair.rows) if pair.mode == "self" else None)
 
-    def _kept(self, path: Path, pictures: np.ndarray, reference: np.ndarray | None) -> Features:
+    def _kept(self, path: Path, images: np.ndarray, reference: np.ndarray | None) -> Features:
         key = hashlib.sha256(self.networks_key.encode())
-        key.update(np.ascontiguousarray(pictures).tobytes())
+        key.update(np.ascontiguousarray(images).tobytes())
         if reference is not None:
             key.update(reference.tobytes())
         found = _read_features(path, key.hexdigest())
         if found is not None:
             return found
-        features = read_features(pictures, self.networks)
+        features = read_features(images, self.networks)
         if reference is not None:
-            features |= picture_distances(pictures, reference, self.networks)
+            features |= image_distances(images, reference, self.networks)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             arrays: dict[str, Any] = features | {"key": np.array(key.hexdigest())}
@@ -130,7 +130,7 @@ class FeatureFiles:
         return features
 
 
-def picture_distances(frames: np.ndarray, reference: np.ndarray, networks: Networks) -> Features:
+def image_distances(frames: np.ndarray, reference: np.ndarray, networks: Networks) -> Features:
     """`psnr`, `ssim` and, if its network is there, `lpips` of every frame."""
     distances = {"psnr": metrics.psnr(frames, reference), "ssim": metrics.ssim(frames, reference)}
     if not isinstance(networks.lpips, Missing):

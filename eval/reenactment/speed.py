@@ -36,7 +36,7 @@ def measure(avatar: GaussianAvatar, pair: Pair, generation: Sequence[dict[str, A
         "tokens_per_avatar": tokens / len(generation),
         "tokens_per_second": tokens / making,
         "points_of_drawn_avatar": len(avatar),
-        "picture": list(pair.driver.size),
+        "image": list(pair.driver.size),
         "frames_drawn": len(rows),
         "frames_per_second": len(rows) / seconds,
         "peak_memory_gib": peak_memory(),

@@ -1,4 +1,4 @@
-"""Look at avatars in the browser: turn them, move them, colour their points, compare two, save them.
+"""Look at avatars in the browser: turn them, move them, color their points, compare two, save them.
 
     python -m eval.viewer --avatar subjects/synthetic-0-000000
     python -m eval.viewer --avatar fitted --head flame.safetensors --compare generated --motion flame_param.npz

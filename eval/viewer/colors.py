@@ -1,6 +1,6 @@
-"""What colour a point of the viewer has: its own, or one that says when it was written, where it is bound, how dense it is.
+"""What color a point of the viewer has: its own, or one that says when it was written, where it is bound, how dense it is.
 
-Colours are (N, 3) float32 in 0..1 in the avatar's order of rows, which for a generated avatar is the order in which the model
+Colors are (N, 3) float32 in 0..1 in the avatar's order of rows, which for a generated avatar is the order in which the model
 wrote the points.
 """
 
@@ -12,7 +12,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 ORDER = "generation order"
-MODES = ("true colour", ORDER, "face", "density")
+MODES = ("true color", ORDER, "face", "density")
 MAX_DISORDER = 0.05  # of the extent in height: 0 where rows rise, 0.3 where they are in any order
 # Eight samples of matplotlib's viridis (CC0), dark to bright, between which is interpolated.
 VIRIDIS = np.array(
@@ -27,14 +27,14 @@ VIRIDIS = np.array(
         (0.993, 0.906, 0.144),
     ]
 )
-GOLDEN = 0.618033988749895  # steps of the golden section keep the hues of neighbouring faces apart
+GOLDEN = 0.618033988749895  # steps of the golden section keep the hues of neighboring faces apart
 
 
 def modes(avatar: GaussianAvatar) -> tuple[str, ...]:
     """Those of MODES that say something about this avatar: the order, only where it is the order of a generation.
 
     A point model writes from the neck to the crown, and a decoder moves the points a little from where they were written.
-    Rows of avatars that were fitted, synthesised or made elsewhere do not rise.
+    Rows of avatars that were fitted, synthesized or made elsewhere do not rise.
     """
     heights = avatar.canonical_points()["positions"][:, 1].numpy()
     disorder = np.abs(heights - np.sort(heights)).mean()
@@ -42,9 +42,9 @@ def modes(avatar: GaussianAvatar) -> tuple[str, ...]:
 
 
 def point_colors(avatar: GaussianAvatar, mode: str) -> np.ndarray:
-    """The colours of one of MODES."""
+    """The colors of one of MODES."""
     count = len(avatar)
-    if mode == "true colour":
+    if mode == "true color":
         assert avatar.sh is not None
         return (avatar.sh[:, 0].numpy() * SH_DC + 0.5).clip(0, 1).astype(np.float32)
     if mode == ORDER:
@@ -52,13 +52,13 @@ def point_colors(avatar: GaussianAvatar, mode: str) -> np.ndarray:
     if mode == "face":
         return hues(avatar.faces.numpy() * GOLDEN)
     if mode == "density":
-        # By rank: densities of a head span three orders of magnitude, and a few would leave one colour to the rest.
+        # By rank: densities of a head span three orders of magnitude, and a few would leave one color to the rest.
         return ramp(_ranks(points_per_area(avatar)))
-    raise ValueError(f"colour {mode!r}: expected one of {', '.join(MODES)}")
+    raise ValueError(f"color {mode!r}: expected one of {', '.join(MODES)}")
 
 
 def points_per_area(avatar: GaussianAvatar) -> np.ndarray:
-    """(N,) points bound to the face of each point, per square metre of that face at rest."""
+    """(N,) points bound to the face of each point, per square meter of that face at rest."""
     head = avatar.head
     assert head is not None
     own = avatar.params or HeadParameters.zeros(head.n_shape, head.n_expression)
@@ -67,7 +67,7 @@ def points_per_area(avatar: GaussianAvatar) -> np.ndarray:
 
 
 def face_areas(head: HeadModel, own: HeadParameters) -> np.ndarray:
-    """(F,) square metres on the canonical head."""
+    """(F,) square meters on the canonical head."""
     a, b, c = head.canonical_vertices(own).double().numpy()[head.faces.numpy()].swapaxes(0, 1)
     return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
 

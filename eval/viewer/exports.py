@@ -40,7 +40,7 @@ def folder_bytes(avatar: GaussianAvatar, name: str) -> bytes:
 
 
 def png_bytes(image: np.ndarray) -> bytes:
-    """A picture (H, W, 3 or 4) uint8 as PNG."""
+    """An image (H, W, 3 or 4) uint8 as PNG."""
     content = io.BytesIO()
     Image.fromarray(image).save(content, format="PNG")
     return content.getvalue()

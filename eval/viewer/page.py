@@ -1,4 +1,4 @@
-"""The page in the browser: one or two avatars, the panel beside them, and the loop that keeps the picture up to date.
+"""The page in the browser: one or two avatars, the panel beside them, and the loop that keeps the image up to date.
 
 viser serves the page and draws the splats by WebGL; the server only poses. Sliders, menus and buttons do no work of their
 own: they wake the loop, which alone writes to the scene and takes the values as they then are. A slider dragged fast thus
@@ -30,7 +30,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 
-# The page is in centimetres: viser sends covariances as float16, which ends at Gaussians of 0.2 mm when they are in metres.
+# The page is in centimeters: viser sends covariances as float16, which ends at Gaussians of 0.2 mm when they are in meters.
 UNITS = 100.0
 TITLE = "avatar viewer"
 FIELD_OF_VIEW = 20.0  # degrees from the lower to the upper border: that of a portrait lens
@@ -38,9 +38,9 @@ ROOM = 1.25  # around what a portrait shows: for much hair, and for turning
 TWO_FURTHER = 1.2  # than one alone
 HEAD_WIDTH = 0.7  # with much hair, in parts of the height that a portrait shows
 GAUSSIANS, DOTS = "Gaussians", "dots"
-DOT = 0.26  # metres across, by the root of their number: together they cover the head
+DOT = 0.26  # meters across, by the root of their number: together they cover the head
 MAX_DOTS = 20_000  # of an avatar: of one with more points each second, each third, ... is drawn
-SLOW = 0.2  # seconds a page takes to draw a tiny picture, from which on it begins with dots
+SLOW = 0.2  # seconds a page takes to draw a tiny image, from which on it begins with dots
 TOLD = (
     "This page seems to have no graphics card to draw with: Gaussians would follow a slider late. They are in the menu."
 )
@@ -54,12 +54,12 @@ class Shown:
 
     name: str
     avatar: GaussianAvatar
-    offset: np.ndarray  # (3,) metres, where its head's origin stands
+    offset: np.ndarray  # (3,) meters, where its head's origin stands
     rig: Rig = field(init=False)
     dots: Rig = field(init=False)
     step: int = field(init=False)  # from one point that is a dot to the next
     opacities: np.ndarray = field(init=False)  # (N, 1) uint8
-    modes: tuple[str, ...] = field(init=False)  # that it can be coloured by
+    modes: tuple[str, ...] = field(init=False)  # that it can be colored by
     colors: dict[str, np.ndarray] = field(init=False, default_factory=dict)  # (N, 3) uint8 by mode, as asked for
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class Page:
             self.changed.wait(rest if self.playback.play.value else None)
 
     def draw(self) -> None:
-        """The avatars in the pose and colours that the panel says now."""
+        """The avatars in the pose and colors that the panel says now."""
         params, drawn_as, color = self.parameters(), self.form.value, self.color.value
         posed = [shown.posed(params, color, drawn_as) for shown in self.shown]
         with self.server.atomic():
@@ -136,7 +136,7 @@ class Page:
             elif drawn_as == DOTS:
                 for handle, each in zip(self.handles, posed):
                     handle.points = each["points"]
-                    if color != self.drawn_color:  # colours sent again are a new material, which takes the page time
+                    if color != self.drawn_color:  # colors sent again are a new material, which takes the page time
                         handle.colors = each["colors"]
             else:
                 for handle, each in zip(self.handles, posed):
@@ -147,14 +147,14 @@ class Page:
     def _judge(self, client: viser.ClientHandle) -> None:
         """A page that draws fast goes from dots, which every page draws at once, to Gaussians; the first page decides.
 
-        Without a graphics card a page takes a second for each picture of 27,000 Gaussians, and a third of one for any.
+        Without a graphics card a page takes a second for each image of 27,000 Gaussians, and a third of one for any.
         """
         if self.judged:
             return
-        way, picture = client.local_storage.get_item, partial(client.get_render, 16, 16, transport_format="png")
+        way, image = client.local_storage.get_item, partial(client.get_render, 16, 16, transport_format="png")
         try:
             answered = min(_seconds(partial(way, "", timeout=10.0)) for _ in range(3))
-            drawn = min(_seconds(partial(picture, timeout=10.0)) for _ in range(3))
+            drawn = min(_seconds(partial(image, timeout=10.0)) for _ in range(3))
             fast = drawn - answered < SLOW
         except (RuntimeError, TimeoutError):
             if client.client_id not in self.server.get_clients():
@@ -229,7 +229,7 @@ class Page:
     def _build_controls(self, motions: Mapping[str, HeadParameters]) -> None:
         gui = self.server.gui
         known = {mode for shown in self.shown for mode in shown.modes}
-        self.color = gui.add_dropdown("colour", [mode for mode in MODES if mode in known])
+        self.color = gui.add_dropdown("color", [mode for mode in MODES if mode in known])
         hint = "dots where no graphics card draws the page: moving Gaussians are slow there"
         self.form = gui.add_dropdown("drawn as", (GAUSSIANS, DOTS), initial_value=DOTS, hint=hint)
         self.background = gui.add_rgb("background", (255, 255, 255))
@@ -286,9 +286,9 @@ class Page:
             ".zip",
             lambda shown: folder_bytes(shown.avatar, shown.name),
         )
-        picture = gui.add_button("screenshot", hint="PNG of the view, transparent behind the head")
+        image = gui.add_button("screenshot", hint="PNG of the view, transparent behind the head")
 
-        @picture.on_click
+        @image.on_click
         def _(event: viser.GuiEvent) -> None:
             if event.client is not None:
                 client = event.client
@@ -305,9 +305,9 @@ class Page:
 
 
 def view(head: HeadModel) -> tuple[float, np.ndarray, float]:
-    """Distance of the camera in metres, the point it looks at (3,), and the height that it sees there."""
+    """Distance of the camera in meters, the point it looks at (3,), and the height that it sees there."""
     camera = portrait_cameras(head, size=1)
-    height = ROOM / float(camera.Ks[0, 0, 0])  # of a picture of 1 pixel, a metre away
+    height = ROOM / float(camera.Ks[0, 0, 0])  # of an image of 1 pixel, a meter away
     target = camera.positions[0].numpy() - np.array((0.0, 0.0, 1.0))
     return height / 2 / np.tan(np.radians(FIELD_OF_VIEW / 2)), target, height
 

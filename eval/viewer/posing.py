@@ -2,7 +2,7 @@
 
 `GaussianAvatar.posed` computes everything anew and with gradients. Here the closest points, the interpolated weights and
 the Gaussians at rest are kept, and the nearest rotation is looked for only where a point follows more than one joint.
-Centres and covariances come out, which is what the browser draws; tests hold them to `GaussianAvatar.posed`.
+Centers and covariances come out, which is what the browser draws; tests hold them to `GaussianAvatar.posed`.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.avatars.skinning import drive, nearest_rotation
+from gaussian_tokenizer.avatars.skinning import nearest_rotation, retarget
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics, interpolate
 from gaussian_tokenizer.heads.head_model import HeadModel
@@ -23,7 +23,7 @@ ONE_JOINT = 1 - 1e-6  # weight from which a point follows its joint alone
 
 
 class Splats(NamedTuple):
-    """N posed Gaussians: `centers` (N, 3) metres, `covariances` (N, 3, 3) square metres, float32."""
+    """N posed Gaussians: `centers` (N, 3) meters, `covariances` (N, 3, 3) square meters, float32."""
 
     centers: np.ndarray
     covariances: np.ndarray
@@ -36,7 +36,7 @@ class Rig:
     head: HeadModel
     own: HeadParameters  # T = 1, at rest: the subject's shape and static offset
     canonical: Tensor  # (V, 3)
-    centers: Tensor  # (N, 3) metres
+    centers: Tensor  # (N, 3) meters
     axes: Tensor  # (N, 3, 3) rotation times scales: covariance = axes axes^T
     corners: Tensor  # (N, 3) int64 vertices of each point's face
     barycentrics: Tensor  # (N, 3) of the closest point on that face
@@ -46,7 +46,7 @@ class Rig:
     @classmethod
     @torch.inference_mode()
     def of(cls, avatar: GaussianAvatar) -> "Rig":
-        """Raises ValueError for an avatar without colours or without its head model."""
+        """Raises ValueError for an avatar without colors or without its head model."""
         rest = avatar.canonical_gaussians()
         head = avatar.head
         assert head is not None
@@ -76,7 +76,7 @@ class Rig:
     @torch.inference_mode()
     def pose(self, params: HeadParameters) -> Splats:
         """The Gaussians in the one frame of `params`, of which all but shape and static offset is used."""
-        posed = self.head.pose(drive(self.own, params, self.head))
+        posed = self.head.pose(retarget(self.own, params, self.head))
         displacements = posed.rest_vertices[0] - self.canonical  # (V, 3)
         moved = self.centers.clone()
         for corner in range(3):

@@ -21,7 +21,7 @@ class FaceFrames:
 
     centers: Tensor  # (..., F, 3)
     rotations: Tensor  # (..., F, 3, 3), axes as columns, determinant +1
-    scales: Tensor  # (..., F), metres
+    scales: Tensor  # (..., F), meters
 
     def of_points(self, point_faces: Tensor) -> "FaceFrames":
         """The frames of the faces that N points are bound to; `point_faces` (N,) int64."""
@@ -48,7 +48,7 @@ def face_frames(vertices: Tensor, faces: Tensor) -> FaceFrames:
 
 
 def local_to_world(positions: Tensor, point_faces: Tensor, frames: FaceFrames) -> Tensor:
-    """Face-local positions (..., N, 3), in units of the face scale, to world positions (..., N, 3) in metres."""
+    """Face-local positions (..., N, 3), in units of the face scale, to world positions (..., N, 3) in meters."""
     frames = frames.of_points(point_faces)
     rotated = torch.einsum("...ij,...j->...i", frames.rotations, positions)
     return rotated * frames.scales[..., None] + frames.centers

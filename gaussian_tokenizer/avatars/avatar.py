@@ -31,7 +31,7 @@ from gaussian_tokenizer.avatars.anchoring import (
 from gaussian_tokenizer.avatars.export import save_ply
 from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.ply import MAX_SH_DEGREE, PlyGaussians, read_gaussian_ply, write_gaussian_ply
-from gaussian_tokenizer.avatars.skinning import Local, Placed, drive, place, ride_on_faces
+from gaussian_tokenizer.avatars.skinning import Local, Placed, place, pose_by_face_frames, retarget
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import built_in_head, load_head
@@ -41,13 +41,13 @@ from gaussian_tokenizer.utils.json_files import parse_json, read_json
 FORMAT = "avatar-pointillist gaussian avatar 1"
 PLY_NAME, PARAMETERS_NAME, METADATA_NAME = "point_cloud.ply", "flame_param.npz", "metadata.json"
 GAUSSIAN_AVATARS_SH_DEGREE = 3  # of its viewer unless told otherwise; it opens no file of another
-MIN_SCALE = 1e-9  # metres; what is smaller has no finite logarithm to store
+MIN_SCALE = 1e-9  # meters; what is smaller has no finite logarithm to store
 MAX_OPACITY = 1 - 1e-6  # and 1e-6 the least, for the same reason
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianAvatar:
-    """N face-anchored Gaussians; what is None is not known (a point cloud may have no colours yet)."""
+    """N face-anchored Gaussians; what is None is not known (a point cloud may have no colors yet)."""
 
     positions: Tensor  # (N, 3) float32, face-local, in units of the face scale
     faces: Tensor  # (N,) int64
@@ -113,14 +113,14 @@ class GaussianAvatar:
         return replace(self, head=head, head_name=head.name, head_hash=head.hash)
 
     def canonical_points(self) -> dict[str, Tensor]:
-        """Points on the canonical head (own shape, no expression, no pose): positions (N, 3) metres, faces (N,)."""
+        """Points on the canonical head (own shape, no expression, no pose): positions (N, 3) meters, faces (N,)."""
         head, params = self._head_and_params()
         frames = face_frames(head.canonical_vertices(params), head.faces)
         return {"positions": local_to_world(self.positions.to(frames.centers), self.faces, frames), "faces": self.faces}
 
     @classmethod
     def from_points(cls, points: Mapping, params: HeadParameters | None, head: HeadModel) -> "GaussianAvatar":
-        """An avatar of positions only, from `positions` (N, 3) metres on the canonical head and `faces` (N,)."""
+        """An avatar of positions only, from `positions` (N, 3) meters on the canonical head and `faces` (N,)."""
         positions = torch.as_tensor(points["positions"], dtype=torch.float32, device=head.device)
         faces = torch.as_tensor(points["faces"], dtype=torch.int64, device=head.device)
         points_as_they_are = cls(positions=positions, faces=faces, params=params).with_head(head)
@@ -160,7 +160,7 @@ class GaussianAvatar:
         tensors = self._complete("posing")
         head, params = self._head_and_params()
         vertices = head.canonical_vertices(params)[None]
-        placed = ride_on_faces(_local(tensors, vertices), vertices, head.faces)
+        placed = pose_by_face_frames(_local(tensors, vertices), vertices, head.faces)
         return _gaussians(placed, tensors)
 
     def posed(
@@ -177,12 +177,12 @@ class GaussianAvatar:
         motion: the avatar keeps its own shape and static offset. `rotate_covariances=False` leaves the rotations of
         "lbs" as they are at rest; with `pose_correctives=False` that is what LAM draws. Computed in the dtype of
         `params`, with gradients to them and to the tensors of the avatar. SH are not turned: they are evaluated in
-        world directions. Raises ValueError for an avatar without colours or a motion of another head model.
+        world directions. Raises ValueError for an avatar without colors or a motion of another head model.
         """
         tensors = self._complete("posing")
         head, own = self._head_and_params()
         motion = (own if params is None else params).to(self.positions.device)
-        driven = drive(own, motion, head)
+        driven = retarget(own, motion, head)
         placed = place(_local(tensors, driven.expr), driven, head, method, pose_correctives, rotate_covariances)
         return _gaussians(placed, tensors)
 
@@ -200,7 +200,7 @@ class GaussianAvatar:
         if path.suffix == ".safetensors":
             avatar = _load_safetensors(path)
             if sh_degree is not None and avatar.sh_degree not in (None, sh_degree):
-                raise ValueError(f"{path}: colours of SH degree {avatar.sh_degree}, expected {sh_degree}")
+                raise ValueError(f"{path}: colors of SH degree {avatar.sh_degree}, expected {sh_degree}")
         else:
             avatar = _load_folder(path, head, sh_degree)
         if head is None:
@@ -215,13 +215,13 @@ class GaussianAvatar:
 
         A folder may exist and keeps its other files. `point_cloud.ply` and `flame_param.npz` that were loaded from a
         folder and not changed are written with the bytes they had. Otherwise they are what GaussianAvatars' viewer
-        opens: colours are padded with zeros to SH degree 3 (or `sh_degree`), and offsets that are None are written as
+        opens: colors are padded with zeros to SH degree 3 (or `sh_degree`), and offsets that are None are written as
         zeros, for which a head model must be attached. Its name and hash go to `metadata.json`.
         """
         path = Path(path)
         if path.suffix == ".safetensors":
             if sh_degree is not None:
-                raise ValueError(f"{path}: sh_degree={sh_degree} is for folders; a .safetensors file keeps its colours")
+                raise ValueError(f"{path}: sh_degree={sh_degree} is for folders; a .safetensors file keeps its colors")
             _save_safetensors(self, path)
         elif path.suffix == ".ply":
             raise ValueError(
@@ -316,7 +316,7 @@ def _load_folder(path: Path, head: HeadModel | None, sh_degree: int | None) -> G
     }
     stored_degree, degree = _degree(tensors["sh"]), _used_degree(tensors["sh"])
     if sh_degree is not None and not degree <= sh_degree <= stored_degree:
-        raise ValueError(f"{ply_path}: colours of SH degree {degree}, expected {sh_degree}")
+        raise ValueError(f"{ply_path}: colors of SH degree {degree}, expected {sh_degree}")
     tensors["sh"] = tensors["sh"][:, : ((degree if sh_degree is None else sh_degree) + 1) ** 2].contiguous()
     parameters_path = ply_path.with_name(PARAMETERS_NAME)
     params = HeadParameters.load(parameters_path) if parameters_path.exists() else None
@@ -392,14 +392,12 @@ def _write_files(gaussians: PlyGaussians, params: HeadParameters | None, metadat
 
 
 def _padded(path: Path, sh: Tensor, folder_degree: int | None, sh_degree: int | None) -> Tensor:
-    """The colours with bands of zeros up to the degree that is asked for, was there, or GaussianAvatars' viewer expects."""
+    """The colors with bands of zeros up to the degree that is asked for, was there, or GaussianAvatars' viewer expects."""
     own = _degree(sh)
     if sh_degree is None:
         sh_degree = max(own, GAUSSIAN_AVATARS_SH_DEGREE if folder_degree is None else folder_degree)
     if not own <= sh_degree <= MAX_SH_DEGREE:
-        raise ValueError(
-            f"{path}: colours of SH degree {own}, sh_degree={sh_degree}; expected {own} to {MAX_SH_DEGREE}"
-        )
+        raise ValueError(f"{path}: colors of SH degree {own}, sh_degree={sh_degree}; expected {own} to {MAX_SH_DEGREE}")
     return torch.cat((sh, sh.new_zeros(len(sh), (sh_degree + 1) ** 2 - sh.shape[1], 3)), 1)
 
 

@@ -1,7 +1,7 @@
-"""Posed Gaussians and pictures to files that other programs open.
+"""Posed Gaussians and images to files that other programs open.
 
 `save_splats` writes one frame for splat viewers: PLY, `.splat` or compressed PLY (the last two by gsplat's exporter),
-`save_ply_sequence` a numbered PLY for each frame of a motion, `save_video` pictures as GIF, MP4 or a folder of PNG.
+`save_ply_sequence` a numbered PLY for each frame of a motion, `save_video` images as GIF, MP4 or a folder of PNG.
 What `Gaussians` hold activated is stored as 3D Gaussian Splatting stores it: logits of opacities, logarithms of
 scales. Every file and folder appears whole under its name or not at all.
 """
@@ -27,7 +27,7 @@ from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder
 MIN_SCALE, MIN_OPACITY = 1e-12, 1e-7  # with a finite logarithm and logit in float32
 SPLAT_FORMATS = {".compressed.ply": "ply_compressed", ".splat": "splat", ".ply": "ply"}
 UP = ("y", "minus_y")  # where the crown is: as in the toolkit, or as in most trained scenes
-PALETTE_PIXELS = 500_000  # of all frames together, from which the colours of a GIF are chosen
+PALETTE_PIXELS = 500_000  # of all frames together, from which the colors of a GIF are chosen
 MP4_QUALITY = 18  # x264's constant rate factor: hardly to be told from the original
 
 
@@ -42,9 +42,9 @@ def save_ply(
 def save_splats(
     path: str | os.PathLike, gaussians: Gaussians, frame: int = 0, up: Literal["y", "minus_y"] = "y"
 ) -> None:
-    """Write one frame for viewers, by the suffix: `.ply`, `.splat` or `.compressed.ply`; metres.
+    """Write one frame for viewers, by the suffix: `.ply`, `.splat` or `.compressed.ply`; meters.
 
-    `.splat` (antimatter15's viewer) keeps colours of SH degree 0 in 8 bits; `.compressed.ply` (SuperSplat) has about
+    `.splat` (antimatter15's viewer) keeps colors of SH degree 0 in 8 bits; `.compressed.ply` (SuperSplat) has about
     16 bytes a Gaussian and leaves out opacities below 1 / 255. Both are in an order of their own and need gsplat.
     `up` "minus_y" rotates everything by 180 degrees about x, into the axes of scenes trained on COLMAP's cameras (y down,
     z away from the viewer), which SuperSplat takes every file for. Raises ValueError for another suffix or `up` or a
@@ -85,9 +85,9 @@ def save_ply_sequence(
 
 
 def save_video(path: str | os.PathLike, images: np.ndarray | Tensor, fps: float = 25.0) -> None:
-    """Write pictures (T, H, W, 3), uint8 or floats in 0..1, as `.gif`, `.mp4` or, without a suffix, a folder of PNG.
+    """Write images (T, H, W, 3), uint8 or floats in 0..1, as `.gif`, `.mp4` or, without a suffix, a folder of PNG.
 
-    A GIF repeats for ever, has one palette of 256 colours for all frames and no dithering, so that nothing flickers;
+    A GIF repeats for ever, has one palette of 256 colors for all frames and no dithering, so that nothing flickers;
     its frames last a whole number of hundredths of a second. An MP4 is H.264 in yuv420p, which every player opens; an
     odd width or height gets its last column or row twice. A folder holds `00000.png` and so on and replaces one that is
     there. Raises ValueError for other suffixes or shapes, OSError where the disk refuses, ImportError for a missing
@@ -171,14 +171,14 @@ def _to_bytes(images: np.ndarray | Tensor) -> np.ndarray:
     """(T, H, W, 3) uint8."""
     array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
     if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
-        raise ValueError(f"a video is pictures (T, H, W, 3), at least one; found {array.shape}")
+        raise ValueError(f"a video is images (T, H, W, 3), at least one; found {array.shape}")
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind != "f":
-        raise ValueError(f"pictures are {array.dtype}, expected uint8 or floats in 0..1")
+        raise ValueError(f"images are {array.dtype}, expected uint8 or floats in 0..1")
     if not np.isfinite(array).all():
         frame = np.argwhere(~np.isfinite(array))[0][0]
-        raise ValueError(f"picture {frame} holds a value that is not finite")
+        raise ValueError(f"image {frame} holds a value that is not finite")
     return (np.clip(array, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
@@ -193,7 +193,7 @@ def _write_gif(file: BinaryIO, frames: np.ndarray, fps: float) -> None:
 
 
 def _common_palette(frames: np.ndarray) -> bytes:
-    """At most 256 colours for all frames: their own if they have no more, else cuts at the median of their boxes."""
+    """At most 256 colors for all frames: their own if they have no more, else cuts at the median of their boxes."""
     packed = frames.reshape(-1, 3) @ np.array((65536, 256, 1))
     colors, counts = np.unique(packed, return_counts=True)
     if len(colors) > 256:
@@ -202,7 +202,7 @@ def _common_palette(frames: np.ndarray) -> bytes:
         pixels = np.stack((sample >> 16, sample >> 8 & 255, sample & 255), -1).astype(np.uint8)
         cut = Image.fromarray(pixels[None]).quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
         cut_colors = np.array(cut.getpalette()).reshape(-1, 3)[:255] @ np.array((65536, 256, 1))
-        # The background as it is, not as the mean of its box: else the picture stands out from a white page.
+        # The background as it is, not as the mean of its box: else the image stands out from a white page.
         colors = np.append(cut_colors, colors[counts.argmax()])
     return np.stack((colors >> 16, colors >> 8 & 255, colors & 255), -1).astype(np.uint8).tobytes()
 

@@ -1,6 +1,6 @@
 """World-space Gaussians, as a splatter draws them: the last form of an avatar before it becomes pixels.
 
-`GaussianAvatar.posed` and the Gaussian decoder make them, `render` draws them. All values are activated (metres, unit
+`GaussianAvatar.posed` and the Gaussian decoder make them, `render` draws them. All values are activated (meters, unit
 quaternions, opacities in 0..1); only position, scale and rotation change from frame to frame. The names and meanings are
 those of `gsplat.rasterization`.
 """
@@ -17,8 +17,8 @@ SH_DC = 0.28209479177387814  # the constant basis function, 1 / (2 sqrt(pi))
 class Gaussians:
     """T frames of N Gaussians. Shapes are checked at construction, `ValueError` if they disagree."""
 
-    positions: Tensor  # (T, N, 3) metres, world space
-    scales: Tensor  # (T, N, 3) metres, one standard deviation along each axis
+    positions: Tensor  # (T, N, 3) meters, world space
+    scales: Tensor  # (T, N, 3) meters, one standard deviation along each axis
     quats: Tensor  # (T, N, 4) wxyz, of any length
     opacities: Tensor  # (N,) in 0..1
     sh: Tensor  # (N, K, 3) coefficients, K = (degree + 1)^2; rgb = sum of basis * sh + 0.5, evaluated in world directions
@@ -57,7 +57,7 @@ class Gaussians:
 
     @property
     def colors(self) -> Tensor:
-        """(N, 3) >= 0, the part of the colour that does not depend on the view."""
+        """(N, 3) >= 0, the part of the color that does not depend on the view."""
         return (self.sh[:, 0] * SH_DC + 0.5).clamp(min=0)
 
     def frames(self, index: int | slice) -> "Gaussians":

@@ -1,7 +1,7 @@
 """Motions: head parameters over time that move an avatar, from files of a tracker or made up.
 
 `load_motion` reads what VHAP and GaussianAvatars write. `synthetic_motion` needs no data: talking, nodding, looking
-around and a walk through the expressions, on any head model. `expression_frames` are single poses for pictures. What
+around and a walk through the expressions, on any head model. `expression_frames` are single poses for images. What
 a name such as "smile" means is looked up among the head's `expression_names` (the procedural head's or ARKit's, which
 ICT-FaceKit has); a head whose expressions have no telling names, FLAME, lends its first components instead.
 """

@@ -171,7 +171,7 @@ def _check_properties(path: Path, names: list[str], with_faces: bool, sh_degree:
         raise ValueError(f"{path}: {num_rest} f_rest properties, expected {sorted(counts)} (SH degree 0 to 3)")
     degree = counts[num_rest]
     if sh_degree is not None and degree != sh_degree:
-        raise ValueError(f"{path}: colours of SH degree {degree} ({num_rest} f_rest properties), expected {sh_degree}")
+        raise ValueError(f"{path}: colors of SH degree {degree} ({num_rest} f_rest properties), expected {sh_degree}")
     expected = property_names(degree, with_faces)
     missing = [name for name in expected if name not in names and name not in _NORMALS]
     if missing == ["binding_0"]:
@@ -200,7 +200,7 @@ def _check_size(path: Path, found: int, num_rows: int, row_bytes: int) -> None:
 
 
 def _faces(path: Path, binding: np.ndarray, n_faces: int | None) -> np.ndarray:
-    # Above 2^24 a float32 no longer tells neighbouring integers apart.
+    # Above 2^24 a float32 no longer tells neighboring integers apart.
     limit = n_faces if n_faces is not None else 2**24
     wrong = (binding < 0) | (binding >= limit) | (binding != np.floor(binding))
     if wrong.any():

@@ -3,7 +3,7 @@
 Canonical or face-local Gaussians and head parameters of T frames go in, world-space positions, scales and quaternions
 of T frames come out, batched and differentiable. `skin` is the paper's way: skinning weights and blendshapes are
 interpolated at the point's closest point on its face (AvatarPointillist, CVPR 2026; the chain is SMPL's, Loper et al.
-2015). `ride_on_faces` is that of GaussianAvatars (Qian et al., CVPR 2024, section 3.2). They agree at rest. In the
+2015). `pose_by_face_frames` is that of GaussianAvatars (Qian et al., CVPR 2024, section 3.2). They agree at rest. In the
 first a Gaussian keeps its size and turns with the joints, in the second it is stretched and turned with its triangle.
 """
 
@@ -29,7 +29,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 METHODS = ("lbs", "face_frames")
-MIN_SCALE = 1e-9  # metres; what is smaller has no finite logarithm
+MIN_SCALE = 1e-9  # meters; what is smaller has no finite logarithm
 NEWTON_STEPS = 8  # enough for double precision at the determinant below
 SINGULAR = 1e-3  # determinant of a mean of rotations below which "the nearest rotation" has no stable answer
 
@@ -38,8 +38,8 @@ SINGULAR = 1e-3  # determinant of a mean of rotations below which "the nearest r
 class Placed:
     """Where N Gaussians are in T frames (leading axes `...`: T, or none in canonical pose), world space."""
 
-    positions: Tensor  # (..., N, 3) metres
-    scales: Tensor  # (..., N, 3) metres
+    positions: Tensor  # (..., N, 3) meters
+    scales: Tensor  # (..., N, 3) meters
     quats: Tensor  # (..., N, 4) unit, wxyz
 
 
@@ -53,7 +53,7 @@ class Local:
     faces: Tensor  # (N,) int64
 
 
-def drive(own: HeadParameters, motion: HeadParameters, head: HeadModel) -> HeadParameters:
+def retarget(own: HeadParameters, motion: HeadParameters, head: HeadModel) -> HeadParameters:
     """The motion on the subject's own head: `own` shape and static offset, all that moves from `motion`.
 
     Of the motion, expression, joint rotations, translation and dynamic offset are used, in its dtype; whose shape it
@@ -100,14 +100,14 @@ def animate(
 def place(
     local: Local, params: HeadParameters, head: HeadModel, method: str, pose_correctives: bool, rotate_covariances: bool
 ) -> Placed:
-    """Gaussians of an avatar in every frame of `params`, whose shape is its own: by `skin` or `ride_on_faces`."""
+    """Gaussians of an avatar in every frame of `params`, whose shape is its own: by `skin` or `pose_by_face_frames`."""
     if method not in METHODS:
         raise ValueError(f"method {method!r} of posing; expected {' or '.join(METHODS)}")
     head_faces = head.faces.to(local.faces.device)
     if method == "lbs":
-        at_rest = ride_on_faces(local, head.canonical_vertices(params), head_faces)
+        at_rest = pose_by_face_frames(local, head.canonical_vertices(params), head_faces)
         return skin(at_rest, local.faces, params, head, pose_correctives, rotate_covariances)
-    return ride_on_faces(local, head.pose(params, pose_correctives).vertices, head_faces)
+    return pose_by_face_frames(local, head.pose(params, pose_correctives).vertices, head_faces)
 
 
 def check_motion(motion: HeadParameters, head: HeadModel) -> None:
@@ -122,7 +122,7 @@ def check_motion(motion: HeadParameters, head: HeadModel) -> None:
         )
 
 
-def ride_on_faces(local: Local, vertices: Tensor, head_faces: Tensor) -> Placed:
+def pose_by_face_frames(local: Local, vertices: Tensor, head_faces: Tensor) -> Placed:
     """The Gaussians on a mesh of `vertices` (..., V, 3): position, size and turn follow the face each is bound to."""
     frames = face_frames(vertices, head_faces)
     return Placed(

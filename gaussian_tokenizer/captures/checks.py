@@ -1,6 +1,6 @@
 """What may be wrong with a tracking although every file can be read: `find_problems` looks at up to 16 of its frames.
 
-The head, posed by the parameters and projected by the cameras, must be in the pictures, and where the masks say; a
+The head, posed by the parameters and projected by the cameras, must be in the images, and where the masks say; a
 camera must stand outside it. Where it is not, the other conventions in which a camera may have been written are tried,
 and the one that fits is named.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from gaussian_tokenizer.captures.frame import Frame, has_alpha, open_picture
+from gaussian_tokenizer.captures.frame import Frame, has_alpha, load_image
 from gaussian_tokenizer.captures.projection import (
     CONVENTIONS,
     EXPECTED,
@@ -26,8 +26,8 @@ from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 
 SAMPLES = 16
-ENOUGH_SEEN = 0.5  # of the vertices, in the pictures on average
-SMALLEST_HEAD = 0.002  # of the picture
+ENOUGH_SEEN = 0.5  # of the vertices, in the images on average
+SMALLEST_HEAD = 0.002  # of the image
 LONGEST = 128  # pixels of the silhouettes
 BLACK = 4  # of 255
 FAR_MM = 5.0  # mean distance of the heads of two sequences of one person
@@ -40,7 +40,7 @@ REMEDY = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One sentence about a tracking; an error keeps it from being used, a warning does not."""
+    """One sequence about a tracking; an error keeps it from being used, a warning does not."""
 
     text: str
     is_error: bool = True
@@ -57,7 +57,7 @@ def find_problems(tracking: Tracking, head: HeadModel) -> list[Problem]:
         if not any(problem.is_error for problem in of_cameras):
             heads = [silhouette(each.vertices, faces, each.frame, each.frame.viewmat, LONGEST) for each in samples]
             of_cameras += _of_size(samples, heads)
-        problems += of_cameras + _of_pictures(tracking, samples, heads)
+        problems += of_cameras + _of_images(tracking, samples, heads)
     return sorted(problems, key=lambda problem: not problem.is_error)
 
 
@@ -88,7 +88,7 @@ def _of_metadata(tracking: Tracking, head: HeadModel) -> list[Problem]:
 def _of_frames(tracking: Tracking) -> list[Problem]:
     frames = tracking.frames
     if not frames:
-        return [Problem("has head parameters, but no pictures beside them; copy its folder of pictures there")]
+        return [Problem("has head parameters, but no images beside them; copy its folder of images there")]
     problems = []
     sizes = Counter((frame.width, frame.height) for frame in frames)
     if len(sizes) > 1:
@@ -103,7 +103,7 @@ def _of_frames(tracking: Tracking) -> list[Problem]:
     there = {(frame.timestep, frame.camera) for frame in frames}
     holes = [(t, camera) for t in tracking.timesteps for camera in sorted(cameras) if (t, camera) not in there]
     if holes and tracking.kind != "union":
-        text = f"{len(holes)} pictures are missing, the first of timestep {holes[0][0]} from camera {holes[0][1]}"
+        text = f"{len(holes)} images are missing, the first of timestep {holes[0][0]} from camera {holes[0][1]}"
         problems.append(Problem(text, is_error=False))
     return problems
 
@@ -115,7 +115,7 @@ def _of_cameras(tracking: Tracking, samples: list[Sample], faces: np.ndarray) ->
     if inside:
         first = f"camera {inside[0].camera} at timestep {inside[0].timestep}"
         text = f"{len(inside)} of {len(samples)} cameras looked at stand inside the head, the first is {first}"
-        return [Problem(f"{text}; expected are cameras around it, in metres")]
+        return [Problem(f"{text}; expected are cameras around it, in meters")]
     best, seen = best_convention(samples)
     if seen[EXPECTED] >= ENOUGH_SEEN:
         shares = {each.frame: share_seen(each.vertices, each.frame, each.frame.viewmat) for each in samples}
@@ -123,10 +123,10 @@ def _of_cameras(tracking: Tracking, samples: list[Sample], faces: np.ndarray) ->
             f"camera {frame.camera} at timestep {frame.timestep}" for frame, share in shares.items() if share < 0.1
         ]
         return [Problem(f"{', '.join(blind)}: sees nothing of the head", is_error=False)] if blind else []
-    text = f"the cameras do not see the head: {seen[EXPECTED]:.0%} of it is in the pictures"
+    text = f"the cameras do not see the head: {seen[EXPECTED]:.0%} of it is in the images"
     if tracking.kind not in ("vhap", "monocular", "union"):
-        return [Problem(f"{text}; are the head parameters those of these pictures?")]
-    expected = f"expected is {EXPECTED} (x right, y up, z backward) in metres"
+        return [Problem(f"{text}; are the head parameters those of these images?")]
+    expected = f"expected is {EXPECTED} (x right, y up, z backward) in meters"
     if seen[best] < ENOUGH_SEEN:
         return [Problem(f"{text}; {expected}, and no other convention fits either")]
     # A camera straight in front of the face has the same matrix in two of the conventions.
@@ -140,11 +140,11 @@ def _of_size(samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
     if covered >= SMALLEST_HEAD:
         return []
     distance = np.median([np.linalg.norm(each.frame.viewmat[:3, 3]) for each in samples])
-    text = f"the head covers {covered:.2%} of the pictures, the cameras are {distance:.3g} m away"
-    return [Problem(f"{text}; are their translations in millimetres? expected are metres")]
+    text = f"the head covers {covered:.2%} of the images, the cameras are {distance:.3g} m away"
+    return [Problem(f"{text}; are their translations in millimeters? expected are meters")]
 
 
-def _of_pictures(tracking: Tracking, samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
+def _of_images(tracking: Tracking, samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
     """`heads` (h, w) bool: where the head is in each of the samples; none, if that is not known."""
     shapes = [head.shape for head in heads] or [(1, 1)] * len(samples)
     try:
@@ -155,18 +155,18 @@ def _of_pictures(tracking: Tracking, samples: list[Sample], heads: list[np.ndarr
         return [Problem(str(error))]
     problems = []
     masks, alphas = [look.mask for look in looks], [look.alpha for look in looks]
-    for what, of_frame in (("the masks (fg_masks) are", masks), ("the alpha of the pictures is", alphas)):
+    for what, of_frame in (("the masks (fg_masks) are", masks), ("the alpha of the images is", alphas)):
         pairs = [(mask, head) for mask, head in zip(of_frame, heads) if mask is not None]
         problems += _of_masks(what, pairs) if pairs else []
     if black:
-        problems.append(Problem("every picture is black; export the pictures again"))
+        problems.append(Problem("every image is black; export the images again"))
     without = [each.frame for each, look in zip(samples, looks) if look.alpha is None and look.mask is None]
     if len(without) == len(samples):
-        text = "no masks, and pictures without alpha: the background counts as a part of the person"
+        text = "no masks, and images without alpha: the background counts as a part of the person"
         problems.append(Problem(text, is_error=False))
     elif without:
         first = f"timestep {without[0].timestep} from camera {without[0].camera}"
-        text = f"masks are missing of {len(without)} of {len(samples)} pictures looked at, the first of {first}"
+        text = f"masks are missing of {len(without)} of {len(samples)} images looked at, the first of {first}"
         problems.append(Problem(f"{text}; export the data again with all masks"))
     return problems
 
@@ -185,16 +185,16 @@ def _of_masks(what: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Pro
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """What the checks keep of a picture: one is decoded at a time."""
+    """What the checks keep of an image: one is decoded at a time."""
 
     is_black: bool  # no pixel is lighter than BLACK, where the person is
-    alpha: np.ndarray | None  # (h, w) in 0..1, of the picture itself
+    alpha: np.ndarray | None  # (h, w) in 0..1, of the image itself
     mask: np.ndarray | None  # (h, w) in 0..1, of the file beside it
 
 
 def _look(frame: Frame, shape: tuple[int, ...]) -> _Look:
-    image = open_picture(frame.image)
-    mask = None if frame.mask is None else open_picture(frame.mask).convert("L")
+    image = load_image(frame.image)
+    mask = None if frame.mask is None else load_image(frame.mask).convert("L")
     alpha = image.convert("RGBA").getchannel("A") if has_alpha(image) else None
     seen = Image.new("RGB", image.size)
     seen.paste(image.convert("RGB"), mask=mask if alpha is None else alpha)

@@ -1,7 +1,7 @@
-"""The contact sheet of a tracking: the head projected over a few of its pictures, so that a wrong camera is seen at once.
+"""The contact sheet of a tracking: the head projected over a few of its images, so that a wrong camera is seen at once.
 
-Upper row: the pictures on grey, as alpha or masks cut them out. Below: the head at that moment as the cameras of the
-files see it, drawn over the picture. If they see too little of it, a third row shows the convention that fits best.
+Upper row: the images on gray, as alpha or masks cut them out. Below: the head at that moment as the cameras of the
+files see it, drawn over the image. If they see too little of it, a third row shows the convention that fits best.
 """
 
 import numpy as np
@@ -22,43 +22,43 @@ from gaussian_tokenizer.captures.projection import (
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 
-TILE, GAP, LINE = 208, 6, 18  # pixels: longest side of a picture, between pictures, height of a line of text
+TILE, GAP, LINE = 208, 6, 18  # pixels: longest side of an image, between images, height of a line of text
 GREY, INK, BAD = (200, 200, 204), (30, 30, 34), (200, 30, 30)
 MESH, OUTLINE = np.array((64, 150, 255)), (255, 214, 0)
-SOLID = 0.55  # how much of the mesh covers the picture
+SOLID = 0.55  # how much of the mesh covers the image
 
 
 def contact_sheet(tracking: Tracking, head: HeadModel, count: int = 6) -> Image.Image:
-    """RGB picture of up to `count` frames of a tracking that has some."""
+    """RGB image of up to `count` frames of a tracking that has some."""
     samples = sample_frames(tracking, head, count)
     faces = head.faces.cpu().numpy()
     best, seen = best_convention(samples)
     conventions = [EXPECTED] + ([best] if seen[EXPECTED] < ENOUGH_SEEN <= seen[best] else [])
-    pictures = [_picture(tracking, each) for each in samples]
+    images = [_image(tracking, each) for each in samples]
     captions = [f"timestep {each.frame.timestep}, camera {each.frame.camera}" for each in samples]
-    rows = [(f"{tracking.path.name}: pictures", INK, [_with_text(*each) for each in zip(pictures, captions)])]
+    rows = [(f"{tracking.path.name}: images", INK, [_with_text(*each) for each in zip(images, captions)])]
     for number, convention in enumerate(conventions):
         tiles = []
-        for picture, sample in zip(pictures, samples):
+        for image, sample in zip(images, samples):
             viewmat = as_if(sample.frame, convention)
             share = share_seen(sample.vertices, sample.frame, viewmat)
-            tile = _draw_head(picture, sample, faces, viewmat)
+            tile = _draw_head(image, sample, faces, viewmat)
             tiles.append(_with_text(tile, f"{share:.0%} of the head inside", INK if share >= ENOUGH_SEEN else BAD))
         title = "head as the files say" if number == 0 else f"head, were transform_matrix {convention}"
         rows.append((title, BAD if number == 0 and seen[EXPECTED] < ENOUGH_SEEN else INK, tiles))
     return _stack(rows)
 
 
-def _picture(tracking: Tracking, sample: Sample) -> Image.Image:
-    """RGB, its longer side TILE pixels, transparent parts in grey."""
+def _image(tracking: Tracking, sample: Sample) -> Image.Image:
+    """RGB, its longer side TILE pixels, transparent parts in gray."""
     width, height, _ = size_within(sample.frame, TILE)
-    rgba = Image.fromarray((tracking.picture(sample.frame_index).numpy() * 255 + 0.5).astype(np.uint8))
+    rgba = Image.fromarray((tracking.image(sample.frame_index).numpy() * 255 + 0.5).astype(np.uint8))
     backdrop = Image.new("RGBA", rgba.size, (*GREY, 255))
     return Image.alpha_composite(backdrop, rgba).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _draw_head(picture: Image.Image, sample: Sample, faces: np.ndarray, viewmat: np.ndarray) -> Image.Image:
-    """The faces turned to the camera over the picture, shaded by a light at the camera, and the outline of the head."""
+def _draw_head(image: Image.Image, sample: Sample, faces: np.ndarray, viewmat: np.ndarray) -> Image.Image:
+    """The faces turned to the camera over the image, shaded by a light at the camera, and the outline of the head."""
     frame = sample.frame
     width, height, scale = size_within(frame, TILE)
     pixels, depth = project(sample.vertices, frame, viewmat)
@@ -71,13 +71,13 @@ def _draw_head(picture: Image.Image, sample: Sample, faces: np.ndarray, viewmat:
     # Painter's algorithm: the farthest first.
     order = np.flatnonzero(facing > 0)
     order = order[np.argsort(-depth[faces[order]].mean(1))]
-    mesh = picture.copy()
+    mesh = image.copy()
     draw_mesh = ImageDraw.Draw(mesh)
     shown, triangles = visible_triangles(pixels * scale, depth, faces[order], width, height)
     colors = (MESH * (0.35 + 0.65 * facing[order[shown], None])).astype(int).tolist()
     for triangle, color in zip(triangles, colors):
         draw_mesh.polygon(triangle, fill=tuple(color))
-    tile = np.asarray(Image.blend(picture, mesh, SOLID)).copy()
+    tile = np.asarray(Image.blend(image, mesh, SOLID)).copy()
     inside = silhouette(sample.vertices, faces, frame, viewmat, TILE)
     tile[inside & ~_eroded(inside)] = OUTLINE
     return Image.fromarray(tile)
@@ -88,10 +88,10 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
     return padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:] & mask
 
 
-def _with_text(picture: Image.Image, text: str, color: tuple[int, int, int] = INK) -> Image.Image:
-    tile = Image.new("RGB", (TILE, picture.height + LINE), "white")
-    tile.paste(picture, ((TILE - picture.width) // 2, 0))
-    ImageDraw.Draw(tile).text((TILE / 2, picture.height + 2), text, color, ImageFont.load_default(12), anchor="ma")
+def _with_text(image: Image.Image, text: str, color: tuple[int, int, int] = INK) -> Image.Image:
+    tile = Image.new("RGB", (TILE, image.height + LINE), "white")
+    tile.paste(image, ((TILE - image.width) // 2, 0))
+    ImageDraw.Draw(tile).text((TILE / 2, image.height + 2), text, color, ImageFont.load_default(12), anchor="ma")
     return tile
 
 

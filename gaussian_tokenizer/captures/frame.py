@@ -15,15 +15,15 @@ OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One picture of a subject: where its camera stood, and the head parameters at that moment.
+    """One image of a subject: where its camera stood, and the head parameters at that moment.
 
-    Read frames hold paths in `image`, `mask` and `params`; a frame to be written may also hold the pictures (PIL, or
+    Read frames hold paths in `image`, `mask` and `params`; a frame to be written may also hold the images (PIL, or
     uint8: image (H, W, 3 or 4), mask (H, W)) and the `HeadParameters` of T = 1 themselves.
     """
 
     timestep: int
     camera: int
-    viewmat: np.ndarray  # (4, 4) float64, world-to-camera, OpenCV axes, metres
+    viewmat: np.ndarray  # (4, 4) float64, world-to-camera, OpenCV axes, meters
     fx: float  # pixels
     fy: float
     cx: float  # pixels from the left edge
@@ -40,38 +40,38 @@ class Frame:
         return np.array([[self.fx, 0, self.cx], [0, self.fy, self.cy], [0, 0, 1]], dtype=np.float64)
 
     def image_bytes(self) -> bytes:
-        """The picture as a file: the bytes on the disk, or PNG of a picture in memory."""
+        """The image as a file: the bytes on the disk, or PNG of an image in memory."""
         return file_bytes(self.image)
 
     def load_params(self) -> HeadParameters:
         return HeadParameters.load(self.params) if isinstance(self.params, Path) else self.params
 
 
-def picture_size(picture: Path | Image.Image | np.ndarray) -> tuple[int, int]:
-    """(width, height) in pixels; of a file only the header is read. ValueError if it is not a picture."""
-    if isinstance(picture, np.ndarray):
-        return picture.shape[1], picture.shape[0]
-    if isinstance(picture, Image.Image):
-        return picture.size
-    return image_size(picture)
+def size_of_image(image: Path | Image.Image | np.ndarray) -> tuple[int, int]:
+    """(width, height) in pixels; of a file only the header is read. ValueError if it is not an image."""
+    if isinstance(image, np.ndarray):
+        return image.shape[1], image.shape[0]
+    if isinstance(image, Image.Image):
+        return image.size
+    return image_size(image)
 
 
-def open_picture(picture: Path | Image.Image | np.ndarray) -> Image.Image:
-    """The picture, decoded; errors as of `image_files.open_image`."""
-    if isinstance(picture, np.ndarray):
-        return Image.fromarray(picture)
-    if isinstance(picture, Image.Image):
-        return picture
-    return open_image(picture)
+def load_image(image: Path | Image.Image | np.ndarray) -> Image.Image:
+    """The image, decoded; errors as of `image_files.open_image`."""
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return image
+    return open_image(image)
 
 
 def has_alpha(image: Image.Image) -> bool:
     return "A" in image.getbands() or "transparency" in image.info
 
 
-def file_bytes(picture: Path | Image.Image | np.ndarray) -> bytes:
-    if isinstance(picture, Path):
-        return picture.read_bytes()
+def file_bytes(image: Path | Image.Image | np.ndarray) -> bytes:
+    if isinstance(image, Path):
+        return image.read_bytes()
     stream = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(stream, format="PNG")
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, format="PNG")
     return stream.getvalue()

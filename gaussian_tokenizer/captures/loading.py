@@ -1,8 +1,8 @@
-"""A tracked person: pictures, cameras and head parameters, as a face tracker leaves them; what an avatar is fitted to.
+"""A tracked person: images, cameras and head parameters, as a face tracker leaves them; what an avatar is fitted to.
 
-`load_tracking` recognises what a path is, reads it with one of the `tracking_formats`, and refuses it with one error if
+`load_tracking` recognizes what a path is, reads it with one of the `tracking_formats`, and refuses it with one error if
 `tracking_checks` finds that it cannot be right. `read_tracking` leaves those checks to the caller. Nothing but headers
-of pictures and the head parameters is read before it is asked for.
+of images and the head parameters is read before it is asked for.
 """
 
 import os
@@ -37,7 +37,7 @@ def load_tracking(path: str | os.PathLike, head: HeadModel) -> Tracking:
 
     Raises FileNotFoundError or ValueError with one line that says what is wrong and what to do: unreadable or missing
     files, head parameters of another person or head model, NaN, and whatever `tracking_checks.find_problems` calls an
-    error (cameras that do not see the head, inverted masks, black pictures, ...).
+    error (cameras that do not see the head, inverted masks, black images, ...).
     """
     tracking = read_tracking(path, head)
     errors = [problem.text for problem in find_problems(tracking, head) if problem.is_error]
@@ -48,12 +48,12 @@ def load_tracking(path: str | os.PathLike, head: HeadModel) -> Tracking:
 
 
 def read_tracking(path: str | os.PathLike, head: HeadModel | None) -> Tracking:
-    """`load_tracking` without a look at whether pictures, cameras and head fit together.
+    """`load_tracking` without a look at whether images, cameras and head fit together.
 
     Without a head the sizes of the parameters are not checked either; Pixel3DMM's cannot be read (ValueError).
     """
     path = Path(path)
-    form = recognise(path)
+    form = recognize(path)
     if form is None:
         found = "is not a tracking" if path.exists() else "no such folder"
         raise FileNotFoundError(f"{path}: {found}; expected {EXPECTED}")
@@ -86,7 +86,7 @@ def read_tracking(path: str | os.PathLike, head: HeadModel | None) -> Tracking:
     )
 
 
-def recognise(path: Path) -> str | None:
+def recognize(path: Path) -> str | None:
     """Which of the READERS reads it; None if it is no tracking."""
     if path.is_file():
         return "vhap_raw" if re.fullmatch(RAW_PATTERN, path.name) else None
@@ -104,12 +104,12 @@ def find_trackings(path: str | os.PathLike) -> list[Path]:
     them is made of are left out: the UNION holds their frames.
     """
     path = Path(path)
-    if recognise(path) is not None:
+    if recognize(path) is not None:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; expected {EXPECTED}, or a folder of such")
     inside = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
-    found = [each for each in inside if recognise(each) is not None]
+    found = [each for each in inside if recognize(each) is not None]
     if not found:
         raise FileNotFoundError(f"{path}: none of its {len(inside)} folders is a tracking; expected {EXPECTED}")
     in_union = {name for each in found for name in sister_folders(each)}

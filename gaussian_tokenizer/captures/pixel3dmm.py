@@ -7,7 +7,7 @@ A `.frame` is {"flame": {exp (1, 100), shape (1, 300), eyes (1, 12), jaw, neck, 
 t (1, 3), eyelids (1, 2)}, "camera": {R_base_0 (1, 3, 3), t_base_0 (1, 3), fl (1, 1), pp (1, 2)}, ...}. Rotations are the
 first two rows of a matrix (Zhou et al. 2019). The head stands at R v + t, turned about the origin, where FLAME turns
 about its root joint; so translation = t + R j - j with the root joint j. The camera is world-to-camera with OpenGL axes;
-the focal length is in units of the picture's side, the principal point in halves of it from the middle, known to a pixel
+the focal length is in units of the image's side, the principal point in halves of it from the middle, known to a pixel
 of the size it tracked at, because its own projections differ by that. `eyelids`, two offsets of Pixel3DMM's own, have no
 place in FLAME's parameters and are left out.
 """
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, picture_size
-from gaussian_tokenizer.captures.recording import Recording, find_picture, join_params
+from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, size_of_image
+from gaussian_tokenizer.captures.recording import Recording, find_image, join_params
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -62,11 +62,9 @@ def read_pixel3dmm(folder: Path, head: HeadModel | None) -> Recording:
     params = {frame: _to_params(files[frame], each["flame"], head) for frame, each in arrays.items()}
     frames = []
     for frame, path in files.items() if cropped.is_dir() else ():
-        image = find_picture([cropped], path.stem)
+        image = find_image([cropped], path.stem)
         if image is None:
-            raise ValueError(
-                f"{path}: has no picture {cropped / path.stem}.jpg or .png; copy the folder cropped/ again"
-            )
+            raise ValueError(f"{path}: has no image {cropped / path.stem}.jpg or .png; copy the folder cropped/ again")
         frames.append(_to_frame(frame, image, arrays[frame]["camera"], params[frame]))
     eyelids = max(float(np.abs(each["flame"].get("eyelids", np.zeros(1))).max()) for each in arrays.values())
     names = {frame: str(path) for frame, path in files.items()}
@@ -174,7 +172,7 @@ def _to_params(path: Path, flame: dict[str, np.ndarray], head: HeadModel) -> Hea
 
 
 def _to_frame(frame: int, image: Path, camera: dict[str, np.ndarray], params: HeadParameters) -> Frame:
-    width, height = picture_size(image)
+    width, height = size_of_image(image)
     if width != height:
         raise ValueError(f"{image} is of {width}x{height} pixels, expected Pixel3DMM's square crop")
     viewmat = np.eye(4)

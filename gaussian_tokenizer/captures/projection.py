@@ -1,4 +1,4 @@
-"""Where the head of a tracking is in its pictures: projection, silhouette, and what other camera conventions would give."""
+"""Where the head of a tracking is in its images: projection, silhouette, and what other camera conventions would give."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 
-NEAR = 0.01  # metres; what is closer to the camera is not drawn
+NEAR = 0.01  # meters; what is closer to the camera is not drawn
 EXPECTED = "camera-to-world with OpenGL axes"
 # What a transform_matrix may have been instead of what is expected: matrix -> world-to-camera with OpenCV axes.
 CONVENTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 
     frame_index: int
     frame: Frame
-    vertices: np.ndarray  # (V, 3) float64 metres, world space
+    vertices: np.ndarray  # (V, 3) float64 meters, world space
 
 
 def sample_frames(tracking: Tracking, head: HeadModel, count: int) -> list[Sample]:
@@ -40,7 +40,7 @@ def sample_frames(tracking: Tracking, head: HeadModel, count: int) -> list[Sampl
     chosen = []
     for number, camera in enumerate(cameras):
         own = by_camera[camera]
-        # The first of the moments is shifted from camera to camera, so that one picture a camera shows several moments.
+        # The first of the moments is shifted from camera to camera, so that one image a camera shows several moments.
         start = number * len(own) // len(cameras) if each == 1 else 0
         chosen += [own[(start + step) % len(own)] for step in _spread(range(len(own)), each)]
     chosen = chosen[:count]
@@ -57,7 +57,7 @@ def as_if(frame: Frame, convention: str) -> np.ndarray:
 
 
 def project(vertices: np.ndarray, frame: Frame, viewmat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(V, 3) world -> pixels (V, 2), counted from the upper left corner, and depths (V,) metres; behind is below 0."""
+    """(V, 3) world -> pixels (V, 2), counted from the upper left corner, and depths (V,) meters; behind is below 0."""
     seen = vertices @ viewmat[:3, :3].T + viewmat[:3, 3]
     depth = seen[:, 2]
     focal, center = np.array([frame.fx, frame.fy]), np.array([frame.cx, frame.cy])
@@ -65,7 +65,7 @@ def project(vertices: np.ndarray, frame: Frame, viewmat: np.ndarray) -> tuple[np
 
 
 def share_seen(vertices: np.ndarray, frame: Frame, viewmat: np.ndarray) -> float:
-    """Which part of the vertices lies in front of the camera and inside the picture, 0..1."""
+    """Which part of the vertices lies in front of the camera and inside the image, 0..1."""
     pixels, depth = project(vertices, frame, viewmat)
     inside = (pixels >= 0).all(1) & (pixels < [frame.width, frame.height]).all(1)
     return float((inside & (depth > NEAR)).mean())
@@ -74,7 +74,7 @@ def share_seen(vertices: np.ndarray, frame: Frame, viewmat: np.ndarray) -> float
 def silhouette(
     vertices: np.ndarray, faces: np.ndarray, frame: Frame, viewmat: np.ndarray, longest: int = 128
 ) -> np.ndarray:
-    """(h, w) bool: where the mesh is in a picture whose longer side is made `longest` pixels."""
+    """(h, w) bool: where the mesh is in an image whose longer side is made `longest` pixels."""
     width, height, scale = size_within(frame, longest)
     pixels, depth = project(vertices, frame, viewmat)
     drawing = Image.new("L", (width, height))
@@ -87,7 +87,7 @@ def silhouette(
 def visible_triangles(
     pixels: np.ndarray, depth: np.ndarray, faces: np.ndarray, width: int, height: int
 ) -> tuple[np.ndarray, list[list[float]]]:
-    """Which faces lie in front of the camera and touch the picture, and the corners of each, as PIL wants them."""
+    """Which faces lie in front of the camera and touch the image, and the corners of each, as PIL wants them."""
     corners = pixels[faces] - 0.5  # the middle of PIL's first pixel is at 0
     in_front = (depth[faces] > NEAR).all(1)
     touches = (corners.max(1) >= -1).all(1) & (corners.min(1) <= [width, height]).all(1)
@@ -96,7 +96,7 @@ def visible_triangles(
 
 
 def size_within(frame: Frame, longest: int) -> tuple[int, int, np.ndarray]:
-    """Width, height and scale (2,) of a picture whose longer side is made `longest` pixels."""
+    """Width, height and scale (2,) of an image whose longer side is made `longest` pixels."""
     factor = longest / max(frame.width, frame.height)
     width, height = max(1, round(frame.width * factor)), max(1, round(frame.height * factor))
     return width, height, np.array([width / frame.width, height / frame.height])

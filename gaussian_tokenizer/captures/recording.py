@@ -13,7 +13,7 @@ import torch
 from gaussian_tokenizer.captures.frame import Frame
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ def join_params(of_timestep: Mapping[int, HeadParameters], names: Mapping[int, s
     return replace(first, layout=None, **per_frame)
 
 
-def find_picture(folders: Sequence[Path], stem: str) -> Path | None:
-    """The picture of this name in the first of the folders that has it, with any suffix of a picture."""
-    paths = (folder / f"{stem}{suffix}" for folder in folders for suffix in PICTURE_SUFFIXES)
+def find_image(folders: Sequence[Path], stem: str) -> Path | None:
+    """The image of this name in the first of the folders that has it, with any suffix of an image."""
+    paths = (folder / f"{stem}{suffix}" for folder in folders for suffix in IMAGE_SUFFIXES)
     return next((path for path in paths if path.is_file()), None)

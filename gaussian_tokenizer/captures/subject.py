@@ -1,9 +1,9 @@
-"""A subject on disk: one avatar, what is known about the person, and the pictures it was made from.
+"""A subject on disk: one avatar, what is known about the person, and the images it was made from.
 
 The layout is that of GaussianAvatars (the avatar) and of a VHAP export (the frames), plus `metadata.json`:
 
     <folder>/point_cloud.ply, flame_param.npz          or point_cloud/iteration_<N>/ with both
-    <folder>/metadata.json                             avatar_id, licence, consent, head_name, head_hash, ...
+    <folder>/metadata.json                             avatar_id, license, consent, head_name, head_hash, ...
     <folder>/transforms.json                           cameras and paths of the frames: see `transforms`
 
 `find_subjects` and `Subject.frames` read, `write_subject` writes. What has frames and no avatar yet is a `tracking`.
@@ -38,8 +38,8 @@ class Subject:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def licence(self) -> str:
-        return self._answer("licence")
+    def license(self) -> str:
+        return self._answer("license")
 
     @property
     def consent(self) -> str:
@@ -96,9 +96,9 @@ def write_subject(
 ) -> None:
     """Write a subject folder; it appears whole, or not at all.
 
-    `metadata` should say `licence` and `consent`; `avatar_id` is the folder's name unless given, the name and hash of
+    `metadata` should say `license` and `consent`; `avatar_id` is the folder's name unless given, the name and hash of
     the head model are the avatar's. Frames also give `canonical_flame_param.npz` and VHAP's split of the frames
-    (`transforms_train.json`, ..), without which GaussianAvatars does not recognise the folder.
+    (`transforms_train.json`, ..), without which GaussianAvatars does not recognize the folder.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

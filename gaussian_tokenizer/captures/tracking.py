@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from gaussian_tokenizer.captures.frame import Frame, has_alpha, open_picture
+from gaussian_tokenizer.captures.frame import Frame, has_alpha, load_image
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 
 
 @dataclass(frozen=True, eq=False)
 class Tracking:
-    """One tracked person: pictures, cameras, head parameters."""
+    """One tracked person: images, cameras, head parameters."""
 
     subject_id: str
     path: Path
@@ -33,26 +33,26 @@ class Tracking:
         return self.timesteps.index(frame.timestep)
 
     def cameras(self, indices: Sequence[int]) -> Cameras:
-        """The cameras of some frames, float64; ValueError if their pictures are not of one size."""
+        """The cameras of some frames, float64; ValueError if their images are not of one size."""
         chosen = [self.frames[index] for index in indices]
         sizes = Counter((frame.width, frame.height) for frame in chosen)
         if len(sizes) != 1:
             found = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sorted(sizes.items()))
-            raise ValueError(f"{self.path}: images of different sizes: {found or 'none'}; expected one size of picture")
+            raise ValueError(f"{self.path}: images of different sizes: {found or 'none'}; expected one size of image")
         viewmats, Ks = (np.stack([getattr(frame, name) for frame in chosen]) for name in ("viewmat", "K"))
         return Cameras(torch.from_numpy(viewmats), torch.from_numpy(Ks), chosen[0].width, chosen[0].height)
 
-    def picture(self, index: int) -> torch.Tensor:
-        """(H, W, 4) float32 in 0..1, colours as in the file (straight alpha).
+    def image(self, index: int) -> torch.Tensor:
+        """(H, W, 4) float32 in 0..1, colors as in the file (straight alpha).
 
-        Alpha is the PNG's own, else the mask, else 1. Where the mask is soft the colour holds some of the background.
+        Alpha is the PNG's own, else the mask, else 1. Where the mask is soft the color holds some of the background.
         """
         frame = self.frames[index]
-        image = open_picture(frame.image)
+        image = load_image(frame.image)
         if has_alpha(image):
             rgba = np.asarray(image.convert("RGBA"))
         else:
-            alpha = 255 if frame.mask is None else np.asarray(open_picture(frame.mask).convert("L"))
+            alpha = 255 if frame.mask is None else np.asarray(load_image(frame.mask).convert("L"))
             rgb = np.asarray(image.convert("RGB"))
             rgba = np.dstack((rgb, np.broadcast_to(np.asarray(alpha, np.uint8), rgb.shape[:2])))
         return torch.from_numpy(rgba.astype(np.float32) / 255)

@@ -1,4 +1,4 @@
-"""The frames of a VHAP export: `transforms*.json` with pictures, masks, cameras and head parameters, read and written.
+"""The frames of a VHAP export: `transforms*.json` with images, masks, cameras and head parameters, read and written.
 
     <folder>/transforms.json                           every frame; transforms_{train,val,test}.json VHAP's split of them
     <folder>/images/<timestep>_<camera>.png            fg_masks/<the same name>.png
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, file_bytes, picture_size
+from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, file_bytes, size_of_image
 from gaussian_tokenizer.utils.json_files import read_json, write_json
 
 TRANSFORMS_NAME, CANONICAL_NAME = "transforms.json", "canonical_flame_param.npz"
@@ -31,7 +31,7 @@ def read_transforms(path: Path) -> list[Frame]:
     """The frames of one `transforms*.json` by timestep, then camera.
 
     Raises ValueError that names the file and the frame for a path outside the folder, a file that is not there, a
-    matrix that is no camera, a picture of another size than stated, and two frames of one timestep and camera.
+    matrix that is no camera, an image of another size than stated, and two frames of one timestep and camera.
     """
     content = read_json(path)
     entries = content.get("frames")
@@ -112,7 +112,7 @@ def resolve_inside(folder: Path, name: Any, sisters: frozenset[str] = frozenset(
 
 
 def write_frames(folder: Path, frames: Sequence[Frame]) -> None:
-    """Write pictures, masks, head parameters, `transforms*.json` and `canonical_flame_param.npz` into a new folder."""
+    """Write images, masks, head parameters, `transforms*.json` and `canonical_flame_param.npz` into a new folder."""
     for name in ("images", "flame_param", "fg_masks"):
         if name != "fg_masks" or any(frame.mask is not None for frame in frames):
             (folder / name).mkdir()
@@ -120,14 +120,14 @@ def write_frames(folder: Path, frames: Sequence[Frame]) -> None:
     for frame in sorted_frames(frames):
         name = f"{frame.timestep:05d}_{frame.camera:02d}.png"
         params_path = f"flame_param/{frame.timestep:05d}.npz"
-        pictures = {f"images/{name}": frame.image}
+        images = {f"images/{name}": frame.image}
         if frame.mask is not None:
-            pictures[f"fg_masks/{name}"] = frame.mask
-        for path, picture in pictures.items():
-            size = picture_size(picture)
+            images[f"fg_masks/{name}"] = frame.mask
+        for path, image in images.items():
+            size = size_of_image(image)
             if size != (frame.width, frame.height):
                 raise ValueError(f"{path} is of {size} pixels, its camera of {(frame.width, frame.height)}")
-            (folder / path).write_bytes(file_bytes(picture))
+            (folder / path).write_bytes(file_bytes(image))
         if params_path not in written:
             written[params_path] = frame.load_params()
             if written[params_path].num_frames != 1:
@@ -135,7 +135,7 @@ def write_frames(folder: Path, frames: Sequence[Frame]) -> None:
                 raise ValueError(f"timestep {frame.timestep} has head parameters of {count} frames, expected its own 1")
             with open(folder / params_path, "wb") as file:
                 written[params_path].write(file)
-        entries.append(_entry(frame, list(pictures), params_path))
+        entries.append(_entry(frame, list(images), params_path))
     with open(folder / CANONICAL_NAME, "wb") as file:
         next(iter(written.values())).frame(0).canonical(jaw_angle=0.3).write(file)
     write_json(folder / TRANSFORMS_NAME, _transforms(entries, entries[0]))
@@ -175,15 +175,15 @@ def _read_frame(folder: Path, sisters: frozenset[str], entry: dict[str, Any]) ->
     mask = resolve_inside(folder, entry["fg_mask_path"], sisters) if entry.get("fg_mask_path") is not None else None
     if not params.is_file():
         raise FileNotFoundError(f"{params} does not exist")
-    found = picture_size(image)
+    found = size_of_image(image)
     width, height = (int(entry["w"]), int(entry["h"])) if "w" in entry and "h" in entry else found
-    for what, size in (("picture", found), ("mask", found if mask is None else picture_size(mask))):
+    for what, size in (("image", found), ("mask", found if mask is None else size_of_image(mask))):
         if size != (width, height):
             raise ValueError(
                 f"{mask if what == 'mask' else image} is a {what} of {size[0]}x{size[1]} pixels, expected {width}x{height}; "
                 "resize it, or export the data again"
             )
-    # GaussianAvatars itself reads the angle only; square pixels and a centred principal point are its rule.
+    # GaussianAvatars itself reads the angle only; square pixels and a centered principal point are its rule.
     fx = float(entry["fl_x"]) if "fl_x" in entry else width / (2 * math.tan(float(entry["camera_angle_x"]) / 2))
     fy = float(entry.get("fl_y", fx))
     cx, cy = float(entry.get("cx", width / 2)), height - float(entry.get("cy", height / 2))
@@ -209,7 +209,7 @@ def _to_viewmat(transform_matrix: Any) -> np.ndarray:
 # ---- writing
 
 
-def _entry(frame: Frame, pictures: list[str], params_path: str) -> dict[str, Any]:
+def _entry(frame: Frame, images: list[str], params_path: str) -> dict[str, Any]:
     return {
         "timestep_index": frame.timestep,
         "timestep_index_original": frame.timestep,
@@ -225,7 +225,7 @@ def _entry(frame: Frame, pictures: list[str], params_path: str) -> dict[str, Any
         "camera_angle_x": 2 * math.atan(frame.width / (2 * frame.fx)),
         "camera_angle_y": 2 * math.atan(frame.height / (2 * frame.fy)),
         "transform_matrix": (np.linalg.inv(frame.viewmat) @ OPENGL_TO_OPENCV).tolist(),
-        **dict(zip(("file_path", "fg_mask_path"), pictures)),
+        **dict(zip(("file_path", "fg_mask_path"), images)),
         "flame_param_path": params_path,
     }
 

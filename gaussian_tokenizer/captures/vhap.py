@@ -5,7 +5,7 @@ paths lead into the folders of its sequences. The sequences were tracked one by 
 GaussianAvatars we take the first one's.
 
 The raw file holds T rows of parameters and, if the camera was not calibrated, its `focal_length` in units of the longer
-side of the picture: one fixed camera a metre in front of the origin. Pictures are looked for beside the file as
+side of the image: one fixed camera a meter in front of the origin. Images are looked for beside the file as
 `images/<timestep_id>.*`, masks as `alpha_maps/` or `fg_masks/<timestep_id>.*` (VHAP's layout of a video). Like VHAP's
 export, the reader moves the origin to the mean translation of the head.
 """
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, picture_size
-from gaussian_tokenizer.captures.recording import Recording, find_picture, join_params
+from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, size_of_image
+from gaussian_tokenizer.captures.recording import Recording, find_image, join_params
 from gaussian_tokenizer.captures.transforms_json import (
     SPLITS,
     TRANSFORMS_NAME,
@@ -33,7 +33,7 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.utils.json_files import read_json
 
 RAW_PATTERN = r"tracked_flame_params_(\d+)\.npz"
-# Mean distance of the skins of two trackings. Synthetic people are 3.6 to 15 mm apart, 6.8 in the middle.
+# Mean distance of the skins of two trackings. Synthetic subjects are 3.6 to 15 mm apart, 6.8 in the middle.
 OTHER_PERSON_MM = 10.0
 
 
@@ -47,7 +47,7 @@ def read_dataset(folder: Path, head: HeadModel | None) -> Recording:
     else:
         of_split = {name: read_transforms(path) for name, path in split_files.items() if path.is_file()}
         split_of = {name: [(each.timestep, each.camera) for each in chosen] for name, chosen in of_split.items()}
-        # A frame may be in two splits (GEM puts the only camera into train and val); two pictures may not be one frame.
+        # A frame may be in two splits (GEM puts the only camera into train and val); two images may not be one frame.
         different = {(each.image, each.timestep, each.camera): each for chosen in of_split.values() for each in chosen}
         try:
             frames = sorted_frames(list(different.values()))
@@ -71,7 +71,7 @@ def read_dataset(folder: Path, head: HeadModel | None) -> Recording:
 
 
 def read_raw(path: Path, head: HeadModel | None) -> Recording:
-    """`tracked_flame_params_<epoch>.npz` (of a folder the latest) with the pictures beside it, if there are any."""
+    """`tracked_flame_params_<epoch>.npz` (of a folder the latest) with the images beside it, if there are any."""
     file = raw_file(path) if path.is_dir() else path
     if file is None:
         raise FileNotFoundError(f"{path}: has no tracked_flame_params_<epoch>.npz")
@@ -105,22 +105,22 @@ def read_raw(path: Path, head: HeadModel | None) -> Recording:
     viewmat = np.linalg.inv(camera_to_world @ OPENGL_TO_OPENCV)
     frames, missing = [], []
     for row, name in enumerate(ids):
-        image = find_picture(image_folders, name)
+        image = find_image(image_folders, name)
         if image is None:
             missing.append(name)
             continue
-        mask = find_picture([file.parent / "alpha_maps", file.parent / "fg_masks"], name)
-        width, height = picture_size(image)
+        mask = find_image([file.parent / "alpha_maps", file.parent / "fg_masks"], name)
+        width, height = size_of_image(image)
         f = focal * max(width, height)
         if not (np.isfinite(f) and f > 0):
             raise ValueError(f"{file}: focal_length is {focal}, expected more than 0 (in units of the longer side)")
-        if mask is not None and picture_size(mask) != (width, height):
-            raise ValueError(f"{mask} is of {picture_size(mask)} pixels, {image.name} of {(width, height)}; resize it")
+        if mask is not None and size_of_image(mask) != (width, height):
+            raise ValueError(f"{mask} is of {size_of_image(mask)} pixels, {image.name} of {(width, height)}; resize it")
         own = params.frame(row)
         frames.append(Frame(row, 0, viewmat, f, f, width / 2, height / 2, width, height, image, own, mask))
     if missing:
         raise ValueError(
-            f"{file}: {len(missing)} of {T} timesteps have no picture in {image_folders[0]}, the first is {missing[0]}; "
+            f"{file}: {len(missing)} of {T} timesteps have no image in {image_folders[0]}, the first is {missing[0]}; "
             "copy the folder images/ of the sequence again"
         )
     return Recording(frames, tuple(range(T)), params, None, metadata)

@@ -1,1 +1,1 @@
-"""Tokenised avatars with their conditions as a Hugging Face dataset: built, checked, read."""
+"""Tokenized avatars with their conditions as a Hugging Face dataset: built, checked, read."""

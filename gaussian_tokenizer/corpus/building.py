@@ -52,7 +52,7 @@ from gaussian_tokenizer.corpus.planning import (
     versions,
 )
 from gaussian_tokenizer.corpus.shards import ShardPlan, write_shard
-from gaussian_tokenizer.corpus.sources import FolderSource, SubjectSource, Survey, read_subject
+from gaussian_tokenizer.corpus.sources import FolderSource, SubjectSource, SubjectSummary, read_subject
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file, exchange_names
@@ -92,12 +92,12 @@ def build(
         _open_staging(staging, settings, head, tokenizer, source, overwrite)
         with runner(num_proc, partial(HeadModel.load, staging / HEAD_NAME), PRELOADED) as run:
             jobs = [(number, name, source, staging / "subjects") for number, name in enumerate(names)]
-            surveys = run(read_subject, jobs, "reading subjects", progress)
+            summaries = run(read_subject, jobs, "reading subjects", progress)
             max_points = None if tokenizer is None else tokenizer.max_points
-            good, bad = sort_out(surveys, settings, source.where, max_points)
+            good, bad = sort_out(summaries, settings, source.where, max_points)
             split = split_subjects(good, settings)
             tokenizer = tokenizer or make_tokenizer(good, head, settings)
-            static_offset = any(survey.static_offset for survey in good)
+            static_offset = any(summary.static_offset for summary in good)
             plans = plan_shards(split, tokenizer, settings, head, static_offset)
             records = _finished(staging, plans)
             missing = [plan for plan in plans if plan.file not in records]
@@ -119,7 +119,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file, expected a folder name for the corpus")
     if _is_occupied(output) and not overwrite:
-        raise ValueError(f"{output}: exists already; choose another --output, or --overwrite to replace it")
+        raise ValueError(f"{output}: exists already; choose another --output_dir, or --overwrite to replace it")
 
 
 def _is_occupied(output: Path) -> bool:
@@ -244,7 +244,7 @@ def _complete(
     manifest: dict[str, Any],
     tokenizer: GaussianTokenizer,
     head: HeadModel,
-    subjects: list[Survey],
+    subjects: list[SubjectSummary],
     static_offset: bool,
 ) -> None:
     planned = {corpus / plan.file for plan in plans}

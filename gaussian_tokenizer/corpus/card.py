@@ -1,7 +1,7 @@
 """The dataset card of a corpus: what the Hub and `load_dataset` read, and what a person should know of the persons in it.
 
 The YAML header names the files of both configurations, their columns and row counts; the text says how to open the
-corpus, what its columns mean, and under which licence and with whose consent each subject is in it.
+corpus, what its columns mean, and under which license and with whose consent each subject is in it.
 """
 
 from collections import Counter
@@ -16,20 +16,20 @@ from huggingface_hub import DatasetCardData
 from gaussian_tokenizer.corpus.corpus import CONFIGURATIONS, shards_of
 from gaussian_tokenizer.corpus.planning import unknown
 from gaussian_tokenizer.corpus.schema import avatars_features, frames_features
-from gaussian_tokenizer.corpus.sources import ABOUT, Survey
+from gaussian_tokenizer.corpus.sources import ABOUT, SubjectSummary
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
 
-# Of the licences people give to captures; the Hub knows each under the lower-case name, anything else is "other".
-HUB_LICENCES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
+# Of the licenses subjects give to captures; the Hub knows each under the lower-case name, anything else is "other".
+HUB_LICENSES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
 LISTED_SUBJECTS = 100
 
 
 def write_card(
     path: Path,
     manifest: dict[str, Any],
-    subjects: list[Survey],
+    subjects: list[SubjectSummary],
     tokenizer: GaussianTokenizer,
     head: HeadModel,
     static_offset: bool,
@@ -41,9 +41,9 @@ def write_card(
         file.write(f"---\n{header}---\n\n{_text(manifest, subjects, tokenizer.axis_order)}".encode())
 
 
-def _header(manifest: dict[str, Any], subjects: list[Survey], features: dict[str, Features]) -> dict[str, Any]:
-    licences = {subject.about[ABOUT.index("licence")].lower() for subject in subjects}
-    licence = next(iter(licences)) if len(licences) == 1 else "other"
+def _header(manifest: dict[str, Any], subjects: list[SubjectSummary], features: dict[str, Features]) -> dict[str, Any]:
+    licenses = {subject.about[ABOUT.index("license")].lower() for subject in subjects}
+    license = next(iter(licenses)) if len(licenses) == 1 else "other"
     configs: list[dict[str, Any]] = []
     infos = DatasetInfosDict()
     for configuration in CONFIGURATIONS:
@@ -61,7 +61,7 @@ def _header(manifest: dict[str, Any], subjects: list[Survey], features: dict[str
             )
             configs.append({"config_name": configuration, "data_files": files})
     card = DatasetCardData(
-        license=licence if licence in HUB_LICENCES else "other",
+        license=license if license in HUB_LICENSES else "other",
         tags=["gaussian-splatting", "head-avatars", "3d", "avatar-pointillist"],
         size_categories=_size_category(len(subjects)),
         configs=[{**configs[0], "default": True}, *configs[1:]],
@@ -70,7 +70,7 @@ def _header(manifest: dict[str, Any], subjects: list[Survey], features: dict[str
     return card.to_dict()
 
 
-def _text(manifest: dict[str, Any], subjects: list[Survey], axis_order: str) -> str:
+def _text(manifest: dict[str, Any], subjects: list[SubjectSummary], axis_order: str) -> str:
     head, tokenizer = manifest["head"], manifest["tokenizer"]
     lo, hi = ([round(edge, 4) for edge in corner] for corner in tokenizer["bounds"])
     splits = [
@@ -87,7 +87,7 @@ def _text(manifest: dict[str, Any], subjects: list[Survey], axis_order: str) -> 
     without = sorted(subject.avatar_id for subject in subjects if unknown(subject))
     skipped = [[entry["folder"], entry["reason"]] for entry in manifest["skipped"]]
     parts = [
-        "# Corpus of tokenised Gaussian head avatars",
+        "# Corpus of tokenized Gaussian head avatars",
         "Each subject is a cloud of Gaussians, every one anchored to a face of a head model, written as a sequence of "
         f"tokens `x y z face` a point, sorted by the bins of {', '.join(axis_order)} and the face.",
         "```python\nfrom datasets import load_dataset\n\n"
@@ -101,13 +101,13 @@ def _text(manifest: dict[str, Any], subjects: list[Survey], axis_order: str) -> 
         "`avatars`: `avatar_id`; `input_ids`; `num_points`; `num_out_of_bounds`; `points_per_face` (entry k: how many "
         "faces have k points); head parameters of the first frame (`shape`, `expr`, `rotation`, `neck_pose`, "
         "`jaw_pose`, `eyes_pose`: axis-angle in radians; `translation` and, where subjects have it, `static_offset`: "
-        "metres); `head_vertices` and `head_normals` of the canonical head (own shape, no expression, no pose; "
-        "metres); `licence`, `consent`, `metadata` (JSON) and `split`.",
+        "meters); `head_vertices` and `head_normals` of the canonical head (own shape, no expression, no pose; "
+        "meters); `license`, `consent`, `metadata` (JSON) and `split`.",
         "`frames`: `avatar_id`, `timestep`, `camera`, `image`; `fx`, `fy`, `cx`, `cy` in pixels from the upper left "
-        "corner, `width`, `height`; `viewmat`, world-to-camera with OpenCV axes (x right, y down, z forward), metres; "
+        "corner, `width`, `height`; `viewmat`, world-to-camera with OpenCV axes (x right, y down, z forward), meters; "
         "head parameters of the frame. Shape and static offset are the subject's.",
-        "## Licence and consent",
-        "The subjects are people, or made to look like people: use them only as their licence and their consent allow. "
+        "## License and consent",
+        "The subjects are subjects, or made to look like subjects: use them only as their license and their consent allow. "
         "No subject is in two splits.",
         _table([*ABOUT, "subjects"], [[*about, str(count)] for about, count in sorted(groups.items())]),
         "## Subjects",
@@ -117,8 +117,8 @@ def _text(manifest: dict[str, Any], subjects: list[Survey], axis_order: str) -> 
     if without:
         names = ", ".join(without[:LISTED_SUBJECTS]) + (", ..." if len(without) > LISTED_SUBJECTS else "")
         parts += [
-            "## Unknown licence or consent",
-            f"For {len(without):,} subjects it is not known under which licence or with whose consent they are in here: "
+            "## Unknown license or consent",
+            f"For {len(without):,} subjects it is not known under which license or with whose consent they are in here: "
             f"{names}. Find out before you use or pass on this corpus.",
         ]
     if skipped:

@@ -1,7 +1,7 @@
-"""A corpus: tokenised avatars with their conditions, as a folder that `datasets.load_dataset` opens and streams.
+"""A corpus: tokenized avatars with their conditions, as a folder that `datasets.load_dataset` opens and streams.
 
     <corpus>/avatars/<split>-00000-of-0000N.parquet   one row a subject
-    <corpus>/frames/<split>-00000-of-0000N.parquet    one row a picture; an avatar's rows lie together
+    <corpus>/frames/<split>-00000-of-0000N.parquet    one row an image; an avatar's rows lie together
     <corpus>/tokenizer/                               the GaussianTokenizer the ids were made with
     <corpus>/corpus.json                              head model, tokenizer, rows and checksum of every shard
     <corpus>/README.md                                the dataset card
@@ -70,11 +70,11 @@ class Corpus:
         return self._load("avatars", split, streaming)
 
     def frames(self, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
-        """One row a picture: `avatar_id`, `image`, camera and head parameters. ValueError if the corpus has none."""
+        """One row an image: `avatar_id`, `image`, camera and head parameters. ValueError if the corpus has none."""
         return self._load("frames", split, streaming)
 
     def frame_rows(self, split: str = "train") -> dict[str, range]:
-        """avatar_id -> its rows in `frames(split)`; every avatar of the split is a key, also one without pictures."""
+        """avatar_id -> its rows in `frames(split)`; every avatar of the split is a key, also one without images."""
         ids = self._avatar_ids("frames", split)
         rows = {avatar_id: range(0) for avatar_id in self._avatar_ids("avatars", split)}
         starts = [0, *(row for row in range(1, len(ids)) if ids[row] != ids[row - 1])] if ids else []

@@ -1,4 +1,4 @@
-"""A page about a corpus, one HTML file that needs no other: figures, their picture, portraits, licences and consent."""
+"""A page about a corpus, one HTML file that needs no other: figures, their image, portraits, licenses and consent."""
 
 import base64
 import html
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from gaussian_tokenizer.corpus.corpus import Corpus
-from gaussian_tokenizer.corpus.stats import Statistics, statistics_picture, statistics_rows
+from gaussian_tokenizer.corpus.stats import Statistics, statistics_plot, statistics_rows
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.utils.atomic import atomic_file
 
@@ -30,12 +30,12 @@ def write_page(corpus: Corpus, figures: Statistics, path: str | os.PathLike) -> 
         path.mkdir(parents=True, exist_ok=True)
         path /= "index.html"
     parts = [f"<h1>{html.escape(name)}</h1>", _table(statistics_rows(figures))]
-    parts += [_image(statistics_picture(figures), "statistics")]
-    portraits = list(first_pictures(corpus, PORTRAITS))
+    parts += [_image(statistics_plot(figures), "statistics")]
+    portraits = list(first_images(corpus, PORTRAITS))
     if portraits:
-        parts += ["<h2>Portraits</h2>", _image(_contact_sheet([picture for _, picture in portraits]), "portraits")]
-        parts += [f"<p>The first picture of {html.escape(', '.join(avatar_id for avatar_id, _ in portraits))}.</p>"]
-    parts += ["<h2>Licence and consent</h2>", _licences(figures)]
+        parts += ["<h2>Portraits</h2>", _image(_contact_sheet([image for _, image in portraits]), "portraits")]
+        parts += [f"<p>The first image of {html.escape(', '.join(avatar_id for avatar_id, _ in portraits))}.</p>"]
+    parts += ["<h2>License and consent</h2>", _licenses(figures)]
     page = (
         "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
     )
@@ -45,8 +45,8 @@ def write_page(corpus: Corpus, figures: Statistics, path: str | os.PathLike) -> 
     return path
 
 
-def first_pictures(corpus: Corpus, count: int) -> Iterator[tuple[str, Image.Image]]:
-    """(avatar_id, picture) of the first frame of so many avatars; only the row groups they lie in are read."""
+def first_images(corpus: Corpus, count: int) -> Iterator[tuple[str, Image.Image]]:
+    """(avatar_id, image) of the first frame of so many avatars; only the row groups they lie in are read."""
     previous = None
     for shard in corpus.manifest["shards"]:
         if shard["configuration"] != "frames":
@@ -65,11 +65,11 @@ def first_pictures(corpus: Corpus, count: int) -> Iterator[tuple[str, Image.Imag
                     return
 
 
-def _contact_sheet(pictures: list[Image.Image]) -> bytes:
+def _contact_sheet(images: list[Image.Image]) -> bytes:
     size = PORTRAIT_SIZE
-    sheet = Image.new("RGB", (size * min(COLUMNS, len(pictures)), size * -(-len(pictures) // COLUMNS)), "white")
-    for number, picture in enumerate(pictures):
-        small = picture.convert("RGBA")
+    sheet = Image.new("RGB", (size * min(COLUMNS, len(images)), size * -(-len(images) // COLUMNS)), "white")
+    for number, image in enumerate(images):
+        small = image.convert("RGBA")
         small.thumbnail((size, size))
         row, column = divmod(number, COLUMNS)
         sheet.paste(small, (column * size + (size - small.width) // 2, row * size + (size - small.height) // 2), small)
@@ -78,8 +78,8 @@ def _contact_sheet(pictures: list[Image.Image]) -> bytes:
     return stream.getvalue()
 
 
-def _licences(figures: Statistics) -> str:
-    rows = [("licence", name, f"{count:,} subjects") for name, count in figures.licences.items()]
+def _licenses(figures: Statistics) -> str:
+    rows = [("license", name, f"{count:,} subjects") for name, count in figures.licenses.items()]
     rows += [("consent", name, f"{count:,} subjects") for name, count in figures.consents.items()]
     return _table(rows)
 

@@ -29,7 +29,7 @@ class IdentityStatistics:
     num_duplicates: int  # subjects with the shape of one before them
     num_sampled: int
     shape_distances: tuple[float, float]  # Euclidean, in the units of the shape space
-    vertex_distances: tuple[float, float]  # root mean square over the vertices, metres
+    vertex_distances: tuple[float, float]  # root mean square over the vertices, meters
 
     def __str__(self) -> str:
         twins = f"{self.num_duplicates:,} of {self.num_subjects:,} heads have the shape of another"

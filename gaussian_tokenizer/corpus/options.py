@@ -30,7 +30,7 @@ def add_corpus_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup
         type=_bounds,
         default="fit",
         help="fit: the box around all points and 5 %% more; default: the tokenizer's own; or lo_x,lo_y,lo_z,hi_x,hi_y,"
-        "hi_z in metres (write --bounds=-0.3,...)",
+        "hi_z in meters (write --bounds=-0.3,...)",
     )
     add("--val_fraction", type=float, default=0.05, help="part of the subjects for validation, at least one of two")
     add("--num_validation", type=int, help="subjects for validation, instead of --val_fraction")

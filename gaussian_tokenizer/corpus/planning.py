@@ -1,6 +1,6 @@
 """What goes where in a corpus: usable subjects, tokenizer, split, shards and the manifest. No file is written here.
 
-All of it follows from the surveys, the head model and the settings; ids are ranked by a seeded hash, so neither the
+All of it follows from the summaries, the head model and the settings; ids are ranked by a seeded hash, so neither the
 order of folders nor that of processes matters.
 """
 
@@ -19,12 +19,12 @@ import torch
 
 from gaussian_tokenizer.corpus.corpus import CONFIGURATIONS, FORMAT, SPLITS, tokenizer_fingerprint
 from gaussian_tokenizer.corpus.shards import Rows, ShardPlan
-from gaussian_tokenizer.corpus.sources import ABOUT, UNKNOWN, Survey
+from gaussian_tokenizer.corpus.sources import ABOUT, UNKNOWN, SubjectSummary
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import DEFAULT_BOUNDS, GaussianTokenizer
 
 FIT_MARGIN = 0.05  # of the longest edge of the box around all points
-REQUIRED = ("licence", "consent")  # of a subject's metadata
+REQUIRED = ("license", "consent")  # of a subject's metadata
 LISTED_SUBJECTS = 5  # of those that lack them
 
 
@@ -33,7 +33,7 @@ class BuildSettings:
     """What decides the bytes of a corpus, besides the subjects and the head model."""
 
     n_bins: int = 1024
-    bounds: str | Sequence[Sequence[float]] = "fit"  # "fit", "default" or [[lo x, y, z], [hi x, y, z]] in metres
+    bounds: str | Sequence[Sequence[float]] = "fit"  # "fit", "default" or [[lo x, y, z], [hi x, y, z]] in meters
     image_size: int = 224  # of the tokenizer's pixel_values
     val_fraction: float = 0.05
     num_validation: int | None = None  # overrides val_fraction
@@ -41,11 +41,11 @@ class BuildSettings:
     seed: int = 0
     shard_size: int = 256 * 10**6  # bytes before compression, about
     skip_bad: bool = False
-    allow_unknown_licence: bool = False
+    allow_unknown_license: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bounds, str) and self.bounds not in ("fit", "default"):
-            raise ValueError(f"bounds are {self.bounds!r}; expected fit, default or two corners of x, y, z in metres")
+            raise ValueError(f"bounds are {self.bounds!r}; expected fit, default or two corners of x, y, z in meters")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction is {self.val_fraction}; expected a part of the subjects, 0 <= it < 1")
         if self.shard_size < 1 or min(self.num_validation or 0, self.num_test) < 0:
@@ -56,57 +56,57 @@ class BuildSettings:
 
 
 def sort_out(
-    surveys: list[Survey], settings: BuildSettings, where: str, max_points: int | None = None
-) -> tuple[list[Survey], list[dict[str, str]]]:
+    summaries: list[SubjectSummary], settings: BuildSettings, where: str, max_points: int | None = None
+) -> tuple[list[SubjectSummary], list[dict[str, str]]]:
     """Usable subjects, and the others with their reasons; ValueError that lists those unless they may be skipped."""
     named = defaultdict(list)
-    for survey in surveys:
-        named[survey.avatar_id].append(survey.name)
+    for summary in summaries:
+        named[summary.avatar_id].append(summary.name)
     good, bad, unlicensed, lines = [], [], [], []
-    for survey in surveys:
-        problem = survey.problem
-        others = [name for name in named[survey.avatar_id] if name != survey.name]
+    for summary in summaries:
+        problem = summary.problem
+        others = [name for name in named[summary.avatar_id] if name != summary.name]
         if problem is None and others:
-            problem = f"has the avatar_id {survey.avatar_id!r}, like {', '.join(others)}; give each its own"
-        if problem is None and max_points is not None and survey.num_points > max_points:
-            problem = f"{survey.num_points} points, the tokenizer's max_points is {max_points}"
+            problem = f"has the avatar_id {summary.avatar_id!r}, like {', '.join(others)}; give each its own"
+        if problem is None and max_points is not None and summary.num_points > max_points:
+            problem = f"{summary.num_points} points, the tokenizer's max_points is {max_points}"
         if problem is not None:
             # Where the subjects lie is no business of a corpus.
             problem = problem.replace(f"{where}{os.sep}", "")
-            lines.append(f"  {survey.name}: {problem}")
-        elif not settings.allow_unknown_licence and unknown(survey):
-            problem = f"{' and '.join(unknown(survey))} unknown"
-            unlicensed.append(survey.name)
+            lines.append(f"  {summary.name}: {problem}")
+        elif not settings.allow_unknown_license and unknown(summary):
+            problem = f"{' and '.join(unknown(summary))} unknown"
+            unlicensed.append(summary.name)
         if problem is None:
-            good.append(survey)
+            good.append(summary)
         else:
-            bad.append({"folder": survey.name, "reason": problem})
+            bad.append({"folder": summary.name, "reason": problem})
     if unlicensed:
         shown, more = unlicensed[:LISTED_SUBJECTS], len(unlicensed) - LISTED_SUBJECTS
         names = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
         lines.append(
-            f"  {len(unlicensed)} without licence or consent in metadata.json: {names}; say both there, or build with "
-            "--allow_unknown_licence if you may use them"
+            f"  {len(unlicensed)} without license or consent in metadata.json: {names}; say both there, or build with "
+            "--allow_unknown_license if you may use them"
         )
     if bad and not (settings.skip_bad and good):
         advice = "mend or remove them" + (", or leave them out with --skip_bad" if good else "")
         raise ValueError(
-            f"{len(bad)} of {len(surveys)} subjects in {where} cannot be used; {advice}; no corpus was written:\n"
+            f"{len(bad)} of {len(summaries)} subjects in {where} cannot be used; {advice}; no corpus was written:\n"
             + "\n".join(lines)
         )
     return good, bad
 
 
-def unknown(survey: Survey) -> list[str]:
-    """Which of licence and consent the subject's metadata do not say."""
-    return [name for name in REQUIRED if survey.about[ABOUT.index(name)] == UNKNOWN]
+def unknown(summary: SubjectSummary) -> list[str]:
+    """Which of license and consent the subject's metadata do not say."""
+    return [name for name in REQUIRED if summary.about[ABOUT.index(name)] == UNKNOWN]
 
 
-def split_subjects(subjects: list[Survey], settings: BuildSettings) -> dict[str, list[Survey]]:
+def split_subjects(subjects: list[SubjectSummary], settings: BuildSettings) -> dict[str, list[SubjectSummary]]:
     """Subjects by split, in the order of a seeded hash of their ids: few change sides when subjects are added."""
 
-    def rank(survey: Survey) -> bytes:
-        return hashlib.sha256(f"{settings.seed}:{survey.avatar_id}".encode()).digest()
+    def rank(summary: SubjectSummary) -> bytes:
+        return hashlib.sha256(f"{settings.seed}:{summary.avatar_id}".encode()).digest()
 
     ordered = sorted(subjects, key=rank)
     validation = settings.num_validation
@@ -136,7 +136,7 @@ def check_tokenizer(tokenizer: GaussianTokenizer, head: HeadModel) -> None:
         )
 
 
-def make_tokenizer(subjects: list[Survey], head: HeadModel, settings: BuildSettings) -> GaussianTokenizer:
+def make_tokenizer(subjects: list[SubjectSummary], head: HeadModel, settings: BuildSettings) -> GaussianTokenizer:
     bounds = DEFAULT_BOUNDS if isinstance(settings.bounds, str) else settings.bounds
     tokenizer = GaussianTokenizer(
         n_bins=settings.n_bins,
@@ -147,20 +147,20 @@ def make_tokenizer(subjects: list[Survey], head: HeadModel, settings: BuildSetti
         head_hash=head.hash,
     )
     if settings.bounds == "fit":
-        corners = torch.from_numpy(np.concatenate([survey.box for survey in subjects]))
+        corners = torch.from_numpy(np.concatenate([summary.box for summary in subjects]))
         tokenizer.fit({"positions": corners, "faces": torch.zeros(len(corners), dtype=torch.int64)}, FIT_MARGIN)
     return tokenizer
 
 
 def plan_shards(
-    split: dict[str, list[Survey]],
+    split: dict[str, list[SubjectSummary]],
     tokenizer: GaussianTokenizer,
     settings: BuildSettings,
     head: HeadModel,
     static_offset: bool,
 ) -> list[ShardPlan]:
     basis = [FORMAT, versions(), tokenizer_fingerprint(tokenizer), head.hash, static_offset]
-    digests = {survey.number: survey.digest.hex() for subjects in split.values() for survey in subjects}
+    digests = {summary.number: summary.digest.hex() for subjects in split.values() for summary in subjects}
     plans = []
     for configuration in CONFIGURATIONS:
         for name, subjects in split.items():
@@ -173,28 +173,30 @@ def plan_shards(
     return plans
 
 
-def _group(subjects: list[Survey], configuration: str, limit: int, n_vertices: int) -> Iterator[list[Rows]]:
+def _group(subjects: list[SubjectSummary], configuration: str, limit: int, n_vertices: int) -> Iterator[list[Rows]]:
     """Consecutive rows of about `limit` bytes a shard; frames of one avatar in one shard are one `Rows`."""
     shard: list[Rows] = []
     size = 0
-    for survey in subjects:
-        costs = [8 * survey.num_points + 18 * n_vertices] if configuration == "avatars" else survey.image_sizes.tolist()
+    for summary in subjects:
+        costs = (
+            [8 * summary.num_points + 18 * n_vertices] if configuration == "avatars" else summary.image_sizes.tolist()
+        )
         start = 0
         for row, cost in enumerate(costs):
             if size + cost > limit and size > 0:
                 if row > start:
-                    shard.append(Rows(survey.number, start, row))
+                    shard.append(Rows(summary.number, start, row))
                 yield shard
                 shard, size, start = [], 0, row
             size += cost
         if len(costs) > start:
-            shard.append(Rows(survey.number, start, len(costs)))
+            shard.append(Rows(summary.number, start, len(costs)))
     if shard:
         yield shard
 
 
 def make_manifest(
-    split: dict[str, list[Survey]],
+    split: dict[str, list[SubjectSummary]],
     shards: list[dict[str, Any]],
     bad: list[dict[str, str]],
     tokenizer: GaussianTokenizer,

@@ -26,9 +26,9 @@ def avatars_features(tokenizer: GaussianTokenizer, head: HeadModel, static_offse
         "shape": List(Value("float32"), length=head.n_shape),
         **_pose_features(head),
         "static_offset": Array2D(mesh, "float32"),
-        "head_vertices": Array2D(mesh, "float32"),  # metres, own shape, no expression, no pose
+        "head_vertices": Array2D(mesh, "float32"),  # meters, own shape, no expression, no pose
         "head_normals": Array2D(mesh, "float16"),
-        "licence": Value("string"),
+        "license": Value("string"),
         "consent": Value("string"),
         "metadata": Value("string"),  # the subject's metadata.json
         "split": Value("string"),
@@ -49,7 +49,7 @@ def frames_features(head: HeadModel) -> Features:
             **{name: Value("float32") for name in ("fx", "fy", "cx", "cy")},  # pixels from the upper left corner
             "width": Value("int32"),
             "height": Value("int32"),
-            "viewmat": Array2D((4, 4), "float32"),  # world-to-camera, OpenCV axes, metres
+            "viewmat": Array2D((4, 4), "float32"),  # world-to-camera, OpenCV axes, meters
             **_pose_features(head),
         }
     )

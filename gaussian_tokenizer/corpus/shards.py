@@ -121,14 +121,14 @@ def _avatar_rows(
                     file.get_tensor("static_offset") if own else np.zeros((head.n_vertices, 3), np.float32)
                 )
         encoded = tokenizer({"positions": positions, "faces": faces}, on_out_of_bounds="ignore")
-        licence, consent, _ = about_of(about["metadata"])
+        license, consent, _ = about_of(about["metadata"])
         yield row | {
             "avatar_id": about["avatar_id"],
             "input_ids": encoded["input_ids"],
             "num_points": len(positions),
             "num_out_of_bounds": encoded["num_out_of_bounds"],
             "points_per_face": points_per_face(faces, head.n_faces),
-            "licence": licence,
+            "license": license,
             "consent": consent,
             "metadata": json.dumps(about["metadata"], sort_keys=True, ensure_ascii=False),
             "split": plan.split,
@@ -161,9 +161,9 @@ def _frame_rows(folder: Path, plan: ShardPlan) -> Iterator[dict[str, Any]]:
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
-    """Everything is compressed but pictures, which are already: twice as fast, and no larger.
+    """Everything is compressed but images, which are already: twice as fast, and no larger.
 
-    No statistics of them either: those are a smallest and a largest picture once more.
+    No statistics of them either: those are a smallest and a largest image once more.
     """
     sink = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), sink)

@@ -2,7 +2,7 @@
 
 Reading is what takes time (a folder is many small files, a synthetic subject has to be drawn first), and token ids need
 bounds, which need every subject. So `read_subject` reads each subject once, whole, and leaves all the rest of its rows in
-one file of the folder in the making; `corpus_shards` writes the Parquet files from those. Pictures that lie in files
+one file of the folder in the making; `corpus_shards` writes the Parquet files from those. Images that lie in files
 stay where they are until their shard is written.
 """
 
@@ -27,7 +27,7 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tokenizer.image_files import verify_image
 from gaussian_tokenizer.utils.atomic import atomic_file
 
-ABOUT = ("licence", "consent", "provenance")  # of a subject's metadata: what a card says of everyone
+ABOUT = ("license", "consent", "provenance")  # of a subject's metadata: what a card says of everyone
 UNKNOWN = "unknown"
 POSE = ("expr", *POSE_SIZES)
 CAMERA = ("fx", "fy", "cx", "cy")
@@ -82,8 +82,8 @@ class FolderSource:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Survey:
-    """What a subject holds; `problem` says why it cannot go into a corpus. Small: the survey of all is kept in memory."""
+class SubjectSummary:
+    """What a subject holds; `problem` says why it cannot go into a corpus. Small: the summary of all is kept in memory."""
 
     number: int  # of its name among the names of the source
     name: str
@@ -93,19 +93,19 @@ class Survey:
     num_points: int = 0
     box: np.ndarray = field(
         default_factory=lambda: np.zeros((2, 3), np.float32)
-    )  # (2, 3) corners around the canonical points, metres
+    )  # (2, 3) corners around the canonical points, meters
     static_offset: bool = False
     image_sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (K,) bytes, one a frame
     digest: bytes = b""  # over everything that goes into the corpus
 
 
-def read_subject(number: int, name: str, source: SubjectSource, folder: Path, head: HeadModel) -> Survey:
+def read_subject(number: int, name: str, source: SubjectSource, folder: Path, head: HeadModel) -> SubjectSummary:
     """Read a subject whole and write what a corpus holds of it to `folder`; never raises for what is in its files."""
     path = subject_file(folder, number)
     if source.recipe is not None and path.exists():
         with safe_open(path, framework="np") as file:
             found = {key: file.get_tensor(key) for key in file.keys() if key != "frames.images"}  # noqa: SIM118
-            return _survey(number, name, found, json.loads(file.metadata()["subject"]), path.read_bytes())
+            return _summarize(number, name, found, json.loads(file.metadata()["subject"]), path.read_bytes())
     avatar_id, about = name, (UNKNOWN,) * len(ABOUT)
     try:
         subject = source.open(name, head)
@@ -118,13 +118,13 @@ def read_subject(number: int, name: str, source: SubjectSource, folder: Path, he
         reason = " ".join(str(error).split())
         if not reason or not isinstance(error, ValueError | OSError):
             reason = f"{type(error).__name__}: {reason}"
-        return Survey(number, name, avatar_id, about, problem=reason)
+        return SubjectSummary(number, name, avatar_id, about, problem=reason)
     if source.recipe is None:  # not kept if the build is killed: nothing waits for the disk
         path.write_bytes(content)
     else:
         with atomic_file(path) as file:
             file.write(content)
-    return _survey(number, name, tensors, told, content)
+    return _summarize(number, name, tensors, told, content)
 
 
 def subject_file(folder: Path, number: int) -> Path:
@@ -132,7 +132,7 @@ def subject_file(folder: Path, number: int) -> Path:
 
 
 def about_of(metadata: dict[str, Any]) -> tuple[str, ...]:
-    """Licence, consent and provenance; "unknown" where the metadata do not say so in words. ValueError for a plain no."""
+    """License, consent and provenance; "unknown" where the metadata do not say so in words. ValueError for a plain no."""
     for name in ABOUT[:2]:
         if str(metadata.get(name)).strip().lower() in ("false", "no"):
             raise ValueError(f"{name} in metadata.json is {metadata[name]!r}: the subject may not be used")
@@ -171,7 +171,7 @@ def _read(subject: SubjectLike, head: HeadModel) -> tuple[dict[str, np.ndarray],
 
 
 def _read_frames(frames: Sequence[Frame], head: HeadModel) -> tuple[dict[str, np.ndarray], list[str], list[int]]:
-    """Columns of K frames, the paths or names of their pictures, and the times of those that lie in files."""
+    """Columns of K frames, the paths or names of their images, and the times of those that lie in files."""
     sizes, paths, times, poses, drawn = [], [], [], [], []
     pose: dict[str, np.ndarray] = {}
     params_path: object = None
@@ -186,7 +186,7 @@ def _read_frames(frames: Sequence[Frame], head: HeadModel) -> tuple[dict[str, np
         poses.append(pose)
         data = frame.image_bytes()
         sizes.append(len(data))
-        _check_picture(frame, data)
+        _check_image(frame, data)
         if isinstance(frame.image, Path):
             paths.append(os.path.abspath(frame.image))
             # The time stands for the content: it is only asked whether a shard of an interrupted build is still good.
@@ -211,11 +211,11 @@ def _read_frames(frames: Sequence[Frame], head: HeadModel) -> tuple[dict[str, np
     return columns, paths, times
 
 
-def _check_picture(frame: Frame, data: bytes) -> None:
+def _check_image(frame: Frame, data: bytes) -> None:
     try:
         verify_image(data)
     except ValueError as error:
-        raise ValueError(f"{frame.image}: damaged picture ({error})") from None
+        raise ValueError(f"{frame.image}: damaged image ({error})") from None
 
 
 def pose_of(params: HeadParameters) -> dict[str, np.ndarray]:
@@ -224,9 +224,11 @@ def pose_of(params: HeadParameters) -> dict[str, np.ndarray]:
     return {name: values[name].numpy() for name in POSE}
 
 
-def _survey(number: int, name: str, tensors: dict[str, np.ndarray], about: dict[str, Any], content: bytes) -> Survey:
+def _summarize(
+    number: int, name: str, tensors: dict[str, np.ndarray], about: dict[str, Any], content: bytes
+) -> SubjectSummary:
     positions = tensors["positions"]
-    return Survey(
+    return SubjectSummary(
         number=number,
         name=name,
         avatar_id=about["avatar_id"],

@@ -1,7 +1,7 @@
 """Figures of a corpus: how much it holds, how long its sequences are, how points spread over faces and bins.
 
-`statistics` streams the shards and holds one batch of rows at a time; pictures are not read. `statistics_table` is the text
-of it, `statistics_picture` a picture; `corpus_page` makes a page of both.
+`statistics` streams the shards and holds one batch of rows at a time; images are not read. `statistics_table` is the text
+of it, `statistics_plot` an image; `corpus_page` makes a page of both.
 """
 
 import io
@@ -29,7 +29,7 @@ class Statistics:
     num_out_of_bounds: int
     points_per_face: np.ndarray  # (max + 1,)
     slot_counts: tuple[np.ndarray, ...]  # of x, y, z: (n_bins,), of the face: (n_faces,); how often each token is there
-    licences: dict[str, int]
+    licenses: dict[str, int]
     consents: dict[str, int]
 
     @property
@@ -44,7 +44,7 @@ class Statistics:
 
     @property
     def extent(self) -> np.ndarray:
-        """(2, 3) metres: the corners of the box around all points, to a bin."""
+        """(2, 3) meters: the corners of the box around all points, to a bin."""
         used = [np.flatnonzero(counts)[[0, -1]] + (0, 1) for counts in self.slot_counts[:3]]
         lo, hi = np.array(self.tokenizer.bounds)
         return lo + np.array(used).T / self.tokenizer.n_bins * (hi - lo)
@@ -56,9 +56,9 @@ def statistics(corpus: Corpus) -> Statistics:
     points, outside = [], 0
     histogram = np.zeros(1, dtype=np.int64)
     slots = tuple(np.zeros(size, np.int64) for size in (*[tokenizer.n_bins] * 3, tokenizer.n_faces))
-    licences: Counter[str] = Counter()
+    licenses: Counter[str] = Counter()
     consents: Counter[str] = Counter()
-    columns = ["input_ids", "num_points", "num_out_of_bounds", "points_per_face", "licence", "consent"]
+    columns = ["input_ids", "num_points", "num_out_of_bounds", "points_per_face", "license", "consent"]
     for row in read_rows(corpus, "avatars", columns):
         points.append(row["num_points"])
         outside += row["num_out_of_bounds"]
@@ -69,7 +69,7 @@ def statistics(corpus: Corpus) -> Statistics:
         body[:, 3] -= tokenizer.n_bins
         for slot, counts in enumerate(slots):
             counts += np.bincount(body[:, slot], minlength=len(counts))
-        licences[row["licence"]] += 1
+        licenses[row["license"]] += 1
         consents[row["consent"]] += 1
     splits = corpus.manifest["splits"]
     return Statistics(
@@ -81,7 +81,7 @@ def statistics(corpus: Corpus) -> Statistics:
         num_out_of_bounds=outside,
         points_per_face=histogram,
         slot_counts=slots,
-        licences=dict(sorted(licences.items())),
+        licenses=dict(sorted(licenses.items())),
         consents=dict(sorted(consents.items())),
     )
 
@@ -109,7 +109,7 @@ def statistics_rows(figures: Statistics) -> list[tuple[str, str]]:
             "entropy of a slot",
             ", ".join(f"{slot} {bits:.2f} of {np.log2(len(n)):.2f}" for slot, bits, n in entropies) + " bits",
         ),
-        ("licences", _counts(figures.licences)),
+        ("licenses", _counts(figures.licenses)),
         ("consent", _counts(figures.consents)),
     ]
 
@@ -125,12 +125,12 @@ def statistics_table(figures: Statistics) -> str:
     return "\n".join(lines)
 
 
-def statistics_picture(figures: Statistics) -> bytes:
+def statistics_plot(figures: Statistics) -> bytes:
     """Points per face, sequence lengths, use of the bins and entropy of the slots as a PNG."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError('a picture needs matplotlib: pip install "avatar-pointillist[demo]"') from None
+        raise ValueError('an image needs matplotlib: pip install "avatar-pointillist[demo]"') from None
     figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
     (on_faces, lengths), (bins, slots) = figure.subplots(2, 2)
     occupied = figures.points_per_face[1:]
@@ -139,10 +139,10 @@ def statistics_picture(figures: Statistics) -> bytes:
     lengths.hist(4 * figures.num_points + 2, bins=SEQUENCE_BARS, color=BLUE)
     lengths.set(xlabel="tokens of a sequence", ylabel="subjects")
     lo, hi = np.array(figures.tokenizer.bounds)
-    for axis, (counts, colour) in enumerate(zip(figures.slot_counts[:3], COLOURS)):
+    for axis, (counts, color) in enumerate(zip(figures.slot_counts[:3], COLOURS)):
         edges = np.linspace(lo[axis], hi[axis], len(counts) + 1)
-        bins.stairs(100 * counts / counts.sum(), edges, color=colour, label="xyz"[axis])
-    bins.set(xlabel="metres, from bound to bound", ylabel="% of points in a bin")
+        bins.stairs(100 * counts / counts.sum(), edges, color=color, label="xyz"[axis])
+    bins.set(xlabel="meters, from bound to bound", ylabel="% of points in a bin")
     bins.legend(frameon=False)
     most = [np.log2(len(counts)) for counts in figures.slot_counts]
     slots.barh(SLOTS, most, color=GREY, label="if all tokens were as frequent")

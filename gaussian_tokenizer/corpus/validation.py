@@ -1,7 +1,7 @@
 """The deep check of a corpus: `validate` reads every byte.
 
 `load_corpus` looks at names, sizes and footers only, which is quick; here every checksum is computed, every sequence
-decoded and every picture opened, and, where the subjects are at hand, each is compared with what it was made from. The
+decoded and every image opened, and, where the subjects are at hand, each is compared with what it was made from. The
 Parquet files are streamed, one batch of rows in memory at a time.
 """
 
@@ -36,7 +36,7 @@ from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
 SHOWN_PROBLEMS = 5  # of one file
-ROUNDING = 1e-6  # metres: what float32 costs on the way
+ROUNDING = 1e-6  # meters: what float32 costs on the way
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def validate(
     """Check every file of a corpus in depth; one verdict a file. Raises only where there is no corpus to check.
 
     With `avatars`, the folder of subject folders the corpus was built from, and their `head` model, every sequence is also
-    compared with its avatar, and every picture with its file.
+    compared with its avatar, and every image with its file.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -130,7 +130,7 @@ class Originals:
         return Subject.open(self.folders[avatar_id])
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (an avatar's frames lie together, and one object lives as long as a check)
-    def pictures(self, avatar_id: str) -> dict[tuple[int, int], Frame]:
+    def images(self, avatar_id: str) -> dict[tuple[int, int], Frame]:
         """By timestep and camera."""
         return {(frame.timestep, frame.camera): frame for frame in self.subject(avatar_id).frames()}
 
@@ -233,15 +233,15 @@ def _frame_problems(row: dict[str, Any], split: str, met: _Met, originals: Origi
         yield "no such avatar" if own is None else f"frame in {split!r}, its avatar in {own!r}"
     data = row["image"]["bytes"]
     try:
-        picture = open_image(data)
-        if picture.size != (row["width"], row["height"]):
-            yield f"picture of {picture.size} pixels, its camera has {row['width'], row['height']}"
+        image = open_image(data)
+        if image.size != (row["width"], row["height"]):
+            yield f"image of {image.size} pixels, its camera has {row['width'], row['height']}"
     except ValueError as error:
-        yield f"picture does not open ({_one_line(error)})"
+        yield f"image does not open ({_one_line(error)})"
     if originals is not None:
         try:
-            if originals.pictures(avatar_id)[moment].image_bytes() != data:
-                yield f"picture is not that of {originals.folders[avatar_id]}"
+            if originals.images(avatar_id)[moment].image_bytes() != data:
+                yield f"image is not that of {originals.folders[avatar_id]}"
         except (ValueError, OSError) as error:
             yield _one_line(error)
         except KeyError:

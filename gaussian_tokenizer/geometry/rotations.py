@@ -34,7 +34,7 @@ def matrix_to_quaternion(matrix: Tensor) -> Tensor:
     Shepperd's method: of the four ways to write the quaternion, take the one that divides by the largest component.
     """
     m00, m01, m02, m10, m11, m12, m20, m21, m22 = matrix.flatten(-2).unbind(-1)
-    # Row i is 4 * q_i * q, so the row with the largest diagonal entry 4 * q_i^2 is the safest to normalise.
+    # Row i is 4 * q_i * q, so the row with the largest diagonal entry 4 * q_i^2 is the safest to normalize.
     rows = torch.stack(
         (
             torch.stack((1 + m00 + m11 + m22, m21 - m12, m02 - m20, m10 - m01), -1),
@@ -51,7 +51,7 @@ def matrix_to_quaternion(matrix: Tensor) -> Tensor:
 
 
 def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
-    """(..., 4) quaternions wxyz, normalised here -> (..., 3, 3) rotation matrices."""
+    """(..., 4) quaternions wxyz, normalized here -> (..., 3, 3) rotation matrices."""
     w, x, y, z = torch.nn.functional.normalize(quaternion, dim=-1).unbind(-1)
     entries = (
         1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),

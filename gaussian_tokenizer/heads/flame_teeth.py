@@ -12,7 +12,7 @@ import numpy as np
 from gaussian_tokenizer.heads.head_model import JOINTS
 
 RING = 15  # vertices of each row and of each lip ring
-RECEDED = 3e-4  # metres behind the ridge (both lips together) that end the search for it
+RECEDED = 3e-4  # meters behind the ridge (both lips together) that end the search for it
 
 
 def add_teeth(arrays: dict[str, np.ndarray], lip_rings: tuple[np.ndarray, np.ndarray] | None, expressions: int) -> None:
@@ -77,7 +77,7 @@ def find_lip_rings(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     the ring that lay furthest forward at the middle is the ridge. `ValueError` where a mesh has no such mouth.
     """
     upper_arc, lower_arc = _mouth_arcs(vertices, faces)
-    neighbours = _neighbours(len(vertices), faces)
+    neighbors = _neighbors(len(vertices), faces)
     heights = np.abs(vertices[:, 1] - vertices[upper_arc[[0, -1]], 1].mean())  # above or below the corners
     level = np.full(len(vertices), -1)
     arc_of = np.zeros(len(vertices))  # +1 reached from the upper arc, -1 from the lower, 0 from a corner
@@ -86,9 +86,9 @@ def find_lip_rings(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray,
     arc_of[upper_arc[1:-1]], arc_of[lower_arc[1:-1]] = 1, -1
     best: tuple[float, np.ndarray, np.ndarray] | None = None
     for depth in range(1, 13):
-        reached = sorted({n for vertex in ring for n in neighbours[vertex] if level[n] < 0})
+        reached = sorted({n for vertex in ring for n in neighbors[vertex] if level[n] < 0})
         for vertex in reached:
-            parents = [n for n in neighbours[vertex] if level[n] == depth - 1]
+            parents = [n for n in neighbors[vertex] if level[n] == depth - 1]
             nearest = np.linalg.norm(vertices[parents] - vertices[vertex], axis=1).argmin()
             arc_of[vertex] = arc_of[parents[nearest]]
         ring = np.array(reached, np.int64)
@@ -114,7 +114,7 @@ def _pick(ordered: np.ndarray, heights: np.ndarray) -> np.ndarray:
     return ordered[np.round(np.linspace(0, len(ordered) - 1, RING)).astype(np.int64)]
 
 
-def _neighbours(count: int, faces: np.ndarray) -> list[list[int]]:
+def _neighbors(count: int, faces: np.ndarray) -> list[list[int]]:
     sets: list[set[int]] = [set() for _ in range(count)]
     for a, b, c in faces.tolist():
         sets[a].update((b, c))

@@ -41,7 +41,7 @@ GEOMETRY = (
 
 
 class PosedHead(NamedTuple):
-    """`vertices` (T, V, 3) metres; `joint_transforms` (T, J, 4, 4) take rest points to the posed head.
+    """`vertices` (T, V, 3) meters; `joint_transforms` (T, J, 4, 4) take rest points to the posed head.
 
     `rest_vertices` (T, V, 3) are the vertices they act on: shaped, with expression, offsets and pose correctives.
     """
@@ -56,9 +56,9 @@ class HeadModel:
     """Tensors of one head model; shapes are checked at construction, `ValueError` if they disagree."""
 
     name: str
-    template: Tensor  # (V, 3) float32 metres, y up, face towards +z, +x the subject's left
+    template: Tensor  # (V, 3) float32 meters, y up, face towards +z, +x the subject's left
     faces: Tensor  # (F, 3) int64, counter-clockwise seen from outside
-    shape_dirs: Tensor  # (V, 3, S) metres per unit, a unit being about one standard deviation
+    shape_dirs: Tensor  # (V, 3, S) meters per unit, a unit being about one standard deviation
     expression_dirs: Tensor  # (V, 3, E)
     pose_dirs: Tensor  # (V, 3, 36) row-major entries of R - I of the joints 1..4
     joint_regressor: Tensor  # (J, V)

@@ -1,7 +1,7 @@
 """The numbers that shape and pose a head model: one subject's identity and a sequence of frames.
 
 Names, shapes and units are those of a FLAME parameter file as VHAP and GaussianAvatars write it (`flame_param.npz`:
-uncompressed npz, float32, rotations as axis-angle in radians, translation in metres and applied last). The same names
+uncompressed npz, float32, rotations as axis-angle in radians, translation in meters and applied last). The same names
 serve every head model; only the sizes differ. A file that was read is written back byte for byte: the order of its
 keys, the stored form of `static_offset`, keys we do not use and the compression are remembered in `NpzLayout`.
 """
@@ -45,9 +45,9 @@ class HeadParameters:
     neck_pose: Tensor  # (T, 3)
     jaw_pose: Tensor  # (T, 3)
     eyes_pose: Tensor  # (T, 6) left, right
-    translation: Tensor  # (T, 3) metres, applied last
-    static_offset: Tensor | None = None  # (V, 3) metres
-    dynamic_offset: Tensor | None = None  # (T, V, 3) metres
+    translation: Tensor  # (T, 3) meters, applied last
+    static_offset: Tensor | None = None  # (V, 3) meters
+    dynamic_offset: Tensor | None = None  # (T, V, 3) meters
     layout: NpzLayout | None = None
 
     def __post_init__(self) -> None:

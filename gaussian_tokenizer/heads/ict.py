@@ -1,9 +1,9 @@
-"""ICT-FaceKit (the ICT Face Model Light: MIT licence, made from scans) as a head model.
+"""ICT-FaceKit (the ICT Face Model Light: MIT license, made from scans) as a head model.
 
 Upstream is a folder of OBJ files in one topology: a neutral head, identity modes, expressions; each file holds absolute
 positions, the shape is the difference from the neutral. There is no rig, so joints and skinning weights are made here:
-the eyeballs turn about their centres, the jaw follows what the `jawOpen` shape moves, the neck blends by height.
-Centimetres become metres, quads are cut along their shorter diagonal, and the head is moved so that the point between
+the eyeballs turn about their centers, the jaw follows what the `jawOpen` shape moves, the neck blends by height.
+Centimeters become meters, quads are cut along their shorter diagonal, and the head is moved so that the point between
 the eyes is where the procedural head has it. Paper: Li et al., "Learning Formation of Physically-Based Face
 Attributes", CVPR 2020.
 """
@@ -36,8 +36,8 @@ EYE_VERTICES = {"left_eye": slice(21_451, 23_021), "right_eye": slice(23_021, 24
 SCLERA_VERTICES = {"left_eye": slice(21_451, 22_221), "right_eye": slice(23_021, 23_791)}
 IRIS_VERTICES = (slice(22_221, 23_021), slice(23_791, 24_591))
 UPPER_TEETH, LOWER_TEETH = slice(17_039, 19_247), slice(19_247, 21_451)
-IRIS_RADIUS = 0.0062  # metres
-# Measured on the neutral, in centimetres: the axis the lower teeth turn about in jawOpen, and by how much.
+IRIS_RADIUS = 0.0062  # meters
+# Measured on the neutral, in centimeters: the axis the lower teeth turn about in jawOpen, and by how much.
 JAW_HINGE, JAW_OPEN_DEGREES = np.array((0.0, -0.55, 1.82)), 25.3
 NECK, ROOT = np.array((0.0, -9.5, -0.8)), np.array((0.0, -15.5, -1.6))
 
@@ -145,7 +145,7 @@ def _read_indices(path: Path) -> dict:
 
 
 def _differences(folder: Path, names: list[str], neutral: np.ndarray) -> np.ndarray:
-    """(V, 3, len(names)) centimetres."""
+    """(V, 3, len(names)) centimeters."""
     dirs = np.zeros((*neutral.shape, len(names)))
     for index, name in enumerate(names):
         path = folder / f"{name}.obj"
@@ -168,7 +168,7 @@ def _triangulate(quads: np.ndarray, vertices: np.ndarray) -> np.ndarray:
 
 
 def _sphere_center(points: np.ndarray) -> np.ndarray:
-    """Least-squares centre of a sphere through points (N, 3)."""
+    """Least-squares center of a sphere through points (N, 3)."""
     system = np.concatenate((2 * points, np.ones((len(points), 1))), axis=1)
     return np.linalg.lstsq(system, (points**2).sum(1), rcond=None)[0][:3]
 
@@ -203,7 +203,7 @@ def _joint_regressor(vertices: np.ndarray, kept: np.ndarray, centers: dict[str, 
 
 
 def _regions(points: np.ndarray, landmarks: np.ndarray) -> dict[str, np.ndarray]:
-    """Names -> (V,) bool, from the parts, the landmarks and the lines of `head_building`; `points` in metres."""
+    """Names -> (V,) bool, from the parts, the landmarks and the lines of `head_building`; `points` in meters."""
     count = len(points)
 
     def vertices(*parts: slice) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""The built-in head model: no download, no licence, recognisably a head, at any resolution from 600 to 40,000 faces.
+"""The built-in head model: no download, no license, recognisably a head, at any resolution from 600 to 40,000 faces.
 
 `procedural_mesh` makes the triangles; here the mesh becomes a `HeadModel`: identity and expression directions from a
-table of smooth local moves, joints, skinning weights, landmarks and regions. All of it is our own modelling; no scan
+table of smooth local moves, joints, skinning weights, landmarks and regions. All of it is our own modeling; no scan
 and no other model went into it. The number of faces is always exactly what was asked for, the result depends on that
-number only, and coordinates are rounded to 0.1 micrometre so that every machine gets the same bytes and hash.
+number only, and coordinates are rounded to 0.1 micrometer so that every machine gets the same bytes and hash.
 
 One unit of an identity direction is one standard deviation of a varied crowd, one unit of an expression the full
 expression. Pose correctives are two: opening the jaw draws the cheeks in, nodding shortens the throat.
@@ -40,7 +40,7 @@ from gaussian_tokenizer.heads.rigging import (
     vertices_as_face_points,
 )
 
-JOINT_POSITIONS = {  # millimetres
+JOINT_POSITIONS = {  # millimeters
     "root": (0.0, -150.0, -22.0),
     "neck": (0.0, -88.0, -18.0),
     "jaw": (0.0, -12.0, 10.0),
@@ -52,9 +52,9 @@ LIP_LINE = (-47.0, 88.0)  # (y, z)
 
 
 class Move(NamedTuple):
-    """A smooth local displacement in millimetres: weight(p) * (shift + scale * (p - center)).
+    """A smooth local displacement in millimeters: weight(p) * (shift + scale * (p - center)).
 
-    The weight is exp(-sum(|p - center| / radii)^4)), flat near the centre; a `center` with x > 0 is mirrored to the
+    The weight is exp(-sum(|p - center| / radii)^4)), flat near the center; a `center` with x > 0 is mirrored to the
     other side unless `one_side`.
     """
 
@@ -149,11 +149,11 @@ def build_procedural_head(n_faces: int = 10144) -> HeadModel:
     landmark_faces, barycentrics = vertices_as_face_points(mesh.faces, landmarks)
     return HeadModel(
         name="procedural" if n_faces == 10144 else f"procedural:{n_faces}",
-        template=_metres(p),
+        template=_meters(p),
         faces=torch.from_numpy(np.ascontiguousarray(mesh.faces)),
-        shape_dirs=_metres(shape_dirs),
-        expression_dirs=_metres(expression_dirs),
-        pose_dirs=_metres(_pose_correctives(mesh)),
+        shape_dirs=_meters(shape_dirs),
+        expression_dirs=_meters(expression_dirs),
+        pose_dirs=_meters(_pose_correctives(mesh)),
         joint_regressor=rounded(_joint_regressor(mesh)),
         skinning_weights=rounded(weights),
         parents=(-1, 0, 1, 1, 1),
@@ -164,8 +164,8 @@ def build_procedural_head(n_faces: int = 10144) -> HeadModel:
     )
 
 
-def _metres(millimetres: np.ndarray) -> torch.Tensor:
-    return rounded(millimetres / 1000)
+def _meters(millimeters: np.ndarray) -> torch.Tensor:
+    return rounded(millimeters / 1000)
 
 
 def _flat_bump(p: np.ndarray, center: tuple, radii: tuple) -> np.ndarray:
@@ -289,7 +289,7 @@ def _joint_regressor(mesh: Mesh) -> np.ndarray:
 
 
 def _pose_correctives(mesh: Mesh) -> np.ndarray:
-    """(V, 3, 36) millimetres per unit of the entries of R - I; entry (2, 1) is the sine of a turn about x."""
+    """(V, 3, 36) millimeters per unit of the entries of R - I; entry (2, 1) is the sine of a turn about x."""
     correctives = np.zeros((len(mesh.vertices), 3, 36))
     skin = (mesh.part == SKIN)[:, None]
     throat = _displacement(mesh.vertices, (Move((0, -105, 35), (40, 22, 40), (0, 0, -8)),))

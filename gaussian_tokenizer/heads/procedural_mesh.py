@@ -4,7 +4,7 @@ The skin is one grid, columns around the vertical axis and rows from the crown t
 three cuts of the grid (two eyes, one mouth) the rows above and below part: the lids open around separate eyeballs, the
 lips lead into a pocket that holds teeth and a tongue. The ears are shells of their own that sink into the skull.
 Resolution is two numbers, one for columns and one for rows; `build_mesh` picks them for a wanted number of faces and
-makes up the rest, exactly, by cutting the longest edges of the skin in two. Millimetres, axes as in
+makes up the rest, exactly, by cutting the longest edges of the skin in two. Millimeters, axes as in
 `procedural_surface`.
 """
 
@@ -38,8 +38,8 @@ ROWS = (
 )
 EYE_KEY, MOUTH_KEY = 3, 5
 EYE_CUT, MOUTH_CUT = (11.6, 30.0), (-15.6, 15.6)  # azimuths of the corners
-LID_UP, LID_DOWN, LID_TILT = 6.0, 4.6, 0.8  # millimetres the lids open above and below the row, and the outer corner up
-MOUTH_BEND = 4.3  # millimetres that the mouth row comes down at the corners
+LID_UP, LID_DOWN, LID_TILT = 6.0, 4.6, 0.8  # millimeters the lids open above and below the row, and the outer corner up
+MOUTH_BEND = 4.3  # millimeters that the mouth row comes down at the corners
 EYE_ANGLES = (9.0, 18.0, 28.5, 40.0, 54.0, 70.0, 88.0, 110.0, 138.0)  # rings of an eyeball, from the pupil back
 IRIS_ANGLE = 28.5
 EAR_BASE = np.array([73.5, 2.0, -9.0])
@@ -54,11 +54,11 @@ TONGUE_LENGTH, TONGUE_WIDTH = (61.0, 81.0), 12.5  # z of root and tip, half the 
 class Mesh:
     """A growing mesh. Lists of arrays until `build_mesh` joins them; V vertices, F faces."""
 
-    vertices: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))  # (V, 3) millimetres
+    vertices: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))  # (V, 3) millimeters
     faces: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))  # (F, 3)
     part: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (V,)
     side: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (V,) +1 above the mouth row, -1 below, 0 on it
-    travel: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (V,) millimetres in y that close the lids
+    travel: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (V,) millimeters in y that close the lids
     iris: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (V,)
 
     def add(
@@ -189,7 +189,7 @@ def _add_skin(mesh: Mesh, column_scale: float, row_scale: float) -> None:
 
     eye_row, mouth_row = starts[EYE_KEY], starts[MOUTH_KEY]
     opening, tilt, eye_columns = _lid_shape(azimuths[:-1])
-    distance = 88.0  # from the origin of the rays to the lids, turns millimetres into angles
+    distance = 88.0  # from the origin of the rays to the lids, turns millimeters into angles
     fade_up = np.clip((rows - starts[EYE_KEY - 1]) / cells[EYE_KEY - 1], 0, 1) * (rows <= eye_row)
     fade_down = np.clip((starts[EYE_KEY + 1] - rows) / cells[EYE_KEY], 0, 1) * (rows > eye_row)
     up, down = LID_UP * opening + tilt, -LID_DOWN * opening + tilt
@@ -247,7 +247,7 @@ def _smooth_curve(knots: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.n
 
 
 def _lid_shape(azimuths: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Per column: how far the lids open (0..1), the tilt in millimetres; and the columns of the two cuts."""
+    """Per column: how far the lids open (0..1), the tilt in millimeters; and the columns of the two cuts."""
     inner, outer = EYE_CUT
     u = (np.abs(azimuths) - inner) / (outer - inner)
     within = (u > -1e-6) & (u < 1 + 1e-6)
@@ -271,7 +271,7 @@ def _add_lid_rims(mesh: Mesh, upper: np.ndarray, lower: np.ndarray) -> None:
 
 
 def _add_pocket(mesh: Mesh, upper: np.ndarray, lower: np.ndarray, rows: int) -> None:
-    """The inside of the mouth: a roof from the upper lip and a floor from the lower, meeting at the back."""
+    """The inside of the mouth: a roof from the upper lip and a floor from the lower, intersection at the back."""
     lips = mesh.vertices[upper]
     back = mesh.add(lips * (0.7, 1, 1) - (0, 2, POCKET_DEPTH), POCKET, 0.0)
     sheets = []

@@ -2,7 +2,7 @@
 
 `skin_distance(p)` is about the signed distance to the skin, `cast` finds where rays from inside leave it. Nothing here
 knows of vertices: `procedural_mesh` decides where the surface is sampled. Sizes are those of an average adult head
-(breadth 155, chin to crown 220, distance of the eye centres 62), all numbers here in millimetres, x to the subject's
+(breadth 155, chin to crown 220, distance of the eye centers 62), all numbers here in millimeters, x to the subject's
 left, y up, z forward. Method: distance functions and polynomial smooth minimum after I. Quilez.
 """
 
@@ -14,7 +14,7 @@ LID_RADIUS = 14.0
 
 
 def skin_distance(points: np.ndarray) -> np.ndarray:
-    """points (..., 3) -> (...) distance to the skin in millimetres, negative inside (a lower bound outside)."""
+    """points (..., 3) -> (...) distance to the skin in millimeters, negative inside (a lower bound outside)."""
     p = points
     m = p.copy()  # paired features are modelled on the left (x > 0) and mirrored
     m[..., 0] = np.sqrt(p[..., 0] ** 2 + 0.25)
@@ -135,7 +135,7 @@ def _squash(p: np.ndarray, factors: tuple) -> np.ndarray:
 
 
 def _join(a: np.ndarray, b: np.ndarray, blend: float) -> np.ndarray:
-    """Smooth union: the surfaces flow into each other within `blend` millimetres."""
+    """Smooth union: the surfaces flow into each other within `blend` millimeters."""
     overlap = np.maximum(blend - np.abs(a - b), 0) / blend
     return np.minimum(a, b) - overlap * overlap * blend / 4
 

@@ -1,7 +1,7 @@
 """What the makers of head models share: joints from vertices, landmarks on faces, where hair and neck begin.
 
 Used by the procedural head and by ICT-FaceKit, which come without a rig. The region lines are drawn once for both, in
-metres, with the point between the eyes at (0, 0.022, 0.070): ICT-FaceKit is moved there.
+meters, with the point between the eyes at (0, 0.022, 0.070): ICT-FaceKit is moved there.
 """
 
 import numpy as np

@@ -1,10 +1,10 @@
 """Say what a file or folder is, what is in it and what is wrong with it.
 
-    python -m gaussian_tokenizer.inspect subjects/synthetic-0-000000 --picture sheet.png
+    python -m gaussian_tokenizer.inspect subjects/synthetic-0-000000 --image sheet.png
     python -m gaussian_tokenizer.inspect export/074_EMO-1 --head flame.safetensors --json
 
-Trackings (see `tracking`) are looked at closely: with a head model, its projection is compared with pictures and masks.
-Everything else the toolkit reads or writes is recognised, described in a few lines, and the command that looks deeper
+Trackings (see `tracking`) are looked at closely: with a head model, its projection is compared with images and masks.
+Everything else the toolkit reads or writes is recognized, described in a few lines, and the command that looks deeper
 is named. The exit status is 1 if anything is wrong, warnings aside.
 """
 
@@ -48,13 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--head", help="head model the data was made on: procedural[:faces], .safetensors, FLAME .pkl, ICT"
     )
-    parser.add_argument("--picture", type=Path, help="write a contact sheet of a tracking to this PNG")
+    parser.add_argument("--image", type=Path, help="write a contact sheet of a tracking to this PNG")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
     try:
         report = inspect(options.path, options.head)
-        if options.picture is not None:
-            _write_picture(report, options.picture)
+        if options.image is not None:
+            _write_image(report, options.image)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -62,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if report.has_errors else 0
 
 
-def _write_picture(report: Report, path: Path) -> None:
+def _write_image(report: Report, path: Path) -> None:
     if report.tracking is None or not report.tracking.frames or report.head is None:
         reason = "; give --head" if report.tracking is not None and report.head is None else ""
-        raise ValueError(f"{report.path}: no picture made, it is for trackings with pictures and a head model{reason}")
+        raise ValueError(f"{report.path}: no image made, it is for trackings with images and a head model{reason}")
     sheet = contact_sheet(report.tracking, report.head)
     with atomic_file(path) as file:
         sheet.save(file, format="PNG", optimize=True)

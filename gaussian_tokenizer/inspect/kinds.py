@@ -1,4 +1,4 @@
-"""What `inspect` knows: how a file or folder is recognised, and what is said about each kind.
+"""What `inspect` knows: how a file or folder is recognized, and what is said about each kind.
 
 A kind is a function that fills a `Report` with facts (plain JSON values) and problems; what it raises is a problem too.
 """
@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from gaussian_tokenizer.avatars.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
 from gaussian_tokenizer.captures.checks import Problem, find_problems
-from gaussian_tokenizer.captures.frame import has_alpha, open_picture
-from gaussian_tokenizer.captures.loading import EXPECTED, read_tracking, recognise
+from gaussian_tokenizer.captures.frame import has_alpha, load_image
+from gaussian_tokenizer.captures.loading import EXPECTED, read_tracking, recognize
 from gaussian_tokenizer.captures.subject import Subject
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.captures.transforms_json import CANONICAL_NAME
@@ -79,7 +79,7 @@ Kind = tuple[Callable[[Report, HeadModel | None], None], str, list[str]]
 
 def kind_of(path: Path) -> Kind:
     """What describes it, what to call it, and the commands that look further."""
-    if recognise(path) is not None:
+    if recognize(path) is not None:
         return _tracking, "a tracking", []
     if path.is_file():
         return _kind_of_file(path)
@@ -153,7 +153,7 @@ def _splats(facts: Callable[[Path], dict[str, Any]]) -> Callable[[Report, HeadMo
 
 def _subjects_in(path: Path) -> list[Path]:
     folders = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))
-    return [each for each in folders if recognise(each) is not None or _has_avatar(each)]
+    return [each for each in folders if recognize(each) is not None or _has_avatar(each)]
 
 
 # ---- what is in it
@@ -170,19 +170,19 @@ def _tracking(report: Report, head: HeadModel | None) -> None:
     facts = report.facts
     facts["subject"] = {
         "id": tracking.subject_id,
-        **{key: metadata.get(key, "unknown") for key in ("licence", "consent")},
+        **{key: metadata.get(key, "unknown") for key in ("license", "consent")},
     }
     if frames:
         sizes = Counter(f"{frame.width}x{frame.height}" for frame in frames)
-        alpha = has_alpha(open_picture(frames[0].image))
+        alpha = has_alpha(load_image(frames[0].image))
         masks = sum(frame.mask is not None for frame in frames)
-        facts["pictures"] = {"count": len(frames), "size": list(sizes), "alpha": alpha, "masks": masks}
+        facts["images"] = {"count": len(frames), "size": list(sizes), "alpha": alpha, "masks": masks}
         heads = [params.translation[tracking.row(frame)].double().numpy() for frame in frames]
         positions = [np.linalg.inv(frame.viewmat)[:3, 3] for frame in frames]
         facts["cameras"] = {
             "count": len({frame.camera for frame in frames}),
             "focal_pixels": _range([frame.fx for frame in frames]),
-            "metres_from_the_head": _range([float(np.linalg.norm(a - b)) for a, b in zip(positions, heads)]),
+            "meters_from_the_head": _range([float(np.linalg.norm(a - b)) for a, b in zip(positions, heads)]),
         }
     facts["timesteps"] = {
         "count": len(tracking.timesteps),
@@ -200,12 +200,12 @@ def _tracking(report: Report, head: HeadModel | None) -> None:
         report.problems += find_problems(tracking, head)
     vhap = tracking.kind in ("vhap", "monocular", "union")
     if vhap and not (path / CANONICAL_NAME).is_file():
-        text = f"has no {CANONICAL_NAME}, by which GaussianAvatars recognises such a folder"
+        text = f"has no {CANONICAL_NAME}, by which GaussianAvatars recognizes such a folder"
         report.problems.append(Problem(text, is_error=False))
     if not report.has_errors:
         script = "accelerate launch training/fit_avatars.py training/configs/fit_demo.yaml"
         spec = made_on if made_on.startswith("procedural") else "HEAD"
-        report.next = [f"{script} --data {path} --head {spec} --output avatars"]
+        report.next = [f"{script} --data {path} --head {spec} --output_dir avatars"]
     if _has_avatar(path):
         facts["avatar"] = {"gaussians": len(GaussianAvatar.load(path, head=head))}
 
@@ -239,7 +239,7 @@ def _many(report: Report, head: HeadModel | None) -> None:
         if len(names) > 1:
             text = f"{', '.join(names)} have one id, {avatar_id!r}; give each its own in {METADATA_NAME}"
             report.problems.append(Problem(text))
-    forms = Counter(form for folder in folders if (form := recognise(folder)) is not None)
+    forms = Counter(form for folder in folders if (form := recognize(folder)) is not None)
     report.facts["folders"] = len(folders)
     report.facts["avatars"] = sum(_has_avatar(folder) for folder in folders)
     report.facts["trackings"] = {"count": sum(forms.values()), **forms}

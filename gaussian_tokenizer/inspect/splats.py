@@ -1,7 +1,7 @@
 """What `inspect` says of files of world-space Gaussians, as this toolkit exports them and splat viewers open them.
 
 PLY of 3D Gaussian Splatting, SuperSplat's compressed PLY and antimatter15's `.splat`: how many Gaussians, of which SH
-degree, and the box that holds their centres, in metres. A file that is cut short, or that holds what is no number, is a
+degree, and the box that holds their centers, in meters. A file that is cut short, or that holds what is no number, is a
 ValueError.
 """
 
@@ -97,5 +97,5 @@ def _check_finite(path: Path, what: str, values: np.ndarray) -> None:
 def _facts(count: int, sh_degree: int, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
     return {
         "gaussians": {"count": count, "sh_degree": sh_degree},
-        "bounds": {axis: f"{a:.3f} to {b:.3f}" for axis, a, b in zip("xyz", low, high)} | {"unit": "metres"},
+        "bounds": {axis: f"{a:.3f} to {b:.3f}" for axis, a, b in zip("xyz", low, high)} | {"unit": "meters"},
     }

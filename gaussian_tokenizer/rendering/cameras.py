@@ -1,9 +1,9 @@
-"""Pinhole cameras: where a set of pictures was, or is to be, taken from.
+"""Pinhole cameras: where a set of images was, or is to be, taken from.
 
-`Cameras` holds C of them with one picture size, in the form that splatters want: world-to-camera matrices with OpenCV
+`Cameras` holds C of them with one image size, in the form that splatters want: world-to-camera matrices with OpenCV
 axes (x right, y down, z forward) and intrinsics in pixels. Readers of data sets convert to this at the border; `look_at`
 and `orbit` make new ones. World axes are the head's: y up, the face looks along +z, +x is the subject's left. Pixel
-(row i, column j) is sampled at its centre, x = j + 0.5, y = i + 0.5, counted from the upper left corner.
+(row i, column j) is sampled at its center, x = j + 0.5, y = i + 0.5, counted from the upper left corner.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 
 @dataclass(frozen=True, eq=False)
 class Cameras:
-    """C cameras of one picture size. `ValueError` at construction if anything in them cannot be a camera."""
+    """C cameras of one image size. `ValueError` at construction if anything in them cannot be a camera."""
 
-    viewmats: Tensor  # (C, 4, 4) world to camera, metres
+    viewmats: Tensor  # (C, 4, 4) world to camera, meters
     Ks: Tensor  # (C, 3, 3) pixels: [[fx, skew, cx], [0, fy, cy], [0, 0, 1]]
     width: int
     height: int
@@ -71,7 +71,7 @@ class Cameras:
         height: int,
         up: Sequence[float] = (0.0, 1.0, 0.0),
     ) -> "Cameras":
-        """Cameras at `eyes`, (C, 3) or (3,) metres, that see `target` (3,) in the middle of the picture, `up` upwards.
+        """Cameras at `eyes`, (C, 3) or (3,) meters, that see `target` (3,) in the middle of the image, `up` upwards.
 
         `focal` in pixels. The dtype and the device are those of `eyes`, float32 on the CPU if it is no tensor of floats.
         """
@@ -108,13 +108,13 @@ class Cameras:
         width: int,
         height: int,
     ) -> "Cameras":
-        """Cameras on a circle around `target` (3,), `distance` metres away, one for each azimuth.
+        """Cameras on a circle around `target` (3,), `distance` meters away, one for each azimuth.
 
         Azimuth 0 is in front of the face (on +z, looking along -z), positive ones go to the subject's left (+x).
         `elevation` in degrees above the target, between -90 and 90; `focal` in pixels.
         """
         if not distance > 0:
-            raise ValueError(f"distance is {distance}, expected more than 0 metres")
+            raise ValueError(f"distance is {distance}, expected more than 0 meters")
         if not -90 < elevation < 90:
             raise ValueError(
                 f"elevation is {elevation}, expected degrees between -90 and 90; use look_at for a top view"
@@ -132,14 +132,12 @@ class Cameras:
 
     @classmethod
     def concatenate(cls, cameras: Sequence["Cameras"]) -> "Cameras":
-        """All of them in one, in this order; the picture sizes must agree."""
+        """All of them in one, in this order; the image sizes must agree."""
         if not cameras:
             raise ValueError("no cameras to concatenate, expected at least one Cameras")
         sizes = sorted({(each.width, each.height) for each in cameras})
         if len(sizes) > 1:
-            raise ValueError(
-                f"pictures of {sizes} pixels (width, height), expected one size; render each size by itself"
-            )
+            raise ValueError(f"images of {sizes} pixels (width, height), expected one size; render each size by itself")
         viewmats, Ks = (torch.cat([getattr(each, name) for each in cameras]) for name in ("viewmats", "Ks"))
         return cls(viewmats, Ks, *sizes[0])
 
@@ -159,12 +157,12 @@ class Cameras:
 
     @property
     def positions(self) -> Tensor:
-        """(C, 3) metres, world space."""
+        """(C, 3) meters, world space."""
         return torch.linalg.inv(self.viewmats)[:, :3, 3]
 
 
 def portrait_cameras(head: HeadModel, size: int, azimuths: Sequence[float] = (0.0,)) -> Cameras:
-    """Square cameras a metre from a head, `azimuths` degrees to its left, that show all of it with room for hair.
+    """Square cameras a meter from a head, `azimuths` degrees to its left, that show all of it with room for hair.
 
     The same for every subject of a head model: framed by its template.
     """

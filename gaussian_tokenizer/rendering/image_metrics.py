@@ -1,4 +1,4 @@
-"""PSNR and SSIM of pictures (B, H, W, 3) in 0..1, differentiable: what trainings minimise and reports say.
+"""PSNR and SSIM of images (B, H, W, 3) in 0..1, differentiable: what trainings minimize and reports say.
 
 SSIM has a Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004).
 """
@@ -13,27 +13,27 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for a range of 1
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """(B,) peak signal-to-noise ratio in dB of each picture, for a peak of 1."""
+    """(B,) peak signal-to-noise ratio in dB of each image, for a peak of 1."""
     return -10 * (images - truth).square().flatten(1).mean(1).clamp(min=1e-12).log10()
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """(B,) structural similarity of each picture, 1 for equal ones; differentiable. Mean over the pixels around which the whole
-    window lies in the picture, and over the channels.
+    """(B,) structural similarity of each image, 1 for equal ones; differentiable. Mean over the pixels around which the whole
+    window lies in the image, and over the channels.
 
     Raises:
-        ValueError: the pictures are smaller than the window.
+        ValueError: the images are smaller than the window.
     """
     if min(images.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(
-            f"SSIM looks through a window of {SSIM_WINDOW} pixels, found pictures of {images.shape[2]}x{images.shape[1]}"
+            f"SSIM looks through a window of {SSIM_WINDOW} pixels, found images of {images.shape[2]}x{images.shape[1]}"
         )
     steps = torch.arange(SSIM_WINDOW, device=images.device, dtype=images.dtype) - SSIM_WINDOW // 2
     weights = (-steps.square() / (2 * SSIM_SIGMA**2)).exp()
     weights = weights / weights.sum()
     a, b = (rearrange(x, "b h w c -> (b c) h w") for x in (images, truth))
     moments = torch.cat((a, b, a * a, b * b, a * b))
-    # A Gaussian over the plane is one along each axis: 22 multiplications a pixel instead of 121. One group a picture, because
+    # A Gaussian over the plane is one along each axis: 22 multiplications a pixel instead of 121. One group an image, because
     # the convolution of a batch of single channels takes fourteen times as long on a CPU.
     count = len(moments)
     along_rows = F.conv2d(moments, weights.view(1, 1, 1, -1).expand(count, 1, 1, -1), groups=count)

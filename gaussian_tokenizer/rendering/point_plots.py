@@ -1,6 +1,6 @@
-"""Pictures of point clouds: front, three-quarter and profile, coloured by the order in which the points were written.
+"""Images of point clouds: front, three-quarter and profile, colored by the order in which the points were written.
 
-In: clouds (N, 3) in metres, y up, the face towards +z, and the portraits they were made for. Out: PNG files.
+In: clouds (N, 3) in meters, y up, the face towards +z, and the portraits they were made for. Out: PNG files.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ VIEWS = {"front": 0.0, "three-quarter": 45.0, "profile": 90.0}
 
 
 def view(positions: np.ndarray, azimuth: float) -> tuple[np.ndarray, np.ndarray]:
-    """Turn a cloud (N, 3) by `azimuth` degrees about y: image coordinates (N, 2) in metres and depth (N,), large is near."""
+    """Turn a cloud (N, 3) by `azimuth` degrees about y: image coordinates (N, 2) in meters and depth (N,), large is near."""
     angle = np.radians(azimuth)
     x, y, z = np.asarray(positions, np.float64).T
     return np.stack((x * np.cos(angle) - z * np.sin(angle), y), axis=1), x * np.sin(angle) + z * np.cos(angle)
@@ -54,7 +54,7 @@ def draw_comparison(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('pictures of point clouds need matplotlib: pip install "avatar-pointillist[demo]"') from None
+        raise ImportError('images of point clouds need matplotlib: pip install "avatar-pointillist[demo]"') from None
     azimuths = azimuths or VIEWS
     clouds = [cloud for _, _, named in rows for cloud in named.values() if len(cloud)]
     everything = np.concatenate(clouds) if clouds else np.zeros((1, 3))
@@ -70,7 +70,7 @@ def draw_comparison(
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for line, (label, portrait, named) in zip(grid, rows):
         if portrait is not None:
-            line[0].imshow(portrait.convert("RGBA"))  # grey and palette pictures too
+            line[0].imshow(portrait.convert("RGBA"))  # gray and palette images too
         line[0].axis("off")
         line[0].set_title(label, fontsize=7)
         for i, (name, positions) in enumerate(named.items()):

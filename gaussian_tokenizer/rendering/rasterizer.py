@@ -1,14 +1,14 @@
 """Differentiable Gaussian splatting in plain PyTorch: what `render` uses where there is no CUDA.
 
-World-space Gaussians and pinhole cameras go in; colour, alpha and depth sums come out, with gradients to everything but
+World-space Gaussians and pinhole cameras go in; color, alpha and depth sums come out, with gradients to everything but
 the intrinsics. The mathematics is that of 3D Gaussian Splatting (Kerbl et al. 2023) with the conventions of gsplat 1.5:
 affine projection (Zwicker et al. 2001, section 5), `eps2d` added to the 2D covariance, alpha = min(0.999, opacity
 exp(-sigma)), nothing below 1/255, and a pixel ends before the Gaussian that would bring its transmittance to 1e-4.
 `rasterizer_reference` is the slow twin.
 
 The work is laid out in strips of `STRIP` pixels of one image row. A Gaussian meets the strips that its ellipse crosses
-(found exactly, row by row), the meetings are sorted by strip and stay in order of depth inside, and pixel j of all
-meetings is one contiguous vector. Time and memory grow with the meetings: with points + pixels, not their product.
+(found exactly, row by row), the intersections are sorted by strip and stay in order of depth inside, and pixel j of all
+intersections is one contiguous vector. Time and memory grow with the intersections: with points + pixels, not their product.
 """
 
 import math
@@ -28,8 +28,8 @@ from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.999  # a contribution below is left out, one above is cut
 MIN_TRANSMITTANCE = 1e-4
 CHANNELS = 5  # red, green, blue, depth, one (its sum is alpha)
-STRIP = 8  # pixels; shorter strips mean more meetings, longer ones more pixels outside the ellipse
-MEETINGS_AT_ONCE = 16384  # temporaries of this many strips stay in a core's cache
+STRIP = 8  # pixels; shorter strips mean more intersections, longer ones more pixels outside the ellipse
+INTERSECTIONS_AT_ONCE = 16384  # temporaries of this many strips stay in a core's cache
 STEEP = 1e30  # makes any number below zero a very low one
 NOTHING = -60.0  # exponents are cut here: exp is ten times slower where its result underflows
 
@@ -60,10 +60,10 @@ def rasterize(
     near: float = 0.01,
     far: float = 1e10,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Colours (C, H, W, 3), alpha (C, H, W, 1) and depth sums (C, H, W, 1), all weighted by alpha, without background.
+    """Colors (C, H, W, 3), alpha (C, H, W, 1) and depth sums (C, H, W, 1), all weighted by alpha, without background.
 
-    means, scales (T, N, 3) or (N, 3) metres; quats (T, N, 4) or (N, 4) wxyz; opacities (N,); sh (N, K, 3); viewmats
-    (C, 4, 4) world to camera, OpenCV axes; Ks (C, 3, 3) pixels. Picture i shows frame i with camera i, one of either is
+    means, scales (T, N, 3) or (N, 3) meters; quats (T, N, 4) or (N, 4) wxyz; opacities (N,); sh (N, K, 3); viewmats
+    (C, 4, 4) world to camera, OpenCV axes; Ks (C, 3, 3) pixels. Image i shows frame i with camera i, one of either is
     repeated. Results have the dtype of `means`; the projection is always computed in float64, which costs little and
     keeps the blending, in float32, exact for long and thin Gaussians. No gradient reaches Ks.
     """
@@ -72,7 +72,7 @@ def rasterize(
     dtype = torch.float64 if means.dtype == torch.float64 else torch.float32
     axes = quaternion_to_matrix(quats.double()) * scales.double()[..., None, :]
     centers, log_opacities = means.double(), opacities.double().clamp(min=1e-30).log()
-    pictures = []
+    images = []
     for index in range(max(len(means), len(viewmats))):
         frame, camera = min(index, len(means) - 1), min(index, len(viewmats) - 1)
         viewmat, K = viewmats[camera].double(), Ks[camera].detach().double()
@@ -86,15 +86,15 @@ def rasterize(
             (colors.to(dtype), depth[:, None].to(dtype), torch.ones_like(depth[:, None], dtype=dtype)), 1
         )
         ellipses = torch.cat((means2d.T, covariances.T, log_opacities[seen][None]))
-        pictures.append(_Blend.apply(ellipses, features, width, height))
-    sums = torch.stack(pictures).to(means.dtype)
+        images.append(_Blend.apply(ellipses, features, width, height))
+    sums = torch.stack(images).to(means.dtype)
     return sums[..., :3], sums[..., 4:], sums[..., 3:4]
 
 
 def project(
     centers: Tensor, axes: Tensor, viewmat: Tensor, K: Tensor, width: int, height: int, eps2d: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """N Gaussians to one image: means (N, 2) pixels, shapes (N, 3), depths (N,) metres.
+    """N Gaussians to one image: means (N, 2) pixels, shapes (N, 3), depths (N,) meters.
 
     `axes` (N, 3, 3) has the standard deviations as columns (rotation times scales). The shape of a projected covariance
     [[xx, xy], [xy, yy]] is (xy / yy, yy, det / yy): the slope of the line of the rows' maxima, the variance over rows, and
@@ -152,16 +152,16 @@ class _Blend(torch.autograd.Function):
     """Composite M projected Gaussians, given front to back, to (H, W, CHANNELS) sums of weight times feature.
 
     `ellipses` (6, M) float64: mean x, mean y, slope, variance over rows, variance inside a row, log opacity.
-    `features` (M, CHANNELS). The backward pass computes the weights again; the meetings are kept.
+    `features` (M, CHANNELS). The backward pass computes the weights again; the intersections are kept.
     """
 
     @staticmethod
     def forward(ctx: Any, ellipses: Tensor, features: Tensor, width: int, height: int) -> Tensor:
-        meetings = _Meetings.of(ellipses.numpy(), width, height, features.dtype)
+        intersections = _Intersections.of(ellipses.numpy(), width, height, features.dtype)
         # Eight columns: the widths that embedding_bag is fast for.
         padded = torch.nn.functional.pad(features, (0, 8 - CHANNELS))
-        sums = features.new_zeros(meetings.n_strips, STRIP, CHANNELS)
-        for chunk in meetings.chunks():
+        sums = features.new_zeros(intersections.n_strips, STRIP, CHANNELS)
+        for chunk in intersections.chunks():
             alpha, transmittance, _ = chunk.weights()
             count, per_strip = len(chunk.owners), len(chunk.strips)
             bags = torch.arange(0, STRIP * count, count)[:, None] + chunk.starts
@@ -174,7 +174,7 @@ class _Blend(torch.autograd.Function):
             )
             sums[chunk.strips] = blended[:, :CHANNELS].view(STRIP, per_strip, CHANNELS).transpose(0, 1)
         ctx.save_for_backward(ellipses, features)
-        ctx.meetings = meetings
+        ctx.intersections = intersections
         return sums.view(height, -1, CHANNELS)[:, :width].contiguous()
 
     @staticmethod
@@ -182,12 +182,12 @@ class _Blend(torch.autograd.Function):
     @_one_thread()
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         ellipses, features = ctx.saved_tensors
-        meetings: _Meetings = ctx.meetings
+        intersections: _Intersections = ctx.intersections
         missing = -grad.shape[1] % STRIP
         grad = torch.nn.functional.pad(grad, (0, 0, 0, missing)).view(-1, STRIP, CHANNELS)
         # Sums over a Gaussian's pixels, in float64: those of g, g dy, g dy^2, g u, g u dy, g u^2, and of the features.
         sums = ellipses.new_zeros(6 + CHANNELS - 1, features.shape[0])
-        for chunk in meetings.chunks():
+        for chunk in intersections.chunks():
             chunk.add_gradients(sums, grad[chunk.strips].permute(2, 1, 0).contiguous(), features)
         total, dy, dy2, u, u_dy, u2 = sums[:6]
         _, _, slope, over_rows, inside, _ = ellipses
@@ -201,14 +201,14 @@ class _Blend(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Some whole strips with their meetings, sorted by strip, front to back inside."""
+    """Some whole strips with their intersections, sorted by strip, front to back inside."""
 
     strips: Tensor  # (S,) int64
-    starts: Tensor  # (S,) int64, the first meeting of each
+    starts: Tensor  # (S,) int64, the first intersection of each
     counts: np.ndarray  # (S,)
     owners: Tensor  # (E,) int32, Gaussians
     peak: Tensor  # (E,) log alpha at the row's maximum
-    offset: Tensor  # (E,) pixels from that maximum to the centre of the strip's first pixel
+    offset: Tensor  # (E,) pixels from that maximum to the center of the strip's first pixel
     falloff: Tensor  # (E,) 1 / (2 variance inside the row)
     middle: Tensor  # (E,) of the ellipse's pixels in this row, counted from the strip's first
     reach: Tensor  # (E,) half their number
@@ -225,7 +225,7 @@ class _Chunk:
         alpha = torch.nn.functional.threshold(alpha, 2 * math.exp(NOTHING), 0.0)
         rest = 1 - alpha
         logs = rest.log()
-        # Exclusive sums along all meetings, in float64 because they are long, less the value at the strip's start.
+        # Exclusive sums along all intersections, in float64 because they are long, less the value at the strip's start.
         before = torch.zeros(STRIP, logs.shape[1] + 1, dtype=torch.float64)
         torch.cumsum(logs.double(), 1, out=before[:, 1:])
         before = (before[:, :-1] - self.repeat(before[:, self.starts])).to(logs.dtype)
@@ -233,7 +233,7 @@ class _Chunk:
         return alpha, torch.minimum(before, ended, out=before).clamp_(min=NOTHING).exp_(), rest
 
     def add_gradients(self, sums: Tensor, grad: Tensor, features: Tensor) -> None:
-        """Add these meetings to the sums (10, M), given the gradient (CHANNELS, STRIP, S) of the strips."""
+        """Add these intersections to the sums (10, M), given the gradient (CHANNELS, STRIP, S) of the strips."""
         alpha, transmittance, rest = self.weights()
         owners = self.owners.long()
         weight = alpha * transmittance
@@ -244,7 +244,7 @@ class _Chunk:
         for channel in range(CHANNELS - 1):
             along.addcmul_(feature[channel], grad[channel])
             sources.append(grad[channel].mul_(weight).sum(0))
-        # dL/dalpha = T (c . grad) - (what the meetings behind contribute) / (1 - alpha)
+        # dL/dalpha = T (c . grad) - (what the intersections behind contribute) / (1 - alpha)
         through = torch.cumsum((weight * along).double(), 1)
         total = self.repeat(through[:, self.starts + torch.from_numpy(self.counts) - 1])
         behind = (total - through).to(alpha.dtype)
@@ -259,21 +259,21 @@ class _Chunk:
             row.index_add_(0, owners, source.double())
 
     def repeat(self, values: Tensor) -> Tensor:
-        """(..., S) -> (..., E), a strip's value for each of its meetings; NumPy's is the fast one."""
+        """(..., S) -> (..., E), a strip's value for each of its intersections; NumPy's is the fast one."""
         return torch.from_numpy(np.repeat(values.numpy(), self.counts, axis=-1))
 
 
 @dataclass(frozen=True, eq=False)
-class _Meetings:
+class _Intersections:
     """Every (Gaussian, strip) with at least one pixel where alpha reaches MIN_ALPHA, sorted by strip, then by depth."""
 
     n_strips: int
-    counts: np.ndarray  # (n_strips,) meetings of each strip
+    counts: np.ndarray  # (n_strips,) intersections of each strip
     owners: Tensor  # (E,) int32
     table: Tensor  # (6, E) peak, offset, falloff, middle, reach, dy of _Chunk
 
     @classmethod
-    def of(cls, ellipses: np.ndarray, width: int, height: int, dtype: torch.dtype) -> "_Meetings":
+    def of(cls, ellipses: np.ndarray, width: int, height: int, dtype: torch.dtype) -> "_Intersections":
         mean_x, mean_y, slope, over_rows, inside, log_opacity = ellipses
         room = np.maximum(log_opacity - math.log(MIN_ALPHA), 0)
         top, rows = _pixels_within(mean_y, np.sqrt(2 * room * over_rows), height)
@@ -311,7 +311,9 @@ class _Meetings:
         filled = np.flatnonzero(self.counts)
         counts = self.counts[filled]
         ends = np.cumsum(counts)
-        cuts = np.searchsorted(ends, np.arange(MEETINGS_AT_ONCE, ends[-1] if len(ends) else 0, MEETINGS_AT_ONCE))
+        cuts = np.searchsorted(
+            ends, np.arange(INTERSECTIONS_AT_ONCE, ends[-1] if len(ends) else 0, INTERSECTIONS_AT_ONCE)
+        )
         cuts = np.unique(np.concatenate(([0], cuts, [len(ends)])))
         for low, high in pairwise(cuts.tolist()):
             begin, end = int(ends[low] - counts[low]), int(ends[high - 1])
@@ -325,7 +327,7 @@ class _Meetings:
 
 
 def _pixels_within(center: np.ndarray, reach: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """First pixel and number of pixels whose centres lie in [center - reach, center + reach] and in the image, int32."""
+    """First pixel and number of pixels whose centers lie in [center - reach, center + reach] and in the image, int32."""
     first = np.clip(np.ceil(center - reach - 0.5), 0, size)
     end = np.clip(np.floor(center + reach + 0.5), 0, size)
     return first.astype(np.int32), np.maximum(end - first, 0).astype(np.int32)

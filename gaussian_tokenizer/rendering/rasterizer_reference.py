@@ -32,21 +32,21 @@ def rasterize_reference(
     """As `rasterizer.rasterize`, always float64."""
     if means.ndim == 2:
         means, quats, scales = means[None], quats[None], scales[None]
-    n_pictures = max(len(means), len(viewmats))
-    means, quats, scales = (x.double().expand(n_pictures, *x.shape[1:]) for x in (means, quats, scales))
-    viewmats, Ks = (x.double().expand(n_pictures, *x.shape[1:]) for x in (viewmats, Ks.detach()))
+    n_images = max(len(means), len(viewmats))
+    means, quats, scales = (x.double().expand(n_images, *x.shape[1:]) for x in (means, quats, scales))
+    viewmats, Ks = (x.double().expand(n_images, *x.shape[1:]) for x in (viewmats, Ks.detach()))
     opacities, sh = opacities.double(), sh.double()
     rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     pixels = torch.stack((columns.flatten(), rows.flatten()), 1).double()
-    pictures = []
+    images = []
     for mean, quat, scale, viewmat, K in zip(means, quats, scales, viewmats, Ks):
         gaussians = _project(mean, quat, scale, opacities, sh, viewmat, K, (width, height), eps2d, near, far)
         blocks = [
             checkpoint(_blend, block, *gaussians, use_reentrant=False, preserve_rng_state=False)
             for block in pixels.split(PIXELS_AT_ONCE)
         ]
-        pictures.append(torch.cat(blocks).view(height, width, 5))
-    sums = torch.stack(pictures)
+        images.append(torch.cat(blocks).view(height, width, 5))
+    sums = torch.stack(images)
     return sums[..., :3], sums[..., 4:], sums[..., 3:4]
 
 
@@ -54,7 +54,7 @@ def _project(
     mean: Tensor, quat: Tensor, scale: Tensor, opacities: Tensor, sh: Tensor, viewmat: Tensor, K: Tensor,
     size: tuple[int, int], eps2d: float, near: float, far: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Front to back: means (M, 2), inverse covariances (M, 2, 2), opacities (M,), colour + depth + 1 (M, 5)."""
+    """Front to back: means (M, 2), inverse covariances (M, 2, 2), opacities (M,), color + depth + 1 (M, 5)."""
     depth = (mean @ viewmat[:3, :3].T + viewmat[:3, 3])[:, 2]
     seen = ((depth > near) & (depth < far)).nonzero()[:, 0]
     seen = seen[depth[seen].argsort(stable=True)]

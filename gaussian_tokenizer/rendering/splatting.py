@@ -1,8 +1,8 @@
-"""`render`: Gaussians and cameras to pictures, with gradients; the last step from an avatar to pixels.
+"""`render`: Gaussians and cameras to images, with gradients; the last step from an avatar to pixels.
 
 `gsplat.rasterization` draws what lies on a CUDA device, `rasterizer.rasterize` everything else. Both follow gsplat's
 conventions, so that a model trained on one is drawn alike by the other; which one draws is said once in the log. The
-background is composited here: image = sum of weighted colours + (1 - alpha) * background.
+background is composited here: image = sum of weighted colors + (1 - alpha) * background.
 """
 
 import functools
@@ -24,11 +24,11 @@ MIN_DEPTH_ALPHA = 1e-10  # depth is divided by no less, as in gsplat
 
 
 class Rendering(NamedTuple):
-    """C pictures, in the dtype and on the device of the Gaussians' positions."""
+    """C images, in the dtype and on the device of the Gaussians' positions."""
 
-    image: Tensor  # (C, H, W, 3), colours as the Gaussians give them: not clipped at 1
+    image: Tensor  # (C, H, W, 3), colors as the Gaussians give them: not clipped at 1
     alpha: Tensor  # (C, H, W, 1) in 0..1
-    depth: Tensor  # (C, H, W, 1) metres along the viewing axis, the expected depth; 0 where nothing is
+    depth: Tensor  # (C, H, W, 1) meters along the viewing axis, the expected depth; 0 where nothing is
 
 
 def render(
@@ -39,10 +39,10 @@ def render(
     near: float = 0.01,
     far: float = 1e10,
 ) -> Rendering:
-    """Picture i shows frame i with camera i; a single frame or a single camera is repeated.
+    """Image i shows frame i with camera i; a single frame or a single camera is repeated.
 
-    `background` is a grey value, a colour (3,) or a colour for each picture (C, 3). `eps2d` (pixel^2) is added to the
-    variances of every projected Gaussian; those nearer than `near` or farther than `far` metres are left out.
+    `background` is a gray value, a color (3,) or a color for each image (C, 3). `eps2d` (pixel^2) is added to the
+    variances of every projected Gaussian; those nearer than `near` or farther than `far` meters are left out.
     Gradients reach the Gaussians, `cameras.viewmats` and the background, not `cameras.Ks`. `ValueError` for values that
     are not finite (named), for numbers of frames and cameras that do not fit, and for a background of another shape.
     """
@@ -64,11 +64,11 @@ def render(
             _log_once("gsplat draws (CUDA)")
             colors, alpha, depth = _with_gsplat(on_gpu, gaussians, cameras, eps2d, near, far)
         else:
-            _log_once("the rasteriser in PyTorch draws (CPU)")
+            _log_once("the rasterizer in PyTorch draws (CPU)")
             colors, alpha, depth = _with_ours(gaussians, cameras, eps2d, near, far)
     except torch.cuda.OutOfMemoryError as error:
         raise torch.cuda.OutOfMemoryError(
-            f"out of GPU memory with {max(frames, n_cameras)} pictures of {cameras.width} x {cameras.height} and "
+            f"out of GPU memory with {max(frames, n_cameras)} images of {cameras.width} x {cameras.height} and "
             f"{len(gaussians):,} Gaussians; render fewer cameras or frames a call, smaller width and height, or fewer "
             f"points ({error})"
         ) from error
@@ -76,19 +76,19 @@ def render(
 
 
 def to_rgba(image: Tensor, alpha: Tensor) -> np.ndarray:
-    """A picture (H, W, 3) on black with its alpha (H, W, 1) -> (H, W, 4) uint8: colours not darkened where transparent."""
+    """An image (H, W, 3) on black with its alpha (H, W, 1) -> (H, W, 4) uint8: colors not darkened where transparent."""
     straight = image / alpha.clamp(min=1 / 255)
     return (torch.cat((straight, alpha), -1).detach().clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy()
 
 
-def _background(background: float | Sequence[float] | Tensor, n_pictures: int, like: Tensor) -> Tensor:
+def _background(background: float | Sequence[float] | Tensor, n_images: int, like: Tensor) -> Tensor:
     """(), (1, 1, 1, 3) or (C, 1, 1, 3)."""
     colors = torch.as_tensor(background).to(like)
     if colors.ndim == 0:
         return colors
-    if colors.shape not in ((3,), (n_pictures, 3)):
+    if colors.shape not in ((3,), (n_images, 3)):
         raise ValueError(
-            f"background is {tuple(colors.shape)}, expected a number, a colour (3,) or a colour a picture ({n_pictures}, 3)"
+            f"background is {tuple(colors.shape)}, expected a number, a color (3,) or a color an image ({n_images}, 3)"
         )
     return colors.reshape(-1, 1, 1, 3)
 
@@ -125,7 +125,7 @@ def _with_gsplat(
         shape = (max(frames, n_cameras), cameras.height, cameras.width, 1)
         nothing = gaussians.positions.new_zeros(shape, dtype=dtype)
         return nothing.expand(*shape[:3], 3), nothing, nothing
-    pictures = []
+    images = []
     # One call draws one frame with all its cameras.
     for frame in range(frames):
         own = cameras if frames == 1 else cameras[frame if n_cameras > 1 else 0]
@@ -146,8 +146,8 @@ def _with_gsplat(
             packed=False,
             render_mode="RGB+ED",
         )
-        pictures.append(torch.cat((drawn, alpha), -1))
-    sums = torch.cat(pictures).to(dtype)
+        images.append(torch.cat((drawn, alpha), -1))
+    sums = torch.cat(images).to(dtype)
     return sums[..., :3], sums[..., 4:], sums[..., 3:4]
 
 
@@ -175,7 +175,7 @@ def _gsplat_rasterization() -> Callable | None:
         raise
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
         logger.warning(
-            "gsplat does not work here (%s: %s); the slower rasteriser in PyTorch draws on the CPU instead. "
+            "gsplat does not work here (%s: %s); the slower rasterizer in PyTorch draws on the CPU instead. "
             'For gsplat: pip install "avatar-pointillist[render]", with a CUDA toolkit (nvcc) of the version of torch',
             type(error).__name__,
             error,

@@ -1,6 +1,6 @@
-"""Looks of synthetic subjects: which hair, beard and colours a person has, and what colour each point of it gets.
+"""Appearance of synthetic subjects: which hair, beard and colors a person has, and what color each point of it gets.
 
-Drawn from a random generator, in proportions that look like a crowd. Colours come with light baked in (Lambert's law
+Drawn from a random generator, in proportions that look like a crowd. Colors come with light baked in (Lambert's law
 and darker depths of hair), as a fit with spherical harmonics of degree 0 would have them.
 """
 
@@ -18,7 +18,7 @@ HAIR_COLORS = (
     (0.36, 0.21, 0.11),  # brown
     (0.55, 0.22, 0.08),  # red
     (0.80, 0.62, 0.32),  # blond
-    (0.60, 0.59, 0.58),  # grey
+    (0.60, 0.59, 0.58),  # gray
     (0.88, 0.87, 0.85),  # white
 )
 EYE_COLORS = ((0.22, 0.12, 0.06), (0.38, 0.24, 0.10), (0.28, 0.42, 0.22), (0.22, 0.42, 0.65), (0.45, 0.50, 0.53))
@@ -28,8 +28,8 @@ LIGHT = np.array((0.30, 0.55, 0.78)) / np.linalg.norm((0.30, 0.55, 0.78))
 
 
 @dataclass(frozen=True, eq=False)
-class Looks:
-    """What a subject looks like, besides its shape; colours are RGB in 0..1, lengths metres."""
+class Appearance:
+    """What a subject looks like, besides its shape; colors are RGB in 0..1, lengths meters."""
 
     hair_style: str
     beard_style: str
@@ -43,11 +43,11 @@ class Looks:
     hair_thickness: float
     hair_length: float  # how far long hair falls
     beard_thickness: float
-    wave_vectors: np.ndarray  # (W, 3) radians a metre, of the slow variation of hair and beard
+    wave_vectors: np.ndarray  # (W, 3) radians a meter, of the slow variation of hair and beard
     wave_phases: np.ndarray  # (W,)
 
 
-def draw_looks(rng: np.random.Generator) -> Looks:
+def draw_appearance(rng: np.random.Generator) -> Appearance:
     """Random looks; always the same number of draws."""
     hair_style = str(rng.choice(list(HAIR_STYLES), p=list(HAIR_STYLES.values())))
     beard_style = str(rng.choice(list(BEARD_STYLES), p=list(BEARD_STYLES.values())))
@@ -66,7 +66,7 @@ def draw_looks(rng: np.random.Generator) -> Looks:
     )
     directions = rng.standard_normal((5, 3))
     wavelengths = rng.uniform(0.05, 0.12, (5, 1))
-    return Looks(
+    return Appearance(
         hair_style=hair_style,
         beard_style=beard_style,
         skin=_jitter(rng, skin, 0.05),
@@ -85,25 +85,25 @@ def draw_looks(rng: np.random.Generator) -> Looks:
 
 
 def colors_of(
-    looks: Looks, weights: Mapping[str, np.ndarray], normal: np.ndarray, waves: np.ndarray, depth: np.ndarray
+    appearance: Appearance, weights: Mapping[str, np.ndarray], normal: np.ndarray, waves: np.ndarray, depth: np.ndarray
 ) -> np.ndarray:
-    """(N, 3) lit colours in 0..1.
+    """(N, 3) lit colors in 0..1.
 
     `weights` (N,) in 0..1 by region, with `iris_distance` (1 at the rim) where the head has irises and `mouth_depth`
     (0 at the lips, 1 at the back) where it has a `mouth_interior`; `normal` (N, 3); `waves` (N,) slow variation in
     -1..1; `depth` (N,) in the hair, 0 at the skin.
     """
-    colors = np.broadcast_to(looks.skin, normal.shape)
+    colors = np.broadcast_to(appearance.skin, normal.shape)
     blood = 0.6 * np.maximum(weights["ears"], weights["nose"])
-    colors = _mix(colors, looks.skin * (1.0, 0.84, 0.80), blood)
-    colors = _mix(colors, looks.lips, weights["lips"])
-    colors = _mix(colors, looks.brows, looks.brow_strength * weights["brows"])
+    colors = _mix(colors, appearance.skin * (1.0, 0.84, 0.80), blood)
+    colors = _mix(colors, appearance.lips, weights["lips"])
+    colors = _mix(colors, appearance.brows, appearance.brow_strength * weights["brows"])
     strands = ((0.62 + 0.38 * depth) * (1 + 0.25 * waves))[:, None]
-    stubble = 0.35 if looks.beard_style == "stubble" else 0.0
-    bearded = weights["beard"] * (1.0 if looks.beard_thickness > 0.002 else stubble)
-    colors = _mix(colors, looks.beard * strands, bearded)
-    haired = weights["scalp"] * (1.0 if looks.hair_thickness else 0.06)
-    colors = _mix(colors, looks.hair * strands, haired)
+    stubble = 0.35 if appearance.beard_style == "stubble" else 0.0
+    bearded = weights["beard"] * (1.0 if appearance.beard_thickness > 0.002 else stubble)
+    colors = _mix(colors, appearance.beard * strands, bearded)
+    haired = weights["scalp"] * (1.0 if appearance.hair_thickness else 0.06)
+    colors = _mix(colors, appearance.hair * strands, haired)
     light = 0.62 + 0.45 * np.maximum(normal @ LIGHT, 0) - 0.12 * weights["neck"]
     if "mouth_depth" in weights:
         inside = _mix(_mix(CAVITY, TONGUE, weights["tongue"]), TEETH, weights["teeth"])
@@ -113,7 +113,7 @@ def colors_of(
     eyes = np.broadcast_to(SCLERA, normal.shape)
     if "iris_distance" in weights:
         distance = weights["iris_distance"]
-        eyes = _mix(eyes, looks.iris * (1 - 0.5 * smoothstep((distance - 0.7) / 0.3))[:, None], distance < 1)
+        eyes = _mix(eyes, appearance.iris * (1 - 0.5 * smoothstep((distance - 0.7) / 0.3))[:, None], distance < 1)
         eyes = _mix(eyes, PUPIL, distance < 0.42)
     return np.clip(_mix(colors, eyes, weights["eyes"] > 0.5), 0, 1)
 

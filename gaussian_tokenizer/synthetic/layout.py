@@ -41,7 +41,7 @@ REFERENCE = {"scalp": 1.43, "beard": 2.3}
 DENSER = {"brows": 3, "eyelids": 3, "lips": 4, "eyes": 4, "iris": 9, "beard": 1.5, "teeth": 2}
 DENSER_HAIR = {"bald": 1, "short": 1.5, "curly": 2.5, "long": 3}
 # Skin hides what is behind it, so it must have no holes: next to faces without points its points are wider, by so many
-# metres at most. What is in the mouth must not show through the lips: it is no wider than so.
+# meters at most. What is in the mouth must not show through the lips: it is no wider than so.
 CLOSED, CLOSING = ("skin", "neck", "nose", "beard"), 0.002
 INSIDE, WIDEST_INSIDE = ("mouth_interior", "teeth", "tongue"), 0.006
 JAW_OPENING = 0.3  # radians, as far as a random timestep opens the jaw and as far as closed zones stay closed
@@ -57,7 +57,7 @@ class FaceLayout:
     zone: np.ndarray  # (F,) index into `zones`; -1 on faces that never carry a point
     areas: np.ndarray  # (F,) m^2, of the template
     order: dict[str, np.ndarray]  # zone -> its faces, spatially even from the first to the last
-    centers: np.ndarray  # (2, F, 3) metres, of the faces of the template at rest and with the jaw open
+    centers: np.ndarray  # (2, F, 3) meters, of the faces of the template at rest and with the jaw open
 
     @property
     def n_faces(self) -> int:
@@ -72,7 +72,7 @@ def face_layout(head: HeadModel) -> FaceLayout:
     """The zones of `head`.
 
     The region `eyes` hides faces (turned away). `mouth_interior` hides all that touch it on a head that does not say
-    which of it are `teeth`: nobody could colour them.
+    which of it are `teeth`: nobody could color them.
     """
     faces, template = head.faces.cpu().numpy(), head.template.cpu().numpy().astype(np.float64)
     corners = template[faces]
@@ -140,7 +140,7 @@ def dense_counts(layout: FaceLayout, spacing: float, hair: str) -> np.ndarray:
 
 
 def spacings(layout: FaceLayout, counts: np.ndarray) -> np.ndarray:
-    """(F,) metres that each point of a face with `counts` (F,) points has to fill, 0 on a face without points.
+    """(F,) meters that each point of a face with `counts` (F,) points has to fill, 0 on a face without points.
 
     It is the distance of the points if those of a zone lay evenly on all of it, or at least on their face. They do not,
     as a face has none or several: on skin the points nearest to a face without any fill this too, at rest and with the

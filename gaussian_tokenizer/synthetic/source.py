@@ -15,12 +15,12 @@ from gaussian_tokenizer.rendering.splatting import render, to_rgba
 from gaussian_tokenizer.synthetic.layout import MAX_POINTS_PER_FACE
 from gaussian_tokenizer.synthetic.subject import (
     SyntheticSubject,
-    draw_moments,
+    draw_timesteps,
     portrait_avatar,
     synthesize_subject,
 )
 
-LICENCE, CONSENT = "CC0-1.0", "synthetic, no person"
+LICENSE, CONSENT = "CC0-1.0", "synthetic, no person"
 
 
 MAX_VIEWS = 12
@@ -59,7 +59,7 @@ class SyntheticSource:
 
     def open(self, name: str, head: HeadModel) -> "MadeSubject":
         made = _make(name, self.recipe, head)
-        return replace(made, pictures=[_as_read(frame) for frame in made.pictures])
+        return replace(made, images=[_as_read(frame) for frame in made.images])
 
 
 @dataclass(frozen=True)
@@ -69,31 +69,31 @@ class MadeSubject:
     avatar_id: str
     metadata: dict[str, Any]
     avatar: GaussianAvatar
-    pictures: list[Frame]
+    images: list[Frame]
 
     def load_avatar(self, head: HeadModel) -> GaussianAvatar:
         return self.avatar
 
     def frames(self) -> list[Frame]:
-        return self.pictures
+        return self.images
 
 
 def render_frames(subject: SyntheticSubject, image_size: int, views: int, moments: HeadParameters) -> list[Frame]:
-    """Pictures and masks of a subject in each of the moments from every camera, transparent around it.
+    """Images and masks of a subject in each of the moments from every camera, transparent around it.
 
     Camera 0 sees the front, the next 30 degrees from its left, from its right, 60, ...
     """
     azimuths = [DEGREES_BETWEEN_VIEWS * ((number + 1) // 2) * (1 if number % 2 else -1) for number in range(views)]
     cameras = portrait_cameras(subject.head, image_size, azimuths)
     focal = float(cameras.Ks[0, 0, 0])
-    avatar = portrait_avatar(subject, spacing=PIXELS_BETWEEN_POINTS / focal)  # a metre from the camera
+    avatar = portrait_avatar(subject, spacing=PIXELS_BETWEEN_POINTS / focal)  # a meter from the camera
     gaussians = avatar.posed(moments)
     frames = []
     for timestep in range(moments.num_frames):
-        pictures = render(gaussians.frames(timestep), cameras, background=0.0)
-        for number, (image, alpha) in enumerate(zip(pictures.image, pictures.alpha)):
+        images = render(gaussians.frames(timestep), cameras, background=0.0)
+        for number, (image, alpha) in enumerate(zip(images.image, images.alpha)):
             (fx, _, cx), (_, fy, cy) = cameras.Ks[number, :2].tolist()
-            picture = to_rgba(image, alpha)
+            rgba = to_rgba(image, alpha)
             frames.append(
                 Frame(
                     timestep=timestep,
@@ -105,9 +105,9 @@ def render_frames(subject: SyntheticSubject, image_size: int, views: int, moment
                     cy=cy,
                     width=image_size,
                     height=image_size,
-                    image=picture,
+                    image=rgba,
                     params=moments.frame(timestep),
-                    mask=picture[..., 3],
+                    mask=rgba[..., 3],
                 )
             )
     return frames
@@ -122,15 +122,15 @@ def _make(name: str, recipe: dict, head: HeadModel) -> MadeSubject:
     )
     metadata = {
         "avatar_id": name,
-        "licence": LICENCE,
+        "license": LICENSE,
         "consent": CONSENT,
-        "hair_style": subject.looks.hair_style,
-        "beard_style": subject.looks.beard_style,
+        "hair_style": subject.appearance.hair_style,
+        "beard_style": subject.appearance.beard_style,
         "recipe": recipe,
         "head_name": head.name,
         "head_hash": head.hash,
     }
-    moments = draw_moments(subject, recipe["timesteps"], (recipe["seed"], index, 1))
+    moments = draw_timesteps(subject, recipe["timesteps"], (recipe["seed"], index, 1))
     frames = render_frames(subject, recipe["image_size"], recipe["views"], moments)
     return MadeSubject(name, metadata, subject.avatar, frames)
 

@@ -1,10 +1,10 @@
-"""Synthetic subjects: complete avatars of people who do not exist, a function of a head model and a seed.
+"""Synthetic subjects: complete avatars of subjects who do not exist, a function of a head model and a seed.
 
 A seed gives an identity (the head's shape directions, normally distributed) and looks (skin, hair, beard, brows, eyes,
 lips). Gaussians are laid on the canonical head where `synthetic_layout` says; hair and beard are lifted off the skin
-into a smooth volume, long hair falls. The same recipe with more points is what a picture shows, at rest or in another
+into a smooth volume, long hair falls. The same recipe with more points is what an image shows, at rest or in another
 moment. There is no noise per point: whoever sees shape, hair and beard can know where every point is. Light is baked
-into the colours.
+into the colors.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from gaussian_tokenizer.avatars.gaussians import SH_DC
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.synthetic.appearance import Looks, colors_of, draw_looks, smoothstep
+from gaussian_tokenizer.synthetic.appearance import Appearance, colors_of, draw_appearance, smoothstep
 from gaussian_tokenizer.synthetic.layout import (
     JAW_OPENING,
     MIN_POINTS_PER_FACE,
@@ -55,7 +55,7 @@ FLAT = 0.25  # thickness of a Gaussian on the skin, relative to its width
 class SyntheticSubject:
     """A person who does not exist: `avatar` has its head model attached and parameters of one neutral frame."""
 
-    looks: Looks
+    appearance: Appearance
     head: HeadModel
     params: HeadParameters
     avatar: GaussianAvatar
@@ -78,25 +78,25 @@ def synthesize_subject(
     if num_points is not None and num_points < 1:
         raise ValueError(f"{num_points} points asked for; expected at least 1")
     rng = np.random.default_rng(seed)
-    looks = draw_looks(rng)
-    # After the looks, so that one seed looks alike on head models with any number of shape directions.
+    appearance = draw_appearance(rng)
+    # After the appearance, so that one seed looks alike on head models with any number of shape directions.
     shape = identity_scale * np.clip(rng.standard_normal(head.n_shape), -SHAPE_LIMIT, SHAPE_LIMIT)
     params = HeadParameters.zeros(head.n_shape, head.n_expression)
     params.shape.copy_(torch.from_numpy(shape))
     layout = face_layout(head)
     num_points = default_num_points(head.n_faces) if num_points is None else num_points
-    counts = sparse_counts(layout, num_points, looks.hair_style, looks.beard_style, min_points_per_face)
-    return SyntheticSubject(looks, head, params, _anchored(head, params, looks, layout, counts, WIDTH))
+    counts = sparse_counts(layout, num_points, appearance.hair_style, appearance.beard_style, min_points_per_face)
+    return SyntheticSubject(appearance, head, params, _anchored(head, params, appearance, layout, counts, WIDTH))
 
 
 def portrait_avatar(subject: SyntheticSubject, spacing: float) -> GaussianAvatar:
-    """The subject with a point every `spacing` metres or closer, a closed surface: what a portrait shows."""
+    """The subject with a point every `spacing` meters or closer, a closed surface: what a portrait shows."""
     layout = face_layout(subject.head)
-    counts = dense_counts(layout, spacing, subject.looks.hair_style)
-    return _anchored(subject.head, subject.params, subject.looks, layout, counts, DENSE_WIDTH)
+    counts = dense_counts(layout, spacing, subject.appearance.hair_style)
+    return _anchored(subject.head, subject.params, subject.appearance, layout, counts, DENSE_WIDTH)
 
 
-def draw_moments(subject: SyntheticSubject, num_timesteps: int, seed: int | Sequence[int]) -> HeadParameters:
+def draw_timesteps(subject: SyntheticSubject, num_timesteps: int, seed: int | Sequence[int]) -> HeadParameters:
     """Head parameters of so many timesteps: at rest first, then random expressions and small turns of neck, jaw and eyes."""
     rng = np.random.default_rng(seed)
     n_expression = subject.head.n_expression
@@ -114,10 +114,15 @@ def draw_moments(subject: SyntheticSubject, num_timesteps: int, seed: int | Sequ
 
 
 def _anchored(
-    head: HeadModel, params: HeadParameters, looks: Looks, layout: FaceLayout, counts: np.ndarray, width: float
+    head: HeadModel,
+    params: HeadParameters,
+    appearance: Appearance,
+    layout: FaceLayout,
+    counts: np.ndarray,
+    width: float,
 ) -> GaussianAvatar:
     """The avatar with `counts` (F,) points on every face."""
-    faces, gaussians = _dress(head, params, looks, layout, counts, width)
+    faces, gaussians = _dress(head, params, appearance, layout, counts, width)
     frames = face_frames(head.canonical_vertices(params), head.faces)
     return GaussianAvatar(
         positions=world_to_local(gaussians["positions"], faces, frames),
@@ -131,7 +136,12 @@ def _anchored(
 
 
 def _dress(
-    head: HeadModel, params: HeadParameters, looks: Looks, layout: FaceLayout, counts: np.ndarray, width: float
+    head: HeadModel,
+    params: HeadParameters,
+    appearance: Appearance,
+    layout: FaceLayout,
+    counts: np.ndarray,
+    width: float,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Faces (N,) and world-space Gaussians on the canonical head, `counts` (F,) on every face; float32."""
     faces, index, barycentrics = points_of_faces(counts)
@@ -166,12 +176,14 @@ def _dress(
     # and over the faces, and like all else the same for everybody.
     depth = (0.5 + index * 0.6180339887498949 + faces * 0.7548776662466927) % 1
     along = (0.5 + index * 0.8191725133961645 + faces * 0.5698402909980532) % 1
-    waves = np.sin(skin @ looks.wave_vectors.T + looks.wave_phases).mean(1)
+    waves = np.sin(skin @ appearance.wave_vectors.T + appearance.wave_phases).mean(1)
     offsets = np.zeros_like(skin)
-    if looks.hair_thickness and masks.get("scalp", np.zeros(1)).any():
-        offsets += _hair_offsets(looks, skin, normal, weights["scalp"], vertices[masks["scalp"]], waves, depth, along)
-    if looks.beard_thickness and masks.get("beard", np.zeros(1)).any():
-        offsets += _beard_offsets(looks, skin, normal, weights["beard"], vertices[masks["beard"]], waves, depth)
+    if appearance.hair_thickness and masks.get("scalp", np.zeros(1)).any():
+        offsets += _hair_offsets(
+            appearance, skin, normal, weights["scalp"], vertices[masks["scalp"]], waves, depth, along
+        )
+    if appearance.beard_thickness and masks.get("beard", np.zeros(1)).any():
+        offsets += _beard_offsets(appearance, skin, normal, weights["beard"], vertices[masks["beard"]], waves, depth)
 
     lift = np.linalg.norm(offsets, axis=1)
     lifted, hanging = smoothstep(lift / 0.006), smoothstep((lift - 0.03) / 0.05)
@@ -182,7 +194,7 @@ def _dress(
         "scales": widths[:, None] * relative,
         "quats": matrix_to_quaternion(torch.from_numpy(_axes(normal))).numpy(),
         "opacities": np.full(len(faces), OPACITY),
-        "colors": colors_of(looks, weights, normal, waves, depth),
+        "colors": colors_of(appearance, weights, normal, waves, depth),
     }
     return torch.from_numpy(faces), {name: torch.from_numpy(array).float() for name, array in arrays.items()}
 
@@ -198,7 +210,7 @@ def _rounded_surface(
 
 
 def _hair_offsets(
-    looks: Looks,
+    appearance: Appearance,
     roots: np.ndarray,
     normal: np.ndarray,
     scalp: np.ndarray,
@@ -208,27 +220,27 @@ def _hair_offsets(
     along: np.ndarray,
 ) -> np.ndarray:
     """(N, 3) from the root of each point to where it is in the hair."""
-    roughness = 0.7 if looks.hair_style == "curly" else 0.35
-    lift = looks.hair_thickness * scalp * (1 + roughness * waves) * (0.3 + 0.7 * depth)
+    roughness = 0.7 if appearance.hair_style == "curly" else 0.35
+    lift = appearance.hair_thickness * scalp * (1 + roughness * waves) * (0.3 + 0.7 * depth)
     offsets = lift[:, None] * _normalized(normal + np.array((0, 0.35, 0)))
-    if looks.hair_style != "long":
+    if appearance.hair_style != "long":
         return offsets
     # The lower a root and the farther from the forehead, the farther its hair falls.
     low, high = scalp_vertices.min(0), scalp_vertices.max(0)
     middle, radius = (low + high) / 2, (high - low) / 2
     from_front = np.arctan2(np.abs(roots[:, 0]), roots[:, 2] - middle[2])
     falls = smoothstep((from_front - 0.75) / 0.7) * smoothstep((high[1] - roots[:, 1]) / (1.4 * radius[1])) * scalp
-    drop = looks.hair_length * along * falls
+    drop = appearance.hair_length * along * falls
     offsets[:, 1] -= drop
     # Outside the neck: what has fallen hangs from the widest outline of the skull.
-    sideways = (roots + offsets - middle)[:, [0, 2]] / (radius[[0, 2]] + 0.5 * looks.hair_thickness)
+    sideways = (roots + offsets - middle)[:, [0, 2]] / (radius[[0, 2]] + 0.5 * appearance.hair_thickness)
     inward = np.maximum(1 / np.maximum(np.linalg.norm(sideways, axis=1), 0.3) - 1, 0) * smoothstep(drop / 0.05)
     offsets[:, [0, 2]] += inward[:, None] * (roots + offsets - middle)[:, [0, 2]]
     return offsets
 
 
 def _beard_offsets(
-    looks: Looks,
+    appearance: Appearance,
     roots: np.ndarray,
     normal: np.ndarray,
     beard: np.ndarray,
@@ -239,7 +251,7 @@ def _beard_offsets(
     """(N, 3) from the skin into the beard, longest at the chin."""
     low, high = beard_vertices[:, 1].min(), beard_vertices[:, 1].max()
     length = 0.5 + 0.9 * smoothstep((high - roots[:, 1]) / max(high - low, 1e-6))
-    lift = looks.beard_thickness * beard * length * (1 + 0.35 * waves) * (0.3 + 0.7 * depth)
+    lift = appearance.beard_thickness * beard * length * (1 + 0.35 * waves) * (0.3 + 0.7 * depth)
     return lift[:, None] * _normalized(normal + np.array((0, -0.5, 0.15)))
 
 

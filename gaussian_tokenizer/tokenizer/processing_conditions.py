@@ -1,6 +1,6 @@
 """Conditions of the model as arrays: portraits to pixels, head meshes to normals.
 
-An image of any PIL mode, dtype or orientation becomes RGB on white, is fitted whole into a square and normalised with
+An image of any PIL mode, dtype or orientation becomes RGB on white, is fitted whole into a square and normalized with
 the statistics DINOv2 was trained with. Normals are area-weighted: the sum of the face cross products at each vertex.
 Used by processing_gaussian_tokenizer.py, and saved with it beside the checkpoints: third-party and sibling imports only.
 """
@@ -19,9 +19,9 @@ IMAGE_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
 def pixel_values(images: Any, size: int) -> np.ndarray:
-    """One image or B of them -> (B, 3, S, S) float32, normalised.
+    """One image or B of them -> (B, 3, S, S) float32, normalized.
 
-    An image is a PIL image, an image file, or an array or tensor (H, W), (H, W, C) or (C, H, W). It is centred whole
+    An image is a PIL image, an image file, or an array or tensor (H, W), (H, W, C) or (C, H, W). It is centered whole
     on a white square: nothing is cropped, nothing is stretched.
     """
     is_stack = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4

@@ -1,11 +1,11 @@
 """Face-anchored points to token ids and back, and the conditions of the model beside them.
 
-A point (canonical position in metres + face of the head model) becomes four tokens x, y, z, b:
+A point (canonical position in meters + face of the head model) becomes four tokens x, y, z, b:
 
     bin = floor((x - lo) / (hi - lo) * n_bins), clamped;  b = n_bins + face        [bos, x, y, z, b, ..., eos]
 
-Points are sorted by their quantised (y, z, x, face), so a cloud has one sentence whatever its order. `decode` gives bin
-centres. Images and head meshes become `pixel_values`, `head_vertices` and `head_normals`. Every setting is a scalar in
+Points are sorted by their quantized (y, z, x, face), so a cloud has one sequence whatever its order. `decode` gives bin
+centers. Images and head meshes become `pixel_values`, `head_vertices` and `head_normals`. Every setting is a scalar in
 `processor_config.json`; this file imports third-party packages only, because it is saved beside the checkpoints.
 Axis letters: B batch, N points, L tokens (4N + 2), V vertices, F faces, S image size.
 """
@@ -25,18 +25,18 @@ from transformers import BatchFeature, ProcessorMixin
 from .processing_conditions import as_array, pixel_values, vertex_normals
 
 SLOTS = ("x", "y", "z", "face")
-DEFAULT_BOUNDS = ((-0.3, -0.3, -0.3), (0.3, 0.3, 0.3))  # metres: a head with hair and neck about the origin
-MAX_IMAGE_SIZE = 2**14  # 3 GB a picture
+DEFAULT_BOUNDS = ((-0.3, -0.3, -0.3), (0.3, 0.3, 0.3))  # meters: a head with hair and neck about the origin
+MAX_IMAGE_SIZE = 2**14  # 3 GB an image
 BLOCK = 8192  # points worked on at a time: the temporaries stay in the cache, so the time stays linear
 
 
 class GaussianTokenizer(ProcessorMixin):
-    """Tokenises clouds of face-anchored points; loads through `AutoProcessor`.
+    """Tokenizes clouds of face-anchored points; loads through `AutoProcessor`.
 
     Args:
         n_bins: levels per axis.
         n_faces: faces F of the head model the points are anchored to.
-        bounds: `[[lo x, y, z], [hi x, y, z]]` in metres; see `fit`.
+        bounds: `[[lo x, y, z], [hi x, y, z]]` in meters; see `fit`.
         axis_order: the axes in sorting order, most significant first. The token order is always x, y, z, face.
         max_points: longest cloud that is accepted; None for no limit.
         padding_side: "right" or "left", for batches.
@@ -127,11 +127,11 @@ class GaussianTokenizer(ProcessorMixin):
         """Encode points, images and head meshes, each one item or a list of B of them.
 
         Args:
-            points: avatars (asked for `head_hash` and `canonical_points()`) or mappings with `positions` (N, 3) metres
+            points: avatars (asked for `head_hash` and `canonical_points()`) or mappings with `positions` (N, 3) meters
                 and `faces` (N,) integers.
-            images: PIL images, arrays or tensors (H, W), (H, W, C) or (C, H, W), or image files. Greyscale, 16-bit and
+            images: PIL images, arrays or tensors (H, W), (H, W, C) or (C, H, W), or image files. Grayscale, 16-bit and
                 palette images are converted, transparency is laid on white, the rest of the square is white.
-            head_vertices: (V, 3) or (B, V, 3) metres; `head_faces` (F, 3) then gives `head_normals`.
+            head_vertices: (V, 3) or (B, V, 3) meters; `head_faces` (F, 3) then gives `head_normals`.
             return_tensors: None, "pt" or "np". None: `input_ids` is one array (L,) of the smallest of uint16 and uint32
                 that holds the vocabulary, or a list of them. "pt", "np": int64 (B, L), padded.
             return_order: add `order`, for each cloud the (N,) permutation from sorted to given points: attributes
@@ -164,7 +164,7 @@ class GaussianTokenizer(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["order"])
 
     def decode(self, ids: Any, errors: str = "strict") -> dict[str, Any]:
-        """Ids (L,) of one cloud -> `positions` (N, 3) float32 bin centres in metres and `faces` (N,) int64.
+        """Ids (L,) of one cloud -> `positions` (N, 3) float32 bin centers in meters and `faces` (N,) int64.
 
         bos, eos and padding at the ends may be there or not. An id that does not fit its slot, a point cut short, or
         ids after eos raise ValueError with the position. With `errors="truncate"` the points before it are kept, a
@@ -173,14 +173,14 @@ class GaussianTokenizer(ProcessorMixin):
         _one_of("errors", errors, ("strict", "truncate"))
         ids = self._integer_ids(ids)
         body, start = self._strip(ids)
-        decoded = self._dequantise(body)
+        decoded = self._dequantize(body)
         dropped = 0
         if decoded is None:
             n_points, problem = self._first_problem(body, start)
             if errors == "strict":
                 raise ValueError(f'{problem}; errors="truncate" keeps the {n_points} points before it')
             warnings.warn(f"{problem}; kept the {n_points} points before it", stacklevel=2)
-            decoded = self._dequantise(body[: 4 * n_points])
+            decoded = self._dequantize(body[: 4 * n_points])
             assert decoded is not None
             # An eos right behind the kept points is not lost, only what comes after it.
             dropped = len(body) - 4 * n_points - int(body[4 * n_points] == self.eos_token_id)
@@ -313,7 +313,7 @@ class GaussianTokenizer(ProcessorMixin):
                 for rank, axis in enumerate(self._sorting_axes):
                     column = positions[rows, axis].astype(np.float64)
                     inside &= bool(column.min() >= self._lo[axis] and column.max() <= self._hi[axis])
-                    bins = self._quantise(column, self._lo[axis], self._hi[axis])
+                    bins = self._quantize(column, self._lo[axis], self._hi[axis])
                     if rank == 0:
                         key[:] = bins
                     else:
@@ -329,8 +329,8 @@ class GaussianTokenizer(ProcessorMixin):
         overshoot = np.maximum(self._lo - exact, exact - self._hi).max(axis=1)
         return keys, int((overshoot > 0).sum()), float(overshoot.max())
 
-    def _quantise(self, column: np.ndarray, lo: np.float64, hi: np.float64) -> np.ndarray:
-        """Metres (N,) float64, overwritten -> bins (N,) int64. In the order of the formula, to round as it does."""
+    def _quantize(self, column: np.ndarray, lo: np.float64, hi: np.float64) -> np.ndarray:
+        """Meters (N,) float64, overwritten -> bins (N,) int64. In the order of the formula, to round as it does."""
         column -= lo
         column /= hi - lo
         column *= self.n_bins
@@ -383,13 +383,13 @@ class GaussianTokenizer(ProcessorMixin):
             end -= 1
         return ids[start:end], start
 
-    def _dequantise(self, body: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    def _dequantize(self, body: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Ids (4N,) -> positions (N, 3) and faces (N,), or None where an id is not of its slot or a point is cut."""
         if len(body) % 4:
             return None
         unsigned = body.view(f"u{body.itemsize}")
         lowest, span = (limit.astype(unsigned.dtype, copy=False) for limit in self._slot_limits)
-        scale, offset = self._slot_metres
+        scale, offset = self._slot_meters
         positions = np.empty((len(body) // 4, 3), dtype=np.float32)
         faces = np.empty(len(body) // 4, dtype=np.int64)
         for start in range(0, len(faces), BLOCK):
@@ -398,16 +398,16 @@ class GaussianTokenizer(ProcessorMixin):
             values = tokens - lowest[: len(tokens)]  # unsigned: what is too low wraps round and is too high
             if (values > span[: len(tokens)]).any():
                 return None
-            metres = values.astype(np.float32)  # as in _set_bounds, which checks this arithmetic for every bin
-            metres *= scale[: len(tokens)]
-            metres += offset[: len(tokens)]
+            meters = values.astype(np.float32)  # as in _set_bounds, which checks this arithmetic for every bin
+            meters *= scale[: len(tokens)]
+            meters += offset[: len(tokens)]
             for axis in range(3):
-                positions[rows, axis] = metres[axis::4]
+                positions[rows, axis] = meters[axis::4]
             faces[rows] = values[3::4]
         return positions, faces
 
     def _first_problem(self, body: np.ndarray, start: int) -> tuple[int, str]:
-        """The number of whole points before the first id that does not fit, and a sentence about it."""
+        """The number of whole points before the first id that does not fit, and a sequence about it."""
         face_slot = np.arange(len(body)) % 4 == 3
         fits_coordinate = (body >= 0) & (body < self.n_bins)
         fits_face = (body >= self.n_bins) & (body < self.bos_token_id)
@@ -443,7 +443,7 @@ class GaussianTokenizer(ProcessorMixin):
         if vertices.ndim != 3 or vertices.shape[2] != 3 or vertices.size == 0 or vertices.dtype.kind not in "fiu":
             raise ValueError(f"head_vertices are {vertices.dtype} {vertices.shape}; expected (V, 3) or (B, V, 3)")
         if not np.isfinite(vertices).all():
-            raise ValueError("head_vertices hold NaN or Inf; expected metres")
+            raise ValueError("head_vertices hold NaN or Inf; expected meters")
         data = {"head_vertices": vertices.astype(np.float32)}
         if head_faces is not None:
             faces = as_array(head_faces, "head_faces")
@@ -460,7 +460,7 @@ class GaussianTokenizer(ProcessorMixin):
         try:
             lo, hi = np.asarray(bounds, dtype=np.float64).reshape(2, 3)
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"bounds are {bounds!r}; expected [[lo x, y, z], [hi x, y, z]] in metres") from None
+            raise ValueError(f"bounds are {bounds!r}; expected [[lo x, y, z], [hi x, y, z]] in meters") from None
         with np.errstate(all="ignore"):
             width = (hi - lo) / self.n_bins
             if not (np.isfinite(width).all() and (lo < hi).all()):
@@ -468,16 +468,16 @@ class GaussianTokenizer(ProcessorMixin):
             scale, offset = width.astype(np.float32), (lo + width / 2).astype(np.float32)
             bins = np.arange(self.n_bins)
             for axis, name in enumerate("xyz"):
-                # What makes encode(decode(ids)) == ids: a decoded centre must fall back into its own bin.
-                centres = bins.astype(np.float32) * scale[axis] + offset[axis]
-                if not np.array_equal(self._quantise(centres.astype(np.float64), lo[axis], hi[axis]), bins):
+                # What makes encode(decode(ids)) == ids: a decoded center must fall back into its own bin.
+                centers = bins.astype(np.float32) * scale[axis] + offset[axis]
+                if not np.array_equal(self._quantize(centers.astype(np.float64), lo[axis], hi[axis]), bins):
                     raise ValueError(
                         f"float32 cannot tell {self.n_bins} bins apart between {lo[axis]} and {hi[axis]} on axis "
                         f"{name}: widen the bounds, move them towards zero or lower n_bins"
                     )
         self.bounds = [lo.tolist(), hi.tolist()]
         self._lo, self._hi = lo, hi
-        self._slot_metres = _per_token([*scale, 0], np.float32), _per_token([*offset, 0], np.float32)
+        self._slot_meters = _per_token([*scale, 0], np.float32), _per_token([*offset, 0], np.float32)
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
@@ -539,7 +539,7 @@ def _is_batch(items: Any) -> bool:
 
 def _not_finite(positions: np.ndarray, index: int) -> str:
     row = int(np.argmin(np.isfinite(positions).all(axis=1)))
-    return f"point {row} of cloud {index} is at {positions[row].tolist()}; expected finite metres"
+    return f"point {row} of cloud {index} is at {positions[row].tolist()}; expected finite meters"
 
 
 def _positive_integer(name: str, value: Any) -> int:

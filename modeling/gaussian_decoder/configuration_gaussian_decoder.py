@@ -27,7 +27,7 @@ MODES = ("full", "ar_feature", "position", "flame_position")
 
 # As in configuration_pointillist.py: a checkpoint of one travels without the files of the other.
 def check_fields(config: PreTrainedConfig, limits: Mapping[str, tuple[float, float]]) -> None:
-    """Raise `ValueError` for a field outside its limits (NaN is outside of all), a centre that is no point, or no dtype."""
+    """Raise `ValueError` for a field outside its limits (NaN is outside of all), a center that is no point, or no dtype."""
     if isinstance(config.dtype, str) and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
         raise ValueError(f"dtype is {config.dtype!r}, expected one of torch's, such as float32; correct config.json")
     for name, (low, high) in limits.items():
@@ -38,9 +38,9 @@ def check_fields(config: PreTrainedConfig, limits: Mapping[str, tuple[float, flo
     depth = vision.get("num_hidden_layers", 1) if isinstance(vision, dict) else 1
     if isinstance(depth, int) and not LAYERS[0] <= depth <= LAYERS[1]:
         raise ValueError(f"vision_config has num_hidden_layers {depth}, expected {LAYERS[0]} to {LAYERS[1]}")
-    centre = config.point_centre
-    if centre is not None and (len(centre) != 3 or not all(map(math.isfinite, centre))):
-        raise ValueError(f"point_centre is {centre}, expected x, y and z in metres")
+    center = config.point_center
+    if center is not None and (len(center) != 3 or not all(map(math.isfinite, center))):
+        raise ValueError(f"point_center is {center}, expected x, y and z in meters")
 
 
 @strict
@@ -53,17 +53,17 @@ class GaussianDecoderConfig(PreTrainedConfig):
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: the joint-attention blocks;
             `intermediate_size` defaults to four widths.
         point_feature_size: width of the point model whose hidden states are read.
-        point_frequencies: octaves of the positional encoding; point_extent: metres mapped to [-1, 1];
-            point_centre: metres, subtracted before.
+        point_frequencies: octaves of the positional encoding; point_extent: meters mapped to [-1, 1];
+            point_center: meters, subtracted before.
         read_anchors: also tell each point where the nearest point of its face is on the subject's own head, and learn how far
             to pull it there (not in the paper). What the point model placed beside the head can then be put right.
         vision_config: a `Dinov2Config` (or dict) of the portrait encoder; default ViT-L/14, as in `PointillistConfig`.
         vision_layers: 0-based layers whose patch tokens are fused; default LAM's [4, 11, 17, 23] for 24 layers, else four
             evenly spread ones that end with the last.
         freeze_vision_encoder: whether the portrait encoder stays as it is.
-        sh_degree: degree of the spherical harmonics of the colour, 0 to 3; 0 is a colour that no view changes.
-        init_scale, max_scale: metres, the standard deviation of a new decoder's Gaussians and its upper limit.
-        max_offset: metres, how far a Gaussian may move from its point along each axis.
+        sh_degree: degree of the spherical harmonics of the color, 0 to 3; 0 is a color that no view changes.
+        init_scale, max_scale: meters, the standard deviation of a new decoder's Gaussians and its upper limit.
+        max_offset: meters, how far a Gaussian may move from its point along each axis.
         init_opacity: opacity of a new decoder's Gaussians.
     """
 
@@ -80,7 +80,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
     point_feature_size: int = 1024
     point_frequencies: int = 8
     point_extent: float = 0.2
-    point_centre: list[float] | None = None
+    point_center: list[float] | None = None
     read_anchors: bool = False
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -97,8 +97,8 @@ class GaussianDecoderConfig(PreTrainedConfig):
         check_fields(self, LIMITS)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        if self.point_centre is None:
-            self.point_centre = [0.0, 0.0, 0.0]
+        if self.point_center is None:
+            self.point_center = [0.0, 0.0, 0.0]
         if self.vision_config is None:
             self.vision_config = Dinov2Config(
                 hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518

@@ -1,4 +1,4 @@
-"""The Gaussian decoder: the points of an avatar and a portrait become the colour, size, turn and opacity of its Gaussians.
+"""The Gaussian decoder: the points of an avatar and a portrait become the color, size, turn and opacity of its Gaussians.
 
 In: canonical positions (B, N, 3), the point model's hidden states that predicted each point's four tokens (B, N, 4, D_ar) and
 a portrait. Out: `GaussianDecoderOutput`. Points and portrait tokens pass through joint-attention blocks (SD3's MM-DiT without
@@ -32,9 +32,9 @@ EXPONENT_LIMIT = 15.0  # above it the gradient of exp is held, so that an overfl
 class GaussianDecoderOutput(ModelOutput):
     """Gaussians in canonical space, activated, float32 whatever the precision of the blocks.
 
-    positions: (B, N, 3) metres, the points (with `read_anchors`: pulled to their anchors) moved by `offsets` (B, N, 3), each
+    positions: (B, N, 3) meters, the points (with `read_anchors`: pulled to their anchors) moved by `offsets` (B, N, 3), each
         within +-max_offset.
-    scales: (B, N, 3) metres, one standard deviation along each axis, 0 to max_scale. At max_scale the gradient is zero.
+    scales: (B, N, 3) meters, one standard deviation along each axis, 0 to max_scale. At max_scale the gradient is zero.
     quats: (B, N, 4) wxyz, unit length. opacities: (B, N) in 0..1.
     sh: (B, N, K, 3) coefficients, K = (sh_degree + 1)^2; rgb = sum of basis * sh + 0.5.
     Where `point_mask` is False, offsets and opacities are zero.
@@ -109,9 +109,9 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
         self.blocks[-1].attn.q_norm_context.requires_grad_(False)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """Portraits (B, 3, h, w), ImageNet-normalised -> `image_embeds` (B, M, layers read * D_vision), M patches.
+        """Portraits (B, 3, h, w), ImageNet-normalized -> `image_embeds` (B, M, layers read * D_vision), M patches.
 
-        What the frozen part of the way makes of a portrait: the patch tokens of each layer of `vision_layers`, normalised by the
+        What the frozen part of the way makes of a portrait: the patch tokens of each layer of `vision_layers`, normalized by the
         encoder's last norm (DINOv2's `get_intermediate_layers`), side by side. Make it once to use a portrait many times.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
@@ -135,12 +135,12 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
         """One pass.
 
         Args:
-            positions: (B, N, 3) metres, canonical space: dequantised tokens, or head vertices for "flame_position".
+            positions: (B, N, 3) meters, canonical space: dequantized tokens, or head vertices for "flame_position".
             point_features: (B, N, 4, D_ar) last hidden states of the point model that predicted x, y, z and face of each
                 point; needed by the modes "full" and "ar_feature", not read by the others.
-            pixel_values: (B, 3, h, w) portrait, ImageNet-normalised, or `image_embeds` (B, M, E) from `encode_image`.
+            pixel_values: (B, 3, h, w) portrait, ImageNet-normalized, or `image_embeds` (B, M, E) from `encode_image`.
             point_mask: (B, N) bool, False on padding. Real points come out as they would without the padding.
-            anchors: (B, N, 3) metres, canonical space: the nearest point on the face of each point, on the subject's own head;
+            anchors: (B, N, 3) meters, canonical space: the nearest point on the face of each point, on the subject's own head;
                 needed if the configuration says `read_anchors`, else not read.
 
         Raises:
@@ -227,19 +227,19 @@ class PointEmbedding(nn.Module):
 
     def forward(self, positions: Tensor, point_features: Tensor | None, anchors: Tensor | None) -> Tensor:
         dtype = self.proj.weight.dtype
-        centre = torch.tensor(self.config.point_centre, device=positions.device)
+        center = torch.tensor(self.config.point_center, device=positions.device)
         parts = []
         if self.config.reads_positions:
-            parts.append(self.position_mlp(self.encode(positions - centre).to(dtype)))
+            parts.append(self.position_mlp(self.encode(positions - center).to(dtype)))
         if self.config.reads_point_features:
             parts.append(self.feature_mlp(point_features.to(dtype).flatten(-2)))
         if self.config.read_anchors:
-            both = torch.cat((self.encode(anchors - centre), self.encode(positions.float() - anchors.float())), dim=-1)
+            both = torch.cat((self.encode(anchors - center), self.encode(positions.float() - anchors.float())), dim=-1)
             parts.append(self.anchor_mlp(both.to(dtype)))
         return self.proj(torch.cat(parts, dim=-1))
 
-    def encode(self, metres: Tensor) -> Tensor:
-        return positional_encoding(metres.float() / self.config.point_extent, self.config.point_frequencies)
+    def encode(self, meters: Tensor) -> Tensor:
+        return positional_encoding(meters.float() / self.config.point_extent, self.config.point_frequencies)
 
 
 def branch(inputs: int, width: int) -> nn.Sequential:
@@ -289,7 +289,7 @@ def feed_forward(width: int, inner: int) -> nn.Sequential:
 
 
 class JointAttention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V over points followed by context, queries and keys normalised head by head."""
+    """softmax(Q K^T / sqrt(d)) V over points followed by context, queries and keys normalized head by head."""
 
     is_causal = False
     num_key_value_groups = 1
@@ -313,7 +313,7 @@ class JointAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, points: Tensor, context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Normalised points (B, N, D) and context (B, M, D) -> what is added to each (None for a context that ends here)."""
+        """Normalized points (B, N, D) and context (B, M, D) -> what is added to each (None for a context that ends here)."""
         queries = (
             self.q_norm(self.heads(self.q_proj(points))),
             self.q_norm_context(self.heads(self.q_proj_context(context))),
@@ -348,9 +348,9 @@ def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs
 
 
 class GaussianHead(nn.Module):
-    """Normalised points (B, N, D) and their positions (B, N, 3) -> Gaussians.
+    """Normalized points (B, N, D) and their positions (B, N, 3) -> Gaussians.
 
-    Everything but the colour starts equal for all points: small, faint, unturned Gaussians on their points.
+    Everything but the color starts equal for all points: small, faint, unturned Gaussians on their points.
     """
 
     def __init__(self, config: GaussianDecoderConfig):

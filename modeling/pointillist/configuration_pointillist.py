@@ -28,7 +28,7 @@ LIMITS = {
 
 
 def check_fields(config: PreTrainedConfig, limits: Mapping[str, tuple[float, float]]) -> None:
-    """Raise `ValueError` for a field outside its limits (NaN is outside of all), a centre that is no point, or no dtype."""
+    """Raise `ValueError` for a field outside its limits (NaN is outside of all), a center that is no point, or no dtype."""
     if isinstance(config.dtype, str) and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
         raise ValueError(f"dtype is {config.dtype!r}, expected one of torch's, such as float32; correct config.json")
     for name, (low, high) in limits.items():
@@ -39,9 +39,9 @@ def check_fields(config: PreTrainedConfig, limits: Mapping[str, tuple[float, flo
     depth = vision.get("num_hidden_layers", 1) if isinstance(vision, dict) else 1
     if isinstance(depth, int) and not LAYERS[0] <= depth <= LAYERS[1]:
         raise ValueError(f"vision_config has num_hidden_layers {depth}, expected {LAYERS[0]} to {LAYERS[1]}")
-    centre = config.point_centre
-    if centre is not None and (len(centre) != 3 or not all(map(math.isfinite, centre))):
-        raise ValueError(f"point_centre is {centre}, expected x, y and z in metres")
+    center = config.point_center
+    if center is not None and (len(center) != 3 or not all(map(math.isfinite, center))):
+        raise ValueError(f"point_center is {center}, expected x, y and z in meters")
 
 
 @strict
@@ -49,7 +49,7 @@ class PointillistConfig(PreTrainedConfig):
     r"""Configuration of `PointillistForCausalLM`.
 
     Args:
-        n_bins: quantisation levels an axis; coordinate ids are `[0, n_bins)`.
+        n_bins: quantization levels an axis; coordinate ids are `[0, n_bins)`.
         n_faces: faces of the head model; face ids are `[n_bins, n_bins + n_faces)`. Then begin, end, padding.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, head_dim: the decoder.
         num_key_value_heads: key/value heads of self-attention; fewer than the query heads means grouped queries
@@ -66,8 +66,8 @@ class PointillistConfig(PreTrainedConfig):
         use_point_encoder: whether there is a Perceiver-style encoder of the head mesh.
         point_latents, point_hidden_size, point_layers, point_attention_heads: its learned queries and size.
         point_samples: vertices that are read of a finer mesh, evenly spaced in its order (default: all).
-        point_frequencies: octaves of the Fourier embedding; point_extent: metres mapped to [-1, 1].
-        point_centre: metres, subtracted from head vertices before the Fourier embedding.
+        point_frequencies: octaves of the Fourier embedding; point_extent: meters mapped to [-1, 1].
+        point_center: meters, subtracted from head vertices before the Fourier embedding.
     """
 
     model_type = "avatar_pointillist"
@@ -107,7 +107,7 @@ class PointillistConfig(PreTrainedConfig):
     point_samples: int | None = None
     point_frequencies: int = 8
     point_extent: float = 0.2
-    point_centre: list[float] | None = None
+    point_center: list[float] | None = None
 
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -126,8 +126,8 @@ class PointillistConfig(PreTrainedConfig):
         self.vocab_size = expected
         self.bos_token_id, self.eos_token_id, self.pad_token_id = expected - 3, expected - 2, expected - 1
         self.layer_types = ["sliding_attention"] * self.num_hidden_layers
-        if self.point_centre is None:
-            self.point_centre = [0.0, 0.0, 0.0]
+        if self.point_center is None:
+            self.point_center = [0.0, 0.0, 0.0]
         if self.use_vision_encoder:
             if self.vision_config is None:
                 self.vision_config = Dinov2Config(

@@ -1,10 +1,10 @@
-"""The grammar of a point cloud sentence, as a logits processor that runs where the logits are.
+"""The grammar of a point cloud sequence, as a logits processor that runs where the logits are.
 
-A sentence is `bos, (x, y, z, face)*, eos`, and its points are sorted by (y, z, x, face). `PointGrammar` gives every token that
+A sequence is `bos, (x, y, z, face)*, eos`, and its points are sorted by (y, z, x, face). `PointGrammar` gives every token that
 would break this a score of minus infinity: coordinates in coordinate slots, faces in face slots, the end only between points,
 each point not before the one written last (Meshtron's order-enforced sampling, for points), and the optional limits on the
 number of points, in total and on a face. It never leads into a dead end: a coordinate is allowed only if the point can still be
-completed, and where no further point fits the sentence must end.
+completed, and where no further point fits the sequence must end.
 
 Everything is tensor arithmetic on the last eight ids: no host synchronisation, any batch, prompts padded on the left.
 """
@@ -17,7 +17,7 @@ from .configuration_pointillist import PointillistConfig
 
 
 class PointGrammar(LogitsProcessor):
-    """Masks every token that the sentence so far does not allow.
+    """Masks every token that the sequence so far does not allow.
 
     Args:
         config: ids of the vocabulary.

@@ -58,7 +58,7 @@ def holds_cache(output: type) -> type:
 def forward_pass(model, cache: Cache | None, generation_config) -> Callable:
     """The call that decodes a token: compiled where the cache has fixed shapes and transformers finds the hardware fit for it.
 
-    `_valid_auto_compile_criteria` is private, but what it knows of quantisers, offloading and devices would have to be copied, and
+    `_valid_auto_compile_criteria` is private, but what it knows of quantizers, offloading and devices would have to be copied, and
     `cache_implementation="static"` is to compile where it does in every other model.
     """
     if cache is not None and model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):

@@ -52,8 +52,8 @@ class PointEncoder(nn.Module):
             read = evenly_spaced(samples, vertices.shape[1], vertices.device)
             vertices, normals = vertices[:, read], normals[:, read]
         dtype = self.latents.dtype
-        centred = vertices.float() - torch.tensor(self.config.point_centre, device=vertices.device)
-        unit = centred / self.config.point_extent
+        centered = vertices.float() - torch.tensor(self.config.point_center, device=vertices.device)
+        unit = centered / self.config.point_extent
         octaves = math.pi * 2.0 ** torch.arange(self.config.point_frequencies, device=vertices.device)
         angles = rearrange(unit[..., None] * octaves, "b v xyz octave -> b v (xyz octave)")
         points = self.embed(torch.cat((angles.sin(), angles.cos(), unit, normals.float()), dim=-1).to(dtype))

@@ -5,7 +5,7 @@ Out: logits (B, L, vocabulary) and the last hidden states, of which those that *
 that point's feature in the Gaussian decoder.
 
 Each of the blocks is self-attention with rotary positions and a sliding window, cross-attention to the condition, and a GELU
-feed-forward, every one pre-normalised by RMSNorm: x-transformers' `Decoder(cross_attend=True)`, whose weights load through
+feed-forward, every one pre-normalized by RMSNorm: x-transformers' `Decoder(cross_attend=True)`, whose weights load through
 `convert_x_transformers` (AvatarPointillist supplementary, section D).
 
 Axes: B batch, L tokens, M condition tokens, H heads, D width, W window.
@@ -152,7 +152,7 @@ class PointillistAttention(nn.Module):
 
 
 class PointillistLayer(GradientCheckpointingLayer):
-    """Self-attention, cross-attention, feed-forward; each normalised before and added after."""
+    """Self-attention, cross-attention, feed-forward; each normalized before and added after."""
 
     def __init__(self, config: PointillistConfig, layer_idx: int):
         super().__init__()
@@ -228,7 +228,7 @@ class PointillistPreTrainedModel(PreTrainedModel):
 
 
 def with_smooth_bins(weight: Tensor, config: PointillistConfig) -> Tensor:
-    """`weight` (vocabulary, D) with other rows for the coordinates, so that neighbouring bins start alike.
+    """`weight` (vocabulary, D) with other rows for the coordinates, so that neighboring bins start alike.
 
     Every channel is a wave over the bins, half a period to one in five bins long (random Fourier features): that a bin
     lies between two others need not be learned.
@@ -368,7 +368,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             input_ids: (B, L) ids of `GaussianTokenizer`, or `inputs_embeds` (B, L, D).
             attention_mask: (B, L) with 0 on padding; needed for padding on the left only.
             labels: (B, L) ids, -100 where there is nothing to learn; shifted here.
-            pixel_values: (B, 3, h, w) portrait, ImageNet-normalised. head_vertices, head_normals: (B, V, 3), metres.
+            pixel_values: (B, 3, h, w) portrait, ImageNet-normalized. head_vertices, head_normals: (B, V, 3), meters.
             condition_embeds: (B, M, D) from `encode_condition`; condition_mask: (B, M), 0 on padding.
             drop_condition: (B,) bool, True for rows that read the empty condition instead (training of guidance).
             cache: keys and values of the tokens before, from the output of the last pass; also as `past_key_values`.

@@ -130,17 +130,18 @@ def all_kinds(work: Path) -> dict[str, Kind]:
     pretrain = (TRAINING / "pretrain.py", TRAINING / "configs" / "debug.yaml", *training)
     launch = (Path(sys.executable).with_name("accelerate"), "launch", "--main_process_port", "0", "--config_file")
     kinds = (
-        Kind("synthesize", (*python, "-m", "gaussian_tokenizer.synthesize", "--output", "out", *head, "--num_proc", "2",
+        Kind("synthesize", (*python, "-m", "gaussian_tokenizer.synthesize", "--output_dir", "out", *head, "--num_proc", "2",
                             "--num_subjects", "6", "--image_size", "56", "--num_points", "60", "--views", "2",
                             "--timesteps", "2")),
         Kind("corpus", (*python, "-m", "gaussian_tokenizer.build_corpus", "--avatars", subjects, *head, "--num_proc", "2",
-                        "--output", "out/corpus", "--n_bins", "64", "--image_size", "56", "--num_validation", "2",
+                        "--output_dir", "out/corpus", "--n_bins", "64", "--image_size", "56", "--num_validation", "2",
                         "--shard_size", "60KB"), refusal="out/corpus: exists already"),
         Kind("fit", (*python, TRAINING / "fit_avatars.py", TRAINING / "configs" / "fit_debug.yaml", "--data", subjects,
-                     *head, "--output", "out", "--use_cpu", "true", "--disable_tqdm", "true")),
+                     *head, "--output_dir", "out", "--device", "cpu", "--disable_tqdm", "true")),
         Kind("pretrain", (*python, *pretrain)),
         Kind("decoder", (*python, TRAINING / "train_gaussian_decoder.py", TRAINING / "configs" / "decoder_debug.yaml",
-                         *head, *training, "--point_model", model, "--own_share", "0.3", "--feature_cache", "out/cache")),
+                         *head, *training, "--point_model", model, "--self_generated_ratio", "0.3",
+                         "--feature_cache", "out/cache")),
         Kind("zero2", (*launch, TRAINING / "configs" / "accelerate" / "cpu_zero2.yaml", *pretrain,
                        "--per_device_train_batch_size", "1")),
     )  # fmt: skip

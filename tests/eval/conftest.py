@@ -1,4 +1,4 @@
-"""A tiny pipeline, three people to run the bench on, and one run of it."""
+"""A tiny pipeline, three subjects to run the bench on, and one run of it."""
 
 from pathlib import Path
 
@@ -23,16 +23,16 @@ def bench_head() -> HeadModel:
 
 
 @pytest.fixture(scope="session")
-def people(tmp_path_factory) -> Path:
-    """Three subjects, four moments, two cameras, pictures of 32 pixels."""
-    folder = tmp_path_factory.mktemp("people")
+def subjects(tmp_path_factory) -> Path:
+    """Three subjects, four moments, two cameras, images of 32 pixels."""
+    folder = tmp_path_factory.mktemp("subjects")
     synthesize(folder, num_subjects=3, image_size=32, num_points=40, views=2, timesteps=4, seed=5)
     return folder
 
 
 @pytest.fixture(scope="session")
-def clips(people, bench_head) -> list[Clip]:
-    return open_dataset(people, bench_head, camera=0)
+def clips(subjects, bench_head) -> list[Clip]:
+    return open_dataset(subjects, bench_head, camera=0)
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +73,9 @@ def pipeline_folder(bench_pipeline, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bench_words(pipeline_folder, people) -> list[str]:
+def bench_words(pipeline_folder, subjects) -> list[str]:
     """The command line of a run, but for its output."""
-    words = ["--model", str(pipeline_folder), "--dataset", str(people), "--max_points", "12", "--batch_size", "2"]
+    words = ["--model", str(pipeline_folder), "--dataset", str(subjects), "--max_points", "12", "--batch_size", "2"]
     return [*words, "--seed", "3", "--camera", "0"]
 
 

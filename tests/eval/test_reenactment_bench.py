@@ -43,7 +43,7 @@ def test_a_run_writes_numbers_table_grid_videos_and_page(finished):
     assert len(list((finished / "videos").rglob("*.mp4"))) == 6
     results = results_of(finished)
     assert list(results["methods"]) == ["truth", "ours", "copy-source", "mean-image"]
-    assert results["num_pairs"] == {"self": 3, "cross": 3} and results["picture"] == [32, 32]
+    assert results["num_pairs"] == {"self": 3, "cross": 3} and results["image"] == [32, 32]
     truth, ours = (results["methods"][name]["self"] for name in ("truth", "ours"))
     assert truth["metrics"]["psnr"]["value"] == "inf" and truth["metrics"]["ssim"]["value"] == pytest.approx(
         1, abs=1e-9

@@ -71,7 +71,7 @@ def make_formats(folder: Path) -> dict[str, Format]:
     raw = _write_raw_vhap(folder / "raw", subject)
     frame = _write_pixel3dmm(folder / "pixel3dmm", head)
     corpus = folder / "corpus"
-    settings = BuildSettings(n_bins=32, image_size=28, num_validation=1, allow_unknown_licence=True)
+    settings = BuildSettings(n_bins=32, image_size=28, num_validation=1, allow_unknown_license=True)
     build(folder / "avatars", head, corpus, settings, progress=False)
     (folder / "card").mkdir()
     PointillistConfig().save_pretrained(folder / "model")

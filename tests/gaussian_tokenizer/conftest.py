@@ -19,7 +19,7 @@ def small_head() -> HeadModel:
 
 @pytest.fixture(scope="session")
 def tracked(tmp_path_factory) -> Path:
-    """A subject folder: 4 timesteps from 6 cameras, pictures of 40 pixels with alpha and masks. Not to be changed."""
+    """A subject folder: 4 timesteps from 6 cameras, images of 40 pixels with alpha and masks. Not to be changed."""
     folder = tmp_path_factory.mktemp("tracked")
     return synthesize(folder, 1, image_size=40, views=6, timesteps=4, num_points=60, seed=3)[0]
 

@@ -33,11 +33,11 @@ def avatar_path(tmp_path_factory):
 
 @pytest.fixture
 def command(avatar_path, tmp_path, monkeypatch, capsys):
-    """Run the command with small pictures; what it printed, or the line of its error."""
+    """Run the command with small images; what it printed, or the line of its error."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words, **options) -> str:
-        values = {"avatar": avatar_path, "head": "procedural:600", "size": 32, "num_frames": 4, "device": "cpu"}
+        values = {"avatar": avatar_path, "head": "procedural:600", "image_size": 32, "num_frames": 4, "device": "cpu"}
         values |= {name: value for name, value in options.items()}
         line = [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
         monkeypatch.setattr(sys, "argv", ["animate", *line, *words])
@@ -55,7 +55,7 @@ def command(avatar_path, tmp_path, monkeypatch, capsys):
     return run
 
 
-def pictures(folder) -> np.ndarray:
+def read_images(folder) -> np.ndarray:
     images = []
     for name in sorted(os.listdir(folder)):
         with Image.open(folder / name) as image:
@@ -69,17 +69,17 @@ def ink(image: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("motion", ["talk", "nod", "look_around", "expressions", "turntable"])
-def test_every_built_in_motion_moves_the_head_in_the_pictures(command, tmp_path, motion):
+def test_every_built_in_motion_moves_the_head_in_the_images(command, tmp_path, motion):
     said = command(motion=motion, output="frames")
-    assert "4 pictures of 32 x 32 in frames" in said
-    images = pictures(tmp_path / "frames")
+    assert "4 images of 32 x 32 in frames" in said
+    images = read_images(tmp_path / "frames")
     assert images.shape == (4, 32, 32, 3)
     assert all((images[0] != image).any() for image in images[1:])
 
 
-def test_the_whole_head_is_in_the_picture_right_side_up(command, tmp_path):
-    command(motion="turntable", output="frames", num_frames=1, size=64)
-    image = pictures(tmp_path / "frames")[0]
+def test_the_whole_head_is_in_the_image_right_side_up(command, tmp_path):
+    command(motion="turntable", output="frames", num_frames=1, image_size=64)
+    image = read_images(tmp_path / "frames")[0]
     drawn = ink(image) > 30
     rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
     assert 2 < rows[0] < 16 and columns[0] > 3 and columns[-1] < 60  # room above and beside the head, the neck below
@@ -88,14 +88,14 @@ def test_the_whole_head_is_in_the_picture_right_side_up(command, tmp_path):
     assert abs(columns.mean() - 31.5) < 4
 
 
-def test_pictures_are_what_the_renderer_draws_of_the_posed_gaussians(command, tmp_path, avatar_path):
-    command(motion="nod", output="frames", num_frames=5, azimuth=40, background=0.25, method="face_frames")
+def test_images_are_what_the_renderer_draws_of_the_posed_gaussians(command, tmp_path, avatar_path):
+    command(motion="nod", output="frames", num_frames=5, azimuth=40, background=0.25, animation="face_frames")
     avatar = GaussianAvatar.load(avatar_path, head=HEAD)
     motion = synthetic_motion("nod", HEAD, 5)
     target, extent = animate.framing(avatar, motion, [40.0])
     cameras = animate.Cameras.orbit(target, 1.0, [40.0], 0.0, 32 / extent, 32, 32)
     expected = render(avatar.posed(motion, "face_frames"), cameras, background=0.25).image.clamp(0, 1).numpy()
-    assert np.abs(pictures(tmp_path / "frames") / 255 - expected).max() < 0.5 / 255 + 1e-4
+    assert np.abs(read_images(tmp_path / "frames") / 255 - expected).max() < 0.5 / 255 + 1e-4
 
 
 def test_a_turntable_starts_at_the_azimuth_and_goes_around_by_the_subjects_left(command, tmp_path, avatar_path):
@@ -105,8 +105,8 @@ def test_a_turntable_starts_at_the_azimuth_and_goes_around_by_the_subjects_left(
     target, extent = animate.framing(avatar, still, around)
     cameras = animate.Cameras.orbit(target, 1.0, around, 0.0, 32 / extent, 32, 32)
     expected = render(avatar.posed(still), cameras).image.clamp(0, 1).numpy()
-    assert np.abs(pictures(tmp_path / "turning") / 255 - expected).max() < 0.5 / 255 + 1e-4
-    # Seen from its left (camera on +x), the face looks to the left of the picture.
+    assert np.abs(read_images(tmp_path / "turning") / 255 - expected).max() < 0.5 / 255 + 1e-4
+    # Seen from its left (camera on +x), the face looks to the left of the image.
     nose = HEAD.template[HEAD.template[:, 2].argmax()]
     cameras = animate.Cameras.orbit(HEAD.template.mean(0), 1.0, [90.0], 0.0, 100.0, 32, 32)
     seen = cameras.viewmats[0] @ torch.cat((nose, torch.ones(1)))
@@ -118,19 +118,19 @@ def test_a_file_of_another_subject_drives_the_avatar_and_the_camera_gives_it_roo
     motion.translation[:, 0] = torch.linspace(-0.4, 0.4, 6)
     motion.save(tmp_path / "flame_param.npz")
     command(motion="flame_param.npz", output="frames", num_frames=None)
-    images = pictures(tmp_path / "frames")
+    images = read_images(tmp_path / "frames")
     assert len(images) == 6
     middles = [np.average(np.arange(32), weights=ink(image).sum(0)) for image in images]
     assert middles[0] < 8 and middles[-1] > 24 and np.all(np.diff(middles) > 2)
     edges = np.stack([ink(image)[:, column] for image in images for column in (0, -1)])
     assert edges.max() < 100
     command(motion=tmp_path, output="frames", num_frames=2)  # the folder, and the first frames of it
-    assert len(pictures(tmp_path / "frames")) == 2
+    assert len(read_images(tmp_path / "frames")) == 2
 
 
 def test_a_gif_an_export_and_a_sequence_come_from_one_run(command, tmp_path, avatar_path):
     said = command(motion="talk", output="talk.gif", ply_sequence="plys", export="rest.ply", fps=10)
-    assert "4 pictures" in said and "4 frames of" in said and "at rest in rest.ply" in said
+    assert "4 images" in said and "4 frames of" in said and "at rest in rest.ply" in said
     with Image.open(tmp_path / "talk.gif") as gif:
         assert gif.n_frames == 4 and gif.info["duration"] == 100 and gif.size == (32, 32)
     avatar = GaussianAvatar.load(avatar_path, head=HEAD)
@@ -173,7 +173,7 @@ def test_a_head_that_the_avatar_does_not_give_is_asked_for(command, avatar_path,
 
 def test_on_another_device_the_same_files_come_out(command, tmp_path):
     for motion, method in (("talk", "lbs"), ("turntable", "face_frames")):
-        files = {"motion": motion, "method": method, "export": "a.ply", "ply_sequence": "sequence", "output": "a"}
+        files = {"motion": motion, "animation": method, "export": "a.ply", "ply_sequence": "sequence", "output": "a"}
         command(**files)
         expected = {path: path.read_bytes() for path in tmp_path.glob("**/*.p*")}
         with PretendedDevice() as device:
@@ -193,7 +193,7 @@ def test_on_another_device_the_same_files_come_out(command, tmp_path):
         ({"output": "a.gif", "head": "procedural:1200"}, "was made on head model 'procedural:600'"),
         ({"output": "a.gif", "head": "sphere"}, "head 'sphere': nothing there"),
         ({"output": "a.gif", "num_frames": 0}, "--num_frames 0: expected at least 1"),
-        ({"output": "a.gif", "size": 0}, "--size 0: expected 8 to 8192"),
+        ({"output": "a.gif", "image_size": 0}, "--image_size 0: expected 8 to 8192"),
         ({"output": "a.gif", "background": 3}, "--background 3.0: expected 0 (black) to 1 (white)"),
         ({"output": "a.gif", "device": "abacus"}, "--device abacus: not usable here"),
         ({"output": "a.gif", "fps": 0}, "0.0 frames per second"),
@@ -223,7 +223,11 @@ def test_what_a_missing_package_is_installed_with_is_said_in_one_line(command, t
 def test_a_head_is_framed_by_its_skull_and_its_hair_but_not_by_a_stray_gaussian():
     still = HeadParameters.zeros(HEAD.n_shape, HEAD.n_expression)
     bald, curly = (
-        next(s for i in range(60) if (s := synthesize_subject(HEAD, (7, i), num_points=2000)).looks.hair_style == style)
+        next(
+            s
+            for i in range(60)
+            if (s := synthesize_subject(HEAD, (7, i), num_points=2000)).appearance.hair_style == style
+        )
         for style in ("bald", "curly")
     )
     target, extent = animate.framing(bald.avatar, still, [0.0])

@@ -50,9 +50,9 @@ def make_subject(folder, seed, count=50, frames=2, **metadata):
     avatar = GaussianAvatar(normal(count, 3), faces, quats=normal(count, 4), params=params, **tensors).with_head(HEAD)
     viewmat = np.diag([1.0, -1.0, -1.0, 1.0])
     viewmat[2, 3] = 1.0
-    pictures = [np.full((6, 8, 3), (10 * seed + camera) % 256, dtype=np.uint8) for camera in range(frames)]
-    shots = [Frame(0, c, viewmat, 20.0, 20.0, 4.0, 3.0, 8, 6, picture, params) for c, picture in enumerate(pictures)]
-    write_subject(folder, avatar, shots, {"licence": "CC0-1.0", "consent": "signed", **metadata})
+    images = [np.full((6, 8, 3), (10 * seed + camera) % 256, dtype=np.uint8) for camera in range(frames)]
+    shots = [Frame(0, c, viewmat, 20.0, 20.0, 4.0, 3.0, 8, 6, image, params) for c, image in enumerate(images)]
+    write_subject(folder, avatar, shots, {"license": "CC0-1.0", "consent": "signed", **metadata})
 
 
 def make_subjects(folder, count):
@@ -82,7 +82,18 @@ def command(subjects, output, *more):
     head = output.parent / "head.safetensors"
     if not head.exists():
         HEAD.save(head)
-    options = ["--avatars", subjects, "--head", head, "--output", output, "--num_validation", 3, "--shard_size", 12_000]
+    options = [
+        "--avatars",
+        subjects,
+        "--head",
+        head,
+        "--output_dir",
+        output,
+        "--num_validation",
+        3,
+        "--shard_size",
+        12_000,
+    ]
     return [str(word) for word in (*options, *more)]
 
 
@@ -215,7 +226,7 @@ def test_subjects_that_change_between_two_attempts_are_read_anew(tmp_path, monke
         build(folder, HEAD, tmp_path / "corpus", settings, progress=False)
     monkeypatch.undo()
     for seed in range(6):
-        make_subject(folder / f"s{seed}", seed, licence="MIT")
+        make_subject(folder / f"s{seed}", seed, license="MIT")
     build(folder, HEAD, tmp_path / "corpus", settings, progress=False)
     build(folder, HEAD, tmp_path / "afresh", settings, progress=False)
     assert contents(tmp_path / "corpus") == contents(tmp_path / "afresh")
@@ -294,15 +305,15 @@ def test_a_given_tokenizer_is_used_as_it_is_and_must_fit_the_head(subjects, tmp_
 def spoil(folder):
     """A folder of three good subjects and one of each kind that cannot be used."""
     make_subjects(folder, 3)
-    for seed, name in enumerate(["cut", "head", "picture", "twin", "metadata", "size"], start=20):
+    for seed, name in enumerate(["cut", "head", "image", "twin", "metadata", "size"], start=20):
         make_subject(folder / name, seed, avatar_id="same" if name == "twin" else name)
     make_subject(folder / "twin2", 30, avatar_id="same")
     ply = folder / "cut" / "point_cloud.ply"
     ply.write_bytes(ply.read_bytes()[:-20])
     metadata = json.loads((folder / "head" / "metadata.json").read_text()) | {"head_hash": "f" * 16}
     (folder / "head" / "metadata.json").write_text(json.dumps(metadata))
-    picture = folder / "picture" / "images" / "00000_01.png"
-    picture.write_bytes(picture.read_bytes()[:-20])
+    image = folder / "image" / "images" / "00000_01.png"
+    image.write_bytes(image.read_bytes()[:-20])
     (folder / "metadata" / "metadata.json").write_text("{")
     Image.new("RGB", (3, 3)).save(folder / "size" / "images" / "00000_00.png")
     (folder / "bare").mkdir()
@@ -319,8 +330,8 @@ REASONS = {
     "empty": "the file holds no Gaussians",
     "head": "made on head model",
     "metadata": "metadata.json: not JSON",
-    "picture": "00000_01.png: damaged picture",
-    "size": "00000_00.png is a picture of 3x3 pixels, expected 8x6",
+    "image": "00000_01.png: damaged image",
+    "size": "00000_00.png is an image of 3x3 pixels, expected 8x6",
     "twin": "has the avatar_id 'same', like twin2",
     "twin2": "has the avatar_id 'same', like twin",
 }
@@ -346,77 +357,77 @@ def test_bad_subjects_can_be_left_out_and_are_recorded(tmp_path):
         folder, HEAD, tmp_path / "corpus", replace(SETTINGS, num_validation=1, skip_bad=True), progress=False
     )
     assert [entry["folder"] for entry in manifest["skipped"]] == sorted(REASONS)
-    assert "damaged picture" in (tmp_path / "corpus" / "README.md").read_text()
+    assert "damaged image" in (tmp_path / "corpus" / "README.md").read_text()
     assert sum(counts["subjects"] for counts in load_corpus(tmp_path / "corpus").manifest["splits"].values()) == 3
 
 
 def without_consent(folder):
-    """Nine subjects, seven of which do not say their licence, their consent or either."""
+    """Nine subjects, seven of which do not say their license, their consent or either."""
     make_subjects(folder, 2)
     for seed in range(2, 9):
-        lacking = {0: {"licence": ""}, 1: {"consent": None}, 2: {"licence": "Unknown", "consent": " "}}[seed % 3]
+        lacking = {0: {"license": ""}, 1: {"consent": None}, 2: {"license": "Unknown", "consent": " "}}[seed % 3]
         make_subject(folder / f"s{seed}", seed, **lacking)
     return folder
 
 
-def test_subjects_without_licence_or_consent_are_refused_and_some_of_them_named(tmp_path):
+def test_subjects_without_license_or_consent_are_refused_and_some_of_them_named(tmp_path):
     folder = without_consent(tmp_path / "subjects")
     with pytest.raises(ValueError) as error:
         build(folder, HEAD, tmp_path / "corpus", SETTINGS, progress=False)
-    assert "7 of 9 subjects" in str(error.value) and "--allow_unknown_licence" in str(error.value)
-    assert "7 without licence or consent in metadata.json: s2, s3, s4, s5, s6 and 2 more;" in str(error.value)
+    assert "7 of 9 subjects" in str(error.value) and "--allow_unknown_license" in str(error.value)
+    assert "7 without license or consent in metadata.json: s2, s3, s4, s5, s6 and 2 more;" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["subjects"]
 
 
-def test_subjects_without_licence_are_let_in_on_demand_and_the_card_names_them(tmp_path):
+def test_subjects_without_license_are_let_in_on_demand_and_the_card_names_them(tmp_path):
     folder = without_consent(tmp_path / "subjects")
-    assert main(command(folder, tmp_path / "corpus", "--allow_unknown_licence")) == 0
+    assert main(command(folder, tmp_path / "corpus", "--allow_unknown_license")) == 0
     card = (tmp_path / "corpus" / "README.md").read_text()
     assert "For 7 subjects it is not known" in card and "s2, s3, s4, s5, s6, s7, s8. Find out" in card
     rows = [row for split in ("train", "validation") for row in load_corpus(tmp_path / "corpus").avatars(split)]
-    found = {row["avatar_id"]: (row["licence"], row["consent"]) for row in rows}
+    found = {row["avatar_id"]: (row["license"], row["consent"]) for row in rows}
     assert (found["s0"], found["s2"]) == (("CC0-1.0", "signed"), ("unknown", "unknown"))
     assert (found["s3"], found["s4"]) == (("unknown", "signed"), ("CC0-1.0", "unknown"))
 
 
 @pytest.mark.parametrize(
-    "said", [{"consent": False}, {"consent": "No"}, {"licence": False}, {"licence": "false"}], ids=str
+    "said", [{"consent": False}, {"consent": "No"}, {"license": False}, {"license": "false"}], ids=str
 )
 def test_a_subject_that_says_no_is_not_used_whatever_is_allowed(tmp_path, said):
     folder = make_subjects(tmp_path / "subjects", 4)
     make_subject(folder / "s3", 3, **said)
-    for settings in (SETTINGS, replace(SETTINGS, allow_unknown_licence=True)):
+    for settings in (SETTINGS, replace(SETTINGS, allow_unknown_license=True)):
         with pytest.raises(
-            ValueError, match=r"s3: (consent|licence) in metadata.json is .*: the subject may not be used"
+            ValueError, match=r"s3: (consent|license) in metadata.json is .*: the subject may not be used"
         ):
             build(folder, HEAD, tmp_path / "corpus", settings, progress=False)
 
 
-@pytest.mark.parametrize("said", [{"consent": []}, {"consent": 1}, {"licence": {"a": 1}}, {"licence": True}], ids=str)
-def test_only_words_say_licence_and_consent(tmp_path, said):
+@pytest.mark.parametrize("said", [{"consent": []}, {"consent": 1}, {"license": {"a": 1}}, {"license": True}], ids=str)
+def test_only_words_say_license_and_consent(tmp_path, said):
     folder = make_subjects(tmp_path / "subjects", 4)
     make_subject(folder / "s3", 3, **said)
     [name] = said
     assert getattr(Subject.open(folder / "s3"), name) == "unknown"
     with pytest.raises(
-        ValueError, match=r"1 without licence or consent in metadata.json: s3; .*--allow_unknown_licence"
+        ValueError, match=r"1 without license or consent in metadata.json: s3; .*--allow_unknown_license"
     ):
         build(folder, HEAD, tmp_path / "corpus", replace(SETTINGS, num_validation=1), progress=False)
-    settings = replace(SETTINGS, num_validation=1, allow_unknown_licence=True)
+    settings = replace(SETTINGS, num_validation=1, allow_unknown_license=True)
     build(folder, HEAD, tmp_path / "corpus", settings, progress=False)
     rows = [row for split in ("train", "validation") for row in load_corpus(tmp_path / "corpus").avatars(split)]
     assert {row["avatar_id"]: row[name] for row in rows}["s3"] == "unknown"
 
 
-def test_subjects_without_licence_can_be_left_out(tmp_path):
+def test_subjects_without_license_can_be_left_out(tmp_path):
     folder = without_consent(tmp_path / "subjects")
     settings = replace(SETTINGS, num_validation=1, skip_bad=True)
     manifest = build(folder, HEAD, tmp_path / "corpus", settings, progress=False)
-    assert {entry["folder"]: entry["reason"] for entry in manifest["skipped"]}["s3"] == "licence unknown"
+    assert {entry["folder"]: entry["reason"] for entry in manifest["skipped"]}["s3"] == "license unknown"
     assert len(manifest["skipped"]) == 7
 
 
-def test_subjects_without_pictures_make_a_corpus_without_frames(tmp_path):
+def test_subjects_without_images_make_a_corpus_without_frames(tmp_path):
     for seed in range(3):
         make_subject(tmp_path / "subjects" / f"s{seed}", seed, frames=0)
     build(tmp_path / "subjects", HEAD, tmp_path / "corpus", replace(SETTINGS, num_validation=1), progress=False)
@@ -434,7 +445,7 @@ def test_the_command_builds_counts_and_checks(subjects, tmp_path, capsys):
     output = tmp_path / "corpus"
     assert main(command(subjects, output)) == 0
     assert "train: 7 subjects, 14 frames, 350 points, 1,414 tokens, 0 points out of bounds" in capsys.readouterr().out
-    assert main(["stats", str(output), "--picture", str(tmp_path / "h.png")]) == 0
+    assert main(["stats", str(output), "--image", str(tmp_path / "h.png")]) == 0
     assert "points a subject         min 50, median 50, max 50" in capsys.readouterr().out
     assert Image.open(tmp_path / "h.png").format == "PNG"
     assert main(["validate", str(output)]) == 0
@@ -452,7 +463,9 @@ def test_the_command_says_in_one_line_why_not(subjects, tmp_path, capsys):
     output.mkdir()
     (output / "thesis.txt").write_text("precious")
     assert main(command(subjects, output)) == 1
-    assert capsys.readouterr().err.endswith("exists already; choose another --output, or --overwrite to replace it\n")
+    assert capsys.readouterr().err.endswith(
+        "exists already; choose another --output_dir, or --overwrite to replace it\n"
+    )
     assert (output / "thesis.txt").read_text() == "precious"
     (tmp_path / "nothing").mkdir()
     assert main(command(tmp_path / "nothing", tmp_path / "b")) == 1
@@ -491,7 +504,7 @@ def test_a_failed_upload_is_one_line_and_the_corpus_stays(subjects, tmp_path, ca
 def test_help_names_options_and_commands(capsys):
     for words, names in (
         (["--help"], ("--num_proc", "validate CORPUS")),
-        (["stats", "--help"], ("--page", "--picture")),
+        (["stats", "--help"], ("--page", "--image")),
     ):
         with pytest.raises(SystemExit):
             main(words)

@@ -55,12 +55,12 @@ def test_what_is_written_reads_as_the_same_avatars(written, head):
         for name, tensor in expected.tensors().items():
             assert torch.equal(avatar.tensors()[name], tensor), name
         assert torch.equal(avatar.params.shape, expected.params.shape)
-        assert subject.licence == "CC0-1.0"
+        assert subject.license == "CC0-1.0"
         assert subject.consent == "synthetic, no person"
         assert subject.metadata["head_hash"] == head.hash
 
 
-def test_frames_hold_pictures_of_every_moment_from_every_camera(written, head):
+def test_frames_hold_images_of_every_moment_from_every_camera(written, head):
     subject = find_subjects(written)[1]
     frames = subject.frames()
     assert [(frame.timestep, frame.camera) for frame in frames] == [(t, c) for t in (0, 1) for c in (0, 1, 2)]
@@ -143,7 +143,7 @@ def test_a_number_out_of_range_is_named(tmp_path, name, value):
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        main(["--num_subjects", "1", "--head", "nowhere.safetensors", "--output", str(tmp_path / "out")])
+        main(["--num_subjects", "1", "--head", "nowhere.safetensors", "--output_dir", str(tmp_path / "out")])
     assert exit_.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -152,7 +152,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
 
 
 def test_the_command_writes_subjects(tmp_path, capsys):
-    main(["--num_subjects", "2", "--output", str(tmp_path / "out"), "--image_size", "16", "--num_points", "200"])
+    main(["--num_subjects", "2", "--output_dir", str(tmp_path / "out"), "--image_size", "16", "--num_points", "200"])
     printed = capsys.readouterr().out
     assert "2 subjects in" in printed and "identities: no two of 2 heads have the same shape" in printed
     assert len(find_subjects(tmp_path / "out")) == 2
@@ -180,7 +180,7 @@ def test_a_corpus_without_folders_is_that_of_the_folders_byte_for_byte(corpus, h
     synthesize(tmp_path / "subjects", 6, HEAD, seed=5, image_size=16, views=2, timesteps=2, num_points=60)
     build(tmp_path / "subjects", head, tmp_path / "corpus", SETTINGS, progress=False)
     assert hashes(tmp_path / "corpus") == hashes(corpus)
-    assert len(list(corpus.glob("frames/train-*"))) > 2  # pictures of one subject in two files
+    assert len(list(corpus.glob("frames/train-*"))) > 2  # images of one subject in two files
     assert [path.name for path in corpus.parent.iterdir()] == ["corpus"]
 
 
@@ -249,8 +249,8 @@ def test_the_command_makes_a_corpus_and_says_how_different_its_people_are(corpus
 
 
 def test_folders_or_a_corpus_must_be_asked_for_and_not_both(tmp_path, capsys):
-    for given in ([], ["--output", str(tmp_path / "a"), "--corpus", str(tmp_path / "b")]):
+    for given in ([], ["--output_dir", str(tmp_path / "a"), "--corpus", str(tmp_path / "b")]):
         with pytest.raises(SystemExit):
             main(["--num_subjects", "1", *given])
-        assert "give either --output, for folders, or --corpus" in capsys.readouterr().err
+        assert "give either --output_dir, for folders, or --corpus" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

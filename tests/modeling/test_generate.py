@@ -1,4 +1,4 @@
-"""The command that writes a cloud for a portrait: what it leaves, which pictures it takes, what it says of mistakes."""
+"""The command that writes a cloud for a portrait: what it leaves, which images it takes, what it says of mistakes."""
 
 import sys
 
@@ -63,8 +63,8 @@ def command(model, monkeypatch, tmp_path, capsys):
 
 
 @pytest.fixture
-def picture(tmp_path):
-    """Save noise as a picture of a mode and a format."""
+def image(tmp_path):
+    """Save noise as an image of a mode and a format."""
 
     def save(mode="RGB", suffix="png", seed=0, size=(40, 30)):
         noise = np.random.default_rng(seed).integers(0, 256, (*size, 4), dtype=np.uint8)
@@ -75,8 +75,8 @@ def picture(tmp_path):
     return save
 
 
-def test_it_leaves_points_a_ply_that_opens_and_a_picture(command, picture, tmp_path):
-    ids = command(portrait=picture())
+def test_it_leaves_points_a_ply_that_opens_and_a_image(command, image, tmp_path):
+    ids = command(portrait=image())
     points = load_file(tmp_path / "out" / "points.safetensors")
     again = GaussianTokenizer(n_bins=32, n_faces=HEAD.n_faces).decode(ids)
     assert 1 <= len(points["faces"]) <= 6
@@ -92,33 +92,33 @@ def test_it_leaves_points_a_ply_that_opens_and_a_picture(command, picture, tmp_p
     ("mode", "suffix"),
     [("RGBA", "png"), ("LA", "png"), ("L", "png"), ("P", "gif"), ("1", "png"), ("CMYK", "jpg"), ("L", "jpg")],
 )
-def test_pictures_of_every_kind_are_read(command, picture, mode, suffix):
-    assert len(command(portrait=picture(mode, suffix))) > 4
+def test_images_of_every_kind_are_read(command, image, mode, suffix):
+    assert len(command(portrait=image(mode, suffix))) > 4
 
 
-def test_the_same_seed_writes_the_same_cloud_and_another_seed_another(command, picture):
-    portrait = picture()
+def test_the_same_seed_writes_the_same_cloud_and_another_seed_another(command, image):
+    portrait = image()
     first = command(portrait=portrait, seed=1)
     assert np.array_equal(command(portrait=portrait, seed=1), first)
     assert not np.array_equal(command(portrait=portrait, seed=2), first)
 
 
-def test_the_portrait_and_the_shape_of_the_head_decide(command, picture, tmp_path):
+def test_the_portrait_and_the_shape_of_the_head_decide(command, image, tmp_path):
     params = HeadParameters.zeros(HEAD.n_shape, HEAD.n_expression)
     params.shape[:] = 3.0
     params.save(tmp_path / "flame_param.npz")
-    portrait = picture()
+    portrait = image()
     clouds = [
         command(portrait=portrait, temperature=0.05),
-        command(portrait=picture(seed=1), temperature=0.05),
+        command(portrait=image(seed=1), temperature=0.05),
         command(portrait=portrait, temperature=0.05, params=tmp_path / "flame_param.npz"),
         command(temperature=0.05),
     ]
     assert len({cloud.tobytes() for cloud in clouds}) == 4
 
 
-def test_a_picture_that_is_not_there_or_not_one_is_named(command, tmp_path):
-    assert "nobody.png: no such picture" in command(portrait=tmp_path / "nobody.png")
+def test_a_image_that_is_not_there_or_not_one_is_named(command, tmp_path):
+    assert "nobody.png: no such image" in command(portrait=tmp_path / "nobody.png")
     (tmp_path / "text.png").write_text("hello")
     assert "text.png is not a readable image" in command(portrait=tmp_path / "text.png")
     Image.new("RGB", (200, 200), "red").save(tmp_path / "cut.png")

@@ -65,9 +65,9 @@ def pipeline(head) -> AvatarPipeline:
 @pytest.fixture(scope="module")
 def saved(pipeline, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline") / "saved"
-    picture = folder.parent / "look.png"
-    Image.new("RGB", (8, 8), "red").save(picture)
-    pipeline.save_pretrained(folder, pictures=[picture], card="Untrained: for tests.")
+    image = folder.parent / "look.png"
+    Image.new("RGB", (8, 8), "red").save(image)
+    pipeline.save_pretrained(folder, images=[image], card="Untrained: for tests.")
     return folder
 
 
@@ -139,7 +139,7 @@ def test_each_gaussian_is_what_the_decoder_says_of_its_point(pipeline, head):
     portrait("RGBA"), portrait("L"), portrait("RGB", (1, 1)), portrait("P"),
     Image.fromarray(np.full((9, 7), 40_000, np.uint16)),
 ])  # fmt: skip
-def test_any_kind_of_picture_is_a_portrait(pipeline, image):
+def test_any_kind_of_image_is_a_portrait(pipeline, image):
     assert len(pipeline(image, seed=0, max_points=3)) >= 1
 
 
@@ -220,7 +220,7 @@ def test_the_folder_loads_in_a_clean_interpreter(saved):
 
 
 def test_saving_again_replaces_the_folder_whole(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path / "saved", pictures=[])
+    pipeline.save_pretrained(tmp_path / "saved", images=[])
     (tmp_path / "saved" / "stale").write_text("")
     pipeline.save_pretrained(tmp_path / "saved")
     assert {path.name for path in tmp_path.iterdir()} == {"saved"}

@@ -17,7 +17,7 @@ POINTS = 20  # 82 tokens: two and a half windows of 32
 
 
 def written(model, condition, **options):
-    """Sentences that the model wrote itself, with the features of that pass."""
+    """Sequences that the model wrote itself, with the features of that pass."""
     torch.manual_seed(3)
     return model.generate(condition_embeds=condition, output_point_features=True, **options)
 
@@ -52,15 +52,15 @@ def test_rows_of_other_lengths_are_the_rows_alone_and_zero_beyond_their_end(tiny
     features = point_features(tiny_model, result.sequences, condition_embeds=condition, chunk=24)
     torch.testing.assert_close(features, result.point_features, atol=1e-4, rtol=0)
     for row, count in enumerate(result.num_points.tolist()):
-        sentence = result.sequences[row : row + 1, : 4 * count + 2]
-        alone = point_features(tiny_model, sentence, condition_embeds=condition[row : row + 1])
+        sequence = result.sequences[row : row + 1, : 4 * count + 2]
+        alone = point_features(tiny_model, sequence, condition_embeds=condition[row : row + 1])
         torch.testing.assert_close(features[row, :count], alone[0], atol=1e-4, rtol=0)
         assert not features[row, count:].any()
 
 
 def test_a_head_mesh_is_encoded_once_and_gives_what_its_tokens_give(tiny_model):
     vertices, normals = torch.randn(2, 30, 3) * 0.1, torch.randn(2, 30, 3)
-    ids = sentences(tiny_model, 2)
+    ids = sequences(tiny_model, 2)
     calls = []
     tiny_model.condition_encoder.points.register_forward_hook(lambda *_: calls.append(1))
     features = point_features(tiny_model, ids, head_vertices=vertices, head_normals=normals, chunk=8)
@@ -76,7 +76,7 @@ def test_the_model_is_left_in_the_mode_it_was_in(tiny_model):
     tiny_model.train()
     tiny_model.condition_encoder.eval()
     before = [module.training for module in tiny_model.modules()]
-    ids = sentences(tiny_model, 1)
+    ids = sequences(tiny_model, 1)
     first = point_features(tiny_model, ids)
     assert torch.equal(first, point_features(tiny_model, ids)), "no dropout"
     assert not first.requires_grad
@@ -86,8 +86,8 @@ def test_the_model_is_left_in_the_mode_it_was_in(tiny_model):
     assert [module.training for module in tiny_model.modules()] == before
 
 
-def sentences(model, batch: int, points: int = 12, seed: int = 0) -> torch.Tensor:
-    """(B, 4 N + 2) random sentences."""
+def sequences(model, batch: int, points: int = 12, seed: int = 0) -> torch.Tensor:
+    """(B, 4 N + 2) random sequences."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
     coordinates = torch.randint(0, config.n_bins, (batch, points, 3), generator=generator)
     faces = torch.randint(config.n_bins, config.bos_token_id, (batch, points, 1), generator=generator)
@@ -99,7 +99,7 @@ def sentences(model, batch: int, points: int = 12, seed: int = 0) -> torch.Tenso
     "fault",
     ["no bos", "mid-point", "padding before the end", "points after the end", "two ends", "no axis"],
 )
-def test_what_is_no_sentence_is_refused(tiny_model, fault):
+def test_what_is_no_sequence_is_refused(tiny_model, fault):
     config = tiny_model.config
     bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id
     row = {
@@ -111,11 +111,11 @@ def test_what_is_no_sentence_is_refused(tiny_model, fault):
         "no axis": [],
     }[fault]
     ids = torch.tensor([[bos, 1, 2, 3, 17, 4, 5, 6, 18], row]) if row else torch.tensor([bos, eos])
-    with pytest.raises(ValueError, match="row 1 of input_ids is not a whole sentence" if row else r"\(B, L\)"):
+    with pytest.raises(ValueError, match="row 1 of input_ids is not a whole sequence" if row else r"\(B, L\)"):
         point_features(tiny_model, ids)
 
 
-def test_an_empty_sentence_has_no_features(tiny_model):
+def test_an_empty_sequence_has_no_features(tiny_model):
     config = tiny_model.config
     ids = torch.tensor([[config.bos_token_id, config.eos_token_id]])
     assert point_features(tiny_model, ids).shape == (1, 0, 4, 64)
@@ -135,7 +135,7 @@ def features_read(cache, model, ids, condition):
 
 def test_a_second_pass_reads_what_the_first_computed_row_by_row(tiny_model, condition, tmp_path):
     cache = FeatureCache(tmp_path / "features", tiny_model)
-    ids = sentences(tiny_model, 2)
+    ids = sequences(tiny_model, 2)
     expected = point_features(tiny_model, ids, condition_embeds=condition)
     first, computed = features_read(cache, tiny_model, ids, condition)
     assert computed == 2 and len(list((tmp_path / "features").iterdir())) == 2
@@ -150,17 +150,17 @@ def test_a_second_pass_reads_what_the_first_computed_row_by_row(tiny_model, cond
 
 def test_padding_of_the_batch_does_not_change_the_key(tiny_model, condition, tmp_path):
     cache = FeatureCache(tmp_path, tiny_model)
-    short, pad = sentences(tiny_model, 1, points=5), tiny_model.config.pad_token_id
+    short, pad = sequences(tiny_model, 1, points=5), tiny_model.config.pad_token_id
     features_read(cache, tiny_model, short, condition[:1])
     longer = torch.nn.functional.pad(short, (0, 28), value=pad)
-    both = torch.cat((longer, sentences(tiny_model, 1, points=12)))
+    both = torch.cat((longer, sequences(tiny_model, 1, points=12)))
     features, computed = features_read(cache, tiny_model, both, condition)
     assert computed == 1
     assert features.shape == (2, 12, 4, 64) and not features[0, 5:].any()
 
 
 def test_other_weights_conditions_and_precisions_are_never_read(tiny_model, condition, tmp_path):
-    ids = sentences(tiny_model, 1)
+    ids = sequences(tiny_model, 1)
     features_read(FeatureCache(tmp_path, tiny_model), tiny_model, ids, condition[:1])
     assert features_read(FeatureCache(tmp_path, tiny_model), tiny_model, ids, condition[1:])[1] == 1
     assert features_read(FeatureCache(tmp_path, tiny_model), tiny_model, ids, None)[1] == 1
@@ -185,7 +185,7 @@ def test_a_fingerprint_survives_saving_and_tells_weights_and_windows_apart(tiny_
 @pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "no checksum"])
 def test_a_damaged_file_is_computed_again_and_said(tiny_model, condition, tmp_path, caplog, damage):
     cache = FeatureCache(tmp_path, tiny_model)
-    ids = sentences(tiny_model, 1)
+    ids = sequences(tiny_model, 1)
     expected, _ = features_read(cache, tiny_model, ids, condition[:1])
     path = next(tmp_path.iterdir())
     data = bytearray(path.read_bytes())
@@ -208,12 +208,12 @@ def test_a_failed_write_leaves_nothing(tiny_model, condition, tmp_path, monkeypa
 
     monkeypatch.setattr(atomic.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        cache.features(tiny_model, sentences(tiny_model, 1), condition_embeds=condition[:1])
+        cache.features(tiny_model, sequences(tiny_model, 1), condition_embeds=condition[:1])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_write_killed_half_way_is_not_read(tiny_model, condition, tmp_path):
-    ids = sentences(tiny_model, 1)
+    ids = sequences(tiny_model, 1)
     tiny_model.save_pretrained(tmp_path / "model")
     torch.save({"ids": ids, "condition": condition[:1]}, tmp_path / "inputs.pt")
     program = f"""
@@ -245,7 +245,7 @@ def test_what_the_cache_cannot_keep_is_refused(tiny_model, condition, tmp_path):
     with pytest.raises(ValueError, match=r"up to 1e\+05 do not fit torch\.float16"):
         cache.get(torch.tensor([36]), {}, lambda: torch.full((1, 4, 64), 1e5))
     with pytest.raises(ValueError, match="condition_embeds for 2 sequences, but 1"):
-        cache.features(tiny_model, sentences(tiny_model, 1), condition_embeds=condition)
+        cache.features(tiny_model, sequences(tiny_model, 1), condition_embeds=condition)
     with pytest.raises(ValueError, match="another model"):
-        cache.features(PointillistForCausalLM(tiny_model.config), sentences(tiny_model, 1))
+        cache.features(PointillistForCausalLM(tiny_model.config), sequences(tiny_model, 1))
     assert list(tmp_path.iterdir()) == []

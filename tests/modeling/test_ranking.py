@@ -1,4 +1,4 @@
-"""Of several clouds the likeliest: as the model itself counts it, token by token over the whole sentence."""
+"""Of several clouds the likeliest: as the model itself counts it, token by token over the whole sequence."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def written(tiny_model, condition):
 
 
 def by_loop(model, ids, count, condition) -> float:
-    """Mean log-probability of each token among those of its slot, from one forward over the sentence."""
+    """Mean log-probability of each token among those of its slot, from one forward over the sequence."""
     config = model.double().config
     logits = model(ids[None], condition_embeds=condition[None].double()).logits[0]
     total = 0.0
@@ -51,6 +51,6 @@ def test_the_likeliest_of_each_person_is_kept(tiny_model, written):
         assert kept.num_points[person] == written.num_points[best]
 
 
-def test_a_sentence_without_points_is_never_the_likeliest(tiny_model, written):
+def test_a_sequence_without_points_is_never_the_likeliest(tiny_model, written):
     written.num_points[0] = 0
     assert mean_log_likelihood(tiny_model, written)[0] == -torch.inf

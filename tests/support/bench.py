@@ -22,9 +22,9 @@ def run_bench(words: list[str], output: Path, *more: str) -> dict:
     return json.loads((output / "results.json").read_text())
 
 
-def repainted(clip: Clip, grey: int) -> Clip:
-    """The same clip with other pictures, all of one grey."""
-    return replace(clip, read=lambda row: Image.new("RGBA", clip.size, (grey, grey, grey, 255)))
+def repainted(clip: Clip, gray: int) -> Clip:
+    """The same clip with other images, all of one gray."""
+    return replace(clip, read=lambda row: Image.new("RGBA", clip.size, (gray, gray, gray, 255)))
 
 
 def same_avatar(first, second) -> bool:

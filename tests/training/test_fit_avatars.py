@@ -31,7 +31,7 @@ STEPS = 16
 
 
 def command(data: Path, output: Path, *more: str) -> list[str]:
-    words = [DEBUG, "--data", data, "--head", HEAD, "--output", output, "--use_cpu", "true", *more]
+    words = [DEBUG, "--data", data, "--head", HEAD, "--output_dir", output, "--device", "cpu", *more]
     return [str(word) for word in words]
 
 
@@ -50,7 +50,7 @@ def run(data: Path, output: Path, *more: str) -> str:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a result but the picture, without the clocks of its report."""
+    """Every file of a result but the image, without the clocks of its report."""
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     found = {name: path.read_bytes() for name, path in files.items()}
     found.pop("fit.png")
@@ -64,47 +64,47 @@ def leftovers(output: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def people(tmp_path_factory) -> Path:
+def subjects(tmp_path_factory) -> Path:
     """Two synthetic subjects of 32 pixels, three cameras and four moments."""
-    folder = tmp_path_factory.mktemp("people") / "people"
+    folder = tmp_path_factory.mktemp("subjects") / "subjects"
     synthesize(folder, 2, image_size=32, num_points=60, views=3, timesteps=4)
     return folder
 
 
 @pytest.fixture
-def no_picture(monkeypatch):
+def no_image(monkeypatch):
     """Drawing fit.png is half of so short a fit."""
     monkeypatch.setattr(training.fitting.report, "draw_fit", lambda fit, avatar, report, path: path.write_bytes(b""))
 
 
 @pytest.fixture(scope="module")
-def one(people, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("one") / "people"
-    shutil.copytree(people / "synthetic-0-000000", folder / "synthetic-0-000000")
+def one(subjects, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / "subjects"
+    shutil.copytree(subjects / "synthetic-0-000000", folder / "synthetic-0-000000")
     return folder
 
 
 @pytest.fixture(scope="module")
-def reference(people, tmp_path_factory) -> Path:
+def reference(subjects, tmp_path_factory) -> Path:
     """The output of one uninterrupted run."""
     output = tmp_path_factory.mktemp("reference") / "avatars"
-    assert run(people, output) == ""
+    assert run(subjects, output) == ""
     return output
 
 
-def test_each_subject_becomes_a_folder_with_avatar_pictures_and_report(reference, people):
+def test_each_subject_becomes_a_folder_with_avatar_images_and_report(reference, subjects):
     assert sorted(path.name for path in reference.iterdir() if path.name != ".fit") == [
         "synthetic-0-000000",
         "synthetic-0-000001",
     ]
     assert not list((reference / ".fit").iterdir()) and not leftovers(reference)
     head = load_head(HEAD)
-    subject, source = (Subject.open(folder / "synthetic-0-000000") for folder in (reference, people))
+    subject, source = (Subject.open(folder / "synthetic-0-000000") for folder in (reference, subjects))
     avatar = subject.load_avatar(head)
     assert avatar.params.num_frames == 4 and avatar.sh_degree == 1
     counts = avatar.faces.bincount(minlength=600)
     assert set(counts.tolist()) <= {0, *range(4, 16)}
-    assert (subject.avatar_id, subject.licence, subject.consent) == (source.avatar_id, source.licence, source.consent)
+    assert (subject.avatar_id, subject.license, subject.consent) == (source.avatar_id, source.license, source.consent)
     assert [frame.image.read_bytes() for frame in subject.frames()] == [f.image.read_bytes() for f in source.frames()]
     row = subject.frames()[0].load_params()
     assert torch.equal(row.expr[0], avatar.params.expr[0]) and torch.equal(row.shape, avatar.params.shape)
@@ -121,30 +121,30 @@ def test_the_report_says_how_good_it_is_and_how_it_was_made(reference):
     assert sum(n * count for n, count in enumerate(faces["histogram"])) == report["num_points"]
     assert report["iterations"] == STEPS and report["settings"]["density_constraint"] is True
     assert report["versions"]["torch"] == torch.__version__ and report["seconds"]["cpu"] > 0
-    with Image.open(reference / "synthetic-0-000000" / "fit.png") as picture:
-        assert picture.width > 400
+    with Image.open(reference / "synthetic-0-000000" / "fit.png") as image:
+        assert image.width > 400
 
 
 def test_a_corpus_is_built_from_the_results_as_they_are(reference, tmp_path):
-    words = ["--avatars", reference, "--head", HEAD, "--output", tmp_path / "corpus", "--val_fraction", "0"]
+    words = ["--avatars", reference, "--head", HEAD, "--output_dir", tmp_path / "corpus", "--val_fraction", "0"]
     assert build_corpus([str(word) for word in words]) == 0
     corpus = load_corpus(tmp_path / "corpus")
     assert len(corpus.avatars("train")) == 2 and len(corpus.frames("train")) == 24
-    assert set(corpus.avatars("train")["licence"]) == {"CC0-1.0"}
+    assert set(corpus.avatars("train")["license"]) == {"CC0-1.0"}
 
 
-def test_what_is_finished_is_kept_and_other_settings_are_refused(reference, people):
+def test_what_is_finished_is_kept_and_other_settings_are_refused(reference, subjects):
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
-    assert run(people, reference) == ""
+    assert run(subjects, reference) == ""
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path in before and path.is_file()} == {
         path: time for path, time in before.items() if path.is_file()
     }
-    line = run(people, reference, "--iterations", "25")
+    line = run(subjects, reference, "--iterations", "25")
     assert "fitted with other settings: iterations is 16, asked for 25" in line and "\n" not in line
 
 
 def test_a_fit_that_is_told_to_stop_saves_and_goes_on_to_the_same_bytes(
-    no_picture, one, reference, tmp_path, monkeypatch, capsys
+    no_image, one, reference, tmp_path, monkeypatch, capsys
 ):
     output = tmp_path / "avatars"
 
@@ -173,8 +173,8 @@ def test_a_fit_begun_with_other_settings_or_data_is_not_gone_on_with(one, tmp_pa
     assert "begun otherwise: seed is 0, asked for 1" in run(one, output, "--seed", "1")
 
 
-def test_a_failed_subject_begins_anew_if_its_data_were_mended(one, tmp_path, monkeypatch, no_picture):
-    data, output = tmp_path / "people", tmp_path / "avatars"
+def test_a_failed_subject_begins_anew_if_its_data_were_mended(one, tmp_path, monkeypatch, no_image):
+    data, output = tmp_path / "subjects", tmp_path / "avatars"
     shutil.copytree(one, data)
     job = Job(data / "synthetic-0-000000", output)
     with monkeypatch.context() as patch:
@@ -185,14 +185,14 @@ def test_a_failed_subject_begins_anew_if_its_data_were_mended(one, tmp_path, mon
     arrays = dict(np.load(path))
     np.savez(path, **arrays | {"expr": arrays["expr"] * 0.5})
     seen = []
-    monkeypatch.setattr(fit_avatars, "optimise", lambda fit, state, after: seen.append(state.iteration))
+    monkeypatch.setattr(fit_avatars, "optimize", lambda fit, state, after: seen.append(state.iteration))
     run(data, output, "--retry_failed")
     assert seen == [0] and before["settings"]["iterations"] == STEPS
 
 
-def test_one_bad_subject_is_recorded_and_the_others_are_fitted(no_picture, people, tmp_path, reference):
-    data, output = tmp_path / "people", tmp_path / "avatars"
-    shutil.copytree(people, data)
+def test_one_bad_subject_is_recorded_and_the_others_are_fitted(no_image, subjects, tmp_path, reference):
+    data, output = tmp_path / "subjects", tmp_path / "avatars"
+    shutil.copytree(subjects, data)
     for path in (data / "synthetic-0-000000" / "images").iterdir():
         Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(path)
     said = run(data, output)
@@ -202,7 +202,7 @@ def test_one_bad_subject_is_recorded_and_the_others_are_fitted(no_picture, peopl
     assert content(output / "synthetic-0-000001") == content(reference / "synthetic-0-000001")
     # Not tried again unless asked for.
     shutil.rmtree(data / "synthetic-0-000000")
-    shutil.copytree(people / "synthetic-0-000000", data / "synthetic-0-000000")
+    shutil.copytree(subjects / "synthetic-0-000000", data / "synthetic-0-000000")
     assert "--retry_failed true" in run(data, output) and not (output / "synthetic-0-000000").exists()
     assert run(data, output, "--retry_failed", "true") == ""
     assert content(output / "synthetic-0-000000") == content(reference / "synthetic-0-000000")
@@ -210,7 +210,7 @@ def test_one_bad_subject_is_recorded_and_the_others_are_fitted(no_picture, peopl
 
 
 def test_nan_parameters_are_a_failure_with_a_reason(one, tmp_path):
-    data = tmp_path / "people"
+    data = tmp_path / "subjects"
     shutil.copytree(one, data)
     path = data / "synthetic-0-000000" / "flame_param" / "00001.npz"
     arrays = dict(np.load(path))
@@ -221,7 +221,7 @@ def test_nan_parameters_are_a_failure_with_a_reason(one, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "result"])
-def test_a_disk_that_fills_leaves_nothing_half_written(no_picture, one, reference, tmp_path, where, monkeypatch):
+def test_a_disk_that_fills_leaves_nothing_half_written(no_image, one, reference, tmp_path, where, monkeypatch):
     resource = pytest.importorskip("resource")
     output, limits = tmp_path / "avatars", resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -248,10 +248,10 @@ def test_a_disk_that_fills_leaves_nothing_half_written(no_picture, one, referenc
 
 
 def test_a_process_waits_for_what_another_fits_and_takes_it_over_if_that_dies(
-    no_picture, people, reference, tmp_path, monkeypatch
+    no_image, subjects, reference, tmp_path, monkeypatch
 ):
     output = tmp_path / "avatars"
-    job = Job(people / "synthetic-0-000001", output)
+    job = Job(subjects / "synthetic-0-000001", output)
     job.work.mkdir(parents=True)
     # Dies a moment after this process has finished everything else.
     holding = (
@@ -266,7 +266,7 @@ def test_a_process_waits_for_what_another_fits_and_takes_it_over_if_that_dies(
     monkeypatch.setattr(fit_avatars, "POLL_SECONDS", 0.05)
     monkeypatch.setenv("RANK", "1")  # begins with the second subject, which is taken
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(people, output) == ""
+    assert run(subjects, output) == ""
     said, _ = other.communicate(timeout=60)
     assert said.strip() == "False" and other.returncode == 0
     for name in ("synthetic-0-000000", "synthetic-0-000001"):

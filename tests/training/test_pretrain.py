@@ -114,7 +114,7 @@ def test_the_report_holds_what_it_promises(reference, corpus):
     assert (report["train_loss_first"], report["train_loss_last"]) == (losses(reference)[0], losses(reference)[-1])
     assert report["train_loss_last"] < report["train_loss_first"]
     assert 0 < report["unigram_nll"] < report["uniform_nll"] < report["train_loss_first"]
-    for slot in ("", "_x", "_y", "_z", "_b"):
+    for slot in ("", "_x", "_y", "_z", "_face"):
         assert report[f"heldout_perplexity{slot}"] == pytest.approx(math.exp(report[f"heldout_nll{slot}"]))
         assert 0 <= report[f"heldout_accuracy{slot}"] <= 1
 

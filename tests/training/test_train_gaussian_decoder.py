@@ -121,7 +121,7 @@ def test_lpips_without_its_weights_is_a_clear_choice(script, tmp_path):
 
 def test_what_does_not_belong_together_is_named(script):
     assert "made on head model" in script(head="procedural:700")
-    assert "mode must be one of full" in script("--mode", "colour")
+    assert "mode must be one of full" in script("--mode", "color")
     assert "no such model here" in script(point_model="some/repo")
     assert "animation" in script("--animation", "spline")
 

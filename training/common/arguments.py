@@ -31,7 +31,7 @@ class PretrainArguments(TrainingArguments):
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 1000
-    max_steps: int = field(default=50_000, metadata={"help": "how long to train, in steps of the optimiser"})
+    max_steps: int = field(default=50_000, metadata={"help": "how long to train, in steps of the optimizer"})
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={"help": "true: go on from the newest whole checkpoint of --output_dir, if there is one; or a folder"},

@@ -3,18 +3,18 @@
 from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
 
-from gaussian_tokenizer.corpus.card import HUB_LICENCES
+from gaussian_tokenizer.corpus.card import HUB_LICENSES
 from gaussian_tokenizer.corpus.corpus import Corpus
 from modeling import GaussianDecoderConfig, PointillistConfig
 
-SLOTS = {"x": "x", "y": "y", "z": "z", "b": "face"}
+SLOTS = ("x", "y", "z", "face")
 
 
 def hub_license(corpus: Corpus) -> str:
     """The license that all training subjects share, as the Hub calls it; "other" where they differ or it knows no such one."""
-    found = {license.lower() for license in corpus.avatars("train")["licence"]}
+    found = {license.lower() for license in corpus.avatars("train")["license"]}
     license = found.pop() if len(found) == 1 else "other"
-    return license if license in HUB_LICENCES else "other"
+    return license if license in HUB_LICENSES else "other"
 
 
 def model_card(config: PointillistConfig, corpus: Corpus, report: dict, arguments: TrainingArguments) -> str:
@@ -37,7 +37,7 @@ def model_card(config: PointillistConfig, corpus: Corpus, report: dict, argument
         f"head model {corpus.tokenizer.head_name or 'unknown'}",
         "window": f"{config.sliding_window} tokens",
         "training data": f"{corpus.path.name}: {report['num_subjects']} subjects, {report['num_tokens']:,} tokens; "
-        "licences and consent in its card",
+        "licenses and consent in its card",
         "training": f"{report['steps']} steps, learning rate {arguments.learning_rate}, "
         f"{arguments.per_device_train_batch_size} windows a device, {arguments.world_size} devices",
     }
@@ -72,7 +72,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER_OR_ID", trust_remote_code=True)
 tokenizer = AutoProcessor.from_pretrained("THIS_FOLDER_OR_ID", trust_remote_code=True)
 inputs = tokenizer(images=portrait, head_vertices=vertices, head_faces=faces, return_tensors="pt")
-points = tokenizer.decode(model.generate(**inputs)[0])  # positions (N, 3) metres, faces (N,)
+points = tokenizer.decode(model.generate(**inputs)[0])  # positions (N, 3) meters, faces (N,)
 ```
 
 A generated head shows no real person unless it was asked to: do not make one of somebody who has not agreed to it.
@@ -85,7 +85,7 @@ def decoder_card(config: GaussianDecoderConfig, corpus: Corpus, report: dict, ar
         "decoder": f"{config.num_hidden_layers} joint-attention blocks, width {config.hidden_size}, "
         f"{config.num_attention_heads} heads, {report['num_parameters'] / 1e6:.1f} M parameters",
         "reads": config.mode,
-        "training data": f"{corpus.path.name}; licences and consent in its card",
+        "training data": f"{corpus.path.name}; licenses and consent in its card",
         "training": f"{report['steps']} steps, learning rate {arguments.learning_rate}, "
         f"{arguments.per_device_train_batch_size} subjects a device, {arguments.world_size} devices",
         "held-out frames": f"PSNR {report['heldout_psnr']:.2f} dB, SSIM {report['heldout_ssim']:.3f} (from true points)",
@@ -103,7 +103,7 @@ def decoder_card(config: GaussianDecoderConfig, corpus: Corpus, report: dict, ar
 
 # Gaussian decoder for avatars
 
-Gives the points that the autoregressive point model wrote their colour, opacity, scale, rotation and offset, from a portrait.
+Gives the points that the autoregressive point model wrote their color, opacity, scale, rotation and offset, from a portrait.
 An open implementation of the Gaussian decoder of AvatarPointillist (CVPR 2026).
 
 | | |

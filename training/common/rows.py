@@ -10,7 +10,7 @@ HEAD_COLUMNS = ("head_vertices", "head_normals")
 
 
 class AvatarRows:
-    """Random access to the sentences and conditions of one split of a corpus."""
+    """Random access to the sequences and conditions of one split of a corpus."""
 
     def __init__(self, corpus: Corpus, split: str, use_images: bool, use_heads: bool):
         self.tokenizer = corpus.tokenizer
@@ -21,27 +21,27 @@ class AvatarRows:
             without = [avatar_id for avatar_id, rows in self.frame_rows.items() if not rows]
             if without:
                 raise ValueError(
-                    f"{corpus.path}: {len(without)} avatars of {split!r} have no pictures, first {without[0]!r}, but the model "
+                    f"{corpus.path}: {len(without)} avatars of {split!r} have no images, first {without[0]!r}, but the model "
                     "reads a portrait; build the corpus with frames, or train with --use_vision_encoder false"
                 )
             self.frames = corpus.frames(split).select_columns(["image"])
         # Every column asked for costs a fifth of a millisecond a row.
-        self.sentences = self.avatars.select_columns(["input_ids"])
+        self.sequences = self.avatars.select_columns(["input_ids"])
         self.conditions = self.avatars.select_columns(["avatar_id", *(HEAD_COLUMNS if use_heads else ())])
         self.use_heads = use_heads
-        # A point has four tokens, a sentence a beginning and an end.
+        # A point has four tokens, a sequence a beginning and an end.
         self.lengths = 4 * np.asarray(self.avatars["num_points"], dtype=np.int64) + 2
         self.ids = [str(avatar_id) for avatar_id in self.avatars["avatar_id"]]
 
     def __len__(self) -> int:
         return len(self.avatars)
 
-    def sentence(self, row: int) -> np.ndarray:
+    def sequence(self, row: int) -> np.ndarray:
         """Token ids (L,) int64."""
-        return np.asarray(self.sentences[row]["input_ids"]).astype(np.int64)
+        return np.asarray(self.sequences[row]["input_ids"]).astype(np.int64)
 
     def condition(self, row: int, pick: np.random.Generator | None) -> dict[str, Any]:
-        """Portrait (one of the subject's pictures, the first if `pick` is None) and canonical head mesh."""
+        """Portrait (one of the subject's images, the first if `pick` is None) and canonical head mesh."""
         avatar = self.conditions[row]
         condition: dict[str, Any] = {}
         if self.frames is not None:

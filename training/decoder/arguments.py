@@ -31,10 +31,10 @@ class DecoderArguments:
             "help": "tell each point where its face is on the subject's own head, and learn to pull it there (not in the paper)"
         },
     )
-    sh_degree: int = field(default=0, metadata={"help": "degree of the colours' spherical harmonics"})
-    init_scale: float = field(default=0.0067379, metadata={"help": "metres, size of a new decoder's Gaussians"})
-    max_scale: float = field(default=0.01, metadata={"help": "metres, size a Gaussian cannot exceed"})
-    max_offset: float = field(default=0.1, metadata={"help": "metres, how far a Gaussian may leave its point"})
+    sh_degree: int = field(default=0, metadata={"help": "degree of the colors' spherical harmonics"})
+    init_scale: float = field(default=0.0067379, metadata={"help": "meters, size of a new decoder's Gaussians"})
+    max_scale: float = field(default=0.01, metadata={"help": "meters, size a Gaussian cannot exceed"})
+    max_offset: float = field(default=0.1, metadata={"help": "meters, how far a Gaussian may leave its point"})
     init_opacity: float = field(default=0.1, metadata={"help": "opacity of a new decoder's Gaussians"})
     initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of new weights"})
     freeze_vision_encoder: bool | None = field(
@@ -52,7 +52,7 @@ class DecoderArguments:
             frozen = point_config.freeze_vision_encoder if point_config.use_vision_encoder else False
         return GaussianDecoderConfig(
             point_feature_size=point_config.hidden_size,
-            point_centre=[(a + b) / 2 for a, b in zip(lower, upper)],
+            point_center=[(a + b) / 2 for a, b in zip(lower, upper)],
             point_extent=max(b - a for a, b in zip(lower, upper)) / 2,
             vision_config=point_config.vision_config,
             **({name: getattr(self, name) for name in own} | {"freeze_vision_encoder": frozen}),
@@ -69,12 +69,12 @@ class FrameArguments:
     )
     num_targets: int = field(default=4, metadata={"help": "frames of a subject drawn in a step"})
     random_source: bool = field(
-        default=False, metadata={"help": "read any of a subject's pictures instead of its first one"}
+        default=False, metadata={"help": "read any of a subject's images instead of its first one"}
     )
-    own_share: float = field(
+    self_generated_ratio: float = field(
         default=0.0,
         metadata={
-            "help": "share of the sentences that the point model writes itself, once for each subject and before training, in "
+            "help": "share of the sequences that the point model writes itself, once for each subject and before training, in "
             "the place of the true one: the decoder then meets what it will meet at use (the paper: 0)"
         },
     )

@@ -1,7 +1,7 @@
-"""Sentences that the point model writes for the people it was trained on, for training the decoder on what it will meet.
+"""Sequences that the point model writes for the subjects it was trained on, for training the decoder on what it will meet.
 
 At use the decoder dresses points that the point model wrote, which lie elsewhere than the true ones; a decoder that has seen true
-points only takes every one of them at its word. One that has also seen written points, beside the true pictures of the same
+points only takes every one of them at its word. One that has also seen written points, beside the true images of the same
 person, learns to move them (exposure bias, Bengio et al. 2015, https://arxiv.org/abs/1506.03099; here of the second network).
 
 Each subject is written once, from its first portrait and its mesh, and kept in a folder: a file is named by all it depends on, so
@@ -25,14 +25,14 @@ from modeling.pipeline import SAMPLING
 from modeling.point_features import fingerprint
 from training.decoder.subjects import SubjectRows
 
-BATCH = 32  # sentences written together; part of what decides the random numbers
+BATCH = 32  # sequences written together; part of what decides the random numbers
 MAX_POINTS_PER_FACE = 15
 
 
-def own_sentences(
+def generated_sequences(
     point_model: PointillistForCausalLM, subjects: SubjectRows, folder: Path, seed: int, progress: bool = True
 ) -> list[np.ndarray]:
-    """Token ids (L,) int64 of every subject as the point model writes them; all are whole sentences.
+    """Token ids (L,) int64 of every subject as the point model writes them; all are whole sequences.
 
     Args:
         point_model: on the device where it is to run.
@@ -48,18 +48,18 @@ def own_sentences(
     batches = [range(begin, min(begin + BATCH, len(subjects))) for begin in range(0, len(subjects), BATCH)]
     paths = [folder / f"{digest}-{number:05d}.safetensors" for number in range(len(batches))]
     own = range(state.process_index, len(batches), state.num_processes)
-    for number in tqdm(own, "writing sentences", disable=not (progress and state.is_main_process)):
+    for number in tqdm(own, "writing sequences", disable=not (progress and state.is_main_process)):
         if _read(paths[number]) is None:
             ids = _write(point_model, subjects, batches[number], longest, seed + number)
             with atomic_file(paths[number]) as file:
-                file.write(save({str(row): sentence for row, sentence in zip(batches[number], ids)}))
+                file.write(save({str(row): sequence for row, sequence in zip(batches[number], ids)}))
     state.wait_for_everyone()
-    sentences: dict[int, np.ndarray] = {}
+    sequences: dict[int, np.ndarray] = {}
     for path in paths:
         found = _read(path)
         assert found is not None
-        sentences |= {int(row): sentence for row, sentence in found.items()}
-    return [sentences[row] for row in range(len(subjects))]
+        sequences |= {int(row): sequence for row, sequence in found.items()}
+    return [sequences[row] for row in range(len(subjects))]
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def _write(
         ids = point_model.generate(
             **condition, **SAMPLING, max_points=longest, max_points_per_face=MAX_POINTS_PER_FACE
         ).cpu()
-    lengths = (ids < reads.bos_token_id).sum(1)  # one cut by the limit lacks its end, which a sentence may
+    lengths = (ids < reads.bos_token_id).sum(1)  # one cut by the limit lacks its end, which a sequence may
     return [row[: 1 + 4 * (int(length) // 4)].numpy() for row, length in zip(ids, lengths)]
 
 

@@ -1,8 +1,8 @@
-"""How far rendered pictures are from true ones: the paper's losses and the two plain metrics.
+"""How far rendered images are from true ones: the paper's losses and the two plain metrics.
 
     loss = 1.0 L1 + 0.5 (1 - SSIM) + 0.1 LPIPS + 0.1 mean |offset / max_offset|^2        (weights: notes on the paper)
 
-Pictures are (B, H, W, 3) in 0..1. SSIM has a Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004); LPIPS is the `lpips`
+Images are (B, H, W, 3) in 0..1. SSIM has a Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004); LPIPS is the `lpips`
 package's VGG network (Zhang et al. 2018), whose backbone weights are a file of one's own: nothing is downloaded here.
 """
 
@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def offset_regulariser(offsets: Tensor, mask: Tensor, max_offset: float) -> Tensor:
+def offset_regularizer(offsets: Tensor, mask: Tensor, max_offset: float) -> Tensor:
     """Mean over the real points of the squared length of their offsets (B, N, 3), in units of the allowed range."""
     return ((offsets / max_offset).square().sum(-1) * mask).sum() / mask.sum().clamp(min=1)
 

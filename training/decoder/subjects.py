@@ -1,7 +1,7 @@
-"""Subjects with pictures, for the Gaussian decoder: one source portrait to read, several frames to be drawn like.
+"""Subjects with images, for the Gaussian decoder: one source portrait to read, several frames to be drawn like.
 
 Item i of `TrainSubjects` depends on the seed and on i alone, as the windows of pre-training do: a resumed run sees the same. The
-source is the subject's first picture (VHAP: first timestep, first camera), or a random one. Each target comes with its camera,
+source is the subject's first image (VHAP: first timestep, first camera), or a random one. Each target comes with its camera,
 the expression and pose of its moment, and a background on which truth and drawing are both laid, so that opacity is learned.
 
 Axes: B subjects, C target frames, H W pixels, S shape, E expression.
@@ -22,11 +22,11 @@ from gaussian_tokenizer.rendering.cameras import Cameras
 from training.common.rows import AvatarRows
 
 POSES = ("expr", *POSE_SIZES)
-BACKGROUNDS = (0.0, 0.5, 1.0)  # grey levels of training (LAM)
+BACKGROUNDS = (0.0, 0.5, 1.0)  # gray levels of training (LAM)
 
 
 class SubjectRows:
-    """Random access to the subjects of one split: sentence, condition, shape and pictures."""
+    """Random access to the subjects of one split: sequence, condition, shape and images."""
 
     def __init__(self, corpus: Corpus, split: str, use_heads: bool, max_subjects: int | None = None):
         self.rows = AvatarRows(corpus, split, use_images=True, use_heads=use_heads)
@@ -44,15 +44,15 @@ class SubjectRows:
         return self.rows.frame_rows[self.rows.ids[row]]
 
     def subject(self, row: int, pick: np.random.Generator | None) -> dict[str, Any]:
-        """Sentence (L,), condition (source portrait and mesh), shape (S,) and, where there is one, static_offset (V, 3)."""
+        """Sequence (L,), condition (source portrait and mesh), shape (S,) and, where there is one, static_offset (V, 3)."""
         shapes = {name: np.asarray(value, np.float32) for name, value in self.shapes[row].items()}
-        return {"input_ids": self.rows.sentence(row)} | shapes | self.rows.condition(row, pick)
+        return {"input_ids": self.rows.sequence(row)} | shapes | self.rows.condition(row, pick)
 
     def targets(self, frame_rows: list[int]) -> dict[str, np.ndarray]:
-        """Pictures (C, H, W, 4) float32 in 0..1 with their opacity, cameras and head parameters of those frames.
+        """Images (C, H, W, 4) float32 in 0..1 with their opacity, cameras and head parameters of those frames.
 
         Raises:
-            ValueError: two pictures are not of one size.
+            ValueError: two images are not of one size.
         """
         frames = [self.frames[row] for row in frame_rows]
         images = [rgba(frame["image"]) for frame in frames]
@@ -60,7 +60,7 @@ class SubjectRows:
             if image.shape != images[0].shape:
                 sizes = [f"{found.shape[1]}x{found.shape[0]}" for found in (images[0], image)]
                 raise ValueError(
-                    f"pictures of {frame['avatar_id']!r} are of {sizes[0]} and {sizes[1]} pixels; "
+                    f"images of {frame['avatar_id']!r} are of {sizes[0]} and {sizes[1]} pixels; "
                     "the frames of a corpus must be of one size to be learned from together: resize them"
                 )
         Ks = np.zeros((len(frames), 3, 3), np.float32)
@@ -78,9 +78,9 @@ class TrainSubjects(Dataset):
     """`num_items` subjects with `num_targets` of their frames each; in every epoch each subject once.
 
     Args:
-        random_source: read any picture of a subject instead of its first.
-        own_sentences: of every subject, a sentence to be read in the place of the true one (see `own_sentences`), ..
-        own_share: .. and in which share of the items.
+        random_source: read any image of a subject instead of its first.
+        generated_sequences: of every subject, a sequence to be read in the place of the true one (see `generated_sequences`), ..
+        self_generated_ratio: .. and in which share of the items.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class TrainSubjects(Dataset):
         num_targets: int,
         seed: int,
         random_source: bool,
-        own_sentences: Sequence[np.ndarray] = (),
-        own_share: float = 0.0,
+        generated_sequences: Sequence[np.ndarray] = (),
+        self_generated_ratio: float = 0.0,
     ):
         self.subjects, self.num_items, self.num_targets = subjects, num_items, num_targets
         self.seed, self.random_source = seed, random_source
-        self.own_sentences, self.own_share = own_sentences, own_share
+        self.generated_sequences, self.self_generated_ratio = generated_sequences, self_generated_ratio
 
     def __len__(self) -> int:
         return self.num_items
@@ -108,8 +108,8 @@ class TrainSubjects(Dataset):
         rows = self.subjects.frame_rows(row)
         chosen = random.choice(len(rows), self.num_targets, replace=len(rows) < self.num_targets)
         background = random.choice(BACKGROUNDS, self.num_targets).astype(np.float32)
-        if random.random() < self.own_share:
-            item["input_ids"] = self.own_sentences[row]
+        if random.random() < self.self_generated_ratio:
+            item["input_ids"] = self.generated_sequences[row]
         return item | self.subjects.targets([rows[i] for i in chosen]) | {"background": background}
 
 
@@ -135,10 +135,10 @@ class EvaluationSubjects(Dataset):
 
 
 def rgba(image: Image.Image) -> np.ndarray:
-    """(H, W, 4) float32 in 0..1. A picture without transparency is opaque: its background is part of it."""
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit grey
-        grey = np.asarray(image, np.float32) / 65535
-        return np.stack((grey, grey, grey, np.ones_like(grey)), -1)
+    """(H, W, 4) float32 in 0..1. An image without transparency is opaque: its background is part of it."""
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit gray
+        gray = np.asarray(image, np.float32) / 65535
+        return np.stack((gray, gray, gray, np.ones_like(gray)), -1)
     return np.asarray(image.convert("RGBA"), np.float32) / 255
 
 
@@ -173,13 +173,13 @@ def motion_of(batch: Mapping[str, torch.Tensor], row: int) -> HeadParameters:
 
 
 def on_background(images: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-    """(C, H, W, 4) over grey levels (C,) -> (C, H, W, 3)."""
+    """(C, H, W, 4) over gray levels (C,) -> (C, H, W, 3)."""
     color, alpha = images.split((3, 1), dim=-1)
     return color * alpha + background[:, None, None, None] * (1 - alpha)
 
 
 def mean_images(train: SubjectRows) -> dict[int, torch.Tensor]:
-    """camera -> mean training picture (H, W, 3) on white: the baseline that knows nobody."""
+    """camera -> mean training image (H, W, 3) on white: the baseline that knows nobody."""
     sums: dict[int, list] = {}
     for row, camera in enumerate(train.frames["camera"]):
         image = on_background(torch.from_numpy(train.targets([row])["images"]), torch.ones(1))[0]

@@ -1,11 +1,11 @@
-"""The trainer of the Gaussian decoder: sentences and portraits in, pictures out, compared with the true frames.
+"""The trainer of the Gaussian decoder: sequences and portraits in, images out, compared with the true frames.
 
     ids, condition -> frozen point model -> point features -.
-    ids -> dequantised points -----------------------------+-> GaussianDecoder -> canonical Gaussians
+    ids -> dequantized points -----------------------------+-> GaussianDecoder -> canonical Gaussians
     portrait ----------------------------------------------'          |
-    expression and pose of a frame -> animate -> render -> picture -> L1, SSIM, LPIPS against the true one
+    expression and pose of a frame -> animate -> render -> image -> L1, SSIM, LPIPS against the true one
 
-The point model sees true sentences (teacher forcing) and is never trained here.
+The point model sees true sequences (teacher forcing) and is never trained here.
 """
 
 import time
@@ -24,7 +24,7 @@ from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.conversion import to_gaussians, vertex_points
 from modeling.point_features import FeatureCache, point_features
 from training.common.exact_trainer import ExactTrainer
-from training.decoder.losses import PerceptualLoss, offset_regulariser
+from training.decoder.losses import PerceptualLoss, offset_regularizer
 from training.decoder.subjects import cameras_of, motion_of, on_background
 
 CONDITION = ("pixel_values", "head_vertices", "head_normals")
@@ -44,7 +44,7 @@ class LossWeights:
 class Points:
     """Points of B subjects, padded to the longest."""
 
-    positions: Tensor  # (B, N, 3) metres, canonical
+    positions: Tensor  # (B, N, 3) meters, canonical
     faces: Tensor  # (B, N) int64
     counts: list[int]
 
@@ -93,7 +93,7 @@ class DecoderTrainer(ExactTrainer):
                 losses["lpips"].append(self.frozen[1](image, truth).mean())
         means = {name: torch.stack(values).mean() for name, values in losses.items() if values}
         max_offset = self.accelerator.unwrap_model(model).config.max_offset
-        means["offset"] = offset_regulariser(output.offsets, points.mask, max_offset)
+        means["offset"] = offset_regularizer(output.offsets, points.mask, max_offset)
         loss = sum(getattr(self.weights, name) * value for name, value in means.items())
         for name, value in means.items():
             self.parts[name] = self.parts.get(name, 0.0) + float(value.detach())
@@ -101,7 +101,7 @@ class DecoderTrainer(ExactTrainer):
         return (loss, output) if return_outputs else loss
 
     def draw(self, model, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], object, Points]:
-        """The pictures of each subject's target frames [(C, H, W, 3)], the decoder's output and the points."""
+        """The images of each subject's target frames [(C, H, W, 3)], the decoder's output and the points."""
         config = self.accelerator.unwrap_model(model).config
         points = self.points(batch, config.mode)
         output = model(
@@ -121,7 +121,7 @@ class DecoderTrainer(ExactTrainer):
         return images, output, points
 
     def points(self, batch: Mapping[str, Tensor], mode: str) -> Points:
-        """What the decoder places its Gaussians on: the points of the sentences, or the head's vertices."""
+        """What the decoder places its Gaussians on: the points of the sequences, or the head's vertices."""
         device = self.args.device
         if mode == "flame_position":
             rows = [vertex_points(self.head, motion_of(batch, row)) for row in range(len(batch["input_ids"]))]
@@ -136,14 +136,14 @@ class DecoderTrainer(ExactTrainer):
         return Points(positions, faces, counts)
 
     def anchors(self, batch: Mapping[str, Tensor], points: Points) -> Tensor:
-        """(B, N, 3) metres: the nearest point on each point's face, on the subject's own canonical head."""
+        """(B, N, 3) meters: the nearest point on each point's face, on the subject's own canonical head."""
         heads = [self.head.canonical_vertices(motion_of(batch, row)) for row in range(len(points.counts))]
         rows = zip(points.positions, points.faces, heads)
         return torch.stack([nearest_on_faces(*row, self.head.faces) for row in rows])
 
     @torch.no_grad()
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(B, N, 4, D) hidden states of the point model for the sentences that are read."""
+        """(B, N, 4, D) hidden states of the point model for the sequences that are read."""
         point_model = self.frozen[0]
         condition = {name: batch[name] for name in CONDITION if name in batch}
         if not point_model.config.use_vision_encoder:

@@ -1,11 +1,11 @@
-"""The whole road in minutes on two CPU cores: people -> tokens -> corpus -> two trainings -> new avatars that move.
+"""The whole road in minutes on two CPU cores: subjects -> tokens -> corpus -> two trainings -> new avatars that move.
 
     python -m training.demo --output_dir outputs/demo        # what `make demo` runs
 
 Each step is a command of the toolkit, printed before it runs, so it can be repeated with other settings. Then the models
-make avatars of held-out people from their portraits and head meshes alone. `report.json` says how close their points are to the
-true ones (chamfer distance) and their pictures to the true frames (PSNR, SSIM), `pictures/` shows them, `pipeline/` holds the
-four components for `AvatarPipeline.from_pretrained`. Last comes the reenactment bench, on people of another seed: `bench/`.
+make avatars of held-out subjects from their portraits and head meshes alone. `report.json` says how close their points are to the
+true ones (chamfer distance) and their images to the true frames (PSNR, SSIM), `images/` shows them, `pipeline/` holds the
+four components for `AvatarPipeline.from_pretrained`. Last comes the reenactment bench, on subjects of another seed: `bench/`.
 """
 
 import argparse
@@ -35,16 +35,16 @@ from training.demo.report import (
     chamfer,
     draw_avatars,
     draw_motion,
+    image_metrics,
     judge,
     mean_image_metrics,
     nll_of_another,
-    picture_metrics,
     true_frames,
 )
 
 STEPS = 6
-SHOWN = 8  # subjects in the pictures
-BENCH_SEED = 77  # more than that of the training: other people
+SHOWN = 8  # subjects in the images
+BENCH_SEED = 77  # more than that of the training: other subjects
 
 
 def main() -> None:
@@ -67,10 +67,10 @@ def main() -> None:
     )
     parser.add_argument("--decoder_steps", type=int, help="steps of the decoder's training, if not those of its config")
     parser.add_argument(
-        "--num_bench", type=int, default=8, help="people of the reenactment bench, 16 frames each; 0: no bench"
+        "--num_bench", type=int, default=8, help="subjects of the reenactment bench, 16 frames each; 0: no bench"
     )
-    parser.add_argument("--n_bins", type=int, default=128, help="quantisation levels an axis (the paper: 1,024)")
-    parser.add_argument("--image_size", type=int, default=112, help="pixels of a picture, a multiple of 14")
+    parser.add_argument("--n_bins", type=int, default=128, help="quantization levels an axis (the paper: 1,024)")
+    parser.add_argument("--image_size", type=int, default=112, help="pixels of an image, a multiple of 14")
     parser.add_argument("--seed", type=int, default=0)
     arguments, training = parser.parse_known_args()
     if arguments.num_heldout < 2:
@@ -83,20 +83,20 @@ def main() -> None:
     # Two processes of one thread: matrices this small are not multiplied faster by two threads.
     launch = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
 
-    people = [
+    subjects = [
         sys.executable, "-m", "gaussian_tokenizer.synthesize", "--head", arguments.head, "--num_points", str(arguments.num_points),
         "--identity_scale", str(arguments.identity_scale), "--min_points_per_face", str(arguments.min_points_per_face),
         "--num_proc", processes,
     ]  # fmt: skip
     run(1, "synthetic subjects", [
-        *people, "--num_subjects", str(arguments.num_subjects), "--views", str(arguments.views), "--timesteps",
+        *subjects, "--num_subjects", str(arguments.num_subjects), "--views", str(arguments.views), "--timesteps",
         str(arguments.timesteps), "--image_size", str(arguments.image_size), "--seed", str(arguments.seed),
-        "--output", str(output / "avatars"),
+        "--output_dir", str(output / "avatars"),
     ])  # fmt: skip
     run(2, "corpus", [
         sys.executable, "-m", "gaussian_tokenizer.build_corpus", "--avatars", str(output / "avatars"), "--head", arguments.head,
         "--n_bins", str(arguments.n_bins), "--image_size", str(arguments.image_size), "--num_proc", processes,
-        "--num_validation", str(arguments.num_heldout), "--output", str(output / "corpus"),
+        "--num_validation", str(arguments.num_heldout), "--output_dir", str(output / "corpus"),
     ])  # fmt: skip
     run(3, "training of the point model", [
         *launch, "training/pretrain.py", arguments.config,
@@ -108,7 +108,7 @@ def main() -> None:
         "--feature_cache", str(output / "features"), "--seed", str(arguments.seed),
         *(["--max_steps", str(arguments.decoder_steps)] if arguments.decoder_steps else []),
     ])  # fmt: skip
-    announce(5, "avatars of held-out people, from portrait and head mesh")
+    announce(5, "avatars of held-out subjects, from portrait and head mesh")
     corpus = load_corpus(output / "corpus")
     pipeline = AvatarPipeline(
         corpus.tokenizer,
@@ -119,8 +119,8 @@ def main() -> None:
     report = json.loads((output / "model" / "training_report.json").read_text())
     report["decoder"] = json.loads((output / "decoder" / "training_report.json").read_text())
     report |= generate(pipeline, corpus, arguments.num_generated, arguments.seed, output)
-    picture = output / "pictures" / "avatars.png"
-    pipeline.save_pretrained(output / "pipeline", pictures=[picture], license=hub_license(corpus))
+    image = output / "images" / "avatars.png"
+    pipeline.save_pretrained(output / "pipeline", images=[image], license=hub_license(corpus))
     report["seconds"] = round(time.perf_counter() - begin, 1)
     with atomic_file(output / "report.json") as file:
         file.write(json.dumps(report, indent=2).encode())
@@ -130,18 +130,18 @@ def main() -> None:
         f"{report['heldout_nll_other_condition']:.3f} (unigram {report['unigram_nll']:.3f}, uniform "
         f"{report['uniform_nll']:.3f}); invalid tokens {sum(g['invalid_tokens'] for g in report['generated'])}; mean chamfer "
         f"distance to the own subject {own:.2f} mm, to the others {others:.2f} mm\n"
-        f"pictures: PSNR {report['psnr_heldout']:.2f} dB from the portrait, {report['psnr_reencoded']:.2f} dB on the true points, "
+        f"images: PSNR {report['psnr_heldout']:.2f} dB from the portrait, {report['psnr_reencoded']:.2f} dB on the true points, "
         f"mean image {report['psnr_mean_image']:.2f} dB; {report['seconds'] / 60:.1f} minutes\n"
-        f"look at {output / 'pictures' / 'avatars.png'}, motion.gif and generated.png; figures in {output / 'report.json'}"
+        f"look at {output / 'images' / 'avatars.png'}, motion.gif and generated.png; figures in {output / 'report.json'}"
     )
     if arguments.num_bench:
-        run(STEPS, "reenactment bench: people of the bench", [
-            *people, "--num_subjects", str(arguments.num_bench), "--views", "4", "--timesteps", "4", "--image_size", "128",
-            "--seed", str(arguments.seed + BENCH_SEED), "--output", str(output / "bench_people"),
+        run(STEPS, "reenactment bench: subjects of the bench", [
+            *subjects, "--num_subjects", str(arguments.num_bench), "--views", "4", "--timesteps", "4", "--image_size", "128",
+            "--seed", str(arguments.seed + BENCH_SEED), "--output_dir", str(output / "bench_subjects"),
         ])  # fmt: skip
         run(STEPS, "reenactment bench", [
             sys.executable, "eval/reenactment_bench.py", "--model", str(output / "pipeline"), "--dataset",
-            str(output / "bench_people"), "--output_dir", str(output / "bench"), "--max_points", str(4 * arguments.num_points),
+            str(output / "bench_subjects"), "--output_dir", str(output / "bench"), "--max_points", str(4 * arguments.num_points),
         ])  # fmt: skip
     print(f"\nthe whole demo: {(time.perf_counter() - begin) / 60:.1f} minutes")
 
@@ -161,33 +161,33 @@ def run(number: int, title: str, command: list[str]) -> None:
 
 def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, output: Path) -> dict:
     """Avatars of the first `count` held-out subjects, judged against the true ones and drawn; entries of the report."""
-    tokenizer, reads = pipeline.tokenizer, pipeline.point_model.config
-    subjects = SubjectRows(corpus, "validation", use_heads=reads.use_point_encoder)
+    tokenizer, config = pipeline.tokenizer, pipeline.point_model.config
+    subjects = SubjectRows(corpus, "validation", use_heads=config.use_point_encoder)
     count = min(count, len(subjects))
-    people = [subjects.subject(row, None) for row in range(count)]
+    entries = [subjects.subject(row, None) for row in range(count)]
     frames = [true_frames(subjects, row) for row in range(count)]
-    params = [shape_parameters(pipeline, person) for person in people]
+    params = [shape_parameters(pipeline, person) for person in entries]
     portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in range(count)]
     longest = int(subjects.rows.lengths.max()) // 4
     torch.set_num_threads(1)  # matrices this small are multiplied faster by one thread than by two
     begin = time.perf_counter()
     inputs = pipeline.inputs(portraits, params)
     written = pipeline.write(inputs, seed=seed, max_points=2 * longest, max_points_per_face=15, progress=True)
-    tokens = int((written.sequences < reads.bos_token_id).sum())
+    tokens = int((written.sequences < config.bos_token_id).sum())
     print(f"{tokens:,} tokens in {time.perf_counter() - begin:.1f} s", flush=True)
 
-    truth = [tokenizer.decode(subjects.rows.sentence(row)) for row in range(len(subjects))]
+    truth = [tokenizer.decode(subjects.rows.sequence(row)) for row in range(len(subjects))]
     means = mean_images(SubjectRows(corpus, "train", use_heads=False))
     results, clouds, avatars = [], [], []
     for row, features in enumerate(pipeline.points(written)[1]):
         points, invalid = judge(tokenizer, written.sequences[row].numpy())
         distances = np.array([chamfer(points["positions"], other["positions"]) for other in truth])
-        avatar = pipeline.dress(points, features, inputs["pixel_values"][row], params[row])
+        avatar = pipeline.decode_attributes(points, features, inputs["pixel_values"][row], params[row])
         avatar_id = str(subjects.rows.avatars[row]["avatar_id"])
         avatar.save(output / "generated" / avatar_id)
         drawn = {
-            "heldout": picture_metrics(avatar, frames[row]),
-            "reencoded": picture_metrics(reencoded(pipeline, people[row], inputs, row, params[row]), frames[row]),
+            "heldout": image_metrics(avatar, frames[row]),
+            "reencoded": image_metrics(reencoded(pipeline, entries[row], inputs, row, params[row]), frames[row]),
             "mean_image": mean_image_metrics(means, subjects, row),
         }
         results.append(
@@ -205,11 +205,11 @@ def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, ou
         )
         clouds.append((avatar_id, portraits[row], {"true": truth[row]["positions"], "generated": points["positions"]}))
         avatars.append((avatar_id, portraits[row], avatar))
-    pictures = output / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    draw_comparison(pictures / "generated.png", clouds[:SHOWN])
-    draw_avatars(pictures / "avatars.png", avatars[:SHOWN])
-    draw_motion(pictures / "motion.gif", avatars)
+    images = output / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    draw_comparison(images / "generated.png", clouds[:SHOWN])
+    draw_avatars(images / "avatars.png", avatars[:SHOWN])
+    draw_motion(images / "motion.gif", avatars)
     portraits[0].save(output / "portrait.png")  # for the examples of the README
     averaged = [key for key in results[0] if key.startswith(("psnr_", "ssim_"))]
     return {
@@ -232,14 +232,14 @@ def shape_parameters(pipeline: AvatarPipeline, person: dict) -> HeadParameters:
 def reencoded(pipeline: AvatarPipeline, person: dict, inputs: dict, row: int, params: HeadParameters):
     """The avatar that the decoder makes of a subject's true points."""
     ids = torch.from_numpy(person["input_ids"])[None]
-    reads = pipeline.point_model.config
+    config = pipeline.point_model.config
     condition = {
         name: value[row : row + 1]
         for name, value in inputs.items()
-        if (reads.use_vision_encoder if name == "pixel_values" else reads.use_point_encoder)
+        if (config.use_vision_encoder if name == "pixel_values" else config.use_point_encoder)
     }
     features = point_features(pipeline.point_model, ids, **condition)[0]
-    return pipeline.dress(pipeline.tokenizer.decode(ids[0]), features, inputs["pixel_values"][row], params)
+    return pipeline.decode_attributes(pipeline.tokenizer.decode(ids[0]), features, inputs["pixel_values"][row], params)
 
 
 if __name__ == "__main__":

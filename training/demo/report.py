@@ -1,8 +1,8 @@
-"""What the demo says of its results: how near new clouds and avatars are to the true ones, and pictures of both.
+"""What the demo says of its results: how near new clouds and avatars are to the true ones, and images of both.
 
-Clouds are compared by chamfer distance, pictures by PSNR and SSIM on white over every frame of a held-out subject: the avatar
+Clouds are compared by chamfer distance, images by PSNR and SSIM on white over every frame of a held-out subject: the avatar
 written from a portrait and a head mesh (`generated`), the decoder on the subject's true points (`reencoded`, what better points
-could reach), and the mean training picture of the same camera (`mean_image`, what knowing nobody reaches).
+could reach), and the mean training image of the same camera (`mean_image`, what knowing nobody reaches).
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ GIF_SUBJECTS = 4
 
 
 def judge(tokenizer: GaussianTokenizer, ids: np.ndarray) -> tuple[dict, int]:
-    """Points of a generated sentence, and how many of its tokens are not what the tokenizer would have written."""
+    """Points of a generated sequence, and how many of its tokens are not what the tokenizer would have written."""
     points = tokenizer.decode(ids, errors="truncate")
     invalid = int(points.pop("dropped"))
     if len(points["faces"]):
@@ -42,7 +42,7 @@ def judge(tokenizer: GaussianTokenizer, ids: np.ndarray) -> tuple[dict, int]:
 
 
 def chamfer(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean distance in metres to the nearest point of the other cloud, averaged over both directions."""
+    """Mean distance in meters to the nearest point of the other cloud, averaged over both directions."""
     if not len(a) or not len(b):
         return float("inf")
     distances = torch.cdist(torch.from_numpy(a).double(), torch.from_numpy(b).double())
@@ -63,13 +63,13 @@ def nll_of_another(model: PointillistForCausalLM, rows: AvatarRows) -> float:
 
 
 def true_frames(subjects: SubjectRows, row: int) -> dict[str, torch.Tensor]:
-    """All frames of a subject as a batch of one: pictures, cameras, head parameters."""
+    """All frames of a subject as a batch of one: images, cameras, head parameters."""
     item = subjects.targets(list(subjects.frame_rows(row))) | {"shape": subjects.subject(row, None)["shape"]}
     return {name: torch.from_numpy(value)[None] for name, value in item.items()}
 
 
 @torch.no_grad()
-def picture_metrics(avatar: GaussianAvatar, frames: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+def image_metrics(avatar: GaussianAvatar, frames: Mapping[str, torch.Tensor]) -> tuple[float, float]:
     """PSNR (dB) and SSIM of an avatar against a subject's true frames, on white."""
     truth = on_background(frames["images"][0], torch.ones(frames["images"].shape[1]))
     drawn = render(avatar.posed(motion_of(frames, 0)), cameras_of(frames, 0), background=1.0).image
@@ -77,7 +77,7 @@ def picture_metrics(avatar: GaussianAvatar, frames: Mapping[str, torch.Tensor]) 
 
 
 def mean_image_metrics(means: Mapping[int, torch.Tensor], subjects: SubjectRows, row: int) -> tuple[float, float]:
-    """The same for the mean training picture (H, W, 3) of each camera."""
+    """The same for the mean training image (H, W, 3) of each camera."""
     rows = list(subjects.frame_rows(row))
     images = torch.from_numpy(subjects.targets(rows)["images"])
     truth = on_background(images, torch.ones(len(images)))
@@ -91,9 +91,9 @@ def draw_avatars(path: Path, rows: Sequence[tuple[str, Image.Image, GaussianAvat
     lines = []
     for _, portrait, avatar in rows:
         head = attached(avatar)
-        views = pictures_of(avatar, None, portrait_cameras(head, size, VIEWS))
+        views = images_of(avatar, None, portrait_cameras(head, size, VIEWS))
         faces = list(expression_frames(head).items())[1:4]
-        shown = [pictures_of(avatar, params, portrait_cameras(head, size))[0] for _, params in faces]
+        shown = [images_of(avatar, params, portrait_cameras(head, size))[0] for _, params in faces]
         columns = columns[:4] + [name.replace("_", " ") for name, _ in faces]
         lines.append(np.concatenate([on_white(portrait, size), *views, *shown], axis=1))
     labels = Image.new("RGB", (lines[0].shape[1], 16), "white")
@@ -114,13 +114,13 @@ def draw_motion(
             **talk.tensors() | {"neck_pose": look.neck_pose, "eyes_pose": look.eyes_pose, "rotation": look.rotation}
         )
         still = on_white(portrait, size)
-        moving = pictures_of(avatar, motion, portrait_cameras(head, size))
+        moving = images_of(avatar, motion, portrait_cameras(head, size))
         panels.append(np.stack([np.concatenate((still, frame)) for frame in moving]))
     save_video(path, np.concatenate(panels, axis=2), fps=20)
 
 
 @torch.no_grad()
-def pictures_of(avatar: GaussianAvatar, motion: HeadParameters | None, cameras: Cameras) -> np.ndarray:
+def images_of(avatar: GaussianAvatar, motion: HeadParameters | None, cameras: Cameras) -> np.ndarray:
     """(C, H, W, 3) uint8 on white, at rest or in the moments of a motion."""
     gaussians = avatar.canonical_gaussians() if motion is None else avatar.posed(motion)
     image = render(gaussians, cameras, background=1.0).image
@@ -129,9 +129,9 @@ def pictures_of(avatar: GaussianAvatar, motion: HeadParameters | None, cameras: 
 
 def on_white(portrait: Image.Image, size: int) -> np.ndarray:
     """(size, size, 3) uint8."""
-    picture = portrait.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+    image = portrait.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
+    white = Image.new("RGBA", image.size, "white")
+    return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def attached(avatar: GaussianAvatar) -> HeadModel:

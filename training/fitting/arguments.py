@@ -23,42 +23,44 @@ class FitArguments:
 
     data: str = field(metadata={"help": "tracked subject, or folder of such: VHAP exports, GaussianAvatars, Pixel3DMM"})
     head: str = field(metadata={"help": "procedural:600, a .safetensors, a FLAME .pkl, an ICT-FaceKit folder"})
-    output: str = field(metadata={"help": "folder for the avatars: one folder a subject, as build_corpus reads them"})
+    output_dir: str = field(
+        metadata={"help": "folder for the avatars: one folder a subject, as build_corpus reads them"}
+    )
     retry_failed: bool = field(default=False, metadata={"help": "fit what failed before once more"})
     save_every: int = field(default=10_000, metadata={"help": "iterations between checkpoints of a subject"})
-    max_eval_pictures: int = field(
-        default=64, metadata={"help": "held-out pictures of each kind that the report looks at, evenly spread"}
+    max_eval_images: int = field(
+        default=64, metadata={"help": "held-out images of each kind that the report looks at, evenly spread"}
     )
-    max_result_pictures: int | None = field(
-        default=None, metadata={"help": "pictures copied beside the avatar, evenly spread; left out, all; 0, none"}
+    max_result_images: int | None = field(
+        default=None, metadata={"help": "images copied beside the avatar, evenly spread; left out, all; 0, none"}
     )
-    picture_cache: int = field(default=4096, metadata={"help": "MB of decoded pictures kept in memory by a process"})
+    image_cache: int = field(default=4096, metadata={"help": "MB of decoded images kept in memory by a process"})
     disable_tqdm: bool = field(default=False, metadata={"help": "no progress bars"})
-    use_cpu: bool = field(default=False, metadata={"help": "draw on the CPU though there is a GPU"})
+    device: str = field(default="auto", metadata={"help": "auto (a GPU if there is one), cpu or cuda"})
 
     def __post_init__(self) -> None:
-        _check(self, at_least_one=("save_every", "max_eval_pictures"), at_least_zero=("picture_cache",))
+        _check(self, at_least_one=("save_every", "max_eval_images"), at_least_zero=("image_cache",))
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"--device is {self.device!r}, expected auto, cpu or cuda")
 
 
 @dataclass
 class FitSettings:
     """How a subject is fitted. Learning rates are Adam's; lengths relative to a face are in units of its size."""
 
-    iterations: int = field(default=600_000, metadata={"help": "steps of the optimiser"})
+    iterations: int = field(default=600_000, metadata={"help": "steps of the optimizer"})
     shorten: float = field(
         default=1.0, metadata={"help": "divide all iterations and intervals by this: 20 makes 30,000 of 600,000"}
     )
-    pictures_per_step: int = field(default=1, metadata={"help": "pictures drawn in a step"})
-    start_downscale: int = field(
-        default=1, metadata={"help": "side of the first pictures, 1/n; halved again and again"}
-    )
-    full_resolution_from: int = field(default=0, metadata={"help": "iteration from which pictures have their own size"})
-    background: float = field(default=1.0, metadata={"help": "grey level behind transparent pictures: 1 is white"})
-    sh_degree: int = field(default=3, metadata={"help": "degree of the colours' spherical harmonics, 0 to 3"})
-    sh_degree_interval: int = field(default=1000, metadata={"help": "iterations until one more degree is optimised"})
+    images_per_step: int = field(default=1, metadata={"help": "images drawn in a step"})
+    start_downscale: int = field(default=1, metadata={"help": "side of the first images, 1/n; halved again and again"})
+    full_resolution_from: int = field(default=0, metadata={"help": "iteration from which images have their own size"})
+    background: float = field(default=1.0, metadata={"help": "gray level behind transparent images: 1 is white"})
+    sh_degree: int = field(default=3, metadata={"help": "degree of the colors' spherical harmonics, 0 to 3"})
+    sh_degree_interval: int = field(default=1000, metadata={"help": "iterations until one more degree is optimized"})
     init_opacity: float = field(default=0.1, metadata={"help": "opacity of the first Gaussians, one a face"})
 
-    ssim_weight: float = field(default=0.2, metadata={"help": "share of 1 - SSIM in the loss, the rest is L1"})
+    lambda_dssim: float = field(default=0.2, metadata={"help": "share of 1 - SSIM in the loss, the rest is L1"})
     position_weight: float = field(default=0.01, metadata={"help": "weight of leaving the face"})
     position_threshold: float = field(default=1.0, metadata={"help": "face sizes a Gaussian may be away for free"})
     scale_weight: float = field(default=1.0, metadata={"help": "weight of being large"})
@@ -66,13 +68,13 @@ class FitSettings:
 
     position_lr: float = field(default=0.005, metadata={"help": "of positions, times the scene's extent, at first"})
     position_lr_final: float = field(default=0.00005, metadata={"help": "and at last; exponential in between"})
-    color_lr: float = field(default=0.0025, metadata={"help": "of the constant colour"})
-    sh_lr: float = field(default=0.000125, metadata={"help": "of the colour that depends on the view"})
+    color_lr: float = field(default=0.0025, metadata={"help": "of the constant color"})
+    sh_lr: float = field(default=0.000125, metadata={"help": "of the color that depends on the view"})
     opacity_lr: float = field(default=0.05, metadata={"help": "of opacities (logits)"})
     scale_lr: float = field(default=0.017, metadata={"help": "of scales (logarithms)"})
     rotation_lr: float = field(default=0.001, metadata={"help": "of rotations (quaternions)"})
 
-    finetune_head: bool = field(default=True, metadata={"help": "optimise the tracked head parameters too"})
+    finetune_head: bool = field(default=True, metadata={"help": "optimize the tracked head parameters too"})
     expr_lr: float = field(default=1e-3, metadata={"help": "of expressions"})
     translation_lr: float = field(default=1e-6, metadata={"help": "of translations"})
     pose_lr: float = field(default=1e-5, metadata={"help": "of rotations of head, neck, jaw and eyes"})
@@ -80,8 +82,10 @@ class FitSettings:
     densify_from: int = field(default=10_000, metadata={"help": "no density control until this iteration"})
     densify_until: int = field(default=600_000, metadata={"help": "nor from this one on"})
     densify_interval: int = field(default=2000, metadata={"help": "iterations between density controls"})
-    min_gradient: float = field(default=2e-4, metadata={"help": "mean screen-space gradient to clone or split at"})
-    clone_below: float = field(default=0.01, metadata={"help": "of the extent: up to this size clone, above split"})
+    densify_grad_threshold: float = field(
+        default=2e-4, metadata={"help": "mean screen-space gradient to clone or split at"}
+    )
+    percent_dense: float = field(default=0.01, metadata={"help": "of the extent: up to this size clone, above split"})
     min_opacity: float = field(default=0.005, metadata={"help": "prune below"})
     prune_large_from: int = field(
         default=60_000, metadata={"help": "iteration from which large ones are pruned; 0: never"}
@@ -90,39 +94,37 @@ class FitSettings:
     max_radius: float = field(default=20.0, metadata={"help": "pixels on the screen: prune larger ones"})
     opacity_reset_interval: int = field(default=60_000, metadata={"help": "iterations between resets; 0: none"})
     scene_extent: float | None = field(
-        default=None, metadata={"help": "metres; left out, 1.1 times the cameras' distance from their middle"}
+        default=None, metadata={"help": "meters; left out, 1.1 times the cameras' distance from their middle"}
     )
-    min_extent: float = field(default=0.5, metadata={"help": "metres, what a measured extent is raised to"})
-    max_extent: float = field(default=2.0, metadata={"help": "metres, what a measured extent is cut to"})
+    min_extent: float = field(default=0.5, metadata={"help": "meters, what a measured extent is raised to"})
+    max_extent: float = field(default=2.0, metadata={"help": "meters, what a measured extent is cut to"})
 
     density_constraint: bool = field(
         default=True, metadata={"help": "keep the number of Gaussians on a face in bounds"}
     )
     min_points_per_face: int = field(default=4, metadata={"help": "on an occupied face"})
     max_points_per_face: int = field(default=15, metadata={"help": "on any face"})
-    allow_empty_faces: bool = field(default=True, metadata={"help": "empty faces that are not seen in any picture"})
+    allow_empty_faces: bool = field(default=True, metadata={"help": "empty faces that are not seen in any image"})
     min_face_pixels: float = field(
-        default=0.5, metadata={"help": "a face is not seen that makes up fewer pixels of every picture looked at"}
+        default=0.5, metadata={"help": "a face is not seen that makes up fewer pixels of every image looked at"}
     )
     min_pixels: float = field(
         default=0.1,
-        metadata={
-            "help": "on a full face a Gaussian that makes up fewer of every picture looked at gives way to others"
-        },
+        metadata={"help": "on a full face a Gaussian that makes up fewer of every image looked at gives way to others"},
     )
-    visibility_pictures: int = field(
-        default=16, metadata={"help": "pictures looked at for that, one of each camera at least"}
+    visibility_images: int = field(
+        default=16, metadata={"help": "images looked at for that, one of each camera at least"}
     )
-    seed: int = field(default=0, metadata={"help": "of the order of pictures and of the noise of splits"})
+    seed: int = field(default=0, metadata={"help": "of the order of images and of the noise of splits"})
 
     def __post_init__(self) -> None:
         _check(
             self,
-            at_least_one=("iterations", "shorten", "pictures_per_step", "start_downscale", "sh_degree_interval",
-                          "densify_interval", "visibility_pictures"),
+            at_least_one=("iterations", "shorten", "images_per_step", "start_downscale", "sh_degree_interval",
+                          "densify_interval", "visibility_images"),
             at_least_zero=("full_resolution_from", "densify_from", "prune_large_from", "opacity_reset_interval",
-                           "ssim_weight", "min_face_pixels", "min_pixels", "seed"),
-            in_unit=("background", "init_opacity", "ssim_weight", "min_opacity"),
+                           "lambda_dssim", "min_face_pixels", "min_pixels", "seed"),
+            in_unit=("background", "init_opacity", "lambda_dssim", "min_opacity"),
         )  # fmt: skip
         if not 0 <= self.sh_degree <= 3:
             raise ValueError(f"--sh_degree is {self.sh_degree}, expected 0 to 3")
@@ -131,7 +133,7 @@ class FitSettings:
         if not 0 < self.min_extent <= self.max_extent or (self.scene_extent is not None and self.scene_extent <= 0):
             raise ValueError(
                 f"--scene_extent {self.scene_extent}, --min_extent {self.min_extent}, --max_extent {self.max_extent}: "
-                "expected metres above 0, min at most max"
+                "expected meters above 0, min at most max"
             )
         self.limits  # noqa: B018 (checks them)
 

@@ -1,6 +1,6 @@
-"""The pictures of a tracked subject as a fit wants them: on a background, at the size of the moment, with their camera.
+"""The images of a tracked subject as a fit wants them: on a background, at the size of the moment, with their camera.
 
-Decoded pictures are kept as bytes up to a budget of memory; a subject that is larger is read again and again.
+Decoded images are kept as bytes up to a budget of memory; a subject that is larger is read again and again.
 
 Axes: H W pixels.
 """
@@ -16,8 +16,8 @@ from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.rendering.cameras import Cameras
 
 
-class Pictures:
-    """Pictures and cameras of one tracking on a device."""
+class Images:
+    """Images and cameras of one tracking on a device."""
 
     def __init__(self, tracking: Tracking, background: float, device: torch.device, cache_megabytes: int = 4096):
         self.tracking, self.background, self.device = tracking, background, device
@@ -27,14 +27,14 @@ class Pictures:
     def truth(self, index: int, downscale: int = 1) -> Tensor:
         """(1, H, W, 3) in 0..1 on the background; each pixel the mean of `downscale`^2, what is over at the edges cut."""
         color, alpha = self.rgba(index).split((3, 1), -1)
-        picture = (color * alpha + self.background * (1 - alpha))[None]
+        image = (color * alpha + self.background * (1 - alpha))[None]
         if downscale == 1:
-            return picture
-        small = torch.nn.functional.avg_pool2d(picture.permute(0, 3, 1, 2), downscale)
+            return image
+        small = torch.nn.functional.avg_pool2d(image.permute(0, 3, 1, 2), downscale)
         return small.permute(0, 2, 3, 1).contiguous()
 
     def camera(self, index: int, downscale: int = 1) -> Cameras:
-        """The camera of that picture, float32."""
+        """The camera of that image, float32."""
         camera = self.tracking.cameras([index]).to(self.device, torch.float32)
         if downscale == 1:
             return camera
@@ -51,16 +51,16 @@ class Pictures:
         return self._bytes(index).to(self.device).float() / 255
 
     def is_dark(self, index: int) -> bool:
-        """Whether there is nothing in the picture: black, or wholly transparent."""
+        """Whether there is nothing in the image: black, or wholly transparent."""
         rgba = self._bytes(index)
         return not bool((rgba[..., :3].bool().any(-1) & rgba[..., 3].bool()).any())
 
     def _read(self, index: int) -> Tensor:
-        return (self.tracking.picture(index) * 255).round().to(torch.uint8)
+        return (self.tracking.image(index) * 255).round().to(torch.uint8)
 
 
 def evenly_spread(tracking: Tracking, indices: Sequence[int], count: int | None) -> list[int]:
-    """At most `count` of some pictures, in order, evenly over cameras and over time; None: all."""
+    """At most `count` of some images, in order, evenly over cameras and over time; None: all."""
     if count is None or len(indices) <= count:
         return list(indices)
     by_camera: dict[int, list[int]] = {}
@@ -69,7 +69,7 @@ def evenly_spread(tracking: Tracking, indices: Sequence[int], count: int | None)
     cameras = [by_camera[camera] for camera in sorted(by_camera)]
     chosen = set()
     for number in range(count):
-        # In turns, or evenly where there are more cameras than turns. Every n-th picture could be one camera's.
+        # In turns, or evenly where there are more cameras than turns. Every n-th image could be one camera's.
         own = cameras[number * len(cameras) // count if count < len(cameras) else number % len(cameras)]
         chosen.add(own[number * len(own) // count])
     return sorted(chosen)

@@ -1,8 +1,8 @@
-"""What a fit minimises, and what it measures of every Gaussian on the way.
+"""What a fit minimizes, and what it measures of every Gaussian on the way.
 
     loss = 0.8 L1 + 0.2 (1 - SSIM) + 0.01 mean relu(|x| - 1) + 1.0 mean |relu(s - 0.6)|       (Qian et al. 2024, section 3.4)
 
-x and s are position and scales relative to the face, in units of its size; the means run over the Gaussians in the picture.
+x and s are position and scales relative to the face, in units of its size; the means run over the Gaussians in the image.
 
 Axes: N Gaussians, H W pixels.
 """
@@ -21,25 +21,25 @@ NEAR, EPS2D = 0.01, 0.3  # as in `render`
 RADIUS = 3.0  # standard deviations: how far a Gaussian is counted as covering the screen (3D Gaussian Splatting)
 
 
-def photometric_loss(image: Tensor, truth: Tensor, ssim_weight: float) -> Tensor:
-    """(1 - w) L1 + w (1 - SSIM) of pictures (B, H, W, 3)."""
+def photometric_loss(image: Tensor, truth: Tensor, lambda_dssim: float) -> Tensor:
+    """(1 - w) L1 + w (1 - SSIM) of images (B, H, W, 3)."""
     l1 = (image - truth).abs().mean()
-    return l1 if ssim_weight == 0 else (1 - ssim_weight) * l1 + ssim_weight * (1 - ssim(image, truth).mean())
+    return l1 if lambda_dssim == 0 else (1 - lambda_dssim) * l1 + lambda_dssim * (1 - ssim(image, truth).mean())
 
 
-def position_regulariser(positions: Tensor, threshold: float) -> Tensor:
-    """Mean of how far face-local positions (N, 3) are beyond `threshold` face sizes from the face's centre."""
+def position_regularizer(positions: Tensor, threshold: float) -> Tensor:
+    """Mean of how far face-local positions (N, 3) are beyond `threshold` face sizes from the face's center."""
     return _mean((_length(positions) - threshold).relu())
 
 
-def scale_regulariser(log_scales: Tensor, threshold: float) -> Tensor:
+def scale_regularizer(log_scales: Tensor, threshold: float) -> Tensor:
     """Mean length of what face-local scales, exp of (N, 3), exceed `threshold` face sizes by."""
     return _mean(_length((log_scales.exp() - threshold).relu()))
 
 
 @torch.no_grad()
 def screen_radii(gaussians: Gaussians, camera: Cameras) -> Tensor:
-    """(N,) pixels, three standard deviations of the longer axis; 0 for a Gaussian outside the picture. T = C = 1."""
+    """(N,) pixels, three standard deviations of the longer axis; 0 for a Gaussian outside the image. T = C = 1."""
     viewmat, K = camera.viewmats[0].double(), camera.Ks[0].double()
     axes = quaternion_to_matrix(gaussians.quats[0].double()) * gaussians.scales[0].double()[:, None]
     means, shapes, depths = project(
@@ -56,9 +56,9 @@ def screen_radii(gaussians: Gaussians, camera: Cameras) -> Tensor:
 
 @torch.no_grad()
 def screen_gradients(gradients: Tensor, positions: Tensor, camera: Cameras) -> Tensor:
-    """(N,) lengths of the loss's gradient along the screen, in half picture sizes, from that of world positions (N, 3).
+    """(N,) lengths of the loss's gradient along the screen, in half image sizes, from that of world positions (N, 3).
 
-    A move of du pixels is a move of du z / f metres across the viewing axis, so dL/du = (z / f) dL/dx in camera axes; 3D
+    A move of du pixels is a move of du z / f meters across the viewing axis, so dL/du = (z / f) dL/dx in camera axes; 3D
     Gaussian Splatting measures screens from -1 to 1, hence times half the width or height. What a move changes besides (the
     projected size and the direction of view) is counted too, and small: size and distance of a head differ by the factor ten.
     """
@@ -73,11 +73,11 @@ def screen_gradients(gradients: Tensor, positions: Tensor, camera: Cameras) -> T
 def pixels_covered(gaussians: Gaussians, camera: Cameras) -> Tensor:
     """(N,) how many pixels each Gaussian makes up: its share of every pixel, summed. T = C = 1.
 
-    A picture is linear in the colours, so the shares are the gradient of its sum.
+    An image is linear in the colors, so the shares are the gradient of its sum.
     """
     colors = torch.zeros_like(gaussians.sh[:, :1]).requires_grad_()
-    grey = Gaussians(gaussians.positions, gaussians.scales, gaussians.quats, gaussians.opacities, colors)
-    (shares,) = torch.autograd.grad(render(grey, camera, background=0.0).image[..., 0].sum(), colors)
+    gray = Gaussians(gaussians.positions, gaussians.scales, gaussians.quats, gaussians.opacities, colors)
+    (shares,) = torch.autograd.grad(render(gray, camera, background=0.0).image[..., 0].sum(), colors)
     return shares[:, 0, 0] / SH_DC
 
 

@@ -1,6 +1,6 @@
-"""Fitting one avatar to the pictures of a tracked subject, by gradient descent through the renderer.
+"""Fitting one avatar to the images of a tracked subject, by gradient descent through the renderer.
 
-    Gaussians on faces (Cloud) --ride on the posed head--> world space --render--> picture --loss--> gradients --Adam--> Cloud
+    Gaussians on faces --posed with the head--> world space --render--> image --loss--> gradients --Adam--> Gaussians on faces
                         every `densify_interval` steps: prune, clone, split, and 4 to 15 on every face (density_control)
 
 The recipe is that of GaussianAvatars (Qian et al. 2024) with AvatarPointillist's density constraint. Whatever step i does follows
@@ -20,19 +20,19 @@ from torch import Tensor
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.avatars.skinning import Local, ride_on_faces
+from gaussian_tokenizer.avatars.skinning import Local, pose_by_face_frames
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.splatting import render
 from training.fitting.arguments import FitSettings
-from training.fitting.density_control import Cloud, Evidence, Rules, control_density
-from training.fitting.images import Pictures, evenly_spread
+from training.fitting.density_control import DensifyConfig, DensifyStats, GaussianParams, control_density
+from training.fitting.images import Images, evenly_spread
 from training.fitting.losses import (
     photometric_loss,
     pixels_covered,
-    position_regulariser,
-    scale_regulariser,
+    position_regularizer,
+    scale_regularizer,
     screen_gradients,
     screen_radii,
 )
@@ -42,7 +42,7 @@ POSES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6}
 MAX_FIRST_COLOR = 1 / 255  # of the constant SH coefficient of a first Gaussian
 OPACITY_AFTER_RESET = 0.01
 EXTENT_MARGIN = 1.1
-SMALLEST_PICTURE = 11  # pixels, the window of SSIM
+SMALLEST_IMAGE = 11  # pixels, the window of SSIM
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +52,9 @@ class Fit:
     tracking: Tracking
     head: HeadModel
     settings: FitSettings  # as carried out: shortened
-    pictures: Pictures
+    images: Images
     params: HeadParameters  # the tracking's, on the device
-    extent: float  # metres
+    extent: float  # meters
 
     @classmethod
     def of(
@@ -67,33 +67,33 @@ class Fit:
     ) -> "Fit":
         """ValueError, with one line, for a subject that cannot be fitted."""
         settings = settings.shortened()
-        pictures = Pictures(tracking, settings.background, device, cache_megabytes)
+        images = Images(tracking, settings.background, device, cache_megabytes)
         train = tracking.splits["train"]
         if not train:
-            raise ValueError(f"{tracking.path}: no pictures to learn from, its training split is empty")
+            raise ValueError(f"{tracking.path}: no images to learn from, its training split is empty")
         smallest = min(min(tracking.frames[index].width, tracking.frames[index].height) for index in train)
-        if smallest // settings.start_downscale < SMALLEST_PICTURE:
+        if smallest // settings.start_downscale < SMALLEST_IMAGE:
             raise ValueError(
-                f"{tracking.path}: pictures of {smallest} pixels; with --start_downscale {settings.start_downscale} they must "
-                f"have at least {SMALLEST_PICTURE * settings.start_downscale}"
+                f"{tracking.path}: images of {smallest} pixels; with --start_downscale {settings.start_downscale} they must "
+                f"have at least {SMALLEST_IMAGE * settings.start_downscale}"
             )
-        if all(pictures.is_dark(index) for index in train):
+        if all(images.is_dark(index) for index in train):
             raise ValueError(
-                f"{tracking.path}: every picture to learn from is black or transparent; is the mask inverted?"
+                f"{tracking.path}: every image to learn from is black or transparent; is the mask inverted?"
             )
         params = tracking.params.to(device)
-        return cls(tracking, head.to(device), settings, pictures, params, scene_extent(tracking, settings))
+        return cls(tracking, head.to(device), settings, images, params, scene_extent(tracking, settings))
 
     @property
     def train(self) -> tuple[int, ...]:
         return self.tracking.splits["train"]
 
     def begin(self) -> FitState:
-        """One Gaussian a face, as large as it, half a shade from grey."""
+        """One Gaussian a face, as large as it, half a shade from gray."""
         faces = torch.arange(self.head.n_faces)
         generator = torch.Generator().manual_seed(self.settings.seed)
         count = len(faces)
-        cloud = Cloud(
+        gaussians = GaussianParams(
             positions=torch.zeros(count, 3),
             log_scales=torch.zeros(count, 3),
             quats=torch.tensor([1.0, 0, 0, 0]).repeat(count, 1),
@@ -103,31 +103,31 @@ class Fit:
             faces=faces,
         ).map(lambda value: value.to(self.head.device))
         names = ("expr", *POSES, "translation") if self.settings.finetune_head else ()
-        state = FitState.begin(cloud, {name: self.params.tensors()[name].clone() for name in names})
+        state = FitState.begin(gaussians, {name: self.params.tensors()[name].clone() for name in names})
         if not any(
-            (screen_radii(self.posed(state, index), self.pictures.camera(index)) > 0).any() for index in self.train
+            (screen_radii(self.posed(state, index), self.images.camera(index)) > 0).any() for index in self.train
         ):
             raise ValueError(
                 f"{self.tracking.path}: no camera sees the head; look at it with "
-                f"`python -m gaussian_tokenizer.inspect {self.tracking.path} --picture look.png` (camera convention?)"
+                f"`python -m gaussian_tokenizer.inspect {self.tracking.path} --image look.png` (camera convention?)"
             )
         return state
 
     def posed(self, state: FitState, index: int) -> Gaussians:
-        """The Gaussians at the moment of picture `index`, T = 1."""
-        row = self.pictures.row(index)
+        """The Gaussians at the moment of image `index`, T = 1."""
+        row = self.images.row(index)
         params = self.params.frame(row)
         if state.head:
             params = replace(params, **{name: value[row : row + 1] for name, value in state.head.items()})
-        cloud = state.cloud
-        local = Local(cloud.positions, cloud.log_scales, cloud.quats, cloud.faces)
-        placed = ride_on_faces(local, self.head.pose(params).vertices, self.head.faces)
+        gaussians = state.gaussians
+        local = Local(gaussians.positions, gaussians.log_scales, gaussians.quats, gaussians.faces)
+        placed = pose_by_face_frames(local, self.head.pose(params).vertices, self.head.faces)
         degree = min(self.settings.sh_degree, state.iteration // self.settings.sh_degree_interval)
-        sh = torch.cat((cloud.sh_dc, cloud.sh_rest[:, : (degree + 1) ** 2 - 1]), 1)
-        return Gaussians(placed.positions, placed.scales, placed.quats, cloud.opacities.sigmoid(), sh)
+        sh = torch.cat((gaussians.sh_dc, gaussians.sh_rest[:, : (degree + 1) ** 2 - 1]), 1)
+        return Gaussians(placed.positions, placed.scales, placed.quats, gaussians.opacities.sigmoid(), sh)
 
     def downscale(self, iteration: int) -> int:
-        """Pictures of step `iteration` have 1/n of their side: halved so often in equal parts of the time."""
+        """Images of step `iteration` have 1/n of their side: halved so often in equal parts of the time."""
         halvings = int(math.log2(self.settings.start_downscale))
         if iteration >= self.settings.full_resolution_from or halvings == 0:
             return 1
@@ -135,20 +135,20 @@ class Fit:
 
     def avatar(self, state: FitState) -> GaussianAvatar:
         """The result: an avatar with head parameters of every timestep."""
-        cloud = state.cloud.map(lambda value: value.detach().cpu())
+        gaussians = state.gaussians.map(lambda value: value.detach().cpu())
         head = {name: value.detach().cpu() for name, value in state.head.items()}
         return GaussianAvatar(
-            positions=cloud.positions,
-            faces=cloud.faces,
-            sh=torch.cat((cloud.sh_dc, cloud.sh_rest), 1),
-            opacities=cloud.opacities,
-            scales=cloud.log_scales,
-            quats=cloud.quats,
+            positions=gaussians.positions,
+            faces=gaussians.faces,
+            sh=torch.cat((gaussians.sh_dc, gaussians.sh_rest), 1),
+            opacities=gaussians.opacities,
+            scales=gaussians.log_scales,
+            quats=gaussians.quats,
             params=replace(self.tracking.params, layout=None, **head),
         ).with_head(self.head.to("cpu"))
 
 
-def optimise(fit: Fit, state: FitState, after_step: Callable[[FitState, float], None]) -> None:
+def optimize(fit: Fit, state: FitState, after_step: Callable[[FitState, float], None]) -> None:
     """Carry out the steps that are left; `after_step` gets the state, and the step's loss, after each."""
     settings = fit.settings
     while state.iteration < settings.iterations:
@@ -157,11 +157,13 @@ def optimise(fit: Fit, state: FitState, after_step: Callable[[FitState, float], 
         iteration = state.iteration
         if settings.densify_from < iteration < settings.densify_until and iteration % settings.densify_interval == 0:
             state.apply(
-                control_density(state.cloud, evidence(fit, state), rules(fit, iteration), _generator(fit, state))
+                control_density(
+                    state.gaussians, densify_stats(fit, state), densify_config(fit, iteration), _generator(fit, state)
+                )
             )
-            if len(state.cloud) == 0:
+            if len(state.gaussians) == 0:
                 raise ValueError(
-                    f"{fit.tracking.path}: no Gaussian is in any picture after {iteration} steps; are pictures, cameras and "
+                    f"{fit.tracking.path}: no Gaussian is in any image after {iteration} steps; are images, cameras and "
                     "head parameters those of one recording?"
                 )
         if _resets_opacities(settings, iteration):
@@ -170,7 +172,7 @@ def optimise(fit: Fit, state: FitState, after_step: Callable[[FitState, float], 
 
 
 def scene_extent(tracking: Tracking, settings: FitSettings) -> float:
-    """Metres: 1.1 times the farthest training camera from their middle, within bounds.
+    """Meters: 1.1 times the farthest training camera from their middle, within bounds.
 
     Learning rate and sizes are relative to it. One camera that stands still has no extent of its own, which without the lower
     bound would stop all positions, make everything split, and nothing be cloned (GaussianAvatars, issue 87).
@@ -200,13 +202,13 @@ def learning_rates(fit: Fit, iteration: int) -> dict[str, float]:
     }
 
 
-def rules(fit: Fit, iteration: int) -> Rules:
-    """Density control's rules in metres and pixels."""
+def densify_config(fit: Fit, iteration: int) -> DensifyConfig:
+    """Density control's config in meters and pixels."""
     settings = fit.settings
     prune_large = 0 < settings.prune_large_from < iteration
-    return Rules(
-        min_gradient=settings.min_gradient,
-        clone_below=settings.clone_below * fit.extent,
+    return DensifyConfig(
+        densify_grad_threshold=settings.densify_grad_threshold,
+        percent_dense=settings.percent_dense * fit.extent,
         min_opacity=settings.min_opacity,
         max_scale=settings.max_scale * fit.extent if prune_large else None,
         max_radius=settings.max_radius if prune_large else None,
@@ -216,14 +218,14 @@ def rules(fit: Fit, iteration: int) -> Rules:
 
 
 @torch.no_grad()
-def evidence(fit: Fit, state: FitState) -> Evidence:
+def densify_stats(fit: Fit, state: FitState) -> DensifyStats:
     """What density control is to judge by."""
     settings = fit.settings
     pixels, on_face = torch.zeros_like(state.radii), state.radii.new_zeros(fit.head.n_faces)
     if settings.limits is not None:
         pixels, on_face = most_pixels(fit, state)
     posed = fit.posed(state, fit.train[0])
-    return Evidence(
+    return DensifyStats(
         gradients=state.gradient_sums / state.views.clamp(min=1),
         scales=posed.scales[0].amax(1),
         radii=state.radii,
@@ -234,46 +236,46 @@ def evidence(fit: Fit, state: FitState) -> Evidence:
 
 @torch.no_grad()
 def most_pixels(fit: Fit, state: FitState) -> tuple[Tensor, Tensor]:
-    """The pixels that each Gaussian (N,), and all of a face (F,), make up of the picture where they make up most.
+    """The pixels that each Gaussian (N,), and all of a face (F,), make up of the image where they make up most.
 
-    In pixels of the pictures' own size; looked at are `visibility_pictures`, one of each camera at least.
+    In pixels of the images' own size; looked at are `visibility_images`, one of each camera at least.
     """
     most = torch.zeros_like(state.radii)
     on_face = most.new_zeros(fit.head.n_faces)
     downscale = fit.downscale(state.iteration)
     cameras = {fit.tracking.frames[index].camera for index in fit.train}
-    count = max(fit.settings.visibility_pictures, len(cameras))
+    count = max(fit.settings.visibility_images, len(cameras))
     for index in evenly_spread(fit.tracking, fit.train, count):
-        shares = pixels_covered(fit.posed(state, index), fit.pictures.camera(index, downscale)) * downscale**2
+        shares = pixels_covered(fit.posed(state, index), fit.images.camera(index, downscale)) * downscale**2
         most = most.maximum(shares)
-        on_face = on_face.maximum(torch.zeros_like(on_face).index_add_(0, state.cloud.faces, shares))
+        on_face = on_face.maximum(torch.zeros_like(on_face).index_add_(0, state.gaussians.faces, shares))
     return most, on_face
 
 
 def _step(fit: Fit, state: FitState) -> float:
-    """Draw pictures, follow the gradient, note what density control wants to know; the loss."""
+    """Draw images, follow the gradient, note what density control wants to know; the loss."""
     settings = fit.settings
     for value in state.parameters().values():
         value.requires_grad_()
     total = 0.0
-    for index in _pictures_of_step(fit, state.iteration):
+    for index in _images_of_step(fit, state.iteration):
         downscale = fit.downscale(state.iteration)
-        camera, truth = fit.pictures.camera(index, downscale), fit.pictures.truth(index, downscale)
+        camera, truth = fit.images.camera(index, downscale), fit.images.truth(index, downscale)
         posed = fit.posed(state, index)
         posed.positions.retain_grad()
         radii = screen_radii(posed, camera)
         visible = radii > 0
         loss = (
-            photometric_loss(render(posed, camera, settings.background).image, truth, settings.ssim_weight)
+            photometric_loss(render(posed, camera, settings.background).image, truth, settings.lambda_dssim)
             + settings.position_weight
-            * position_regulariser(state.cloud.positions[visible], settings.position_threshold)
-            + settings.scale_weight * scale_regulariser(state.cloud.log_scales[visible], settings.scale_threshold)
+            * position_regularizer(state.gaussians.positions[visible], settings.position_threshold)
+            + settings.scale_weight * scale_regularizer(state.gaussians.log_scales[visible], settings.scale_threshold)
         )
-        (loss / settings.pictures_per_step).backward()
-        total += loss.item() / settings.pictures_per_step
+        (loss / settings.images_per_step).backward()
+        total += loss.item() / settings.images_per_step
         gradient = posed.positions.grad
         assert gradient is not None
-        on_screen = screen_gradients(gradient[0] * settings.pictures_per_step, posed.positions[0].detach(), camera)
+        on_screen = screen_gradients(gradient[0] * settings.images_per_step, posed.positions[0].detach(), camera)
         state.gradient_sums += on_screen * visible
         state.views += visible
         state.radii = state.radii.maximum(radii * downscale)
@@ -283,10 +285,10 @@ def _step(fit: Fit, state: FitState) -> float:
     return total
 
 
-def _pictures_of_step(fit: Fit, iteration: int) -> list[int]:
-    """Every training picture once, in a random order, then again in another."""
+def _images_of_step(fit: Fit, iteration: int) -> list[int]:
+    """Every training image once, in a random order, then again in another."""
     chosen = []
-    for number in range(iteration * fit.settings.pictures_per_step, (iteration + 1) * fit.settings.pictures_per_step):
+    for number in range(iteration * fit.settings.images_per_step, (iteration + 1) * fit.settings.images_per_step):
         epoch, position = divmod(number, len(fit.train))
         order = np.random.default_rng((fit.settings.seed, epoch)).permutation(len(fit.train))
         chosen.append(fit.train[order[position]])

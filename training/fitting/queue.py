@@ -58,12 +58,12 @@ class Job:
             found = report["settings"]
         except (OSError, ValueError, KeyError):
             raise ValueError(
-                f"{self.result}: is there, but was not fitted (no {REPORT_NAME}); give another --output, or remove it"
+                f"{self.result}: is there, but was not fitted (no {REPORT_NAME}); give another --output_dir, or remove it"
             ) from None
         if found != dict(settings):
             raise ValueError(
                 f"{self.result}: fitted with other settings: {differences(found, settings)}; give the same, another "
-                "--output, or remove it"
+                "--output_dir, or remove it"
             )
         return True
 

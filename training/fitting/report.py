@@ -1,6 +1,6 @@
 """How good a fitted avatar is: the figures of `fit_report.json`, and `fit.png` to look at.
 
-Pictures that the fit never saw are drawn on the fit's background and compared with the true ones: those of a held-out camera
+Images that the fit never saw are drawn on the fit's background and compared with the true ones: those of a held-out camera
 (`val`) and of held-out timesteps (`test`, with the expression and pose that the tracker found). The avatar is also spelt as
 tokens and read back, its other attributes kept, to see what the tokenizer's 1,024 levels cost.
 """
@@ -28,26 +28,26 @@ from training.fitting.state import FitState
 
 logger = logging.getLogger(__name__)
 
-REPORT_NAME, PICTURE_NAME = "fit_report.json", "fit.png"
+REPORT_NAME, IMAGE_NAME = "fit_report.json", "fit.png"
 N_BINS = 1024
 MARGIN = 0.05  # of the tokenizer's box around the avatar, as build_corpus has it around all
 PACKAGES = ("avatar-pointillist", "torch", "numpy", "gsplat")
-SHOWN = 3  # pictures of each kind
+SHOWN = 3  # images of each kind
 ERROR_GAIN = 4  # errors are shown so much brighter
 
 
-def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_pictures: int) -> dict[str, Any]:
-    """What `fit_report.json` holds; None where a split has no pictures."""
+def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_images: int) -> dict[str, Any]:
+    """What `fit_report.json` holds; None where a split has no images."""
     avatar = avatar.to(fit.head.device)
     kinds = {"": "val", "_timesteps": "test", "_train": "train"}
     chosen = {
-        name: evenly_spread(fit.tracking, fit.tracking.splits[split], max_pictures) for name, split in kinds.items()
+        name: evenly_spread(fit.tracking, fit.tracking.splits[split], max_images) for name, split in kinds.items()
     }
     figures: dict[str, Any] = {}
     for name, indices in chosen.items():
-        figures[f"psnr{name}"], figures[f"ssim{name}"] = picture_metrics(fit, avatar, indices)
+        figures[f"psnr{name}"], figures[f"ssim{name}"] = image_metrics(fit, avatar, indices)
     judged = chosen[""] or chosen["_timesteps"] or chosen["_train"]
-    figures["psnr_tokenized"], _ = picture_metrics(fit, tokenized(avatar), judged)
+    figures["psnr_tokenized"], _ = image_metrics(fit, tokenized(avatar), judged)
     return {
         "subject_id": fit.tracking.subject_id,
         **figures,
@@ -56,8 +56,8 @@ def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_pictures: 
         "points_per_face": points_per_face(avatar.faces, fit.head.n_faces),
         "iterations": state.iteration,
         "scene_extent": fit.extent,
-        "num_pictures": {split: len(indices) for split, indices in fit.tracking.splits.items()},
-        "picture_size": [fit.tracking.frames[fit.train[0]].width, fit.tracking.frames[fit.train[0]].height],
+        "num_images": {split: len(indices) for split, indices in fit.tracking.splits.items()},
+        "size_of_image": [fit.tracking.frames[fit.train[0]].width, fit.tracking.frames[fit.train[0]].height],
         "head": {"name": fit.head.name, "hash": fit.head.hash, "n_faces": fit.head.n_faces},
         "device": torch.cuda.get_device_name(fit.head.device) if fit.head.device.type == "cuda" else "cpu",
         "versions": installed_versions(PACKAGES),
@@ -79,11 +79,11 @@ def points_per_face(faces: Tensor, n_faces: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def picture_metrics(fit: Fit, avatar: GaussianAvatar, indices: Sequence[int]) -> tuple[float | None, float | None]:
-    """Mean PSNR (dB) and SSIM of drawn pictures against true ones."""
+def image_metrics(fit: Fit, avatar: GaussianAvatar, indices: Sequence[int]) -> tuple[float | None, float | None]:
+    """Mean PSNR (dB) and SSIM of drawn images against true ones."""
     values = []
     for index in indices:
-        image, truth = draw(fit, avatar, index), fit.pictures.truth(index)
+        image, truth = draw(fit, avatar, index), fit.images.truth(index)
         values.append(torch.cat((psnr(image, truth), ssim(image, truth))))
     if not values:
         return None, None
@@ -93,10 +93,10 @@ def picture_metrics(fit: Fit, avatar: GaussianAvatar, indices: Sequence[int]) ->
 
 @torch.no_grad()
 def draw(fit: Fit, avatar: GaussianAvatar, index: int) -> Tensor:
-    """(1, H, W, 3) the avatar at the moment, and from the camera, of a picture."""
+    """(1, H, W, 3) the avatar at the moment, and from the camera, of an image."""
     assert avatar.params is not None
-    posed = avatar.posed(avatar.params.frame(fit.pictures.row(index)), method="face_frames")
-    return render(posed, fit.pictures.camera(index), fit.settings.background).image.clamp(0, 1)
+    posed = avatar.posed(avatar.params.frame(fit.images.row(index)), method="face_frames")
+    return render(posed, fit.images.camera(index), fit.settings.background).image.clamp(0, 1)
 
 
 def tokenized(avatar: GaussianAvatar) -> GaussianAvatar:
@@ -114,7 +114,7 @@ def tokenized(avatar: GaussianAvatar) -> GaussianAvatar:
 def write_report(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], folder: Path) -> None:
     """`fit.png`, where matplotlib is installed, and `fit_report.json` into a folder."""
     try:
-        draw_fit(fit, avatar, report, folder / PICTURE_NAME)
+        draw_fit(fit, avatar, report, folder / IMAGE_NAME)
     except ImportError as error:
         logger.warning("%s", error)
     with atomic_file(folder / REPORT_NAME) as file:
@@ -122,7 +122,7 @@ def write_report(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], folde
 
 
 def draw_fit(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], path: Path) -> None:
-    """Write the picture: truth, drawing and error of some pictures of each kind, and the histogram of points on faces.
+    """Write the image: truth, drawing and error of some images of each kind, and the histogram of points on faces.
 
     ImportError with the line to install if matplotlib is not there.
     """
@@ -134,9 +134,7 @@ def draw_fit(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], path: Pat
     titles, columns = [], []
     for split, title in (("val", "held-out camera"), ("test", "held-out moment"), ("train", "learned from")):
         for index in evenly_spread(fit.tracking, fit.tracking.splits[split], SHOWN):
-            truth, drawn = (
-                picture[0].cpu().numpy() for picture in (fit.pictures.truth(index), draw(fit, avatar, index))
-            )
+            truth, drawn = (image[0].cpu().numpy() for image in (fit.images.truth(index), draw(fit, avatar, index)))
             error = np.clip(1 - ERROR_GAIN * np.abs(drawn - truth).mean(-1, keepdims=True), 0, 1).repeat(3, -1)
             titles.append(title)
             columns.append(np.concatenate((truth, drawn, error)))

@@ -1,6 +1,6 @@
 """Everything an interrupted fit needs to go on as if nothing had happened, and Adam, which is most of it.
 
-Rows of Gaussians come and go while they are optimised (`density_control`), and the optimiser's moments must follow; so Adam
+Rows of Gaussians come and go while they are optimized (`density_control`), and the optimizer's moments must follow; so Adam
 (Kingma & Ba 2015) is spelt out here on plain tensors: a dozen lines, in place of reaching into the state of
 `torch.optim.Adam`, with whose steps it agrees. A checkpoint is one safetensors file, written atomically.
 
@@ -21,7 +21,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from gaussian_tokenizer.utils.atomic import atomic_file
-from training.fitting.density_control import Cloud, Edit
+from training.fitting.density_control import Edit, GaussianParams
 
 FORMAT = "avatar-pointillist fit 1"
 STATISTICS = ("gradient_sums", "views", "radii")
@@ -32,25 +32,25 @@ BETAS, EPSILON = (0.9, 0.999), 1e-15
 class FitState:
     """A fit after `iteration` steps."""
 
-    cloud: Cloud
+    gaussians: GaussianParams
     head: dict[str, Tensor]  # head parameters that are fine-tuned, (T, size)
-    moments: dict[str, tuple[Tensor, Tensor]]  # of everything optimised: means of the gradient and of its square
+    moments: dict[str, tuple[Tensor, Tensor]]  # of everything optimized: means of the gradient and of its square
     gradient_sums: Tensor  # (N,) screen-space gradients since the last density control
-    views: Tensor  # (N,) float32, pictures that had the Gaussian in them since then
+    views: Tensor  # (N,) float32, images that had the Gaussian in them since then
     radii: Tensor  # (N,) float32 pixels, the largest since then
     iteration: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"wall": 0.0, "cpu": 0.0})
 
     @classmethod
-    def begin(cls, cloud: Cloud, head: dict[str, Tensor]) -> "FitState":
+    def begin(cls, gaussians: GaussianParams, head: dict[str, Tensor]) -> "FitState":
         moments = {
-            name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in _all(cloud, head).items()
+            name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in _all(gaussians, head).items()
         }
-        return cls(cloud, head, moments, *_no_statistics(cloud))
+        return cls(gaussians, head, moments, *_no_statistics(gaussians))
 
     def parameters(self) -> dict[str, Tensor]:
-        """All that is optimised by name: the values of the cloud, and `head.<name>`."""
-        return _all(self.cloud, self.head)
+        """All that is optimized by name: the values of the gaussians, and `head.<name>`."""
+        return _all(self.gaussians, self.head)
 
     @torch.no_grad()
     def adam_step(self, rates: Mapping[str, float]) -> None:
@@ -69,24 +69,24 @@ class FitState:
     def apply(self, edit: Edit) -> None:
         """Replace the Gaussians; each keeps the moments of the row it was, new ones begin at zero. Statistics begin anew."""
         new, source = edit.origin < 0, edit.origin.clamp(min=0)
-        for name in self.cloud.values():
+        for name in self.gaussians.values():
             for moment in (rows := [moment[source] for moment in self.moments[name]]):
                 moment[new] = 0
             self.moments[name] = rows[0], rows[1]
-        self.cloud = edit.cloud
-        self.gradient_sums, self.views, self.radii = _no_statistics(edit.cloud)
+        self.gaussians = edit.gaussians
+        self.gradient_sums, self.views, self.radii = _no_statistics(edit.gaussians)
 
     @torch.no_grad()
     def lower_opacities(self, highest: float) -> None:
-        """No opacity above `highest`, and none in motion: what the pictures do not need does not come back."""
+        """No opacity above `highest`, and none in motion: what the images do not need does not come back."""
         limit = torch.logit(torch.tensor(highest)).item()
-        self.cloud.opacities.clamp_(max=limit)
+        self.gaussians.opacities.clamp_(max=limit)
         for moment in self.moments["opacities"]:
             moment.zero_()
 
     def save(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Write a checkpoint; `identity` says of what fit it is."""
-        tensors = {**self.parameters(), "faces": self.cloud.faces}
+        tensors = {**self.parameters(), "faces": self.gaussians.faces}
         for name, (mean, square) in self.moments.items():
             tensors |= {f"mean.{name}": mean, f"square.{name}": square}
         tensors |= {name: getattr(self, name) for name in STATISTICS}
@@ -102,11 +102,11 @@ class FitState:
         with _opened(path, str(device)) as (about, file):
             # Copies: what is read otherwise lies in the file, which the next checkpoint replaces.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            cloud = Cloud(**{field.name: tensors[field.name] for field in fields(Cloud)})
+            gaussians = GaussianParams(**{field.name: tensors[field.name] for field in fields(GaussianParams)})
             head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
-            moments = {name: (tensors[f"mean.{name}"], tensors[f"square.{name}"]) for name in _all(cloud, head)}
+            moments = {name: (tensors[f"mean.{name}"], tensors[f"square.{name}"]) for name in _all(gaussians, head)}
             statistics = {name: tensors[name] for name in STATISTICS}
-            return cls(cloud, head, moments, **statistics, iteration=about["iteration"], seconds=about["seconds"])
+            return cls(gaussians, head, moments, **statistics, iteration=about["iteration"], seconds=about["seconds"])
 
 
 def saved_identity(path: Path) -> dict[str, Any]:
@@ -141,10 +141,10 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     return ", ".join(texts)
 
 
-def _all(cloud: Cloud, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {**cloud.values(), **{f"head.{name}": value for name, value in head.items()}}
+def _all(gaussians: GaussianParams, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**gaussians.values(), **{f"head.{name}": value for name, value in head.items()}}
 
 
-def _no_statistics(cloud: Cloud) -> tuple[Tensor, Tensor, Tensor]:
-    zeros = cloud.opacities.new_zeros(len(cloud))
+def _no_statistics(gaussians: GaussianParams) -> tuple[Tensor, Tensor, Tensor]:
+    zeros = gaussians.opacities.new_zeros(len(gaussians))
     return zeros.clone(), zeros.clone(), zeros

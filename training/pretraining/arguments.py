@@ -94,7 +94,7 @@ class ModelArguments:
             n_bins=tokenizer.n_bins,
             n_faces=tokenizer.n_faces,
             vision_config=vision,
-            point_centre=[(a + b) / 2 for a, b in zip(lower, upper)],
+            point_center=[(a + b) / 2 for a, b in zip(lower, upper)],
             point_extent=max(b - a for a, b in zip(lower, upper)) / 2,
             **({name: getattr(self, name) for name in own} | {"freeze_vision_encoder": frozen}),
         )

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from modeling import PointillistConfig, PointillistForCausalLM
 from training.common.rows import AvatarRows
 
-SLOTS = ("x", "y", "z", "b")
+SLOTS = ("x", "y", "z", "face")
 
 # Dense bf16 peak of common accelerators in FLOP/s (vendors' data sheets), by a part of the name torch reports.
 PEAK_FLOPS = {
@@ -62,10 +62,10 @@ def baselines(train: AvatarRows, heldout: AvatarRows) -> dict[str, float]:
     tokenizer = train.tokenizer
     counts = np.zeros((4, tokenizer.vocab_size))
     for row in range(len(train)):
-        add_counts(counts, train.sentence(row))
+        add_counts(counts, train.sequence(row))
     expected = np.zeros_like(counts)
     for row in range(len(heldout)):
-        add_counts(expected, heldout.sentence(row))
+        add_counts(expected, heldout.sequence(row))
     coordinates = np.arange(tokenizer.vocab_size) < tokenizer.n_bins
     faces = ~coordinates & (np.arange(tokenizer.vocab_size) < tokenizer.n_bins + tokenizer.n_faces)
     possible = np.stack([coordinates] * 3 + [faces])
@@ -80,9 +80,9 @@ def baselines(train: AvatarRows, heldout: AvatarRows) -> dict[str, float]:
     }
 
 
-def add_counts(counts: np.ndarray, sentence: np.ndarray) -> None:
+def add_counts(counts: np.ndarray, sequence: np.ndarray) -> None:
     """Count the tokens after bos into (4, vocabulary), in place."""
-    tokens = sentence[1:]
+    tokens = sequence[1:]
     np.add.at(counts, (np.arange(len(tokens)) % 4, tokens), 1)
 
 

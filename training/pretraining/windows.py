@@ -1,8 +1,8 @@
 """Training windows: the corpus as an endless, exactly repeatable row of batches.
 
-A sentence may be ten times the attention window long, so the model is trained on windows of `sliding_window` tokens cut at
+A sequence may be ten times the attention window long, so the model is trained on windows of `sliding_window` tokens cut at
 point borders (truncated training: Meshtron). Item i of `TrainWindows` depends on the seed and on i alone, so a resumed run,
-or one on another number of workers, sees the same data. Windows that would hang over an end of the sentence are moved inside:
+or one on another number of workers, sees the same data. Windows that would hang over an end of the sequence are moved inside:
 its beginning and its end are then seen as often as its middle, and the tokens next to them up to three times as often.
 
 `EvaluationWindows` visits every held-out token once, each with at least half a window of context where there is that much.
@@ -26,7 +26,7 @@ class TrainWindows(Dataset):
         rows: the split.
         window: tokens in a window, a multiple of 4.
         num_items: how many windows the run will read.
-        seed: of order, cut, picture and dropped conditions.
+        seed: of order, cut, image and dropped conditions.
         condition_dropout: share of windows that are learned without their condition, for guidance.
     """
 
@@ -46,7 +46,7 @@ class TrainWindows(Dataset):
             self.order = (epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.rows)))
         row = int(self.order[1][position])
         random = np.random.default_rng((self.seed, 1, index))
-        ids = self.rows.sentence(row)
+        ids = self.rows.sequence(row)
         start = window_start(len(ids), self.window, random)
         ids = ids[start : start + self.window]
         return {
@@ -58,7 +58,7 @@ class TrainWindows(Dataset):
 
 
 def window_start(length: int, window: int, random: np.random.Generator) -> int:
-    """A start at a point border, drawn so that no token is covered less often than one in the middle of a long sentence.
+    """A start at a point border, drawn so that no token is covered less often than one in the middle of a long sequence.
 
     (Whole windows cannot do more: what covers the first token covers all of the first window.)
     """
@@ -89,7 +89,7 @@ class EvaluationWindows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, start, known = self.items[index]
-        ids = self.rows.sentence(row)[start : start + self.window]
+        ids = self.rows.sequence(row)[start : start + self.window]
         labels = ids.copy()
         labels[:known] = -100
         return {"input_ids": ids, "labels": labels, "drop_condition": False, **self.rows.condition(row, None)}

@@ -28,11 +28,11 @@ def rng():
     return np.random.default_rng(0)
 
 
-def pictures(rng, count=3, height=40, width=52):
+def images(rng, count=3, height=40, width=52):
     return rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def test_psnr_is_that_of_the_definition_and_infinite_for_equal_pictures():
+def test_psnr_is_that_of_the_definition_and_infinite_for_equal_images():
     black = np.zeros((2, 12, 16, 3), np.uint8)
     other = black.copy()
     other[1] += 51  # a fifth of the range: 10 log10(25)
@@ -41,7 +41,7 @@ def test_psnr_is_that_of_the_definition_and_infinite_for_equal_pictures():
 
 def test_psnr_and_ssim_agree_with_scikit_image(rng):
     metrics = pytest.importorskip("skimage.metrics")
-    a = pictures(rng)
+    a = images(rng)
     b = np.clip(a.astype(int) + rng.integers(-40, 40, a.shape), 0, 255).astype(np.uint8)
     window = {
         "gaussian_weights": True,
@@ -56,20 +56,20 @@ def test_psnr_and_ssim_agree_with_scikit_image(rng):
     )
 
 
-def test_ssim_of_equal_pictures_is_one(rng):
-    a = pictures(rng)
+def test_ssim_of_equal_images_is_one(rng):
+    a = images(rng)
     np.testing.assert_array_equal(ssim(a, a), 1.0)
 
 
-def test_pictures_smaller_than_the_window_of_ssim_are_refused(rng):
-    small = pictures(rng, height=10)
-    with pytest.raises(ValueError, match="window of 11 pixels, found pictures of 52x10"):
+def test_images_smaller_than_the_window_of_ssim_are_refused(rng):
+    small = images(rng, height=10)
+    with pytest.raises(ValueError, match="window of 11 pixels, found images of 52x10"):
         ssim(small, small)
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])
-def test_pictures_of_other_sizes_or_types_are_named(metric, rng):
-    a = pictures(rng)
+def test_images_of_other_sizes_or_types_are_named(metric, rng):
+    a = images(rng)
     with pytest.raises(ValueError, match=r"\(3, 40, 52, 3\) uint8 and \(3, 30, 52, 3\) uint8"):
         metric(a, a[:, :30])
     with pytest.raises(ValueError, match="float64"):

@@ -144,7 +144,7 @@ def test_tensors_of_another_network_are_named_with_what_was_found_and_expected()
         check_state_dict(state, {"fc.bias": (4,)}, Path("w"), "--flag", "a network")
 
 
-def test_batches_are_the_pictures_in_order_and_refuse_what_is_none():
+def test_batches_are_the_images_in_order_and_refuse_what_is_none():
     stack = np.arange(19 * 2 * 4 * 3, dtype=np.uint32).reshape(19, 2, 4, 3).astype(np.uint8)
     parts = [part for (part,) in batches(stack)]
     np.testing.assert_array_equal(torch.cat(parts).permute(0, 2, 3, 1), stack)
@@ -292,7 +292,7 @@ def test_the_68_points_are_those_of_ibug_on_mediapipes_mesh():
     points = np.array(MESH_68)
     parts = [
         (slice(0, 17), mesh.FACE_LANDMARKS_FACE_OVAL),
-        (slice(17, 22), mesh.FACE_LANDMARKS_RIGHT_EYEBROW),  # the person's right is left in the picture
+        (slice(17, 22), mesh.FACE_LANDMARKS_RIGHT_EYEBROW),  # the person's right is left in the image
         (slice(22, 27), mesh.FACE_LANDMARKS_LEFT_EYEBROW),
         (slice(27, 36), mesh.FACE_LANDMARKS_NOSE),
         (slice(36, 42), mesh.FACE_LANDMARKS_RIGHT_EYE),
@@ -341,7 +341,7 @@ def test_similarity_agrees_with_scikit_image():
 
 
 def test_an_aligned_face_has_eyes_nose_and_mouth_where_arcface_expects_them():
-    """A picture whose colours are a linear function of the place keeps it under any similarity."""
+    """An image whose colors are a linear function of the place keeps it under any similarity."""
     x, y = np.meshgrid(np.arange(300) + 0.5, np.arange(260) + 0.5)
     image = np.stack((x * 0.8, y * 0.9, 0 * x), -1).astype(np.uint8)
     turn = 1.4 * Rotation.from_euler("z", 20, degrees=True).as_matrix()[:2, :2]
@@ -357,18 +357,18 @@ def test_aligned_faces_agree_with_scikit_image():
     image = np.random.default_rng(0).integers(0, 256, (300, 320, 3), dtype=np.uint8)
     turn = 1.3 * Rotation.from_euler("z", -25, degrees=True).as_matrix()[:2, :2]
     points = (ARCFACE_TEMPLATE - 56) @ turn.T + [150, 160] + np.random.default_rng(1).normal(size=(5, 2))
-    # scikit-image and InsightFace count from pixel centres
+    # scikit-image and InsightFace count from pixel centers
     back = transform.SimilarityTransform.from_estimate(ARCFACE_FIVE, points - 0.5)
     expected = transform.warp(image.astype(float), back, output_shape=(112, 112), order=1)
     assert np.abs(aligned_face(image, points) - expected).max() <= 0.51
 
 
-def test_a_crop_is_black_outside_the_picture():
+def test_a_crop_is_black_outside_the_image():
     crop = aligned_face(np.full((60, 60, 3), 255, np.uint8), ARCFACE_TEMPLATE)
     assert (crop[:60, :60] == 255).all() and (crop[61:] == 0).all() and (crop[:, 61:] == 0).all()
 
 
-def test_five_points_are_eye_centres_nose_and_mouth_corners():
+def test_five_points_are_eye_centers_nose_and_mouth_corners():
     landmarks = np.zeros((1, 68, 2))
     landmarks[0, 36:42, 0], landmarks[0, 42:48, 0] = np.arange(6), np.arange(6) + 10
     landmarks[0, 30], landmarks[0, 48], landmarks[0, 54] = (7, 8), (4, 20), (12, 20)
@@ -376,11 +376,11 @@ def test_five_points_are_eye_centres_nose_and_mouth_corners():
 
 
 def onnx_file(path: Path, size: int = 112, width: int = 512, batch: str | int = "N") -> np.ndarray:
-    """Write a network that maps the mean colour of its picture by a matrix, which is returned."""
+    """Write a network that maps the mean color of its image by a matrix, which is returned."""
     onnx = pytest.importorskip("onnx")
     matrix = np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
     nodes = [
-        onnx.helper.make_node("GlobalAveragePool", ["picture"], ["mean"]),
+        onnx.helper.make_node("GlobalAveragePool", ["image"], ["mean"]),
         onnx.helper.make_node("Flatten", ["mean"], ["flat"]),
         onnx.helper.make_node("MatMul", ["flat", "matrix"], ["features"]),
     ]
@@ -388,7 +388,7 @@ def onnx_file(path: Path, size: int = 112, width: int = 512, batch: str | int = 
     graph = onnx.helper.make_graph(
         nodes,
         "tiny",
-        [tensor("picture", onnx.TensorProto.FLOAT, [batch, 3, size, size])],
+        [tensor("image", onnx.TensorProto.FLOAT, [batch, 3, size, size])],
         [tensor("features", onnx.TensorProto.FLOAT, [batch, width])],
         [onnx.numpy_helper.from_array(matrix, "matrix")],
     )
@@ -475,7 +475,7 @@ def test_lpips_is_the_published_formula_on_the_given_backbone(net, tmp_path, ima
     assert lpips.describe()["package"] == "lpips"
 
 
-def test_lpips_refuses_the_weights_of_the_other_backbone_and_tiny_pictures(tmp_path, images):
+def test_lpips_refuses_the_weights_of_the_other_backbone_and_tiny_images(tmp_path, images):
     models = torchvision().models
     pytest.importorskip("lpips")
     path = tmp_path / "backbone.pth"

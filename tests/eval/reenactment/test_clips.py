@@ -1,4 +1,4 @@
-"""Clips: the same from a folder of trackings and from a corpus; pictures on white; what is refused."""
+"""Clips: the same from a folder of trackings and from a corpus; images on white; what is refused."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from gaussian_tokenizer.captures.loading import load_tracking
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
 
-def test_transparent_pictures_are_laid_on_white_and_opaque_ones_stay_as_they_are():
+def test_transparent_images_are_laid_on_white_and_opaque_ones_stay_as_they_are():
     rgba = np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8)
     alpha = rgba[..., 3:].astype(float) / 255
     expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
@@ -23,30 +23,30 @@ def test_transparent_pictures_are_laid_on_white_and_opaque_ones_stay_as_they_are
     assert np.array_equal(on_white(Image.fromarray(rgba[..., :3])), rgba[..., :3])
 
 
-def test_a_clip_has_the_pictures_cameras_and_parameters_of_one_camera_in_order_of_time(people, bench_head):
-    clip = open_dataset(people, bench_head, camera=1)[2]
-    tracking = load_tracking(people / "synthetic-5-000002", bench_head)
+def test_a_clip_has_the_images_cameras_and_parameters_of_one_camera_in_order_of_time(subjects, bench_head):
+    clip = open_dataset(subjects, bench_head, camera=1)[2]
+    tracking = load_tracking(subjects / "synthetic-5-000002", bench_head)
     own = [frame for frame in tracking.frames if frame.camera == 1]
     assert (clip.subject_id, clip.numbers, clip.size) == ("synthetic-5-000002", [1] * 4, (32, 32))
     for row, frame in enumerate(own):
-        assert np.array_equal(clip.picture(row), on_white(Image.open(frame.image)))
+        assert np.array_equal(clip.image(row), on_white(Image.open(frame.image)))
         assert np.allclose(clip.cameras.viewmats[row], frame.viewmat)
         assert torch.equal(clip.params.expr[row], tracking.params.expr[frame.timestep])
 
 
-def test_all_cameras_are_taken_one_after_the_other_and_one_that_is_not_there_is_refused(people, bench_head, clips):
-    second = open_dataset(people, bench_head, camera=1)
-    for clip, *alone in zip(open_dataset(people, bench_head), clips, second):
+def test_all_cameras_are_taken_one_after_the_other_and_one_that_is_not_there_is_refused(subjects, bench_head, clips):
+    second = open_dataset(subjects, bench_head, camera=1)
+    for clip, *alone in zip(open_dataset(subjects, bench_head), clips, second):
         assert clip.numbers == [0, 0, 0, 0, 1, 1, 1, 1]
-        assert np.array_equal(clip.pictures(range(8)), np.concatenate([each.pictures(range(4)) for each in alone]))
+        assert np.array_equal(clip.images(range(8)), np.concatenate([each.images(range(4)) for each in alone]))
         assert torch.equal(clip.cameras.viewmats, torch.cat([each.cameras.viewmats for each in alone]))
         assert torch.equal(clip.params.expr, torch.cat([each.params.expr for each in alone]))
     with pytest.raises(ValueError, match="has no camera 7; it has 0, 1"):
-        open_dataset(people, bench_head, camera=7)
+        open_dataset(subjects, bench_head, camera=7)
 
 
-def test_the_first_subjects_and_frames_can_be_chosen(people, bench_head, clips):
-    chosen = open_dataset(people, bench_head, num_subjects=2, num_frames=3)
+def test_the_first_subjects_and_frames_can_be_chosen(subjects, bench_head, clips):
+    chosen = open_dataset(subjects, bench_head, num_subjects=2, num_frames=3)
     assert [clip.subject_id for clip in chosen] == [clip.subject_id for clip in clips[:2]]
     assert [clip.numbers for clip in chosen] == [[0, 0, 0, 1, 1, 1]] * 2 and chosen[0].params.num_frames == 6
 
@@ -57,16 +57,16 @@ def test_a_corpus_gives_the_clips_of_the_folders_it_was_made_of(tiny_corpus, ben
     assert len(of_corpus) == 4
     for clip in of_corpus:
         same = folders[clip.subject_id]
-        assert clip.numbers == same.numbers and np.array_equal(clip.pictures(range(4)), same.pictures(range(4)))
+        assert clip.numbers == same.numbers and np.array_equal(clip.images(range(4)), same.images(range(4)))
         assert torch.allclose(clip.cameras.viewmats, same.cameras.viewmats, atol=1e-6)
         assert torch.allclose(clip.cameras.Ks, same.cameras.Ks, atol=1e-4)
         for name, value in clip.params.tensors().items():
             assert torch.equal(value, same.params.tensors()[name]), name
 
 
-def test_the_digest_follows_pictures_cameras_and_parameters(people, bench_head, clips):
+def test_the_digest_follows_images_cameras_and_parameters(subjects, bench_head, clips):
     first = digest(clips)
-    assert digest(open_dataset(people, bench_head, camera=0)) == first
+    assert digest(open_dataset(subjects, bench_head, camera=0)) == first
     moved = replace(clips[0].cameras, viewmats=clips[0].cameras.viewmats + torch.eye(4)[None] * 0)
     moved.viewmats[1, 0, 3] += 1e-3
     smiling = replace(clips[0].params, expr=clips[0].params.expr + 0.01)
@@ -74,28 +74,28 @@ def test_the_digest_follows_pictures_cameras_and_parameters(people, bench_head, 
         assert digest([changed, *clips[1:]]) != first
 
 
-def test_a_subject_of_one_frame_cannot_be_source_and_driver(people, bench_head):
+def test_a_subject_of_one_frame_cannot_be_source_and_driver(subjects, bench_head):
     with pytest.raises(ValueError, match="'synthetic-5-000000' has 1 frame, expected at least 2"):
-        open_dataset(people, bench_head, camera=0, num_frames=1)
+        open_dataset(subjects, bench_head, camera=0, num_frames=1)
 
 
-def test_people_of_another_head_model_are_refused(people):
+def test_people_of_another_head_model_are_refused(subjects):
     with pytest.raises(ValueError, match="head"):
-        open_dataset(people, build_procedural_head(1200))
+        open_dataset(subjects, build_procedural_head(1200))
 
 
-def test_pictures_of_two_sizes_are_refused_because_pixels_would_not_mean_the_same(
-    tiny_corpus, people, bench_head, tmp_path
+def test_images_of_two_sizes_are_refused_because_pixels_would_not_mean_the_same(
+    tiny_corpus, subjects, bench_head, tmp_path
 ):
-    shutil.copytree(people / "synthetic-5-000000", tmp_path / "small")
+    shutil.copytree(subjects / "synthetic-5-000000", tmp_path / "small")
     large = sorted((tiny_corpus.parent / "avatars").iterdir())[0]
     shutil.copytree(large, tmp_path / "z")
     with pytest.raises(ValueError, match=r"'synthetic-5-000000' are of \(32, 32\) pixels \(width, height\), those of"):
         open_dataset(tmp_path, bench_head)
 
 
-def test_a_subject_id_that_leads_out_of_a_folder_is_refused(people, bench_head, tmp_path):
-    shutil.copytree(people / "synthetic-5-000000", tmp_path / "one")
+def test_a_subject_id_that_leads_out_of_a_folder_is_refused(subjects, bench_head, tmp_path):
+    shutil.copytree(subjects / "synthetic-5-000000", tmp_path / "one")
     path = tmp_path / "one" / "metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"avatar_id": "../up"}))
     with pytest.raises(ValueError, match="cannot name a file"):

@@ -41,23 +41,23 @@ def ours(bench_pipeline, clips, tmp_path_factory):
 
 
 def test_the_truth_is_what_the_clip_shows_and_exists_in_self_reenactment_only(pairs):
-    assert np.array_equal(truth().frames(pairs[0]), pairs[0].driver.pictures([1, 2, 3]))
+    assert np.array_equal(truth().frames(pairs[0]), pairs[0].driver.images([1, 2, 3]))
     assert list(truth().absent) == ["cross"]
 
 
 def test_copy_source_shows_the_portrait_for_every_frame(pairs):
     frames = copy_source().frames(pairs[-1])
-    assert len(frames) == 3 and all(np.array_equal(frame, pairs[-1].source.picture(0)) for frame in frames)
+    assert len(frames) == 3 and all(np.array_equal(frame, pairs[-1].source.image(0)) for frame in frames)
 
 
 def test_the_mean_image_is_made_of_people_who_are_neither_source_nor_driver(clips):
     own, cross = make_pairs(clips, "self", 0)[0], make_pairs(clips, "cross", 0)[0]
-    others = [clip.picture(0).astype(float) for clip in clips[1:]]
+    others = [clip.image(0).astype(float) for clip in clips[1:]]
     assert np.abs(mean_image(clips).frames(own)[0] - sum(others) / 2).max() <= 0.51
     third = next(clip for clip in clips if clip not in (cross.source, cross.driver))
-    assert np.array_equal(mean_image(clips).frames(cross)[2], third.picture(0))
+    assert np.array_equal(mean_image(clips).frames(cross)[2], third.image(0))
 
-    black = [repainted(clips[0], 0), *clips[1:]]  # other pictures of the judged person change nothing
+    black = [repainted(clips[0], 0), *clips[1:]]  # other images of the judged person change nothing
     changed = make_pairs(black, "self", 0)[0]
     assert np.array_equal(mean_image(black).frames(changed), mean_image(clips).frames(own))
     assert list(mean_image(clips[:2]).absent) == ["cross"] and list(mean_image(clips[:1]).absent) == ["self", "cross"]
@@ -127,7 +127,7 @@ def test_a_folder_with_a_wrong_frame_gives_no_row_in_that_mode_only(pairs, tmp_p
     for pair in pairs:
         pair.path(tmp_path).mkdir(parents=True)
         for row in pair.rows:
-            Image.fromarray(pair.driver.picture(row)).save(pair.path(tmp_path) / frame_name(row))
+            Image.fromarray(pair.driver.image(row)).save(pair.path(tmp_path) / frame_name(row))
     assert not compared("peer", tmp_path, pairs).absent
     (pairs[0].path(tmp_path) / frame_name(2)).unlink()
     assert compared("peer", tmp_path, pairs).absent == {"self": (f"missing: self/{pairs[0].name}/00002.png",)}

@@ -15,7 +15,7 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 @pytest.fixture
 def handed_in(clips, tmp_path) -> Path:
-    """Frames of a method that hands in the driver's pictures."""
+    """Frames of a method that hands in the driver's images."""
     pairs = make_pairs(clips, "both", 0)
     export_protocol(tmp_path / "protocol", pairs, 0)
     for pair in json.loads((tmp_path / "protocol" / "protocol.json").read_text())["pairs"]:
@@ -41,7 +41,7 @@ def test_in_cross_reenactment_everybody_drives_once_and_nobody_himself(clips):
         assert {pair.driver.subject_id for pair in pairs} == {clip.subject_id for clip in clips}
         assert all(pair.driver is not pair.source for pair in pairs)
         found.add(tuple(pair.driver.subject_id for pair in pairs))
-    assert len(found) == 2  # of three people there are two such cycles, and the seed chooses
+    assert len(found) == 2  # of three subjects there are two such cycles, and the seed chooses
 
 
 def test_one_subject_has_nobody_to_drive_it(clips):
@@ -55,13 +55,13 @@ def test_the_exported_protocol_holds_what_the_pairs_are_made_of(clips, tmp_path)
     export_protocol(tmp_path / "protocol", pairs, 0)
     pair, folder = pairs[1], tmp_path / "protocol"
     source, driver = pair.source.subject_id, pair.driver.subject_id
-    assert np.array_equal(np.asarray(Image.open(folder / "sources" / f"{source}.png")), pair.source.picture(0))
+    assert np.array_equal(np.asarray(Image.open(folder / "sources" / f"{source}.png")), pair.source.image(0))
     assert HeadParameters.load(folder / "sources" / f"{source}.npz").num_frames == 1
     motion = HeadParameters.load(folder / "drivers" / driver / "flame_param.npz")
     cameras = json.loads((folder / "drivers" / driver / "cameras.json").read_text())["frames"]
     for row in pair.rows:
         drawn = np.asarray(Image.open(folder / "drivers" / driver / frame_name(row)))
-        assert np.array_equal(drawn, pair.driver.picture(row))
+        assert np.array_equal(drawn, pair.driver.image(row))
         assert np.array_equal(motion.expr[row], pair.driver.params.expr[row])
         assert np.array_equal(cameras[row]["viewmat"], pair.driver.cameras.viewmats[row])
 
@@ -78,7 +78,7 @@ def test_frames_handed_in_as_asked_are_accepted_and_read(clips, handed_in):
         pairs = make_pairs(clips, mode, 0)
         assert not check_frames(handed_in, pairs)
         for pair in pairs:
-            assert np.array_equal(read_frames(handed_in, pair), pair.driver.pictures(pair.rows))
+            assert np.array_equal(read_frames(handed_in, pair), pair.driver.images(pair.rows))
 
 
 def test_every_missing_extra_corrupt_and_differently_sized_frame_is_listed(clips, handed_in):
@@ -102,12 +102,12 @@ def test_a_video_stands_for_the_frames_of_a_pair(clips, handed_in):
     pairs = make_pairs(clips, "self", 0)
     for pair in pairs[:3]:
         shutil.rmtree(handed_in / "self" / pair.name)
-        save_video(handed_in / "self" / f"{pair.name}.mp4", pair.driver.pictures(pair.rows))
+        save_video(handed_in / "self" / f"{pair.name}.mp4", pair.driver.images(pair.rows))
     assert not check_frames(handed_in, pairs)
     read = read_frames(handed_in, pairs[0]).astype(int)
-    assert np.abs(read - pairs[0].driver.pictures(pairs[0].rows)).mean() < 8  # H.264 loses some
+    assert np.abs(read - pairs[0].driver.images(pairs[0].rows)).mean() < 8  # H.264 loses some
 
-    save_video(handed_in / "self" / f"{pairs[0].name}.mp4", pairs[0].driver.pictures([1, 2]))
+    save_video(handed_in / "self" / f"{pairs[0].name}.mp4", pairs[0].driver.images([1, 2]))
     broken = handed_in / "self" / f"{pairs[1].name}.mp4"
     broken.write_bytes(broken.read_bytes()[:300])
     problems = check_frames(handed_in, pairs)

@@ -1,4 +1,4 @@
-"""Tables, page and pictures of a real run, and of results with every kind of cell."""
+"""Tables, page and images of a real run, and of results with every kind of cell."""
 
 import copy
 import json
@@ -84,7 +84,7 @@ def test_a_refused_row_lists_all_that_is_wrong(results, finished):
 
 
 def page_of(results: dict, folder: Path) -> str:
-    """The page with the pictures and videos of a finished run."""
+    """The page with the images and videos of a finished run."""
     return page(results, folder, sorted(folder.glob("videos/*/*")))
 
 

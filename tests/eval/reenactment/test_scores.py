@@ -23,7 +23,7 @@ ABSENT = Missing("a network", "not installed: it", "pip install it")
 
 
 class Corners:
-    """A stand-in for a network: three colours of every picture, and the weights it says it has."""
+    """A stand-in for a network: three colors of every image, and the weights it says it has."""
 
     def __init__(self, weights: str = "first", blind: bool = False):
         self.weights, self.blind, self.seen = weights, blind, 0
@@ -31,15 +31,15 @@ class Corners:
     def describe(self):
         return {"name": "corners", "package": "none", "version": "1", "weights": self.weights, "sha256": "0"}
 
-    def __call__(self, pictures, others=None):
-        self.seen += len(pictures)
-        return pictures[:, ::16, ::16].reshape(len(pictures), -1).astype(float) + 1
+    def __call__(self, images, others=None):
+        self.seen += len(images)
+        return images[:, ::16, ::16].reshape(len(images), -1).astype(float) + 1
 
-    def read_face(self, pictures):
-        self.seen += len(pictures)
-        landmarks = pictures[:, :4, :2, :2].mean(2).astype(float)
-        rotations = np.repeat(np.eye(3)[None], len(pictures), 0)
-        reading = FaceReading(landmarks, rotations, pictures[:, 0, :5, 0].astype(float))
+    def read_face(self, images):
+        self.seen += len(images)
+        landmarks = images[:, :4, :2, :2].mean(2).astype(float)
+        rotations = np.repeat(np.eye(3)[None], len(images), 0)
+        reading = FaceReading(landmarks, rotations, images[:, 0, :5, 0].astype(float))
         if self.blind:
             for values in (reading.landmarks, reading.rotations, reading.expressions):
                 values[0] = np.nan
@@ -69,7 +69,7 @@ def judge(pairs, clips, frames_of, nets, folder):
 
 def test_true_frames_score_perfectly(clips, tmp_path):
     pairs = make_pairs(clips, "self", 0)
-    found = judge(pairs, clips, lambda pair: pair.driver.pictures(pair.rows), everything(), tmp_path)["metrics"]
+    found = judge(pairs, clips, lambda pair: pair.driver.images(pair.rows), everything(), tmp_path)["metrics"]
     assert found["psnr"]["value"] == found["psnr"]["low"] == np.inf
     assert found["ssim"]["value"] == pytest.approx(1, abs=1e-9)
     assert [found[key]["value"] for key in ("akd", "apd", "apd_geodesic", "aed")] == [0, 0, 0, 0]
@@ -119,7 +119,7 @@ def test_motion_is_compared_with_the_driver_and_the_person_with_the_source(clips
 
 def test_fid_of_cross_reenactment_is_taken_against_the_source_persons_own_frames(clips, tmp_path):
     pairs = make_pairs(clips, "cross", 0)
-    found = judge(pairs, clips, lambda pair: pair.source.pictures(range(1, 4)), everything(), tmp_path)
+    found = judge(pairs, clips, lambda pair: pair.source.images(range(1, 4)), everything(), tmp_path)
     assert found["metrics"]["fid"]["value"] < 1e-3 and "psnr" not in found["metrics"]
 
 

@@ -32,7 +32,7 @@ HEAD = "procedural:600" if NUM_POINTS < 10_000 else "procedural"
 WIDTH, HEIGHT, PANEL, NOTICE = 1000, 420, 330, 320  # viser's notice about slow drawing lies at the left
 # viser's own, for any Gaussians: the corners of the square it draws them on have two coordinates, and three.js reads three.
 NAN_RADIUS = 'computeBoundingSphere(): Computed radius is NaN. The "position" attribute is likely to have NaN values.'
-# Behind every draw of the scene, before the browser takes the picture away: look at it small, and note when it changed.
+# Behind every draw of the scene, before the browser takes the image away: look at it small, and note when it changed.
 WATCH = """
 (() => {
   const small = document.createElement('canvas'); small.width = small.height = 64;
@@ -124,7 +124,7 @@ def open_page(browser, address: str, said: list[str], width: int = WIDTH, height
     page.on("pageerror", lambda error: said.append(str(error)))
     page.add_init_script(WATCH)
     begun = time.perf_counter()
-    # viser would draw fewer pixels while the machine is busy, and all edges would differ from the picture before.
+    # viser would draw fewer pixels while the machine is busy, and all edges would differ from the image before.
     page.goto(f"{address}?fixedDpr=1")
     page.wait_for_function("window.seen && window.seen.ink > 200")
     print(f"viewer: avatar drawn {time.perf_counter() - begun:.1f} s after the address was opened")
@@ -133,7 +133,7 @@ def open_page(browser, address: str, said: list[str], width: int = WIDTH, height
 
 
 def settle(page) -> None:
-    """Until the picture has changed and then stayed as it is: splats fade in, slow machines draw late."""
+    """Until the image has changed and then stayed as it is: splats fade in, slow machines draw late."""
     page.wait_for_function("performance.now() - window.seen.changes.at(-1) > 500", polling=100)
 
 
@@ -191,7 +191,7 @@ def movable(page, label: str) -> bool:
 
 
 def press(page, label: str, key: str) -> float:
-    """Press a key on a slider; milliseconds until the picture changed, by the browser's clock."""
+    """Press a key on a slider; milliseconds until the image changed, by the browser's clock."""
     slider(page, label).focus()
     page.keyboard.press(key)
     page.wait_for_function("window.seen.changes.length > 0")
@@ -205,7 +205,7 @@ def test_the_tab_and_the_panel_have_a_title(page):
     assert page.get_by_text("avatar viewer", exact=True).is_visible()
 
 
-def test_the_page_shows_what_the_rasteriser_draws(page, avatar_folder):
+def test_the_page_shows_what_the_rasterizer_draws(page, avatar_folder):
     choose(page, "drawn as", "Gaussians")
     width = page.evaluate("document.querySelector('canvas').clientWidth")
     head = load_head(HEAD)
@@ -216,9 +216,9 @@ def test_the_page_shows_what_the_rasteriser_draws(page, avatar_folder):
     camera = Cameras.look_at(torch.tensor(eye).float(), target.tolist(), focal, width, HEIGHT)
     drawn = render(avatar.canonical_gaussians(), camera).image[0].clamp(0, 1).numpy() * 255
     beside = slice(NOTICE, WIDTH - PANEL)
-    drawn, picture = drawn[:, beside], photograph(page)[:, beside]
-    assert (picture < 250).any(-1).mean() > 0.1
-    assert np.abs(drawn - picture).mean() < 3
+    drawn, image = drawn[:, beside], photograph(page)[:, beside]
+    assert (image < 250).any(-1).mean() > 0.1
+    assert np.abs(drawn - image).mean() < 3
 
 
 def test_a_dragged_slider_moves_the_avatar_where_it_should(page):
@@ -241,16 +241,16 @@ def test_a_dragged_slider_moves_the_avatar_where_it_should(page):
 def test_keys_move_the_avatar_and_the_time_is_told(page, drawn_as):
     choose(page, "drawn as", drawn_as)
     times = [press(page, "neck turn", key) for key in ("Home", "End", "Home", "End")]
-    print(f"viewer: {NUM_POINTS} points as {drawn_as}, key to picture {np.median(times):.0f} ms, best {min(times):.0f}")
+    print(f"viewer: {NUM_POINTS} points as {drawn_as}, key to image {np.median(times):.0f} ms, best {min(times):.0f}")
     assert slider(page, "neck turn").get_attribute("aria-valuenow") == "60"
 
 
-def test_zero_brings_the_face_back_and_another_colour_repaints_it_in_place(page):
+def test_zero_brings_the_face_back_and_another_color_repaints_it_in_place(page):
     page.get_by_role("button", name="sliders to zero").click()
     settle(page)
     assert slider(page, "neck turn").get_attribute("aria-valuenow") == "0"
     before = photograph(page)
-    choose(page, "colour", "face")
+    choose(page, "color", "face")
     after = photograph(page)
     assert changed_pixels(before, after).mean() > 0.05
     assert ((after < 250).any(-1) != (before < 250).any(-1)).mean() < 0.02
@@ -270,7 +270,7 @@ def test_the_view_is_reset_to_that_of_the_start(page):
     def difference() -> float:
         return changed_pixels(page.at_first, photograph(page))[:, NOTICE:].mean()
 
-    choose(page, "colour", "true colour")
+    choose(page, "color", "true color")
     choose(page, "drawn as", page.drawn_at_first)
     page.mouse.move(400, 200)
     page.mouse.down(button="right")
@@ -306,7 +306,7 @@ def test_a_motion_plays_once_one_is_chosen_and_its_timeline_poses_the_avatar(pag
     assert not movable(page, "frame")
 
 
-def test_the_background_takes_the_colour_that_is_chosen(page):
+def test_the_background_takes_the_color_that_is_chosen(page):
     head = (photograph(page)[:, NOTICE:] < 250).any(-1)
     menu(page, "background").fill("rgb(20, 90, 60)")
     menu(page, "background").press("Enter")
@@ -325,9 +325,9 @@ def test_buttons_give_files_that_can_be_read_back(page, avatar_folder, tmp_path)
     (tmp_path / name).write_bytes(content)
     assert len(read_gaussian_ply(tmp_path / name, with_faces=False).positions) == len(stored)
     name, content = download(page, "screenshot")
-    picture = Image.open(io.BytesIO(content))
-    assert name == "screenshot.png" and picture.mode == "RGBA"
-    assert picture.getextrema()[3] == (0, 255)
+    image = Image.open(io.BytesIO(content))
+    assert name == "screenshot.png" and image.mode == "RGBA"
+    assert image.getextrema()[3] == (0, 255)
 
 
 def test_on_a_phone_the_controls_are_folded_away_and_nothing_is_too_wide(browser, address, said):

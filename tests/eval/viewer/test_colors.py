@@ -18,15 +18,15 @@ def avatar() -> GaussianAvatar:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_gives_each_point_a_colour(avatar, mode):
+def test_every_mode_gives_each_point_a_color(avatar, mode):
     colors = point_colors(avatar, mode)
     assert colors.shape == (len(avatar), 3) and colors.dtype == np.float32
     assert 0 <= colors.min() < colors.max() <= 1
 
 
-def test_true_colours_are_those_of_the_gaussians(avatar):
+def test_true_colors_are_those_of_the_gaussians(avatar):
     expected = avatar.canonical_gaussians().colors.clamp(max=1).numpy()
-    np.testing.assert_allclose(point_colors(avatar, "true colour"), expected, atol=1e-6)
+    np.testing.assert_allclose(point_colors(avatar, "true color"), expected, atol=1e-6)
 
 
 def test_the_ramp_is_viridis():
@@ -53,7 +53,7 @@ def test_the_order_means_something_where_a_model_wrote_the_points(avatar):
         )
 
 
-def test_points_have_one_colour_exactly_where_they_have_one_face(avatar):
+def test_points_have_one_color_exactly_where_they_have_one_face(avatar):
     colors = point_colors(avatar, "face")
     faces = avatar.faces.numpy()
     by_face = {face: {tuple(color) for color in colors[faces == face]} for face in np.unique(faces)}
@@ -77,5 +77,5 @@ def test_the_densest_points_are_the_brightest(avatar):
 
 
 def test_an_unknown_mode_is_named(avatar):
-    with pytest.raises(ValueError, match="'rainbow': expected one of true colour"):
+    with pytest.raises(ValueError, match="'rainbow': expected one of true color"):
         point_colors(avatar, "rainbow")

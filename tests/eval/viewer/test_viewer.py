@@ -71,9 +71,9 @@ def test_the_built_in_head_needs_no_naming_and_others_do(capsys, folder, tmp_pat
     assert "does not say which head model" in said and "--head" in said
 
 
-def test_a_picture_that_cannot_be_read_is_named(capsys, tmp_path):
+def test_a_image_that_cannot_be_read_is_named(capsys, tmp_path):
     broken = tmp_path / "portrait.png"
-    broken.write_bytes(b"not a picture")
+    broken.write_bytes(b"not an image")
     assert f"{broken} is not a readable image" in refusal(capsys, "--model", tmp_path, "--image", broken, "--port", 0)
 
 
@@ -110,7 +110,7 @@ def test_the_page_draws_what_its_controls_say(server, folder):
     page.draw()
     face_colors = page.handles[0].colors.copy()
     np.testing.assert_allclose(page.handles[0].points / UNITS, expected.positions[0].numpy(), atol=1e-6)
-    page.color.value = "true colour"
+    page.color.value = "true color"
     slider(page, "neck turn").value = 0.0
     page.draw()
     assert (page.handles[0].points / UNITS != expected.positions[0].numpy()).any()
@@ -216,14 +216,14 @@ def test_of_very_many_points_some_are_dots_and_all_are_gaussians(server, folder,
 def test_a_page_that_draws_fast_gets_gaussians(server, folder, monkeypatch, seconds, error, there, expected):
     page = Page(server, {"ada": open_avatar(folder, None)}, {})
 
-    def picture(*size, **options):
+    def image(*size, **options):
         if error is not None:
             raise error
         time.sleep(seconds)
 
     storage = SimpleNamespace(get_item=lambda *key, **options: None)
     said = []
-    client = SimpleNamespace(client_id=3, local_storage=storage, get_render=picture)
+    client = SimpleNamespace(client_id=3, local_storage=storage, get_render=image)
     client.add_notification = lambda title, *text, **options: said.append(title)
     monkeypatch.setattr(server, "get_clients", lambda: {3: client} if there else {})
     page._judge(client)

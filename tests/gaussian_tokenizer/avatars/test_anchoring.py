@@ -158,7 +158,7 @@ def test_gradients_agree_with_finite_differences():
 
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.01, 1.0, 20.0]))
-def test_closest_points_agree_with_a_minimiser(seed, spread):
+def test_closest_points_agree_with_a_minimizer(seed, spread):
     rng = np.random.default_rng(seed)
     triangle, point = rng.standard_normal((3, 3)), rng.standard_normal(3) * spread
     found = closest_point_barycentrics(torch.from_numpy(point)[None], torch.from_numpy(triangle)[None])[0].numpy()

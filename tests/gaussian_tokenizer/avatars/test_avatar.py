@@ -174,7 +174,7 @@ def test_what_a_folder_cannot_hold_is_said_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"do not say how many vertices .* attach the avatar's head model"):
         avatar.save(tmp_path / "a")
     avatar.with_head(HEAD).save(tmp_path / "a")
-    with pytest.raises(ValueError, match=r"colours of SH degree 1, sh_degree=0; expected 1 to 3"):
+    with pytest.raises(ValueError, match=r"colors of SH degree 1, sh_degree=0; expected 1 to 3"):
         avatar.save(tmp_path / "b", sh_degree=0)
     with pytest.raises(ValueError, match=r"sh_degree=3 is for folders"):
         avatar.save(tmp_path / "b.safetensors", sh_degree=3)
@@ -338,7 +338,7 @@ def test_a_degree_can_be_demanded(tmp_path):
         ("positions", torch.zeros(0, 3), "0 Gaussians"),
         ("positions", torch.tensor(1.0), "a.safetensors: "),
         ("sh", torch.zeros(4, 5, 3), r"sh is \(4, 5, 3\), expected"),
-        ("colours", torch.zeros(4), "colours"),
+        ("colors", torch.zeros(4), "colors"),
         ("faces", None, "faces"),
     ],
 )

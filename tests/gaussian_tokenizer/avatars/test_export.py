@@ -34,8 +34,8 @@ def random_gaussians(count=300, num_frames=2, degree=1, seed=0) -> Gaussians:
     )
 
 
-def moving_pictures(num_frames=6, height=24, width=32) -> np.ndarray:
-    """A bright disc that crosses a colour gradient."""
+def moving_images(num_frames=6, height=24, width=32) -> np.ndarray:
+    """A bright disc that crosses a color gradient."""
     y, x = np.mgrid[:height, :width]
     frames = []
     for index in range(num_frames):
@@ -217,27 +217,27 @@ def test_gaussians_of_an_unknown_kind_or_frame_are_refused(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# Pictures
+# Images
 
 
-def test_a_gif_keeps_its_pictures_one_palette_the_speed_and_repeats(tmp_path):
-    pictures = moving_pictures()
-    save_video(tmp_path / "a.gif", pictures, fps=20)
+def test_a_gif_keeps_its_images_one_palette_the_speed_and_repeats(tmp_path):
+    images = moving_images()
+    save_video(tmp_path / "a.gif", images, fps=20)
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 6 and gif.info["loop"] == 0
         for index in range(6):
             gif.seek(index)
             assert gif.info["duration"] == 50
             found = np.asarray(gif.convert("RGB")).astype(int)
-            assert np.abs(found - pictures[index]).mean() < 6 and np.abs(found - pictures[index]).max() < 40
+            assert np.abs(found - images[index]).mean() < 6 and np.abs(found - images[index]).max() < 40
 
 
 def test_what_does_not_move_in_a_gif_does_not_flicker(tmp_path):
-    pictures = moving_pictures()
+    images = moving_images()
     rng = np.random.default_rng(0)
-    # More colours than a palette has, the same in all frames, under what moves: where dithering would carry it.
-    pictures[:, -8:] = rng.integers(0, 255, (8, 32, 3))
-    save_video(tmp_path / "a.gif", pictures)
+    # More colors than a palette has, the same in all frames, under what moves: where dithering would carry it.
+    images[:, -8:] = rng.integers(0, 255, (8, 32, 3))
+    save_video(tmp_path / "a.gif", images)
     with Image.open(tmp_path / "a.gif") as gif:
         frames = []
         for index in range(6):
@@ -246,69 +246,69 @@ def test_what_does_not_move_in_a_gif_does_not_flicker(tmp_path):
     assert all(np.array_equal(frame, frames[0]) for frame in frames)
 
 
-def test_few_colours_and_a_background_are_exact_in_a_gif(tmp_path):
-    pictures = np.full((3, 40, 40, 3), 255, np.uint8)
-    pictures[:, 5:9, 5:9] = (1, 2, 3)
+def test_few_colors_and_a_background_are_exact_in_a_gif(tmp_path):
+    images = np.full((3, 40, 40, 3), 255, np.uint8)
+    images[:, 5:9, 5:9] = (1, 2, 3)
     for index, noise in enumerate((0, 1000)):
         pixels = np.random.default_rng(0).integers(0, 255, (3, noise, 3))
-        pictures.reshape(3, -1, 3)[:, 600 : 600 + noise] = pixels
-        save_video(tmp_path / f"{index}.gif", pictures)
+        images.reshape(3, -1, 3)[:, 600 : 600 + noise] = pixels
+        save_video(tmp_path / f"{index}.gif", images)
         with Image.open(tmp_path / f"{index}.gif") as gif:
             found = np.asarray(gif.convert("RGB"))
         assert (found[:4] == 255).all()
         if not noise:
-            np.testing.assert_array_equal(found, pictures[0])
+            np.testing.assert_array_equal(found, images[0])
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 32), (25, 33)])
 def test_an_mp4_is_read_back_by_ffmpeg_at_an_even_size(tmp_path, height, width):
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
-    pictures = moving_pictures(10, height, width)
-    save_video(tmp_path / "a.mp4", pictures, fps=10)
+    images = moving_images(10, height, width)
+    save_video(tmp_path / "a.mp4", images, fps=10)
     reader = imageio_ffmpeg.read_frames(str(tmp_path / "a.mp4"))
     meta = next(reader)
     assert meta["size"] == (width + width % 2, height + height % 2) and meta["fps"] == 10
     assert meta["codec"] == "h264" and meta["pix_fmt"].startswith("yuv420p") and abs(meta["duration"] - 1) < 0.05
     frames = [np.frombuffer(frame, np.uint8).reshape(*meta["size"][::-1], 3) for frame in reader]
     assert len(frames) == 10
-    for frame, picture in zip(frames, pictures):
-        # Colours are halved in resolution, so compare the brightness.
-        difference = frame[:height, :width].mean(-1) - picture.mean(-1)
+    for frame, image in zip(frames, images):
+        # Colors are halved in resolution, so compare the brightness.
+        difference = frame[:height, :width].mean(-1) - image.mean(-1)
         assert np.abs(difference).mean() < 8
 
 
 def test_a_name_without_suffix_is_a_folder_of_exact_pngs(tmp_path):
-    pictures = moving_pictures(3)
-    save_video(tmp_path / "frames", pictures)
-    save_video(tmp_path / "frames", torch.from_numpy(pictures[:2] / 255))  # replaces the folder; floats round back
+    images = moving_images(3)
+    save_video(tmp_path / "frames", images)
+    save_video(tmp_path / "frames", torch.from_numpy(images[:2] / 255))  # replaces the folder; floats round back
     assert sorted(os.listdir(tmp_path / "frames")) == ["00000.png", "00001.png"]
     for index in range(2):
         with Image.open(tmp_path / "frames" / f"0000{index}.png") as image:
-            np.testing.assert_array_equal(np.asarray(image), pictures[index])
+            np.testing.assert_array_equal(np.asarray(image), images[index])
 
 
 @pytest.mark.parametrize(
     ("name", "images", "message"),
     [
-        ("a.avi", moving_pictures(), r"a\.avi: unknown kind of video; give \.gif, \.mp4"),
-        ("a.gif", np.zeros((3, 4, 4), np.uint8), r"pictures \(T, H, W, 3\), at least one; found \(3, 4, 4\)"),
+        ("a.avi", moving_images(), r"a\.avi: unknown kind of video; give \.gif, \.mp4"),
+        ("a.gif", np.zeros((3, 4, 4), np.uint8), r"images \(T, H, W, 3\), at least one; found \(3, 4, 4\)"),
         ("a.gif", np.zeros((0, 4, 4, 3), np.uint8), "at least one"),
         ("a.gif", np.zeros((1, 4, 4, 3), np.int64), "int64, expected uint8 or floats"),
-        ("a.gif", np.full((1, 4, 4, 3), np.nan), "picture 0 holds a value that is not finite"),
+        ("a.gif", np.full((1, 4, 4, 3), np.nan), "image 0 holds a value that is not finite"),
     ],
 )
 def test_what_is_no_video_is_refused_before_anything_is_written(tmp_path, name, images, message):
     with pytest.raises(ValueError, match=message):
         save_video(tmp_path / name, images)
     with pytest.raises(ValueError, match="0 frames per second"):
-        save_video(tmp_path / "a.gif", moving_pictures(), fps=0)
+        save_video(tmp_path / "a.gif", moving_images(), fps=0)
     assert os.listdir(tmp_path) == []
 
 
 def test_without_imageio_ffmpeg_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     with pytest.raises(ImportError, match=r'pip install "avatar-pointillist\[video\]", or write a \.gif'):
-        save_video(tmp_path / "a.mp4", moving_pictures())
+        save_video(tmp_path / "a.mp4", moving_images())
     assert os.listdir(tmp_path) == []
 
 
@@ -321,10 +321,10 @@ def write(kind: str, path) -> None:
     elif kind == "sequence":
         save_ply_sequence(path, random_gaussians())
     else:
-        save_video(path, moving_pictures())
+        save_video(path, moving_images())
 
 
-KINDS = {".ply": "a.ply", ".splat": "a.splat", "sequence": "a", ".gif": "a.gif", ".mp4": "a.mp4", "pictures": "a"}
+KINDS = {".ply": "a.ply", ".splat": "a.splat", "sequence": "a", ".gif": "a.gif", ".mp4": "a.mp4", "images": "a"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -363,7 +363,7 @@ def test_what_ffmpeg_cannot_write_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(imageio_ffmpeg, "write_frames", broken)
     with pytest.raises(OSError, match=r"^ffmpeg could not write the video: No space left on device$"):
-        save_video(tmp_path / "a.mp4", moving_pictures())
+        save_video(tmp_path / "a.mp4", moving_images())
     assert os.listdir(tmp_path) == []
 
 

@@ -35,7 +35,7 @@ def head() -> HeadModel:
 
 @pytest.fixture(scope="module")
 def avatar(head) -> GaussianAvatar:
-    """Of three timesteps, colours of SH degree 0 and no offsets, as the decoder and a fit without them give."""
+    """Of three timesteps, colors of SH degree 0 and no offsets, as the decoder and a fit without them give."""
     made = synthesize_subject(build_procedural_head(600), 0, num_points=120).avatar
     params = synthetic_motion("talk", build_procedural_head(600), 3)
     generator = torch.Generator().manual_seed(0)

@@ -101,7 +101,7 @@ def test_a_synthetic_motion_is_smooth_closed_and_plausible_on_any_head(name, kin
     assert motion.num_frames == 96
     head.check(motion)
     vertices = head.pose(motion).vertices
-    steps = (vertices - vertices.roll(1, 0)).norm(dim=-1).amax(1)  # metres to the frame before, around the end
+    steps = (vertices - vertices.roll(1, 0)).norm(dim=-1).amax(1)  # meters to the frame before, around the end
     assert (vertices - vertices[:1]).norm(dim=-1).max() > 0.002  # it moves
     assert steps[0] <= 1.05 * steps[1:].max() and steps.max() < 0.02  # and nowhere jumps
     for joint in ("rotation", "neck_pose", "jaw_pose", "eyes_pose"):

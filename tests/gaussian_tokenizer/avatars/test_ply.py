@@ -168,7 +168,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, kind):
     assert "in.ply" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_colours_of_another_degree_are_refused(tmp_path):
+def test_colors_of_another_degree_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"SH degree 1 \(9 f_rest properties\), expected 3"):
         read_bytes(tmp_path, ply_bytes(*random_rows(2, 1)), sh_degree=3)
 

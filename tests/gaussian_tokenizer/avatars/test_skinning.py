@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.avatars.skinning import animate, drive, nearest_rotation
+from gaussian_tokenizer.avatars.skinning import animate, nearest_rotation, retarget
 from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix, quaternion_to_matrix
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -52,7 +52,7 @@ def random_avatar(count=60, head=HEAD, seed=0, params=None, spread=0.5) -> Gauss
 
 
 def covariances(gaussians: Gaussians) -> torch.Tensor:
-    """(T, N, 3, 3) in millimetres, so that a tolerance means the same as for positions in metres."""
+    """(T, N, 3, 3) in millimeters, so that a tolerance means the same as for positions in meters."""
     stretched = quaternion_to_matrix(gaussians.quats) * (1000 * gaussians.scales[..., None, :])
     return stretched @ stretched.transpose(-1, -2)
 
@@ -76,7 +76,7 @@ def closest_barycentrics(point: np.ndarray, triangle: np.ndarray) -> np.ndarray:
 
 
 def skinned_one_by_one(avatar: GaussianAvatar, head: HeadModel, params: HeadParameters, frame: int, correctives=True):
-    """Centres and rotation matrices, point by point in NumPy, from the formulas of the paper, FLAME and SMPL."""
+    """Centers and rotation matrices, point by point in NumPy, from the formulas of the paper, FLAME and SMPL."""
     values = {name: value.double().numpy() for name, value in params.tensors().items()}
     template, shapes, expressions, correctors, regressor, weights = (
         getattr(head, name).double().numpy()
@@ -95,7 +95,7 @@ def skinned_one_by_one(avatar: GaussianAvatar, head: HeadModel, params: HeadPara
         local[:3, :3], local[:3, 3] = turns[joint], joints[joint] - (joints[parent] if joint else 0)
         chain.append(local if parent < 0 else chain[parent] @ local)
     features = np.concatenate([(turn - np.eye(3)).ravel() for turn in turns[1:]]) * correctives
-    centres, rotations = [], []
+    centers, rotations = [], []
     for position, face, quat in zip(avatar.positions.double().numpy(), avatar.faces, avatar.quats.double().numpy()):
         corners = head.faces[face].numpy()
         v0, v1, v2 = triangle = canonical[corners]
@@ -111,15 +111,15 @@ def skinned_one_by_one(avatar: GaussianAvatar, head: HeadModel, params: HeadPara
         corrective_dirs = np.einsum("c,cik->ik", c, correctors[corners])
         rest = point + expression_dirs @ values["expr"][frame] + corrective_dirs @ features + c @ offsets[corners]
         w = c @ weights[corners]
-        centre, blend = np.zeros(3), np.zeros((3, 3))
+        center, blend = np.zeros(3), np.zeros((3, 3))
         for joint in range(head.n_joints):
-            centre += w[joint] * (chain[joint][:3, :3] @ (rest - joints[joint]) + chain[joint][:3, 3])
+            center += w[joint] * (chain[joint][:3, :3] @ (rest - joints[joint]) + chain[joint][:3, 3])
             blend += w[joint] * chain[joint][:3, :3]
         left, _, right = np.linalg.svd(blend)
         turn = left @ np.diag((1, 1, np.linalg.det(left @ right))) @ right
-        centres.append(centre + values["translation"][frame])
+        centers.append(center + values["translation"][frame])
         rotations.append(turn @ axes @ Rotation.from_quat(quat, scalar_first=True).as_matrix())
-    return np.stack(centres), np.stack(rotations)
+    return np.stack(centers), np.stack(rotations)
 
 
 @pytest.mark.parametrize("correctives", [True, False])
@@ -127,8 +127,8 @@ def test_skinning_agrees_with_a_loop_over_points_written_from_the_formulas(corre
     avatar = random_avatar(seed=1, spread=1.0)
     posed = avatar.posed(pose_correctives=correctives)
     for frame in range(3):
-        centres, rotations = skinned_one_by_one(avatar, HEAD, avatar.params, frame, correctives)
-        np.testing.assert_allclose(posed.positions[frame], centres, atol=1e-8)
+        centers, rotations = skinned_one_by_one(avatar, HEAD, avatar.params, frame, correctives)
+        np.testing.assert_allclose(posed.positions[frame], centers, atol=1e-8)
         np.testing.assert_allclose(quaternion_to_matrix(posed.quats[frame]), rotations, atol=1e-7)
 
 
@@ -329,7 +329,7 @@ def test_gradients_of_skinning_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(pose, inputs, eps=1e-6, atol=1e-6)
 
 
-def test_only_the_frames_a_picture_shows_get_a_gradient():
+def test_only_the_frames_a_image_shows_get_a_gradient():
     avatar = random_avatar()
     jaw = avatar.params.jaw_pose.clone().requires_grad_()
     avatar.posed(replace(avatar.params, jaw_pose=jaw)).frames(1).positions.square().sum().backward()
@@ -361,7 +361,7 @@ def test_a_motion_of_another_head_model_is_refused_in_one_line():
         static_offset=None,
     )
     with pytest.raises(ValueError, match=f"has 5143 vertices in dynamic_offset, .* has {HEAD.n_vertices}"):
-        drive(avatar.params, other, HEAD)
+        retarget(avatar.params, other, HEAD)
 
 
 # The nearest rotation

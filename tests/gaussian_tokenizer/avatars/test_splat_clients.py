@@ -130,13 +130,13 @@ def web_file(request, tmp_path_factory, gaussians, splat_transform) -> tuple[Pat
 
 @pytest.fixture(scope="module")
 def camera() -> Cameras:
-    """From in front, a little above and to the side: no picture of a mirrored, turned or inverted head is like it."""
+    """From in front, a little above and to the side: no image of a mirrored, turned or inverted head is like it."""
     return Cameras.orbit((0.0, 0.0, 0.0), 1.0, [25.0], 10.0, FOCAL, SIZE, SIZE)
 
 
 @pytest.fixture(scope="module")
 def spark(pytestconfig, tmp_path_factory, camera) -> Iterator:
-    """Call it with a file and the expected picture; the PSNR of what a page with Spark draws in the end."""
+    """Call it with a file and the expected image; the PSNR of what a page with Spark draws in the end."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on the PATH: apt-get install chromium")
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
@@ -160,10 +160,10 @@ def spark(pytestconfig, tmp_path_factory, camera) -> Iterator:
             arguments = [f"/{path.name}", to_world.T.flatten().tolist(), degrees, SIZE]
             assert page.evaluate("(given) => open_file(...given)", arguments) > 1000
             before, found = b"", 0.0
-            for _ in range(DRAWS):  # it sorts in another thread: the first pictures may be wrong
+            for _ in range(DRAWS):  # it sorts in another thread: the first images may be wrong
                 content = base64.b64decode(page.evaluate("draw()").split(",")[1])
-                picture = torch.from_numpy(np.array(Image.open(io.BytesIO(content)).convert("RGB"))) / 255
-                found = decibels(picture, expected)
+                image = torch.from_numpy(np.array(Image.open(io.BytesIO(content)).convert("RGB"))) / 255
+                found = decibels(image, expected)
                 if found >= ALIKE and content == before:
                     break
                 before = content
@@ -180,7 +180,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-def picture_of(gaussians: Gaussians, camera: Cameras) -> torch.Tensor:
+def image_of(gaussians: Gaussians, camera: Cameras) -> torch.Tensor:
     return render(gaussians, camera, background=1.0).image[0].clamp(0, 1)
 
 
@@ -203,7 +203,7 @@ def decibels(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def with_view_dependence(gaussians: Gaussians) -> Gaussians:
-    """The same head with colours of SH degree 2."""
+    """The same head with colors of SH degree 2."""
     rest = torch.randn(len(gaussians), 8, 3, generator=torch.Generator().manual_seed(0)) * 0.2
     return replace(gaussians, sh=torch.cat((gaussians.sh, rest), 1))
 
@@ -213,7 +213,7 @@ def test_splat_transform_reads_an_export_as_we_draw_it(tmp_path, gaussians, came
     given = with_view_dependence(gaussians) if degree else gaussians
     save_splats(tmp_path / f"head{suffix}", given)
     splat_transform(tmp_path / f"head{suffix}", tmp_path / "back.ply")
-    found = decibels(picture_of(read_back(tmp_path / "back.ply"), camera), picture_of(given, camera))
+    found = decibels(image_of(read_back(tmp_path / "back.ply"), camera), image_of(given, camera))
     print(f"\nsplat-transform {suffix} of degree {degree}: {found:.1f} dB")
     assert found >= ALIKE
 
@@ -222,7 +222,7 @@ def test_the_documented_lines_make_files_for_the_web_a_third_of_the_size(tmp_pat
     source, made = web_file
     assert made.stat().st_size < source.stat().st_size / 3
     splat_transform(made, tmp_path / "back.ply")
-    found = decibels(picture_of(read_back(tmp_path / "back.ply"), camera), picture_of(read_back(source), camera))
+    found = decibels(image_of(read_back(tmp_path / "back.ply"), camera), image_of(read_back(source), camera))
     print(f"\nsplat-transform {made.suffix}: {found:.1f} dB")
     assert found >= ALIKE
 
@@ -231,13 +231,13 @@ def test_the_documented_lines_make_files_for_the_web_a_third_of_the_size(tmp_pat
 def test_spark_draws_an_export_as_we_do(tmp_path, gaussians, camera, spark, suffix, degree):
     given = with_view_dependence(gaussians) if degree else gaussians
     save_splats(tmp_path / f"head{degree}{suffix}", given)
-    found = spark(tmp_path / f"head{degree}{suffix}", picture_of(given, camera))
+    found = spark(tmp_path / f"head{degree}{suffix}", image_of(given, camera))
     print(f"\nSpark {suffix} of degree {degree}: {found:.1f} dB")
     assert found >= ALIKE
 
 
 def test_spark_draws_what_the_documented_lines_make_upright(gaussians, camera, spark, web_file):
     _, made = web_file
-    found = spark(made, picture_of(gaussians, camera))
+    found = spark(made, image_of(gaussians, camera))
     print(f"\nSpark {made.suffix}: {found:.1f} dB")
     assert found >= ALIKE

@@ -1,4 +1,4 @@
-"""What cannot be right is refused with one sentence that says what it is; what may be right is a warning."""
+"""What cannot be right is refused with one sequence that says what it is; what may be right is a warning."""
 
 import json
 
@@ -35,12 +35,12 @@ def test_nothing_is_wrong_with_a_synthetic_subject(tracked, small_head):
         (lambda m: np.linalg.inv(m @ FLIP), "world-to-camera with OpenCV axes", "invert it, then negate"),
     ],
 )
-def test_another_camera_convention_is_recognised_and_named(
+def test_another_camera_convention_is_recognized_and_named(
     copy_of_tracked, small_head, change_frames, change, convention, remedy
 ):
     change_matrices(change_frames, copy_of_tracked, change)
     message = (
-        rf"the cameras do not see the head: \d+% of it is in the pictures; 9\d% would be, were transform_matrix {convention}; "
+        rf"the cameras do not see the head: \d+% of it is in the images; 9\d% would be, were transform_matrix {convention}; "
         rf"expected is camera-to-world with OpenGL axes .*: {remedy}"
     )
     with pytest.raises(ValueError, match=message):
@@ -70,14 +70,14 @@ def test_cameras_that_no_convention_explains_are_refused(copy_of_tracked, small_
         load_tracking(copy_of_tracked, small_head)
 
 
-def test_millimetres_are_noticed(copy_of_tracked, small_head, change_frames):
-    def in_millimetres(matrix):
+def test_millimeters_are_noticed(copy_of_tracked, small_head, change_frames):
+    def in_millimeters(matrix):
         matrix[:3, 3] *= 1000
         return matrix
 
-    change_matrices(change_frames, copy_of_tracked, in_millimetres)
+    change_matrices(change_frames, copy_of_tracked, in_millimeters)
     with pytest.raises(
-        ValueError, match=r"the head covers 0.0\d% of the pictures, .* 1e\+03 m away; .* in millimetres\?"
+        ValueError, match=r"the head covers 0.0\d% of the images, .* 1e\+03 m away; .* in millimeters\?"
     ):
         load_tracking(copy_of_tracked, small_head)
 
@@ -105,15 +105,15 @@ def test_one_camera_that_sees_nothing_is_a_warning(copy_of_tracked, small_head, 
     load_tracking(copy_of_tracked, small_head)
 
 
-def change_pictures(folder, change):
+def change_images(folder, change):
     for path in folder.iterdir():
         with Image.open(path) as image:
             changed = change(np.asarray(image))
         Image.fromarray(changed).save(path)
 
 
-def test_inverted_masks_are_recognised(copy_of_tracked, small_head):
-    change_pictures(copy_of_tracked / "fg_masks", lambda mask: 255 - mask)
+def test_inverted_masks_are_recognized(copy_of_tracked, small_head):
+    change_images(copy_of_tracked / "fg_masks", lambda mask: 255 - mask)
     message = (
         r"the masks \(fg_masks\) are inverted: mean 0.\d\d on the projected head, 0.\d\d around it; expected is white"
     )
@@ -121,57 +121,57 @@ def test_inverted_masks_are_recognised(copy_of_tracked, small_head):
         load_tracking(copy_of_tracked, small_head)
 
 
-def test_inverted_alpha_is_recognised(copy_of_tracked, small_head):
-    change_pictures(copy_of_tracked / "images", lambda image: np.dstack((image[..., :3], 255 - image[..., 3])))
-    with pytest.raises(ValueError, match="the alpha of the pictures is inverted"):
+def test_inverted_alpha_is_recognized(copy_of_tracked, small_head):
+    change_images(copy_of_tracked / "images", lambda image: np.dstack((image[..., :3], 255 - image[..., 3])))
+    with pytest.raises(ValueError, match="the alpha of the images is inverted"):
         load_tracking(copy_of_tracked, small_head)
 
 
 def test_masks_that_are_empty_are_not_called_inverted(copy_of_tracked, small_head):
-    change_pictures(copy_of_tracked / "fg_masks", lambda mask: 0 * mask)
+    change_images(copy_of_tracked / "fg_masks", lambda mask: 0 * mask)
     with pytest.raises(ValueError, match=r"the masks \(fg_masks\) are not on the head: mean 0.00"):
         load_tracking(copy_of_tracked, small_head)
 
 
-def test_a_subject_whose_every_picture_is_black_is_refused(copy_of_tracked, small_head):
-    change_pictures(copy_of_tracked / "images", lambda image: 0 * image[..., :3])
-    with pytest.raises(ValueError, match="every picture is black; export the pictures again"):
+def test_a_subject_whose_every_image_is_black_is_refused(copy_of_tracked, small_head):
+    change_images(copy_of_tracked / "images", lambda image: 0 * image[..., :3])
+    with pytest.raises(ValueError, match="every image is black; export the images again"):
         load_tracking(copy_of_tracked, small_head)
     Image.new("RGB", (40, 40), "white").save(copy_of_tracked / "images" / "00003_05.png")
     load_tracking(copy_of_tracked, small_head)  # one that is not is enough
 
 
 def test_a_background_that_nothing_cuts_out_is_a_warning(copy_of_tracked, small_head, change_frames):
-    change_pictures(copy_of_tracked / "images", lambda image: image[..., :3])
+    change_images(copy_of_tracked / "images", lambda image: image[..., :3])
     assert texts(copy_of_tracked, small_head) == []  # masks do
     change_frames(copy_of_tracked, lambda entry: entry.pop("fg_mask_path"))
     [(is_error, text)] = texts(copy_of_tracked, small_head)
-    assert not is_error and text.startswith("no masks, and pictures without alpha")
+    assert not is_error and text.startswith("no masks, and images without alpha")
 
 
-def test_masks_of_some_pictures_only_are_refused(copy_of_tracked, small_head, change_frames):
-    change_pictures(copy_of_tracked / "images", lambda image: image[..., :3])
+def test_masks_of_some_images_only_are_refused(copy_of_tracked, small_head, change_frames):
+    change_images(copy_of_tracked / "images", lambda image: image[..., :3])
     change_frames(copy_of_tracked, lambda entry: entry.pop("fg_mask_path") if entry["camera_index"] == 1 else None)
     with pytest.raises(
-        ValueError, match=r"masks are missing of \d of 16 pictures looked at, the first of timestep 0 from"
+        ValueError, match=r"masks are missing of \d of 16 images looked at, the first of timestep 0 from"
     ):
         load_tracking(copy_of_tracked, small_head)
 
 
-def test_a_picture_that_is_cut_short_is_named(copy_of_tracked, small_head):
+def test_a_image_that_is_cut_short_is_named(copy_of_tracked, small_head):
     path = copy_of_tracked / "images" / "00000_00.png"
     path.write_bytes(path.read_bytes()[:400])
     with pytest.raises(ValueError, match=r"00000_00.png is not a readable image"):
         load_tracking(copy_of_tracked, small_head)
 
 
-def test_frames_without_pictures_and_without_a_split_are_warnings(copy_of_tracked, small_head):
+def test_frames_without_images_and_without_a_split_are_warnings(copy_of_tracked, small_head):
     for name in ("transforms.json", "transforms_train.json"):
         content = json.loads((copy_of_tracked / name).read_text())
         content["frames"] = content["frames"][:3] + content["frames"][4:]
         (copy_of_tracked / name).write_text(json.dumps(content))
     assert texts(copy_of_tracked, small_head) == [
-        (False, "1 pictures are missing, the first of timestep 0 from camera 3")
+        (False, "1 images are missing, the first of timestep 0 from camera 3")
     ]
     content = json.loads((copy_of_tracked / "transforms_train.json").read_text())
     (copy_of_tracked / "transforms_train.json").write_text(json.dumps(content | {"frames": content["frames"][:-2]}))

@@ -1,4 +1,4 @@
-"""Trackings: what was written as a VHAP export is read back as pictures, cameras and parameters; wrong ones are refused."""
+"""Trackings: what was written as a VHAP export is read back as images, cameras and parameters; wrong ones are refused."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.rendering.splatting import render, to_rgba
 from gaussian_tokenizer.synthetic.source import PIXELS_BETWEEN_POINTS
-from gaussian_tokenizer.synthetic.subject import draw_moments, portrait_avatar, synthesize_subject
+from gaussian_tokenizer.synthetic.subject import draw_timesteps, portrait_avatar, synthesize_subject
 
 
 def change_npz(path, **arrays):
@@ -27,18 +27,18 @@ def change_npz(path, **arrays):
 def test_a_synthetic_subject_is_read_as_it_was_made(tracked, small_head):
     tracking = load_tracking(tracked, small_head)
     assert (tracking.subject_id, tracking.kind) == ("synthetic-3-000000", "vhap")
-    assert tracking.metadata["licence"] == "CC0-1.0"
+    assert tracking.metadata["license"] == "CC0-1.0"
     assert tracking.timesteps == (0, 1, 2, 3)
     assert [(each.timestep, each.camera) for each in tracking.frames] == [(t, c) for t in range(4) for c in range(6)]
     subject = synthesize_subject(small_head, (3, 0), 60)
-    moments = draw_moments(subject, 4, (3, 0, 1))
+    moments = draw_timesteps(subject, 4, (3, 0, 1))
     for name, tensor in moments.tensors().items():
         assert torch.equal(tracking.params.tensors()[name], tensor), name
     made = portrait_cameras(small_head, 40, [0, 30, -30, 60, -60, 90])
     read = tracking.cameras(range(6))
     assert (read.width, read.height) == (40, 40)
     assert (read.viewmats - made.viewmats).abs().max() <= 1e-12 and (read.Ks - made.Ks).abs().max() <= 1e-12
-    # The picture of a moment, drawn again from what was read, is the picture that was read.
+    # The image of a moment, drawn again from what was read, is the image that was read.
     index = 4 * 3 + 1
     frame = tracking.frames[index]
     avatar = portrait_avatar(subject, PIXELS_BETWEEN_POINTS / float(made.Ks[0, 0, 0]))
@@ -68,19 +68,19 @@ def test_splits_are_those_of_the_files(copy_of_tracked, small_head):
     assert load_tracking(copy_of_tracked, small_head).splits == tracking.splits
 
 
-def test_alpha_is_the_pictures_own_or_the_masks_or_one(copy_of_tracked, small_head, change_frames):
+def test_alpha_is_the_images_own_or_the_masks_or_one(copy_of_tracked, small_head, change_frames):
     rng = np.random.default_rng(0)
-    pictures = {name: rng.integers(0, 256, (40, 40, 4), dtype=np.uint8) for name in ("own", "mask", "none")}
+    images = {name: rng.integers(0, 256, (40, 40, 4), dtype=np.uint8) for name in ("own", "mask", "none")}
     paths = sorted((copy_of_tracked / "images").iterdir())
-    for path, (name, rgba) in zip(paths, pictures.items()):
+    for path, (name, rgba) in zip(paths, images.items()):
         Image.fromarray(rgba if name == "own" else rgba[..., :3]).save(path)
         Image.fromarray(rgba[..., 3]).save(copy_of_tracked / "fg_masks" / path.name)
     from gaussian_tokenizer.captures.loading import read_tracking
 
     change_frames(copy_of_tracked, lambda entry: entry.pop("fg_mask_path"), row=2)
     tracking = read_tracking(copy_of_tracked, small_head)
-    for index, (name, rgba) in enumerate(pictures.items()):
-        found = tracking.picture(index)
+    for index, (name, rgba) in enumerate(images.items()):
+        found = tracking.image(index)
         assert found.dtype == torch.float32 and found.shape == (40, 40, 4)
         expected = rgba.astype(np.float32) / 255
         if name == "none":
@@ -88,7 +88,7 @@ def test_alpha_is_the_pictures_own_or_the_masks_or_one(copy_of_tracked, small_he
         assert np.array_equal(found.numpy(), expected), name
 
 
-def test_a_monocular_export_is_recognised(copy_of_tracked, small_head):
+def test_a_monocular_export_is_recognized(copy_of_tracked, small_head):
     for path in copy_of_tracked.glob("transforms*.json"):
         content = json.loads(path.read_text())
         content["frames"] = [entry for entry in content["frames"] if entry["camera_index"] == 0]
@@ -155,7 +155,7 @@ def test_a_split_of_frames_that_are_not_there_is_refused(copy_of_tracked, small_
         load_tracking(copy_of_tracked, small_head)
 
 
-def test_cameras_of_different_pictures_are_not_one_set(copy_of_tracked, small_head, change_frames):
+def test_cameras_of_different_images_are_not_one_set(copy_of_tracked, small_head, change_frames):
     from gaussian_tokenizer.captures.loading import read_tracking
 
     for folder in ("images", "fg_masks"):

@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, small_head, part, changes, mess
         load_tracking(tmp_path / "ada", small_head)
 
 
-def test_a_cut_file_and_a_missing_picture_are_named(tmp_path, small_head):
+def test_a_cut_file_and_a_missing_image_are_named(tmp_path, small_head):
     save(tmp_path / "ada", checkpoint(small_head)[0])
     path = tmp_path / "ada" / "checkpoint" / "00000.frame"
     whole = path.read_bytes()
@@ -138,7 +138,7 @@ def test_a_cut_file_and_a_missing_picture_are_named(tmp_path, small_head):
         load_tracking(tmp_path / "ada", small_head)
     path.write_bytes(whole)
     (tmp_path / "ada" / "cropped" / "00000.jpg").unlink()
-    with pytest.raises(ValueError, match=r"has no picture .*cropped/00000.jpg or .png; copy the folder cropped/ again"):
+    with pytest.raises(ValueError, match=r"has no image .*cropped/00000.jpg or .png; copy the folder cropped/ again"):
         load_tracking(tmp_path / "ada", small_head)
 
 

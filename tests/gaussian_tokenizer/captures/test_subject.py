@@ -60,7 +60,7 @@ def random_avatar(seed=0, count=12, num_frames=3):
     ).with_head(HEAD)
 
 
-def picture(seed=0, size=8):
+def image(seed=0, size=8):
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 
@@ -69,9 +69,7 @@ def frames_of(avatar, cameras=2, size=8):
     viewmat[1:3, 1:3] *= -1
     viewmat[2, 3] = 1.0
     return [
-        Frame(
-            timestep, camera, viewmat, 20.0, 21.0, 3.5, 4.75, size, size, picture(10 * timestep + camera, size), params
-        )
+        Frame(timestep, camera, viewmat, 20.0, 21.0, 3.5, 4.75, size, size, image(10 * timestep + camera, size), params)
         for timestep in range(avatar.params.num_frames)
         for camera in range(cameras)
         for params in [avatar.params.frame(timestep)]
@@ -81,9 +79,9 @@ def frames_of(avatar, cameras=2, size=8):
 def test_a_written_subject_is_read_back(tmp_path):
     avatar = random_avatar()
     frames = frames_of(avatar)
-    write_subject(tmp_path / "ada", avatar, frames, {"licence": "CC0-1.0", "consent": "synthetic", "seed": 3})
+    write_subject(tmp_path / "ada", avatar, frames, {"license": "CC0-1.0", "consent": "synthetic", "seed": 3})
     subject = Subject.open(tmp_path / "ada")
-    assert (subject.avatar_id, subject.licence, subject.consent) == ("ada", "CC0-1.0", "synthetic")
+    assert (subject.avatar_id, subject.license, subject.consent) == ("ada", "CC0-1.0", "synthetic")
     assert subject.metadata["seed"] == 3 and subject.metadata["head_hash"] == HEAD.hash
     loaded = subject.load_avatar(HEAD)
     assert torch.equal(loaded.positions, avatar.positions) and torch.equal(loaded.faces, avatar.faces)
@@ -117,10 +115,10 @@ def test_a_camera_of_a_file_is_turned_to_world_to_camera_opencv(tmp_path):
     np.testing.assert_allclose(frame.viewmat @ world, [0.1, -0.2, 2.0, 1.0], atol=1e-12)
     x, y, depth = frame.K @ (frame.viewmat @ world)[:3]
     assert x / depth == pytest.approx(5.0 + 20.0 * 0.05)
-    assert y / depth == pytest.approx((8 - 3.0) - 21.0 * 0.1)  # up in the world is up in the picture
+    assert y / depth == pytest.approx((8 - 3.0) - 21.0 * 0.1)  # up in the world is up in the image
 
 
-def test_a_folder_has_what_gaussianavatars_needs_to_recognise_it(tmp_path):
+def test_a_folder_has_what_gaussianavatars_needs_to_recognize_it(tmp_path):
     avatar = random_avatar(num_frames=10)
     write_subject(tmp_path / "ada", avatar, frames_of(avatar, cameras=3))
     canonical = HeadParameters.load(tmp_path / "ada" / "canonical_flame_param.npz")
@@ -154,7 +152,7 @@ def test_a_plain_gaussianavatars_folder_is_a_subject_without_frames(tmp_path):
     (tmp_path / "306" / "point_cloud" / "iteration_30" / "metadata.json").unlink()
     (tmp_path / "notes").mkdir()
     [subject] = find_subjects(tmp_path)
-    assert (subject.avatar_id, subject.licence, subject.frames()) == ("306", "unknown", [])
+    assert (subject.avatar_id, subject.license, subject.frames()) == ("306", "unknown", [])
     assert len(subject.load_avatar(HEAD)) == 12
 
 

@@ -85,7 +85,7 @@ def test_an_entry_has_the_keys_of_a_vhap_export(tmp_path):
     assert entry["fl_x"] == pytest.approx(entry["w"] / 2 / math.tan(entry["camera_angle_x"] / 2))
 
 
-def test_a_picture_of_another_size_than_its_camera_is_not_written(tmp_path):
+def test_a_image_of_another_size_than_its_camera_is_not_written(tmp_path):
     [frame] = random_frames(1, 1)
     with pytest.raises(ValueError, match=r"images/00000_00.png is of \(7, 5\) pixels, its camera of \(8, 5\)"):
         write_frames(tmp_path, [replace(frame, width=8)])
@@ -145,15 +145,15 @@ def test_a_union_may_name_files_of_its_sequences(tmp_path):
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):
     (tmp_path / "secret").mkdir()
-    (tmp_path / "secret" / "picture.png").write_bytes(b"secret")
+    (tmp_path / "secret" / "image.png").write_bytes(b"secret")
     (tmp_path / "data" / "ada" / "images").mkdir(parents=True)
     ada = tmp_path / "data" / "ada"
-    (ada / "images" / "0.png").symlink_to(tmp_path / "secret" / "picture.png")
+    (ada / "images" / "0.png").symlink_to(tmp_path / "secret" / "image.png")
     (ada / "linked").symlink_to(tmp_path / "secret")
     (tmp_path / "data" / "EMO-1").symlink_to(tmp_path / "secret")
     (ada / "loop.png").symlink_to(ada / "loop.png")
     (ada / "images" / "1.png").symlink_to(ada / "images" / "2.png")
-    for name in ("images/0.png", "linked/picture.png", "../EMO-1/picture.png"):
+    for name in ("images/0.png", "linked/image.png", "../EMO-1/image.png"):
         with pytest.raises(ValueError, match="a file by way of a link outside the folder; refused"):
             resolve_inside(ada, name, frozenset({"EMO-1"}))
     assert resolve_inside(ada, "images/1.png") == ada / "images" / "1.png"  # a link inside is none of our business
@@ -170,7 +170,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
         ({"flame_param_path": "../other/flame_param/00000.npz"}, "frame 1: names '../other.* outside the folder"),
         ({"fg_mask_path": "fg_masks/absent.png"}, "frame 1: .*fg_masks/absent.png does not exist"),
         ({"flame_param_path": "flame_param/9.npz"}, "frame 1: .*flame_param/9.npz does not exist"),
-        ({"w": 9}, r"00000_01.png is a picture of 7x5 pixels, expected 9x5; resize it"),
+        ({"w": 9}, r"00000_01.png is an image of 7x5 pixels, expected 9x5; resize it"),
         ({"fg_mask_path": "small.png"}, r"small.png is a mask of 2x2 pixels, expected 7x5"),
         ({"file_path": "transforms.json"}, "transforms.json is not a readable image"),
         ({"file_path": "pipe"}, "pipe does not exist"),
@@ -208,7 +208,7 @@ def test_a_camera_angle_of_zero_is_no_camera(tmp_path):
         read_transforms(path)
 
 
-def test_missing_pictures_are_counted(tmp_path):
+def test_missing_images_are_counted(tmp_path):
     write_frames(tmp_path, random_frames(4, 2))
     for path in sorted((tmp_path / "images").iterdir())[2:7]:
         path.unlink()

@@ -86,8 +86,8 @@ def test_a_union_may_name_only_the_sequences_it_lists(tracked, tmp_path, small_h
         load_tracking(union, small_head)
 
 
-def make_raw(folder, small_head, timesteps=4, focal=2.0, picture=(24, 32), suffix=".jpg", **changes):
-    """A video of `picture` (height, width) as VHAP tracked it, with what else its npz holds."""
+def make_raw(folder, small_head, timesteps=4, focal=2.0, image=(24, 32), suffix=".jpg", **changes):
+    """A video of `image` (height, width) as VHAP tracked it, with what else its npz holds."""
     rng = np.random.default_rng(0)
     names = np.array([f"f{number:06d}" for number in range(timesteps)])
     arrays = {
@@ -101,14 +101,14 @@ def make_raw(folder, small_head, timesteps=4, focal=2.0, picture=(24, 32), suffi
         "n_processed_frames": np.array(timesteps),
         "lights": np.zeros((9, 3), np.float32),
         "focal_length": np.array([focal], np.float32),
-        "image_size": np.array(picture),
+        "image_size": np.array(image),
     }
     arrays |= changes
     (folder / "images").mkdir(parents=True)
     (folder / "alpha_maps").mkdir()
     for number, name in enumerate(names):
         for kind in ("images", "alpha_maps"):
-            Image.new("RGB" if kind == "images" else "L", picture[::-1], 40 * number + 20).save(
+            Image.new("RGB" if kind == "images" else "L", image[::-1], 40 * number + 20).save(
                 folder / kind / f"{name}{suffix}"
             )
     np.savez(
@@ -129,7 +129,7 @@ def test_a_raw_tracking_sees_the_head_where_the_tracker_did(tmp_path, small_head
     as_tracked = HeadParameters(**{name: torch.from_numpy(arrays[name]) for name in names})
     for number, frame in enumerate(tracking.frames):
         assert frame.image.name == f"f{number:06d}.jpg" and frame.mask.name == frame.image.name
-        assert float(tracking.picture(number)[0, 0, 3]) == pytest.approx((40 * number + 20) / 255, abs=0.01)
+        assert float(tracking.image(number)[0, 0, 3]) == pytest.approx((40 * number + 20) / 255, abs=0.01)
         ours = small_head.pose(tracking.params.frame(number)).vertices[0].double().numpy()
         pixels, depth = project(ours, frame, frame.viewmat)
         # The tracker's own world: the camera at (0, 0, 1) looks along -z, y up, the focal length in longer sides.
@@ -151,7 +151,7 @@ def test_a_raw_tracking_sees_the_head_where_the_tracker_did(tmp_path, small_head
         ({"focal_length": np.array(["2.0"])}, r"focal_length is <U3 \(1,\), expected a number"),
         ({"timestep_id": np.array(["a", "b"])}, "timestep_id names 2 timesteps, expected 4 different plain names"),
         ({"timestep_id": np.array(["../secret", "b", "c", "d"])}, "timestep_id names .* plain names"),
-        ({"timestep_id": np.array(["f000000", "b", "c", "d"])}, "3 of 4 timesteps have no picture in .*images, .* b;"),
+        ({"timestep_id": np.array(["f000000", "b", "c", "d"])}, "3 of 4 timesteps have no image in .*images, .* b;"),
         ({"expr": np.zeros((3, 18), np.float32)}, r"rotation is \(4, 3\), expected \(3, 3\): expr holds 3 frames"),
         ({"timestep_id": np.array([{}] * 4)}, "timestep_id holds pickled objects, which are never opened"),
     ],
@@ -162,13 +162,13 @@ def test_a_raw_tracking_that_cannot_be_used_says_why(tmp_path, small_head, chang
         load_tracking(tmp_path / "ada", small_head)
 
 
-def test_a_raw_tracking_without_pictures_holds_parameters_only(tmp_path, small_head):
+def test_a_raw_tracking_without_images_holds_parameters_only(tmp_path, small_head):
     make_raw(tmp_path / "ada", small_head, focal_length=None)
     shutil.rmtree(tmp_path / "ada" / "images")
     file = tmp_path / "ada" / "tracked_flame_params_30.npz"
     tracking = read_tracking(file, small_head)
     assert (tracking.subject_id, tracking.frames, tracking.params.num_frames) == ("ada", (), 4)
-    with pytest.raises(ValueError, match="has head parameters, but no pictures beside them"):
+    with pytest.raises(ValueError, match="has head parameters, but no images beside them"):
         load_tracking(file, small_head)
 
 

@@ -61,10 +61,10 @@ def make_subject(folder, seed, count=60, cameras=2, offset=False, **metadata):
     frames = []
     for timestep in range(2):
         for camera in range(cameras):
-            picture = np.random.default_rng([seed, timestep, camera]).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+            image = np.random.default_rng([seed, timestep, camera]).integers(0, 256, (6, 8, 3), dtype=np.uint8)
             params = avatar.params.frame(timestep)
-            frames.append(Frame(timestep, camera, viewmat, 20.0, 21.0, 4.5, 2.0, 8, 6, picture, params))
-    write_subject(folder, avatar, frames, {"licence": "CC0-1.0", "consent": "synthetic", **metadata})
+            frames.append(Frame(timestep, camera, viewmat, 20.0, 21.0, 4.5, 2.0, 8, 6, image, params))
+    write_subject(folder, avatar, frames, {"license": "CC0-1.0", "consent": "synthetic", **metadata})
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +123,13 @@ def test_rows_of_avatars_hold_what_the_subject_folders_hold(subjects, built):
         offset = avatar.params.static_offset
         expected = torch.zeros(HEAD.n_vertices, 3) if offset is None else offset
         np.testing.assert_array_equal(np.float32(row["static_offset"]), expected.numpy())
-        assert (row["licence"], row["consent"]) == ("CC0-1.0", "synthetic")
+        assert (row["license"], row["consent"]) == ("CC0-1.0", "synthetic")
         assert json.loads(row["metadata"])["head_hash"] == HEAD.hash
     assert corpus.avatars().features["input_ids"].feature.dtype == "uint16"
     assert all(row["split"] == split for split in corpus.splits for row in corpus.avatars(split))
 
 
-def test_rows_of_frames_hold_the_bytes_of_the_pictures_and_their_cameras(subjects, built):
+def test_rows_of_frames_hold_the_bytes_of_the_images_and_their_cameras(subjects, built):
     corpus = load_corpus(built)
     frames = corpus.frames("train")
     for avatar_id, rows in corpus.frame_rows("train").items():
@@ -203,9 +203,9 @@ def test_a_corpus_in_an_object_store_is_streamed_like_one_on_the_disk(url, built
             stream = getattr(corpus, name)(split, streaming=True)
             assert stream.features == getattr(expected, name)(split).features
             for found, row in zip(stream, getattr(expected, name)(split), strict=True):
-                picture, its = (np.asarray(each.pop("image", None)) for each in (found, row))
+                image, its = (np.asarray(each.pop("image", None)) for each in (found, row))
                 np.testing.assert_equal(found, row)
-                np.testing.assert_equal(picture, its)
+                np.testing.assert_equal(image, its)
     assert corpus.avatars("train")[0]["avatar_id"] == expected.avatars("train")[0]["avatar_id"]  # copied to the cache
     parts = [split_dataset_by_node(corpus.frames(streaming=True), rank, 2) for rank in (0, 1)]
     keys = [(row["avatar_id"], row["timestep"], row["camera"]) for part in parts for row in part]
@@ -227,11 +227,11 @@ def test_an_object_store_without_a_corpus_is_named(tmp_path):
         load_corpus("nosuch://x")
 
 
-def test_every_picture_is_in_the_corpus_once_with_the_bytes_it_had(subjects, built):
+def test_every_image_is_in_the_corpus_once_with_the_bytes_it_had(subjects, built):
     shards = [path.read_bytes() for path in sorted(built.rglob("*.parquet"))]
-    pictures = [path.read_bytes() for path in subjects.glob("*/images/*.png")]
-    assert len(pictures) == 28
-    assert [sum(shard.count(picture) for shard in shards) for picture in pictures] == [1] * 28
+    images = [path.read_bytes() for path in subjects.glob("*/images/*.png")]
+    assert len(images) == 28
+    assert [sum(shard.count(image) for shard in shards) for image in images] == [1] * 28
 
 
 def test_a_corpus_that_was_replaced_is_not_read_from_an_old_cache(subjects, tmp_path):
@@ -377,8 +377,8 @@ def swap_points(rows):
         ("frames", "avatar_id", lambda rows: ["nobody", *rows[1:]], "no such avatar"),
         ("frames", "camera", lambda rows: [rows[1], *rows[1:]], "is there twice"),
         ("frames", "avatar_id", lambda rows: [rows[-1], *rows[1:]], "its frames do not lie together"),
-        ("frames", "width", lambda rows: [9, *rows[1:]], "picture of"),
-        ("frames", "image", lambda rows: [{"bytes": b"x", "path": "x"}, *rows[1:]], "picture does not open"),
+        ("frames", "width", lambda rows: [9, *rows[1:]], "image of"),
+        ("frames", "image", lambda rows: [{"bytes": b"x", "path": "x"}, *rows[1:]], "image does not open"),
     ],
 )
 def test_validate_names_the_row_and_what_is_wrong_with_it(copy, configuration, name, change, message):

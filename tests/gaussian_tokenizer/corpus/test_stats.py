@@ -1,4 +1,4 @@
-"""Figures of a corpus against counts by hand, and the picture and page that show them."""
+"""Figures of a corpus against counts by hand, and the image and page that show them."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from scipy.stats import entropy
 from gaussian_tokenizer.build_corpus import main
 from gaussian_tokenizer.captures.subject import find_subjects
 from gaussian_tokenizer.corpus.corpus import load_corpus
-from gaussian_tokenizer.corpus.html_page import first_pictures
+from gaussian_tokenizer.corpus.html_page import first_images
 from gaussian_tokenizer.corpus.stats import statistics, statistics_table
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
@@ -43,7 +43,7 @@ def test_counts_are_those_of_the_avatars(figures, clouds):
     counts = np.concatenate([np.bincount(faces, minlength=HEAD.n_faces) for _, faces in clouds])
     assert figures.points_per_face.tolist() == np.bincount(counts).tolist()
     assert figures.empty_faces == pytest.approx((counts == 0).mean())
-    assert figures.licences == {"CC0-1.0": 12} and figures.consents == {"synthetic, no person": 12}
+    assert figures.licenses == {"CC0-1.0": 12} and figures.consents == {"synthetic, no person": 12}
     table = statistics_table(figures)
     assert f"min {sizes[0]}, median {np.median(sizes):.0f}, max {sizes[-1]}" in table
     assert "12 (train 8, validation 4)" in table
@@ -60,26 +60,26 @@ def test_entropies_and_extent_are_those_of_the_binned_points(figures, clouds, co
     assert ((figures.extent[1] >= positions.max(0)) & (positions.max(0) + width > figures.extent[1])).all()
 
 
-def test_the_first_picture_of_every_avatar_is_its_first_frame(corpus):
-    found = dict(first_pictures(corpus, 100))
+def test_the_first_image_of_every_avatar_is_its_first_frame(corpus):
+    found = dict(first_images(corpus, 100))
     for split in corpus.splits:
         frames = corpus.frames(split)
         for avatar_id, rows in corpus.frame_rows(split).items():
             np.testing.assert_array_equal(np.asarray(found.pop(avatar_id)), np.asarray(frames[rows[0]]["image"]))
     assert found == {}
-    assert len(list(first_pictures(corpus, 3))) == 3
+    assert len(list(first_images(corpus, 3))) == 3
 
 
-def test_the_command_writes_a_picture_and_a_page_that_stands_alone(corpus, tmp_path, capsys):
-    options = ["--picture", str(tmp_path / "figures.png"), "--page", str(tmp_path / "page")]
+def test_the_command_writes_a_image_and_a_page_that_stands_alone(corpus, tmp_path, capsys):
+    options = ["--image", str(tmp_path / "figures.png"), "--page", str(tmp_path / "page")]
     assert main(["stats", str(corpus.path), *options]) == 0
     assert "entropy of a slot" in capsys.readouterr().out
     assert Image.open(tmp_path / "figures.png").format == "PNG"
     page = (tmp_path / "page" / "index.html").read_text()
     assert not re.search(r"(src|href)='(?!data:)", page)
-    pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^']+)'", page)]
-    assert [picture.size for picture in pictures][1] == (12 * 96, 96)  # the portraits, beside the figures
-    assert np.asarray(pictures[1].convert("L")).std() > 10
+    images = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^']+)'", page)]
+    assert [image.size for image in images][1] == (12 * 96, 96)  # the portraits, beside the figures
+    assert np.asarray(images[1].convert("L")).std() > 10
     assert "CC0-1.0" in page and "synthetic, no person" in page and "synthetic-0-000003" in page
 
 
@@ -88,7 +88,7 @@ def test_names_on_the_page_are_text_and_not_html(corpus, figures, tmp_path):
 
     from gaussian_tokenizer.corpus.html_page import write_page
 
-    page = write_page(corpus, replace(figures, licences={"<script>alert(1)</script>": 12}), tmp_path / "page.html")
+    page = write_page(corpus, replace(figures, licenses={"<script>alert(1)</script>": 12}), tmp_path / "page.html")
     assert "<script>" not in page.read_text() and "&lt;script&gt;" in page.read_text()
 
 
@@ -97,5 +97,5 @@ def test_a_phone_scrolls_the_page_downwards_only(corpus, figures, tmp_path, widt
 
     from gaussian_tokenizer.corpus.html_page import write_page
 
-    page = write_page(corpus, replace(figures, licences={"a-name-without-a-space-" * 6: 12}), tmp_path / "page.html")
+    page = write_page(corpus, replace(figures, licenses={"a-name-without-a-space-" * 6: 12}), tmp_path / "page.html")
     assert width_on_a_phone(page) == 390

@@ -56,9 +56,9 @@ def test_a_point_that_moved_by_a_bin_is_found_and_one_that_moved_by_less_is_not(
     scale = GaussianAvatar.load(changed, HEAD)._canonical_frames().scales
     width = np.diff(json.loads((tiny_corpus / "corpus.json").read_text())["tokenizer"]["bounds"], axis=0).min() / 64
 
-    def move(metres):
+    def move(meters):
         def change(avatar):
-            avatar.positions[5, 1] += metres / float(scale[avatar.faces[5]])
+            avatar.positions[5, 1] += meters / float(scale[avatar.faces[5]])
 
         return change
 
@@ -80,7 +80,7 @@ def test_a_point_on_another_face_is_found(tiny_corpus, avatars, changed):
     assert "points on face" in problem and str(changed) in problem
 
 
-def test_another_head_other_metadata_and_another_picture_are_found(tiny_corpus, avatars, changed):
+def test_another_head_other_metadata_and_another_image_are_found(tiny_corpus, avatars, changed):
     def change(avatar):
         avatar.params.shape[0] += 0.5
 
@@ -89,7 +89,7 @@ def test_another_head_other_metadata_and_another_picture_are_found(tiny_corpus, 
     (changed / "metadata.json").write_text(json.dumps(metadata | {"consent": "withdrawn"}))
     shutil.copy(changed / "images" / "00000_00.png", changed / "images" / "00001_01.png")
     found = " ".join(problem for listed in problems(tiny_corpus, avatars).values() for problem in listed)
-    for what in ("head_vertices are not those of", "metadata are not those of", "picture is not that of"):
+    for what in ("head_vertices are not those of", "metadata are not those of", "image is not that of"):
         assert f"(synthetic-0-000003): {what} {changed}" in found
 
 
@@ -104,7 +104,7 @@ def test_subjects_that_only_one_side_has_are_named(tiny_corpus, avatars, changed
     }
 
 
-def test_a_wrong_id_in_the_corpus_is_found_even_where_the_sentence_stays_valid(tiny_corpus, tmp_path):
+def test_a_wrong_id_in_the_corpus_is_found_even_where_the_sequence_stays_valid(tiny_corpus, tmp_path):
     corpus = shutil.copytree(tiny_corpus, tmp_path / "corpus")
     file = next(corpus.glob("avatars/train-*.parquet"))
     table = pq.read_table(file)

@@ -77,7 +77,7 @@ def test_shapes_without_a_file_are_skipped_and_the_rest_is_whole(folder, head):
     assert load_head(str(folder)).hash == head.hash
 
 
-def test_shapes_are_the_differences_of_the_files_in_metres(folder, head):
+def test_shapes_are_the_differences_of_the_files_in_meters(folder, head):
     def positions(name):
         return np.loadtxt(
             [line[2:] for line in (folder / f"FaceXModel/{name}.obj").read_text().split("\n") if line.startswith("v ")]

@@ -42,7 +42,7 @@ def test_numbers_of_faces_out_of_reach_are_refused(n_faces):
 def test_the_mesh_is_oriented_without_degenerate_faces_or_unused_vertices(n_faces):
     head = build_procedural_head(n_faces)
     a, b, c = (head.template[head.faces[:, corner]].double() for corner in range(3))
-    assert (torch.linalg.cross(b - a, c - a).norm(dim=-1) / 2).min() > 1e-8  # 0.01 square millimetres
+    assert (torch.linalg.cross(b - a, c - a).norm(dim=-1) / 2).min() > 1e-8  # 0.01 square millimeters
     directed = Counter(map(tuple, head.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).tolist()))
     assert max(directed.values()) == 1  # no edge is used twice in the same direction
     assert set(head.faces.unique().tolist()) == set(range(head.n_vertices))

@@ -1,4 +1,4 @@
-"""The command that says what a path is: every kind is recognised, what is wrong decides the exit status."""
+"""The command that says what a path is: every kind is recognized, what is wrong decides the exit status."""
 
 import json
 import shutil
@@ -27,17 +27,17 @@ def in_opencv_axes(entry):
 def test_a_tracking_is_counted(tracked):
     report = inspect(tracked)  # on the head that its metadata names
     assert report.what == "a VHAP dataset folder of several cameras" and report.problems == []
-    assert report.facts["pictures"] == {"count": 24, "size": ["40x40"], "alpha": True, "masks": 24}
+    assert report.facts["images"] == {"count": 24, "size": ["40x40"], "alpha": True, "masks": 24}
     assert report.facts["cameras"]["count"] == 6 and report.facts["timesteps"] == {"count": 4, "first": 0, "last": 3}
     assert report.facts["splits"] == {"train": 15, "val": 3, "test": 6}
     assert report.facts["head"] == {"name": "procedural:600", "shape": 25, "expressions": 18, "offsets": "none"}
     assert report.facts["avatar"]["gaussians"] == len(GaussianAvatar.load(tracked))
     [command] = report.next
-    assert command.endswith(f"--data {tracked} --head procedural:600 --output avatars")
+    assert command.endswith(f"--data {tracked} --head procedural:600 --output_dir avatars")
 
 
 def test_the_command_prints_a_report_and_ends_well(tracked, tmp_path, capsys):
-    assert main([str(tracked), "--picture", str(tmp_path / "sheet.png")]) == 0
+    assert main([str(tracked), "--image", str(tmp_path / "sheet.png")]) == 0
     printed = capsys.readouterr().out
     assert "nothing wrong found" in printed and "count 24, size 40x40, alpha yes, masks 24" in printed
     assert Image.open(tmp_path / "sheet.png").width > 6 * 200
@@ -45,13 +45,13 @@ def test_the_command_prints_a_report_and_ends_well(tracked, tmp_path, capsys):
 
 def test_a_wrong_camera_convention_is_said_drawn_and_ends_badly(copy_of_tracked, change_frames, tmp_path, capsys):
     change_frames(copy_of_tracked, in_opencv_axes)
-    assert main([str(copy_of_tracked), "--json", "--picture", str(tmp_path / "wrong.png")]) == 1
+    assert main([str(copy_of_tracked), "--json", "--image", str(tmp_path / "wrong.png")]) == 1
     report = json.loads(capsys.readouterr().out)
     [problem] = report["problems"]
     assert (
         problem["severity"] == "error" and "were transform_matrix camera-to-world with OpenCV axes" in problem["text"]
     )
-    assert report["pictures"]["count"] == 24 and report["next"] == []
+    assert report["images"]["count"] == 24 and report["next"] == []
     assert (tmp_path / "wrong.png").is_file()
 
 
@@ -76,10 +76,10 @@ def test_a_tracking_without_a_known_head_is_a_warning(copy_of_tracked, capsys, t
     (copy_of_tracked / "metadata.json").unlink()
     report = inspect(copy_of_tracked)
     assert not report.has_errors and "give --head" in report.problems[0].text
-    assert report.facts["subject"] == {"id": "ada", "licence": "unknown", "consent": "unknown"}
+    assert report.facts["subject"] == {"id": "ada", "license": "unknown", "consent": "unknown"}
     assert inspect(copy_of_tracked, "procedural:600").problems == []
-    assert main([str(copy_of_tracked), "--picture", str(tmp_path / "sheet.png")]) == 1
-    assert capsys.readouterr().err.endswith("with pictures and a head model; give --head\n")
+    assert main([str(copy_of_tracked), "--image", str(tmp_path / "sheet.png")]) == 1
+    assert capsys.readouterr().err.endswith("with images and a head model; give --head\n")
     assert not (tmp_path / "sheet.png").exists()
 
 
@@ -146,7 +146,7 @@ def test_what_is_exported_for_splat_viewers_is_told_from_avatars_counted_and_mea
     report = inspect(tmp_path / name)
     assert report.problems == [] and "world-space Gaussians" in report.what
     assert report.facts["gaussians"] == {"count": 300, "sh_degree": 0 if name == "world.splat" else degree}
-    expected = {"x": "-0.250 to 0.500", "y": "-0.125 to 0.500", "z": "0.000 to 0.125", "unit": "metres"}
+    expected = {"x": "-0.250 to 0.500", "y": "-0.125 to 0.500", "z": "0.000 to 0.125", "unit": "meters"}
     assert report.facts["bounds"] == expected
     assert main([str(tmp_path / name)]) == 0 and "ERROR" not in capsys.readouterr().out
     content = (tmp_path / name).read_bytes()
@@ -156,7 +156,7 @@ def test_what_is_exported_for_splat_viewers_is_told_from_avatars_counted_and_mea
         assert main([str(path)]) == 1 and capsys.readouterr().out.count("ERROR: ") == 1
 
 
-def test_folders_of_this_toolkit_are_recognised(tiny_corpus, small_head, tmp_path):
+def test_folders_of_this_toolkit_are_recognized(tiny_corpus, small_head, tmp_path):
     small_head.save(tmp_path / "head.safetensors")
     report = inspect(tmp_path / "head.safetensors")
     assert report.what == "a head model" and report.facts["hash"] == small_head.hash

@@ -9,16 +9,16 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 
 
-def test_psnr_is_that_of_scikit_image_picture_by_picture(pictures):
-    images, truth = pictures(0)
+def test_psnr_is_that_of_scikit_image_image_by_image(image_pairs):
+    images, truth = image_pairs(0)
     expected = [peak_signal_noise_ratio(t.numpy(), i.numpy(), data_range=1) for i, t in zip(images, truth)]
     np.testing.assert_allclose(psnr(images, truth).numpy(), expected, rtol=1e-5)
     assert psnr(truth, truth).isfinite().all()
 
 
-def test_ssim_is_the_published_formula_with_a_gaussian_window_of_11_pixels(pictures):
-    """As scikit-image and torchmetrics compute it, where the whole window lies in the picture."""
-    images, truth = pictures(1, (60, 50))
+def test_ssim_is_the_published_formula_with_a_gaussian_window_of_11_pixels(image_pairs):
+    """As scikit-image and torchmetrics compute it, where the whole window lies in the image."""
+    images, truth = image_pairs(1, (60, 50))
     settings = dict(data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     for image, true, found in zip(images, truth, ssim(images, truth)):
         expected = structural_similarity(true.numpy(), image.numpy(), channel_axis=-1, **settings)
@@ -30,8 +30,8 @@ def test_ssim_is_the_published_formula_with_a_gaussian_window_of_11_pixels(pictu
     assert ssim(truth, truth).tolist() == pytest.approx([1.0, 1.0])
 
 
-def test_ssim_of_one_picture_has_one_value_and_a_gradient(pictures):
-    images, truth = pictures(2)
+def test_ssim_of_one_image_has_one_value_and_a_gradient(image_pairs):
+    images, truth = image_pairs(2)
     image = images[1:].clone().requires_grad_()
     value = ssim(image, truth[1:])
     assert value.shape == (1,)
@@ -39,6 +39,6 @@ def test_ssim_of_one_picture_has_one_value_and_a_gradient(pictures):
     assert image.grad.abs().sum() > 0
 
 
-def test_pictures_smaller_than_the_window_are_refused():
-    with pytest.raises(ValueError, match="11 pixels, found pictures of 8x20"):
+def test_images_smaller_than_the_window_are_refused():
+    with pytest.raises(ValueError, match="11 pixels, found images of 8x20"):
         ssim(torch.zeros(1, 20, 8, 3), torch.zeros(1, 20, 8, 3))

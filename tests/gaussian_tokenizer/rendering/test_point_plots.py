@@ -1,4 +1,4 @@
-"""Pictures of clouds: turned the right way, near over far, early dark and late bright, no cloud too small."""
+"""Images of clouds: turned the right way, near over far, early dark and late bright, no cloud too small."""
 
 import numpy as np
 import pytest
@@ -45,10 +45,10 @@ def test_early_points_are_dark_and_late_ones_bright(tmp_path):
     cloud = np.concatenate([grid, np.zeros((900, 1))], 1)
     draw_comparison(tmp_path / "a.png", [("a", None, {"cloud": cloud})], {"front": 0.0})
     pixels = drawn(tmp_path / "a.png")
-    points = (pixels.max(-1) - pixels.min(-1)) > 40  # coloured, not the grey of letters
+    points = (pixels.max(-1) - pixels.min(-1)) > 40  # colored, not the gray of letters
     rows, columns = rows_and_columns(points)
-    colours = pixels[rows, columns]
-    below, above = colours[rows > np.quantile(rows, 0.9)].mean(0), colours[rows < np.quantile(rows, 0.1)].mean(0)
+    colors = pixels[rows, columns]
+    below, above = colors[rows > np.quantile(rows, 0.9)].mean(0), colors[rows < np.quantile(rows, 0.1)].mean(0)
     assert above.sum() > below.sum() + 100  # viridis goes from violet to yellow
 
 
@@ -59,7 +59,7 @@ def test_near_points_cover_far_ones(tmp_path):
         cloud = np.concatenate([corners[:1], *order, corners[1:]])
         draw_comparison(tmp_path / f"{name}.png", [("a", None, {"cloud": cloud})], {"front": 0.0})
     first, last = drawn(tmp_path / "near-first.png"), drawn(tmp_path / "near-last.png")
-    # The middle shows the near point: written second of four in one picture, third in the other.
+    # The middle shows the near point: written second of four in one image, third in the other.
     differing = (first != last).any(-1)
     rows, columns = rows_and_columns(differing)
     middle = int(np.median(rows)), int(np.median(columns))
@@ -67,9 +67,9 @@ def test_near_points_cover_far_ones(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
-def test_portraits_of_every_kind_are_shown_in_their_own_colours(tmp_path, mode):
-    grey = Image.new("RGB", (32, 32), (0, 0, 0)).convert(mode)
-    draw_comparison(tmp_path / "a.png", [("a", grey, {"cloud": np.zeros((0, 3))})])
+def test_portraits_of_every_kind_are_shown_in_their_own_colors(tmp_path, mode):
+    gray = Image.new("RGB", (32, 32), (0, 0, 0)).convert(mode)
+    draw_comparison(tmp_path / "a.png", [("a", gray, {"cloud": np.zeros((0, 3))})])
     assert ((drawn(tmp_path / "a.png") == 0).all(-1)).mean() > 0.02
 
 

@@ -14,7 +14,7 @@ NAMES = ("means", "quats", "scales", "opacities", "sh", "viewmats")
 
 
 def scene(seed=0, n=300, degree=1, n_cameras=2, spread=0.15, size=0.02, opaque=0.0, dtype=torch.float32):
-    """Gaussians around the origin of sizes that differ a hundredfold by axis, cameras a metre away with cx, cy anywhere."""
+    """Gaussians around the origin of sizes that differ a hundredfold by axis, cameras a meter away with cx, cy anywhere."""
     random = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
     viewmats = torch.eye(4, dtype=torch.float64).repeat(n_cameras, 1, 1)
@@ -56,7 +56,7 @@ def assert_same_as_the_twin(values, image=1e-4, gradient=1e-3, **options):
 
 
 SCENES = {
-    "several_cameras_with_off_centre_principal_points": {},
+    "several_cameras_with_off_center_principal_points": {},
     "third_degree_of_sh": {"degree": 3, "n": 100},
     "nearly_opaque": {"opaque": 0.97},
     "quite_opaque_and_wide": {"opaque": 1.0, "size": 0.3, "n": 30},
@@ -95,7 +95,7 @@ def test_long_thin_diagonal_gaussians_are_as_exact_as_round_ones():
     width=st.integers(1, 20),
     height=st.integers(1, 20),
 )
-def test_any_scene_and_any_picture_size_agree_with_the_twin(seed, n, spread, size, opaque, width, height):
+def test_any_scene_and_any_image_size_agree_with_the_twin(seed, n, spread, size, opaque, width, height):
     values = scene(seed, n, 1, 1, spread, size, opaque, torch.float64)
     assert_same_as_the_twin(values, image=1e-9, gradient=1e-7, width=width, height=height)
 
@@ -128,7 +128,7 @@ def test_two_runs_give_the_same_bits():
 def test_how_much_is_done_at_once_does_not_matter(at_once, monkeypatch):
     values = scene(n=100, dtype=torch.float64)
     expected, gradients = drawn(rasterize, values)
-    monkeypatch.setattr(rasterizer, "MEETINGS_AT_ONCE", at_once)
+    monkeypatch.setattr(rasterizer, "INTERSECTIONS_AT_ONCE", at_once)
     outputs, others = drawn(rasterize, values)
     for ours, twin in zip((*outputs, *others), (*expected, *gradients)):
         assert torch.allclose(ours, twin, rtol=1e-9, atol=1e-11)
@@ -191,7 +191,7 @@ def test_nothing_in_view_has_zero_gradients():
     assert all((x == 0).all() for x in drawn(rasterize, empty)[0])
 
 
-def test_projection_and_colours_are_those_of_gsplat():
+def test_projection_and_colors_are_those_of_gsplat():
     torch_impl = pytest.importorskip("gsplat.cuda._torch_impl")
     values = scene(n=400, n_cameras=3, degree=3, spread=0.5, dtype=torch.float64)
     covariances, _ = torch_impl._quat_scale_to_covar_preci(values["quats"], values["scales"], True, False)

@@ -27,7 +27,7 @@ def some_cameras(n=3, width=20, height=16):
     return Cameras.orbit((0, 0, 0), 1.0, [25.0 * i for i in range(n)], 10, focal=60, width=width, height=height)
 
 
-def test_a_picture_is_colours_over_the_background_with_expected_depth():
+def test_a_image_is_colors_over_the_background_with_expected_depth():
     gaussians, cameras = some_gaussians(degree=2), some_cameras()
     image, alpha, depth = render(gaussians, cameras, background=(0.1, 0.2, 0.3))
     assert image.shape == (3, 16, 20, 3) and alpha.shape == depth.shape == (3, 16, 20, 1)
@@ -44,7 +44,7 @@ def test_a_picture_is_colours_over_the_background_with_expected_depth():
     assert depth[filled].min() > 0.5 and depth.max() < 1.5
 
 
-def test_each_picture_shows_its_own_frame_with_its_own_camera():
+def test_each_image_shows_its_own_frame_with_its_own_camera():
     gaussians, cameras = some_gaussians(frames=3), some_cameras(3)
     both = render(gaussians, cameras).image
     for i in range(3):
@@ -61,7 +61,7 @@ def test_a_single_frame_or_camera_is_repeated():
         render(gaussians, cameras[:2])
 
 
-def test_backgrounds_are_a_number_a_colour_or_a_colour_for_each_picture():
+def test_backgrounds_are_a_number_a_color_or_a_color_for_each_image():
     gaussians, cameras = some_gaussians(), some_cameras(2)
     black, alpha, _ = render(gaussians, cameras, background=0)
     colors = torch.tensor([[0.2, 0.4, 0.6], [1.0, 0.0, 0.5]])
@@ -115,12 +115,12 @@ def test_planes_and_widening_that_make_no_sense_are_refused():
             render(some_gaussians(), some_cameras(), **options)
 
 
-def test_which_rasteriser_draws_is_said_once(caplog):
+def test_which_rasterizer_draws_is_said_once(caplog):
     splatting._log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=splatting.__name__):
         for _ in range(2):
             render(some_gaussians(), some_cameras())
-    assert [record.message for record in caplog.records] == ["the rasteriser in PyTorch draws (CPU)"]
+    assert [record.message for record in caplog.records] == ["the rasterizer in PyTorch draws (CPU)"]
 
 
 def test_out_of_memory_says_what_to_make_smaller(monkeypatch):
@@ -128,14 +128,12 @@ def test_out_of_memory_says_what_to_make_smaller(monkeypatch):
         raise torch.cuda.OutOfMemoryError("tried to allocate")
 
     monkeypatch.setattr(splatting, "_with_ours", full)
-    with pytest.raises(
-        torch.cuda.OutOfMemoryError, match="3 pictures of 20 x 16 and 60 Gaussians; render fewer cameras"
-    ):
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="3 images of 20 x 16 and 60 Gaussians; render fewer cameras"):
         render(some_gaussians(), some_cameras())
 
 
 @pytest.mark.parametrize(("frames", "n_cameras"), [(1, 3), (3, 1), (3, 3)])
-def test_gsplat_is_asked_for_the_same_pictures(frames, n_cameras):
+def test_gsplat_is_asked_for_the_same_images(frames, n_cameras):
     """What `gsplat.rasterization` is given, checked by a stand-in with its signature and meaning that runs anywhere."""
 
     def stand_in(*, means, quats, scales, opacities, colors, sh_degree, viewmats, Ks, width, height,
@@ -156,13 +154,13 @@ def test_gsplat_is_asked_for_the_same_pictures(frames, n_cameras):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("frames", "n_cameras"), [(1, 3), (3, 1), (3, 3)])
-def test_gsplat_on_the_gpu_draws_the_same_pictures(frames, n_cameras):
+def test_gsplat_on_the_gpu_draws_the_same_images(frames, n_cameras):
     pytest.importorskip("gsplat")
     # At most 0.95: above, gsplat 1.5 and 1.6 cut alpha differently (0.999 and 0.99).
     gaussians = some_gaussians(frames=frames, n=300, degree=3)
     gaussians = dataclasses.replace(gaussians, opacities=gaussians.opacities * 0.95)
     cameras = some_cameras(n_cameras, 64, 48)
-    pictures, gradients = [], []
+    images, gradients = [], []
     for device in ("cpu", "cuda"):
         moved = gaussians.to(device)
         leaves = [getattr(moved, field.name).requires_grad_() for field in dataclasses.fields(moved)]
@@ -171,8 +169,8 @@ def test_gsplat_on_the_gpu_draws_the_same_pictures(frames, n_cameras):
         gradients.append(
             [x.cpu() for x in torch.autograd.grad(result.image.square().sum() + result.depth.sum(), leaves)]
         )
-        pictures.append([x.detach().cpu() for x in result])
-    for ours, theirs in zip(*pictures):
+        images.append([x.detach().cpu() for x in result])
+    for ours, theirs in zip(*images):
         assert (ours - theirs).abs().max() < 2e-3
     for ours, theirs in zip(*gradients):
         assert (ours - theirs).norm() < 1e-2 * ours.norm()

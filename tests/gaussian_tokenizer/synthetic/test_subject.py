@@ -1,4 +1,4 @@
-"""Synthetic subjects: the same for a seed, different people for different seeds, Gaussians where they belong."""
+"""Synthetic subjects: the same for a seed, different subjects for different seeds, Gaussians where they belong."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from gaussian_tokenizer.rendering.splatting import Rendering, render
 from gaussian_tokenizer.synthetic.subject import (
     SHAPE_LIMIT,
     SyntheticSubject,
-    draw_moments,
+    draw_timesteps,
     portrait_avatar,
     synthesize_subject,
 )
@@ -35,11 +35,11 @@ def crowd(head) -> list[SyntheticSubject]:
 
 
 def with_hair(crowd: list[SyntheticSubject], style: str) -> SyntheticSubject:
-    return next(subject for subject in crowd if subject.looks.hair_style == style)
+    return next(subject for subject in crowd if subject.appearance.hair_style == style)
 
 
 def lifts(subject: SyntheticSubject, region: str) -> np.ndarray:
-    """Distance of the points bound to faces of a region from those faces, metres."""
+    """Distance of the points bound to faces of a region from those faces, meters."""
     head = subject.head
     points = subject.avatar.canonical_points()
     chosen = head.regions[region][head.faces].all(1)[points["faces"]]
@@ -68,7 +68,7 @@ def test_a_seed_gives_the_same_subject_again_and_another_seed_another(head):
 
 
 def test_a_seed_looks_alike_on_any_head_model(head):
-    small, large = (synthesize_subject(model, 5).looks for model in (head, build_procedural_head(1200)))
+    small, large = (synthesize_subject(model, 5).appearance for model in (head, build_procedural_head(1200)))
     for field in dataclasses.fields(small):
         np.testing.assert_array_equal(getattr(small, field.name), getattr(large, field.name))
 
@@ -112,7 +112,7 @@ def test_long_hair_falls_below_the_scalp(head, crowd):
 
 
 def test_a_full_beard_stands_off_the_chin_with_more_points_than_none(crowd):
-    full, none = (next(s for s in crowd if s.looks.beard_style == style) for style in ("full", "none"))
+    full, none = (next(s for s in crowd if s.appearance.beard_style == style) for style in ("full", "none"))
     assert lifts(full, "beard").mean() > lifts(none, "beard").mean() + 0.004
     assert len(lifts(full, "beard")) > len(lifts(none, "beard"))
 
@@ -163,14 +163,14 @@ def test_the_portrait_is_a_closed_head_on_white(head, crowd):
     np.testing.assert_allclose(portrait(crowd[0])[-1, 0], 1, atol=0.2)
 
 
-def test_the_portrait_shows_skin_and_hair_in_their_colours(crowd):
+def test_the_portrait_shows_skin_and_hair_in_their_colors(crowd):
     subject = with_hair(crowd, "bald")
     forehead = portrait(subject)[11:14, 22:26].mean((0, 1))
-    tint = forehead / forehead.sum() - subject.looks.skin / subject.looks.skin.sum()
+    tint = forehead / forehead.sum() - subject.appearance.skin / subject.appearance.skin.sum()
     assert np.abs(tint).max() < 0.05
     subject = with_hair(crowd, "curly")
     top = portrait(subject)[8:11, 22:26].mean((0, 1))
-    assert np.linalg.norm(top - subject.looks.hair) < np.linalg.norm(top - subject.looks.skin)
+    assert np.linalg.norm(top - subject.appearance.hair) < np.linalg.norm(top - subject.appearance.skin)
 
 
 def showing(
@@ -190,7 +190,9 @@ def showing(
 @pytest.mark.parametrize("n_faces", [600, 2000])
 def test_an_open_mouth_shows_teeth_and_a_closed_cavity_and_a_closed_one_shows_nothing_of_it(n_faces):
     head = build_procedural_head(n_faces)
-    subject = next(s for s in (synthesize_subject(head, (7, i)) for i in range(60)) if s.looks.hair_style == "long")
+    subject = next(
+        s for s in (synthesize_subject(head, (7, i)) for i in range(60)) if s.appearance.hair_style == "long"
+    )
     middle = head.template[head.regions["lips"]].mean(0) - torch.tensor([0.0, 0.01, 0.0])
     cameras = Cameras.orbit(middle, 0.5, [0.0], 0.0, 0.5 * 40 / 0.09, 40, 40)
     avatar = portrait_avatar(subject, 2 * 0.09 / 40)
@@ -240,7 +242,7 @@ def test_the_camera_turns_to_the_subjects_left(head):
 
 
 def test_moments_begin_at_rest_and_move_expression_neck_jaw_and_eyes_within_limits(head, crowd):
-    moments = draw_moments(crowd[0], 40, seed=1)
+    moments = draw_timesteps(crowd[0], 40, seed=1)
     assert torch.equal(moments.shape, crowd[0].params.shape)
     for name, value in moments.tensors().items():
         if name != "shape":
@@ -249,5 +251,5 @@ def test_moments_begin_at_rest_and_move_expression_neck_jaw_and_eyes_within_limi
     assert moments.neck_pose.abs().amax(0).max() <= 0.3 and moments.neck_pose[1:].abs().min() > 0
     assert 0.1 < moments.jaw_pose[:, 0].max() <= 0.3 and moments.jaw_pose.min() >= 0
     assert torch.equal(moments.eyes_pose[:, :3], moments.eyes_pose[:, 3:])
-    again, other = draw_moments(crowd[0], 40, seed=1), draw_moments(crowd[0], 40, seed=2)
+    again, other = draw_timesteps(crowd[0], 40, seed=1), draw_timesteps(crowd[0], 40, seed=2)
     assert torch.equal(moments.expr, again.expr) and not torch.equal(moments.expr, other.expr)

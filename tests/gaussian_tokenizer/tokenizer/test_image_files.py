@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 
 from gaussian_tokenizer.captures.checks import find_problems
-from gaussian_tokenizer.captures.frame import Frame, open_picture, picture_size
+from gaussian_tokenizer.captures.frame import Frame, load_image, size_of_image
 from gaussian_tokenizer.captures.loading import read_tracking
-from gaussian_tokenizer.corpus.sources import _check_picture
+from gaussian_tokenizer.corpus.sources import _check_image
 from gaussian_tokenizer.tokenizer.image_files import image_size, open_image, verify_image
 from gaussian_tokenizer.tokenizer.processing_conditions import pixel_values
 from modeling.generate import open_portrait
 
 
 def png(width: int, height: int) -> bytes:
-    """A whole grey PNG of zeros, packed without ever being in memory."""
+    """A whole gray PNG of zeros, packed without ever being in memory."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -43,11 +43,11 @@ DOORS = {
     "image_size": image_size,
     "verify_image": verify_image,
     "its bytes": lambda path: open_image(path.read_bytes()),
-    "open_picture": open_picture,
-    "picture_size": picture_size,
+    "load_image": load_image,
+    "size_of_image": size_of_image,
     "open_portrait": open_portrait,
     "pixel_values": lambda path: pixel_values(str(path), 28),
-    "the corpus builder": lambda path: _check_picture(
+    "the corpus builder": lambda path: _check_image(
         Frame(0, 0, np.eye(4), 1, 1, 1, 1, 1, 1, path, path), path.read_bytes()
     ),
 }
@@ -92,13 +92,13 @@ def test_the_checks_of_a_tracking_hold_one_image_at_a_time(copy_of_tracked, smal
     """4K frames: sixteen of them as float32 RGBA are 2.1 GB; alive at any time may be an image and its mask."""
     alive, most = [], 0
 
-    def counting(picture):
+    def counting(path):
         nonlocal most
-        image = open_image(picture)
+        image = open_image(path)
         alive.append(weakref.ref(image))
         most = max(most, sum(reference() is not None for reference in alive))
         return image
 
-    monkeypatch.setattr("gaussian_tokenizer.captures.checks.open_picture", counting)
+    monkeypatch.setattr("gaussian_tokenizer.captures.checks.load_image", counting)
     assert find_problems(read_tracking(copy_of_tracked, small_head), small_head) == []
     assert 1 <= most <= 2

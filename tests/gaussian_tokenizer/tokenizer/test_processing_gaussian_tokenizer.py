@@ -44,7 +44,7 @@ def tokenizers(draw):
     n_bins = draw(st.sampled_from([1, 2, 3, 128, 1000, 1024, 4096, 65536]))
     n_faces = draw(st.sampled_from([1, 2, 600, 10144, 32768]))
     lo = [draw(st.floats(-1, 1, width=32)) for _ in range(3)]
-    # Edges for which float32 can hold all the bin centres: 65536 bins near 1 m need more than 8 mm.
+    # Edges for which float32 can hold all the bin centers: 65536 bins near 1 m need more than 8 mm.
     edges = [draw(st.floats(0.125, 10)) for _ in range(3)]
     bounds = [lo, [low + edge for low, edge in zip(lo, edges, strict=True)]]
     axis_order = draw(st.permutations("xyz").map("".join))
@@ -218,7 +218,7 @@ def test_an_avatar_of_another_head_model_is_refused():
 # ---- bad ids
 
 
-def sentence(*tokens):
+def sequence(*tokens):
     """One good point and then the tokens, for 8 bins and 10 faces: faces 8..17, bos 18, eos 19, pad 20."""
     return [18, 1, 2, 3, 12, *tokens]
 
@@ -226,16 +226,16 @@ def sentence(*tokens):
 @pytest.mark.parametrize(
     "ids, dropped, message",
     [
-        (sentence(1, 2), 2, r"the ids end at position 7 in the middle of a point; expected its z in \[0, 8\)"),
-        (sentence(1, 2, 19), 3, r"position 7 holds id 19 \(eos in the z slot of point 1\)"),
-        (sentence(1, 2, 3, 4, 19), 4, r"position 8 holds id 4 \(a coordinate in the face slot .*expected .* \[8, 18\)"),
-        (sentence(1, 9, 3, 12, 19), 4, r"position 6 holds id 9 \(face 1 in the y slot of point 1\)"),
-        (sentence(1, 2, 3, 21, 19), 4, "position 8 holds id 21 .beyond the vocabulary of 21"),
-        (sentence(-1, 2, 3, 12, 19), 4, "position 5 holds id -1 .beyond the vocabulary"),
-        (sentence(18, 1, 2, 3, 12), 5, r"position 5 holds id 18 \(bos in the x slot"),
-        (sentence(20, 1, 2, 3, 12), 5, r"position 5 holds id 20 \(pad in the x slot"),
-        (sentence(19, 1, 2, 3, 12, 19), 5, "eos at position 5 is followed by 5 more ids"),
-        (sentence(19, 20, 1, 20), 2, "eos at position 5 is followed by 2 more ids"),
+        (sequence(1, 2), 2, r"the ids end at position 7 in the middle of a point; expected its z in \[0, 8\)"),
+        (sequence(1, 2, 19), 3, r"position 7 holds id 19 \(eos in the z slot of point 1\)"),
+        (sequence(1, 2, 3, 4, 19), 4, r"position 8 holds id 4 \(a coordinate in the face slot .*expected .* \[8, 18\)"),
+        (sequence(1, 9, 3, 12, 19), 4, r"position 6 holds id 9 \(face 1 in the y slot of point 1\)"),
+        (sequence(1, 2, 3, 21, 19), 4, "position 8 holds id 21 .beyond the vocabulary of 21"),
+        (sequence(-1, 2, 3, 12, 19), 4, "position 5 holds id -1 .beyond the vocabulary"),
+        (sequence(18, 1, 2, 3, 12), 5, r"position 5 holds id 18 \(bos in the x slot"),
+        (sequence(20, 1, 2, 3, 12), 5, r"position 5 holds id 20 \(pad in the x slot"),
+        (sequence(19, 1, 2, 3, 12, 19), 5, "eos at position 5 is followed by 5 more ids"),
+        (sequence(19, 20, 1, 20), 2, "eos at position 5 is followed by 2 more ids"),
     ],
 )
 def test_malformed_ids_name_the_position_and_truncation_keeps_the_points_before_it(ids, dropped, message):
@@ -247,7 +247,7 @@ def test_malformed_ids_name_the_position_and_truncation_keeps_the_points_before_
     assert decoded["faces"].tolist() == [4]
     assert decoded["dropped"] == dropped
     with pytest.raises(ValueError, match=r"sequence 1: .*position"):
-        tokenizer.batch_decode([sentence(19), ids])
+        tokenizer.batch_decode([sequence(19), ids])
 
 
 @pytest.mark.parametrize(
@@ -278,11 +278,11 @@ def test_every_integer_type_of_ids_gives_the_same_points(dtype):
 
 def test_padding_on_either_side_and_an_empty_cloud_are_decoded():
     tokenizer = GaussianTokenizer(n_bins=8, n_faces=10)
-    for ids in (sentence(19), sentence(19, 20, 20), [20, 20, *sentence(19)], sentence(20)):
+    for ids in (sequence(19), sequence(19, 20, 20), [20, 20, *sequence(19)], sequence(20)):
         assert tokenizer.decode(ids)["faces"].tolist() == [4]
     for ids in ([], [18], [18, 19], [18, 19, 20]):
         assert tokenizer.decode(ids)["positions"].shape == (0, 3)
-    assert tokenizer.decode(sentence(19), errors="truncate")["dropped"] == 0
+    assert tokenizer.decode(sequence(19), errors="truncate")["dropped"] == 0
 
 
 @settings(max_examples=400, deadline=None)
@@ -290,7 +290,7 @@ def test_padding_on_either_side_and_an_empty_cloud_are_decoded():
     st.one_of(
         st.lists(st.integers(-2, 22), max_size=14),
         st.lists(st.integers(-(2**63), 2**64 - 1), max_size=9),
-        st.lists(st.sampled_from([*sentence(), 19, 20]), max_size=14),
+        st.lists(st.sampled_from([*sequence(), 19, 20]), max_size=14),
     )
 )
 def test_any_integers_are_decoded_or_refused_and_truncation_always_gives_a_prefix(ids):
@@ -336,13 +336,13 @@ def white_pixels(values):
     return np.allclose(values, IMAGENET_WHITE[:, None, None], atol=1e-5)
 
 
-def test_every_kind_of_image_of_one_colour_gives_the_same_pixels():
+def test_every_kind_of_image_of_one_color_gives_the_same_pixels():
     tokenizer = GaussianTokenizer(image_size=28)
-    grey = Image.new("L", (40, 40), 51)
+    gray = Image.new("L", (40, 40), 51)
     rgba = Image.new("RGBA", (40, 40), (0, 0, 0, 204))  # black at 80 % on white = 51
     deep = Image.fromarray(np.full((40, 40), 51 * 257, dtype=np.uint16))
     images = [
-        grey, grey.convert("RGB"), grey.convert("P"), grey.convert("LA"), grey.convert("I").point(lambda v: v * 257),
+        gray, gray.convert("RGB"), gray.convert("P"), gray.convert("LA"), gray.convert("I").point(lambda v: v * 257),
         rgba, deep, np.full((40, 40), 51, np.uint8), np.full((40, 40, 3), 0.2), torch.full((3, 40, 40), 0.2),
         np.full((40, 40, 1), 51 * 257, np.uint16), np.array(rgba),
     ]  # fmt: skip
@@ -382,7 +382,7 @@ def test_what_is_not_an_image_is_refused(image):
 
 
 def test_a_file_that_is_not_an_image_is_named(tmp_path):
-    (tmp_path / "portrait.png").write_bytes(b"not a picture")
+    (tmp_path / "portrait.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"portrait\.png"):
         GaussianTokenizer()(images=tmp_path / "portrait.png")
     with pytest.raises(FileNotFoundError, match=r"absent\.png"):

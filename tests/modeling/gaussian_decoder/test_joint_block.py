@@ -13,8 +13,8 @@ CONFIG = GaussianDecoderConfig(hidden_size=32, num_attention_heads=4)
 
 
 def layer_norm(x, weight, bias, eps):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
 
 
 def rms_norm(x, gain):

@@ -95,10 +95,10 @@ def test_each_mode_reads_its_inputs_and_has_no_parameters_for_others(mode, moved
 
 
 @torch.no_grad()
-def test_coordinates_are_normalised_by_the_configured_box():
+def test_coordinates_are_normalized_by_the_configured_box():
     batch = batch_of()
     here = stir(build(mode="position"))
-    there = stir(build(mode="position", point_centre=[0.0, 1.5, 0.0], point_extent=0.4))
+    there = stir(build(mode="position", point_center=[0.0, 1.5, 0.0], point_extent=0.4))
     moved = {**batch, "positions": 2 * batch["positions"] + torch.tensor([0.0, 1.5, 0.0])}
     torch.testing.assert_close(there(**moved).sh, here(**batch).sh, atol=1e-4, rtol=1e-4)
 
@@ -245,7 +245,7 @@ def test_a_new_decoder_puts_small_faint_unturned_gaussians_on_the_points():
     assert torch.equal(output.quats, torch.tensor([1.0, 0, 0, 0]).expand(2, 7, 4))
     assert output.sh.shape == (2, 7, 9, 3) and not output.sh[:, :, 1:].any()
     colors = output.sh[:, :, 0] * SH_DC + 0.5
-    assert colors.std() > 0.01, "colours tell points apart from the start"
+    assert colors.std() > 0.01, "colors tell points apart from the start"
 
 
 @torch.no_grad()

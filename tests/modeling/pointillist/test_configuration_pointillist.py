@@ -49,8 +49,8 @@ OUT_OF_RANGE: list[tuple[str, float]] = [
         (dict(num_hidden_layers=10**400), "num_hidden_layers is 10+, expected 1 to 10000"),
         (dict(vision_config=dict(num_hidden_layers=10**9)), "vision_config has num_hidden_layers 1000000000"),
         (dict(dtype="float99"), "dtype is .float99., expected one of torch.s"),
-        (dict(point_centre=[0.0, 0.0]), r"point_centre is \[0.0, 0.0\], expected x, y and z"),
-        (dict(point_centre=[0.0, 0.0, math.nan]), "point_centre is .*nan"),
+        (dict(point_center=[0.0, 0.0]), r"point_center is \[0.0, 0.0\], expected x, y and z"),
+        (dict(point_center=[0.0, 0.0, math.nan]), "point_center is .*nan"),
         (dict(point_hidden_size=100, point_attention_heads=3), "not a multiple"),
     ],
 )

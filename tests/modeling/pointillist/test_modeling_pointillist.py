@@ -54,7 +54,7 @@ def test_padding_on_the_left_changes_nothing(tiny_model, condition):
     )
 
 
-def test_neighbouring_bins_of_a_new_model_start_alike_and_all_tokens_equally_large(tiny_config):
+def test_neighboring_bins_of_a_new_model_start_alike_and_all_tokens_equally_large(tiny_config):
     tiny_config.n_bins, tiny_config.vocab_size, tiny_config.initializer_range = 128, 128 + 20 + 3, 0.05
     model = PointillistForCausalLM(tiny_config)
     for weight in (model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()):

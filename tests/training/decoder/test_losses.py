@@ -1,18 +1,18 @@
-"""Losses on pictures, and what is said when LPIPS cannot be had."""
+"""Losses on images, and what is said when LPIPS cannot be had."""
 
 import sys
 
 import pytest
 import torch
 
-from training.decoder.losses import PerceptualLoss, offset_regulariser
+from training.decoder.losses import PerceptualLoss, offset_regularizer
 
 
-def test_the_offset_regulariser_counts_real_points_in_units_of_the_limit():
+def test_the_offset_regularizer_counts_real_points_in_units_of_the_limit():
     offsets = torch.tensor([[[0.02, 0.0, 0.0], [0.0, 0.01, 0.0]], [[0.02, 0.02, 0.02], [5.0, 5.0, 5.0]]])
     mask = torch.tensor([[True, True], [True, False]])
     expected = (1.0 + 0.25 + 3.0) / 3
-    assert float(offset_regulariser(offsets, mask, 0.02)) == pytest.approx(expected)
+    assert float(offset_regularizer(offsets, mask, 0.02)) == pytest.approx(expected)
 
 
 def test_missing_lpips_weights_name_the_file_and_the_way_without(tmp_path):
@@ -27,7 +27,7 @@ def test_a_missing_lpips_package_is_named_with_its_install_line(tmp_path, monkey
         PerceptualLoss(tmp_path / "vgg16.pth")
 
 
-def test_lpips_tells_equal_pictures_from_others(tmp_path, pictures):
+def test_lpips_tells_equal_images_from_others(tmp_path, image_pairs):
     try:
         from torchvision.models import vgg16
     except (ImportError, RuntimeError):
@@ -38,7 +38,7 @@ def test_lpips_tells_equal_pictures_from_others(tmp_path, pictures):
     torch.save(network.state_dict(), tmp_path / "vgg16.pth")
     loss = PerceptualLoss(tmp_path / "vgg16.pth")
     torch.testing.assert_close(loss.network.net.slice1[0].weight, network.features[0].weight)
-    images, truth = pictures(3, (64, 64))
+    images, truth = image_pairs(3, (64, 64))
     assert loss(truth, truth).abs().max() < 1e-6
     assert (loss(images, truth) > 0).all()
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")

@@ -1,4 +1,4 @@
-"""Subjects with pictures: what an item holds, that it depends on its number alone, and what is refused."""
+"""Subjects with images: what an item holds, that it depends on its number alone, and what is refused."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_an_epoch_shows_every_subject_once(subjects):
     assert len(set(shapes[: len(subjects)])) == len(set(shapes[len(subjects) :])) == len(subjects)
 
 
-def test_targets_are_the_pictures_cameras_and_moments_of_the_files(subjects, corpus, tiny_corpus):
+def test_targets_are_the_images_cameras_and_moments_of_the_files(subjects, corpus, tiny_corpus):
     avatar_id = str(subjects.rows.avatars[2]["avatar_id"])
     folder = next(s for s in find_subjects(tiny_corpus.parent / "avatars") if s.avatar_id == avatar_id)
     targets = subjects.targets(list(subjects.frame_rows(2)))
@@ -59,7 +59,7 @@ def test_targets_are_the_pictures_cameras_and_moments_of_the_files(subjects, cor
         np.testing.assert_allclose(targets["jaw_pose"][i], frame.load_params().jaw_pose[0])
 
 
-def test_a_subject_drawn_by_an_items_cameras_and_motion_is_its_pictures(subjects):
+def test_a_subject_drawn_by_an_items_cameras_and_motion_is_its_images(subjects):
     """The one test that a wrong camera, pose or order of any kind cannot pass."""
     head = build_procedural_head(600)
     batch = collate_subjects([EvaluationSubjects(subjects, 16)[row] for row in range(2)], 0)
@@ -74,10 +74,10 @@ def test_a_subject_drawn_by_an_items_cameras_and_motion_is_its_pictures(subjects
         assert (drawn - truth).abs().max() < 0.01  # a step of a byte, and that of a faint transparent one
 
 
-def test_backgrounds_are_drawn_from_the_greys_and_show_where_a_picture_is_transparent(subjects):
+def test_backgrounds_are_drawn_from_the_grays_and_show_where_a_image_is_transparent(subjects):
     items = [TrainSubjects(subjects, 40, 4, seed=0, random_source=False)[i] for i in range(12)]
-    greys = np.concatenate([item["background"] for item in items])
-    assert set(greys.tolist()) == set(BACKGROUNDS)
+    grays = np.concatenate([item["background"] for item in items])
+    assert set(grays.tolist()) == set(BACKGROUNDS)
     images, background = torch.from_numpy(items[0]["images"]), torch.from_numpy(items[0]["background"])
     laid = on_background(images, background)
     torch.testing.assert_close(laid[:, 0, 0], background[:, None].expand(-1, 3))
@@ -90,7 +90,7 @@ def test_more_targets_than_frames_repeat_frames(subjects):
     assert TrainSubjects(subjects, 4, 9, seed=0, random_source=False)[0]["images"].shape[0] == 9
 
 
-def test_the_source_is_the_first_picture_unless_it_is_to_be_random(subjects):
+def test_the_source_is_the_first_image_unless_it_is_to_be_random(subjects):
     fixed = TrainSubjects(subjects, 80, 1, seed=0, random_source=False)
     free = TrainSubjects(subjects, 80, 1, seed=0, random_source=True)
     same = [np.array_equal(fixed[i]["pixel_values"], free[i]["pixel_values"]) for i in range(12)]
@@ -109,7 +109,7 @@ def test_held_out_frames_are_evenly_spread_and_on_white(subjects):
     assert EvaluationSubjects(subjects, 99).frame_rows(0) == rows
 
 
-def test_pictures_of_two_sizes_are_refused_with_both(subjects, monkeypatch):
+def test_images_of_two_sizes_are_refused_with_both(subjects, monkeypatch):
     frames = [subjects.frames[0], subjects.frames[1] | {"image": Image.new("RGB", (20, 30))}]
     monkeypatch.setattr(subjects, "frames", frames)
     with pytest.raises(ValueError, match="56x56 and 20x30 pixels"):
@@ -126,7 +126,7 @@ def test_pictures_of_two_sizes_are_refused_with_both(subjects, monkeypatch):
         (Image.new("P", (1, 1), 0).convert("P"), [0, 0, 0, 1]),
     ],
 )
-def test_any_kind_of_picture_becomes_colours_and_opacity(image, expected):
+def test_any_kind_of_image_becomes_colors_and_opacity(image, expected):
     np.testing.assert_allclose(rgba(image)[0, 0], expected, atol=1e-6)
 
 

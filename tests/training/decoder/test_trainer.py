@@ -82,7 +82,7 @@ def batch_of(trainer: DecoderTrainer, rows=(0, 1)) -> dict:
     return trainer.data_collator([trainer.train_dataset[row] for row in rows])
 
 
-def test_the_loss_is_the_papers_sum_over_pictures_drawn_one_subject_at_a_time(make_trainer, head):
+def test_the_loss_is_the_papers_sum_over_images_drawn_one_subject_at_a_time(make_trainer, head):
     """Subject by subject without padding, against the trainer's padded batch."""
     trainer = make_trainer(weights=LossWeights(0.7, 0.3, 0.0, 0.2))
     batch = batch_of(trainer)

@@ -22,11 +22,11 @@ from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline
 from training.decoder.subjects import SubjectRows
-from training.demo.report import chamfer, judge, mean_image_metrics, picture_metrics, true_frames
+from training.demo.report import chamfer, image_metrics, judge, mean_image_metrics, true_frames
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 40), (300, 120), (50, 50)])
-def test_chamfer_is_the_mean_of_nearest_neighbours_both_ways(sizes):
+def test_chamfer_is_the_mean_of_nearest_neighbors_both_ways(sizes):
     random = np.random.default_rng(0)
     a, b = (random.normal(0, 0.1, (n, 3)).astype(np.float32) for n in sizes)
     expected = (cKDTree(b).query(a)[0].mean() + cKDTree(a).query(b)[0].mean()) / 2
@@ -43,7 +43,7 @@ def test_chamfer_is_nothing_to_itself_and_infinite_to_no_cloud():
 TOKENIZER = GaussianTokenizer(n_bins=8, n_faces=7, bounds=[[-1, -1, -1], [1, 1, 1]])
 
 
-def sentence():
+def sequence():
     """22 ids of five points: bos, (x, y, z, face) five times, eos."""
     random = np.random.default_rng(0)
     cloud = {"positions": random.uniform(-1, 1, (5, 3)).astype(np.float32), "faces": random.integers(0, 7, 5)}
@@ -53,13 +53,13 @@ def sentence():
 
 
 def changed(position, value):
-    ids = sentence()
+    ids = sequence()
     ids[position] = value
     return ids
 
 
 def swapped():
-    ids = sentence()
+    ids = sequence()
     assert (ids[1:9] != np.roll(ids[1:9], 4)).all()
     ids[1:5], ids[5:9] = ids[5:9].copy(), ids[1:5].copy()
     return ids
@@ -68,15 +68,15 @@ def swapped():
 @pytest.mark.parametrize(
     ("ids", "points", "invalid"),
     [
-        (sentence(), 5, 0),
-        (np.append(sentence(), [TOKENIZER.pad_token_id] * 3), 5, 0),
-        (sentence()[:-1], 5, 0),  # stopped by the limit of points
-        (sentence()[:-3], 4, 2),  # stopped in mid-point: x and y of no point
+        (sequence(), 5, 0),
+        (np.append(sequence(), [TOKENIZER.pad_token_id] * 3), 5, 0),
+        (sequence()[:-1], 5, 0),  # stopped by the limit of points
+        (sequence()[:-3], 4, 2),  # stopped in mid-point: x and y of no point
         (changed(6, 8), 1, 16),  # a face where a y should be: the rest is lost
         (changed(4, 3), 0, 20),
         (changed(20, 99), 4, 4),
         (swapped(), 5, 8),  # two points that are not in order
-        (np.insert(sentence(), 9, TOKENIZER.eos_token_id), 2, 13),  # what comes after the end
+        (np.insert(sequence(), 9, TOKENIZER.eos_token_id), 2, 13),  # what comes after the end
         (np.array([TOKENIZER.bos_token_id, TOKENIZER.eos_token_id]), 0, 0),
     ],
 )
@@ -109,7 +109,7 @@ def miniature(tmp_path_factory, datasets_cache) -> tuple[Path, dict[str, str], s
 
 
 @pytest.mark.slow
-def test_a_miniature_of_the_demo_leaves_its_report_and_pictures(miniature):
+def test_a_miniature_of_the_demo_leaves_its_report_and_images(miniature):
     folder, _, printed = miniature
     output = folder / "outputs" / "demo"
     assert all(f"=== {step}/6" in printed for step in range(1, 7))
@@ -129,8 +129,8 @@ def test_a_miniature_of_the_demo_leaves_its_report_and_pictures(miniature):
             np.mean([cloud[f"psnr_{kind}"] for cloud in report["generated"]])
         )
     for name in ("generated.png", "avatars.png"):
-        assert min(Image.open(output / "pictures" / name).size) > 100
-    assert Image.open(output / "pictures" / "motion.gif").n_frames > 20
+        assert min(Image.open(output / "images" / name).size) > 100
+    assert Image.open(output / "images" / "motion.gif").n_frames > 20
     pipeline = AvatarPipeline.from_pretrained(output / "pipeline")
     assert len(pipeline(output / "portrait.png", seed=0, max_points=5)) >= 1
     assert (output / "corpus" / "corpus.json").is_file()
@@ -163,11 +163,11 @@ def subjects(corpus) -> SubjectRows:
     return SubjectRows(corpus, "validation", use_heads=True)
 
 
-def test_picture_metrics_are_those_of_the_drawn_frames(subjects, tiny_corpus):
+def test_image_metrics_are_those_of_the_drawn_frames(subjects, tiny_corpus):
     head = build_procedural_head(600)
     avatar = GaussianAvatar.load(tiny_corpus.parent / "avatars" / str(subjects.rows.avatars[0]["avatar_id"]), head=head)
     frames = true_frames(subjects, 0)
-    found = picture_metrics(avatar, frames)
+    found = image_metrics(avatar, frames)
     errors = []
     for i in range(4):
         params = HeadParameters(
@@ -180,7 +180,7 @@ def test_picture_metrics_are_those_of_the_drawn_frames(subjects, tiny_corpus):
     assert found[0] == pytest.approx(np.mean(errors), rel=1e-4)
 
 
-def test_the_mean_image_of_the_very_picture_is_perfect(subjects):
+def test_the_mean_image_of_the_very_image_is_perfect(subjects):
     frames = true_frames(subjects, 0)["images"][0]
     color, alpha = frames.split((3, 1), -1)
     white = color * alpha + 1 - alpha

@@ -14,8 +14,8 @@ from gaussian_tokenizer.rendering.splatting import render
 from training.fitting.losses import (
     photometric_loss,
     pixels_covered,
-    position_regulariser,
-    scale_regulariser,
+    position_regularizer,
+    scale_regularizer,
     screen_gradients,
     screen_radii,
 )
@@ -23,7 +23,7 @@ from training.fitting.losses import (
 CAMERA = Cameras.look_at([0.02, 0.05, 0.6], [0.0, 0.0, 0.0], focal=100.0, width=48, height=32)
 
 
-def gaussians(count: int, spread: float = 0.03, seed: int = 0, opacity: float = 0.6) -> Gaussians:
+def some_gaussians(count: int, spread: float = 0.03, seed: int = 0, opacity: float = 0.6) -> Gaussians:
     random = torch.Generator().manual_seed(seed)
     return Gaussians(
         positions=torch.randn(1, count, 3, generator=random) * spread,
@@ -34,22 +34,22 @@ def gaussians(count: int, spread: float = 0.03, seed: int = 0, opacity: float = 
     )
 
 
-def test_regularisers_are_the_means_of_the_formulas():
+def test_regularizers_are_the_means_of_the_formulas():
     random = np.random.default_rng(0)
     positions, log_scales = random.normal(0, 1, (50, 3)), random.normal(-0.5, 0.6, (50, 3))
     beyond = too_large = 0.0
     for x, s in zip(positions, log_scales):
         beyond += max(np.sqrt((x**2).sum()) - 1.0, 0.0)
         too_large += np.sqrt((np.maximum(np.exp(s) - 0.6, 0.0) ** 2).sum())
-    found = position_regulariser(torch.from_numpy(positions), 1.0), scale_regulariser(torch.from_numpy(log_scales), 0.6)
+    found = position_regularizer(torch.from_numpy(positions), 1.0), scale_regularizer(torch.from_numpy(log_scales), 0.6)
     assert [value.item() for value in found] == pytest.approx([beyond / 50, too_large / 50], rel=1e-9)
 
 
-def test_regularisers_stay_finite_where_there_is_nothing_and_at_zero():
+def test_regularizers_stay_finite_where_there_is_nothing_and_at_zero():
     positions = torch.zeros(3, 3, requires_grad=True)
-    (position_regulariser(positions, 1.0) + scale_regulariser(positions, 2.0)).backward()
+    (position_regularizer(positions, 1.0) + scale_regularizer(positions, 2.0)).backward()
     assert positions.grad.abs().max() == 0
-    assert position_regulariser(torch.zeros(0, 3), 1.0).item() == 0 == scale_regulariser(torch.zeros(0, 3), 0.6).item()
+    assert position_regularizer(torch.zeros(0, 3), 1.0).item() == 0 == scale_regularizer(torch.zeros(0, 3), 0.6).item()
 
 
 def test_the_photometric_loss_weighs_l1_and_ssim():
@@ -61,12 +61,12 @@ def test_the_photometric_loss_weighs_l1_and_ssim():
 
 
 def test_radii_are_three_standard_deviations_of_the_projected_ellipse():
-    cloud = gaussians(30)
-    found = screen_radii(cloud, CAMERA)
+    gaussians = some_gaussians(30)
+    found = screen_radii(gaussians, CAMERA)
     rotation, offset = CAMERA.viewmats[0, :3, :3].double().numpy(), CAMERA.viewmats[0, :3, 3].double().numpy()
-    axes = quaternion_to_matrix(cloud.quats[0].double()) * cloud.scales[0].double()[:, None]
+    axes = quaternion_to_matrix(gaussians.quats[0].double()) * gaussians.scales[0].double()[:, None]
     for row in range(30):
-        x, y, z = rotation @ cloud.positions[0, row].double().numpy() + offset
+        x, y, z = rotation @ gaussians.positions[0, row].double().numpy() + offset
         jacobian = 100.0 / z * np.array([[1, 0, -x / z], [0, 1, -y / z]])
         spread = jacobian @ rotation @ axes[row].numpy()
         longest = np.linalg.eigvalsh(spread @ spread.T + 0.3 * np.eye(2))[-1]
@@ -76,39 +76,39 @@ def test_radii_are_three_standard_deviations_of_the_projected_ellipse():
         assert found[row].item() == pytest.approx(radius if inside else 0.0, rel=1e-4)
 
 
-def test_gaussians_behind_or_beside_the_camera_are_not_in_the_picture():
-    cloud = gaussians(3)
-    cloud.positions[0] = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.2], [2.0, 0.0, 0.0]])
-    assert (screen_radii(cloud, CAMERA) > 0).tolist() == [True, False, False]
+def test_gaussians_behind_or_beside_the_camera_are_not_in_the_image():
+    gaussians = some_gaussians(3)
+    gaussians.positions[0] = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.2], [2.0, 0.0, 0.0]])
+    assert (screen_radii(gaussians, CAMERA) > 0).tolist() == [True, False, False]
 
 
 def test_screen_gradients_are_those_of_moving_a_gaussian_by_pixels():
-    cloud = gaussians(1, spread=0.0, seed=4)
-    elsewhere = replace(cloud, positions=cloud.positions + torch.tensor([0.01, -0.006, 0.0]))
+    gaussians = some_gaussians(1, spread=0.0, seed=4)
+    elsewhere = replace(gaussians, positions=gaussians.positions + torch.tensor([0.01, -0.006, 0.0]))
     target = render(elsewhere, CAMERA, 0.0).image
 
     def loss(camera: Cameras, positions: torch.Tensor) -> torch.Tensor:
-        return (render(replace(cloud, positions=positions), camera, 0.0).image - target).square().mean()
+        return (render(replace(gaussians, positions=positions), camera, 0.0).image - target).square().mean()
 
-    positions = cloud.positions.clone().requires_grad_()
+    positions = gaussians.positions.clone().requires_grad_()
     loss(CAMERA, positions).backward()
-    found = screen_gradients(positions.grad[0], cloud.positions[0], CAMERA)
+    found = screen_gradients(positions.grad[0], gaussians.positions[0], CAMERA)
     moved = []
     for axis, half_size in ((0, 24), (1, 16)):  # the principal point moves all there is by pixels, and nothing else
         values = []
         for shift in (-0.1, 0.1):
             Ks = CAMERA.Ks.clone()
             Ks[0, axis, 2] += shift
-            values.append(loss(replace(CAMERA, Ks=Ks), cloud.positions).item())
+            values.append(loss(replace(CAMERA, Ks=Ks), gaussians.positions).item())
         moved.append((values[1] - values[0]) / 0.2 * half_size)
     assert found.item() == pytest.approx(np.hypot(*moved), rel=0.05)
 
 
-def test_pixels_covered_add_up_to_the_picture_and_leave_out_what_is_hidden():
-    cloud = gaussians(40, opacity=0.9)
-    shares = pixels_covered(cloud, CAMERA)
-    assert shares.sum().item() == pytest.approx(render(cloud, CAMERA, 0.0).alpha.sum().item(), rel=1e-4)
-    wall = gaussians(6, opacity=0.9999)
+def test_pixels_covered_add_up_to_the_image_and_leave_out_what_is_hidden():
+    gaussians = some_gaussians(40, opacity=0.9)
+    shares = pixels_covered(gaussians, CAMERA)
+    assert shares.sum().item() == pytest.approx(render(gaussians, CAMERA, 0.0).alpha.sum().item(), rel=1e-4)
+    wall = some_gaussians(6, opacity=0.9999)
     wall.positions[0] = torch.tensor([[0.0, 0.0, z] for z in (0.1, 0.11, 0.12, 0.13, 0.14, -0.1)])
     wall.scales[0] = torch.tensor([[0.05] * 3] * 5 + [[0.002] * 3])
     assert pixels_covered(wall, CAMERA)[5].item() < 1e-3

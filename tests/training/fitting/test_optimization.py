@@ -1,4 +1,4 @@
-"""The optimisation of one subject: how it begins, what each step looks at, and what it refuses."""
+"""The optimization of one subject: how it begins, what each step looks at, and what it refuses."""
 
 from dataclasses import replace
 
@@ -13,23 +13,23 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.synthesize import synthesize
 from training.fitting.arguments import FitSettings
-from training.fitting.images import Pictures, evenly_spread
+from training.fitting.images import Images, evenly_spread
 from training.fitting.optimization import (
     Fit,
-    _pictures_of_step,
+    _images_of_step,
     _resets_opacities,
+    densify_config,
     learning_rates,
-    optimise,
-    rules,
+    optimize,
     scene_extent,
 )
-from training.fitting.report import picture_metrics, points_per_face, tokenized
+from training.fitting.report import image_metrics, points_per_face, tokenized
 
 CPU = torch.device("cpu")
 QUICK = FitSettings(
     iterations=20, start_downscale=2, full_resolution_from=10, sh_degree=1, sh_degree_interval=8, init_opacity=0.3,
     position_lr=0.02, position_lr_final=0.002, color_lr=0.1, opacity_lr=0.1, scale_lr=0.03, rotation_lr=0.02,
-    densify_from=2, densify_until=18, densify_interval=5, prune_large_from=0, opacity_reset_interval=0, visibility_pictures=2,
+    densify_from=2, densify_until=18, densify_interval=5, prune_large_from=0, opacity_reset_interval=0, visibility_images=2,
 )  # fmt: skip
 
 
@@ -52,26 +52,30 @@ def fitted(tracking, head):
 
     def note(state, loss):
         losses.append(loss)
-        counts.append(state.cloud.faces.bincount(minlength=600))
+        counts.append(state.gaussians.faces.bincount(minlength=600))
 
-    optimise(fit, state, note)
+    optimize(fit, state, note)
     return fit, state, losses, counts
 
 
-def test_it_begins_with_one_grey_gaussian_on_every_face(tracking, head):
+def test_it_begins_with_one_gray_gaussian_on_every_face(tracking, head):
     state = Fit.of(tracking, head, FitSettings(), CPU).begin()
-    cloud = state.cloud
-    assert torch.equal(cloud.faces, torch.arange(600)) and not cloud.positions.any() and not cloud.log_scales.any()
-    assert cloud.opacities.sigmoid().tolist() == pytest.approx([0.1] * 600)
-    assert cloud.sh_dc.min() >= 0 and cloud.sh_dc.max() < 1 / 255 and cloud.sh_rest.shape == (600, 15, 3)
+    gaussians = state.gaussians
+    assert (
+        torch.equal(gaussians.faces, torch.arange(600))
+        and not gaussians.positions.any()
+        and not gaussians.log_scales.any()
+    )
+    assert gaussians.opacities.sigmoid().tolist() == pytest.approx([0.1] * 600)
+    assert gaussians.sh_dc.min() >= 0 and gaussians.sh_dc.max() < 1 / 255 and gaussians.sh_rest.shape == (600, 15, 3)
     assert set(state.head) == {"expr", "rotation", "neck_pose", "jaw_pose", "eyes_pose", "translation"}
 
 
-def test_a_short_fit_draws_unseen_pictures_far_better_than_its_beginning(fitted, tracking):
+def test_a_short_fit_draws_unseen_images_far_better_than_its_beginning(fitted, tracking):
     fit, state, losses, _ = fitted
     unseen = tracking.splits["val"] + tracking.splits["test"]
-    before, _ = picture_metrics(fit, fit.avatar(fit.begin()), unseen)
-    after, _ = picture_metrics(fit, fit.avatar(state), unseen)
+    before, _ = image_metrics(fit, fit.avatar(fit.begin()), unseen)
+    after, _ = image_metrics(fit, fit.avatar(state), unseen)
     assert after > before + 3 and np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
 
@@ -84,17 +88,17 @@ def test_after_every_density_control_faces_hold_4_to_15_or_nothing(fitted):
 
 
 def test_without_the_constraint_no_face_is_emptied_and_none_is_limited(tracking, head):
-    often = replace(QUICK, iterations=12, densify_from=0, densify_interval=3, min_gradient=0.0)
+    often = replace(QUICK, iterations=12, densify_from=0, densify_interval=3, densify_grad_threshold=0.0)
     fit = Fit.of(tracking, head, replace(often, density_constraint=False), CPU)
     state = fit.begin()
-    optimise(fit, state, lambda state, loss: None)
-    count = state.cloud.faces.bincount(minlength=600)
+    optimize(fit, state, lambda state, loss: None)
+    count = state.gaussians.faces.bincount(minlength=600)
     assert count.min() >= 1 and count.max() == 16  # four times twice as many
 
 
-def test_head_parameters_of_seen_moments_are_optimised_and_those_of_others_stay(fitted, tracking):
+def test_head_parameters_of_seen_moments_are_optimized_and_those_of_others_stay(fitted, tracking):
     fit, state, _, _ = fitted
-    rows = {split: {fit.pictures.row(index) for index in tracking.splits[split]} for split in ("train", "test")}
+    rows = {split: {fit.images.row(index) for index in tracking.splits[split]} for split in ("train", "test")}
     for name, value in state.head.items():
         moved = (value != tracking.params.tensors()[name]).any(1)
         assert all(bool(moved[row]) for row in rows["train"]) and not any(bool(moved[row]) for row in rows["test"])
@@ -106,8 +110,8 @@ def test_what_the_tokenizer_rounds_is_hardly_seen(fitted, tracking):
     avatar = fit.avatar(state)
     rounded = tokenized(avatar)
     assert torch.equal(rounded.faces.sort().values, avatar.faces.sort().values)
-    exact, _ = picture_metrics(fit, avatar, tracking.splits["val"])
-    assert abs(exact - picture_metrics(fit, rounded, tracking.splits["val"])[0]) < 0.3
+    exact, _ = image_metrics(fit, avatar, tracking.splits["val"])
+    assert abs(exact - image_metrics(fit, rounded, tracking.splits["val"])[0]) < 0.3
 
 
 def test_points_per_face_are_counted_over_occupied_faces():
@@ -124,25 +128,25 @@ def test_points_per_face_are_counted_over_occupied_faces():
 # ---- schedules
 
 
-def test_every_picture_is_seen_once_before_any_is_seen_again(tracking, head):
-    fit = Fit.of(tracking, head, replace(QUICK, pictures_per_step=2), CPU)
+def test_every_image_is_seen_once_before_any_is_seen_again(tracking, head):
+    fit = Fit.of(tracking, head, replace(QUICK, images_per_step=2), CPU)
     count = len(fit.train)
-    seen = [index for step in range(count) for index in _pictures_of_step(fit, step)]
+    seen = [index for step in range(count) for index in _images_of_step(fit, step)]
     assert sorted(seen[:count]) == sorted(seen[count:]) == sorted(fit.train) and seen[:count] != seen[count:]
     assert not {*seen} & {*tracking.splits["val"], *tracking.splits["test"]}
 
 
-def test_pictures_grow_in_equal_parts_of_the_time(tracking, head):
+def test_images_grow_in_equal_parts_of_the_time(tracking, head):
     fit = Fit.of(tracking, head, replace(QUICK, start_downscale=2, full_resolution_from=10), CPU)
     assert [fit.downscale(step) for step in (0, 4, 5, 9, 10, 19)] == [2, 2, 2, 2, 1, 1]
 
 
-def test_a_smaller_picture_shows_the_same_through_the_same_camera(tracking):
-    pictures = Pictures(tracking, 1.0, CPU)
-    large, small = pictures.truth(0)[0].numpy(), pictures.truth(0, 3)[0].numpy()
+def test_a_smaller_image_shows_the_same_through_the_same_camera(tracking):
+    images = Images(tracking, 1.0, CPU)
+    large, small = images.truth(0)[0].numpy(), images.truth(0, 3)[0].numpy()
     expected = large.reshape(12, 3, 12, 3, 3).mean((1, 3))
     np.testing.assert_allclose(small, expected, atol=1e-6)
-    camera, smaller = pictures.camera(0), pictures.camera(0, 3)
+    camera, smaller = images.camera(0), images.camera(0, 3)
     torch.testing.assert_close(smaller.Ks[:, :2] * 3, camera.Ks[:, :2])
     assert (smaller.width, smaller.height) == (12, 12)
 
@@ -174,9 +178,9 @@ def test_opacities_are_lowered_at_intervals_and_on_white_when_density_control_be
 
 def test_large_gaussians_go_from_their_iteration_on(tracking, head):
     fit = Fit.of(tracking, head, replace(QUICK, prune_large_from=10, scene_extent=2.0), CPU)
-    assert (rules(fit, 10).max_scale, rules(fit, 10).max_radius) == (None, None)
-    assert (rules(fit, 11).max_scale, rules(fit, 11).max_radius) == (0.2, 20.0)
-    assert rules(fit, 11).clone_below == pytest.approx(0.02)
+    assert (densify_config(fit, 10).max_scale, densify_config(fit, 10).max_radius) == (None, None)
+    assert (densify_config(fit, 11).max_scale, densify_config(fit, 11).max_radius) == (0.2, 20.0)
+    assert densify_config(fit, 11).percent_dense == pytest.approx(0.02)
 
 
 def test_one_camera_that_stands_still_has_an_extent_too(tracking):
@@ -189,7 +193,7 @@ def test_one_camera_that_stands_still_has_an_extent_too(tracking):
     assert scene_extent(tracking, replace(QUICK, min_extent=0.01)) == pytest.approx(expected)
 
 
-def test_chosen_pictures_are_spread_over_cameras_and_moments(tracking):
+def test_chosen_images_are_spread_over_cameras_and_moments(tracking):
     everything = range(len(tracking.frames))  # 4 moments of 3 cameras
     moments = [
         [
@@ -211,16 +215,16 @@ def test_chosen_pictures_are_spread_over_cameras_and_moments(tracking):
 # ---- what cannot be fitted
 
 
-def with_pictures(tracking: Tracking, change) -> Tracking:
+def with_images(tracking: Tracking, change) -> Tracking:
     return replace(tracking, frames=tuple(change(frame) for frame in tracking.frames))
 
 
-def test_nothing_but_black_pictures_is_refused(tracking, head):
+def test_nothing_but_black_images_is_refused(tracking, head):
     def black(frame: Frame) -> Frame:
         return replace(frame, image=np.zeros((36, 36, 4), np.uint8))
 
-    with pytest.raises(ValueError, match="every picture to learn from is black or transparent"):
-        Fit.of(with_pictures(tracking, black), head, QUICK, CPU)
+    with pytest.raises(ValueError, match="every image to learn from is black or transparent"):
+        Fit.of(with_images(tracking, black), head, QUICK, CPU)
 
 
 def test_cameras_that_look_away_are_refused(tracking, head):
@@ -228,21 +232,21 @@ def test_cameras_that_look_away_are_refused(tracking, head):
         return replace(frame, viewmat=np.diag([1.0, -1.0, -1.0, 1.0]) @ frame.viewmat)
 
     with pytest.raises(ValueError, match="no camera sees the head"):
-        Fit.of(with_pictures(tracking, turned), head, QUICK, CPU).begin()
+        Fit.of(with_images(tracking, turned), head, QUICK, CPU).begin()
 
 
-def test_no_pictures_to_learn_from_and_too_small_ones_are_refused(tracking, head):
+def test_no_images_to_learn_from_and_too_small_ones_are_refused(tracking, head):
     with pytest.raises(ValueError, match="training split is empty"):
         Fit.of(replace(tracking, splits={"train": (), "val": (), "test": (0,)}), head, QUICK, CPU)
     with pytest.raises(ValueError, match="at least 88"):
         Fit.of(tracking, head, replace(QUICK, start_downscale=8), CPU)
 
 
-def test_pictures_that_show_nothing_of_the_head_end_the_fit(tracking, head):
+def test_images_that_show_nothing_of_the_head_end_the_fit(tracking, head):
     settings = replace(QUICK, min_face_pixels=1e6)
     fit = Fit.of(tracking, head, settings, CPU)
-    with pytest.raises(ValueError, match="no Gaussian is in any picture after 5 steps"):
-        optimise(fit, fit.begin(), lambda state, loss: None)
+    with pytest.raises(ValueError, match="no Gaussian is in any image after 5 steps"):
+        optimize(fit, fit.begin(), lambda state, loss: None)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""The optimiser of a fit and its checkpoints."""
+"""The optimizer of a fit and its checkpoints."""
 
 import pytest
 import torch
 
-from training.fitting.density_control import Cloud, Edit
+from training.fitting.density_control import Edit, GaussianParams
 from training.fitting.state import FitState, differences, saved_identity
 
 RATES = {
@@ -19,7 +19,7 @@ RATES = {
 
 def begin(count: int = 5) -> FitState:
     random = torch.Generator().manual_seed(0)
-    cloud = Cloud(
+    gaussians = GaussianParams(
         positions=torch.randn(count, 3, generator=random),
         log_scales=torch.randn(count, 3, generator=random),
         quats=torch.randn(count, 4, generator=random),
@@ -28,10 +28,10 @@ def begin(count: int = 5) -> FitState:
         sh_rest=torch.randn(count, 3, 3, generator=random),
         faces=torch.arange(count),
     )
-    return FitState.begin(cloud, {"expr": torch.randn(2, 4, generator=random)})
+    return FitState.begin(gaussians, {"expr": torch.randn(2, 4, generator=random)})
 
 
-def optimise(state: FitState, steps: int, seed: int = 1) -> None:
+def optimize(state: FitState, steps: int, seed: int = 1) -> None:
     random = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for value in state.parameters().values():
@@ -58,39 +58,41 @@ def test_steps_are_those_of_torch_adam():
 
 def test_moments_follow_their_rows_and_new_rows_begin_at_zero():
     state = begin()
-    optimise(state, 3)
+    optimize(state, 3)
     before = {name: [moment.clone() for moment in pair] for name, pair in state.moments.items()}
     state.gradient_sums += 1
     origin = torch.tensor([4, 1, -1, -1])
-    state.apply(Edit(state.cloud.map(lambda value: value[[4, 1, 0, 0]]), torch.zeros(4), origin))
-    for name in state.cloud.values():
+    state.apply(Edit(state.gaussians.map(lambda value: value[[4, 1, 0, 0]]), torch.zeros(4), origin))
+    for name in state.gaussians.values():
         for now, then in zip(state.moments[name], before[name]):
             assert torch.equal(now[:2], then[[4, 1]]) and not now[2:].any()
     assert all(torch.equal(now, then) for now, then in zip(state.moments["head.expr"], before["head.expr"]))
     assert state.gradient_sums.tolist() == state.views.tolist() == state.radii.tolist() == [0] * 4
-    optimise(state, 1)  # goes on with the new rows
+    optimize(state, 1)  # goes on with the new rows
 
 
 def test_lowered_opacities_stay_where_they_are_put():
     state = begin()
-    optimise(state, 2)
+    optimize(state, 2)
     low = torch.logit(torch.tensor(0.01)).item()
-    state.cloud.opacities[0] = low - 1
+    state.gaussians.opacities[0] = low - 1
     state.lower_opacities(0.01)
-    assert state.cloud.opacities[0] == low - 1 and state.cloud.opacities[1:].tolist() == pytest.approx([low] * 4)
+    assert state.gaussians.opacities[0] == low - 1 and state.gaussians.opacities[1:].tolist() == pytest.approx(
+        [low] * 4
+    )
     assert not any(moment.any() for moment in state.moments["opacities"])
 
 
 def test_a_checkpoint_restores_everything_and_goes_on_alike(tmp_path):
     state = begin()
-    optimise(state, 3)
+    optimize(state, 3)
     state.gradient_sums += torch.arange(5)
     state.save(tmp_path / "checkpoint", {"settings": {"a": 1}})
     assert saved_identity(tmp_path / "checkpoint") == {"settings": {"a": 1}}
     again = FitState.load(tmp_path / "checkpoint", torch.device("cpu"))
     assert again.iteration == 3 and torch.equal(again.gradient_sums, state.gradient_sums)
     for each in (state, again):
-        optimise(each, 2, seed=5)
+        optimize(each, 2, seed=5)
     for name, value in state.parameters().items():
         assert torch.equal(value, again.parameters()[name])
         assert all(torch.equal(a, b) for a, b in zip(state.moments[name], again.moments[name]))

@@ -150,7 +150,7 @@ def test_every_configuration_parses_and_gives_a_valid_model(path, monkeypatch):
 
 @pytest.mark.parametrize("path", FIT_CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_of_fits_parses_and_keeps_the_papers_limits(path):
-    words = ["--data", "a", "--head", "procedural", "--output", "b"]
+    words = ["--data", "a", "--head", "procedural", "--output_dir", "b"]
     _, settings = parse_arguments([str(path), *words], FitArguments, FitSettings, description="test")
     assert settings.iterations == yaml.safe_load(path.read_text()).get("iterations", 600_000)
     assert (settings.limits.low, settings.limits.high) == (4, 15)

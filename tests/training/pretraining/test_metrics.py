@@ -90,13 +90,13 @@ class Rows:
     """A split in memory."""
 
     def __init__(self, tokenizer, clouds):
-        self.tokenizer, self.sentences = tokenizer, [tokenizer(cloud)["input_ids"].astype(np.int64) for cloud in clouds]
+        self.tokenizer, self.sequences = tokenizer, [tokenizer(cloud)["input_ids"].astype(np.int64) for cloud in clouds]
 
     def __len__(self):
-        return len(self.sentences)
+        return len(self.sequences)
 
-    def sentence(self, row):
-        return self.sentences[row]
+    def sequence(self, row):
+        return self.sequences[row]
 
 
 def cloud(random, count):
@@ -104,7 +104,7 @@ def cloud(random, count):
     return {"positions": positions, "faces": random.integers(0, 6, count) ** 2 % 7}
 
 
-def test_baselines_are_those_of_a_loop_over_the_sentences():
+def test_baselines_are_those_of_a_loop_over_the_sequences():
     tokenizer = GaussianTokenizer(n_bins=8, n_faces=7, bounds=[[-1, -1, -1], [1, 1, 1]])
     random = np.random.default_rng(0)
     train = Rows(tokenizer, [cloud(random, n) for n in (3, 9, 14)])
@@ -113,12 +113,12 @@ def test_baselines_are_those_of_a_loop_over_the_sentences():
     possible = [list(range(8))] * 3 + [list(range(8, 15))]
     possible[0] = [*possible[0], tokenizer.eos_token_id]
     counts = [{token: 1 for token in tokens} for tokens in possible]
-    for sentence in train.sentences:
-        for t, token in enumerate(sentence[1:]):
+    for sequence in train.sequences:
+        for t, token in enumerate(sequence[1:]):
             counts[t % 4][int(token)] += 1
     unigram = uniform = total = 0.0
-    for sentence in heldout.sentences:
-        for t, token in enumerate(sentence[1:]):
+    for sequence in heldout.sequences:
+        for t, token in enumerate(sequence[1:]):
             slot = counts[t % 4]
             unigram -= math.log(slot[int(token)] / sum(slot.values()))
             uniform += math.log(len(slot))
@@ -143,7 +143,7 @@ def test_flops_a_token_are_those_that_pytorch_counts():
     counted = counter.get_total_flops()
     # The counter sees the whole square of self-attention scores, causal or not: twice what has to be done.
     square = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length / 2 * length
-    # Keys and values of the condition are made once for each of its tokens, not for each token of the sentence.
+    # Keys and values of the condition are made once for each of its tokens, not for each token of the sequence.
     projected = config.num_hidden_layers * 2 * config.num_attention_heads * config.head_dim * config.hidden_size
     once = 6 * projected * (length - condition_tokens)
     expected = length * flops_per_token(config, model.num_decoder_parameters(), length, condition_tokens)

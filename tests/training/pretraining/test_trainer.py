@@ -66,11 +66,11 @@ def make_trainer(corpus, tmp_path):
 
 
 def full_forward(model, rows) -> dict[str, float]:
-    """Slot metrics from one forward pass over each whole sentence, token by token."""
+    """Slot metrics from one forward pass over each whole sequence, token by token."""
     sums = torch.zeros(3, 4, dtype=torch.double)
     model.eval()
     for row in range(len(rows)):
-        ids = torch.from_numpy(rows.sentence(row))
+        ids = torch.from_numpy(rows.sequence(row))
         condition = {name: torch.from_numpy(value.copy())[None] for name, value in rows.condition(row, None).items()}
         with torch.no_grad():
             logits = model(input_ids=ids[None], **condition).logits[0].double()
@@ -83,7 +83,7 @@ def full_forward(model, rows) -> dict[str, float]:
 
 
 @pytest.mark.newest
-def test_evaluation_is_a_plain_forward_pass_where_sentences_fit_the_window(make_trainer):
+def test_evaluation_is_a_plain_forward_pass_where_sequences_fit_the_window(make_trainer):
     trainer = make_trainer(window=1024)
     rows = trainer.eval_dataset.rows
     assert rows.lengths.max() <= 1024 and len(set(rows.lengths)) > 1
@@ -110,7 +110,7 @@ def test_evaluation_with_a_window_counts_every_token_once(make_trainer):
     assert seen[2].sum() == (rows.lengths - 1).sum()
     assert seen[2].tolist() == [rows.lengths.sum() // 4 - len(rows) // 2 + len(rows)] + [sum(rows.lengths - 2) // 4] * 3
     assert found["eval_nll"] == pytest.approx(float(seen[0].sum() / seen[2].sum()))
-    # Less context than the whole sentence, yet no other model: close to, but not, the full forward pass.
+    # Less context than the whole sequence, yet no other model: close to, but not, the full forward pass.
     expected = full_forward(trainer.model, rows)["eval_nll"]
     assert found["eval_nll"] == pytest.approx(expected, rel=0.05)
 
@@ -227,7 +227,7 @@ def test_a_full_disk_is_said_once_and_leaves_earlier_checkpoints_whole(
     assert state["global_step"] == 1 and math.isfinite(state["log_history"][0]["loss"])
 
 
-def test_torch_says_of_a_full_disk_what_is_recognised():
+def test_torch_says_of_a_full_disk_what_is_recognized():
     if not Path("/dev/full").exists():
         pytest.skip("no device that is always full")
     with pytest.raises((OSError, RuntimeError)) as caught, open("/dev/full", "wb") as file:

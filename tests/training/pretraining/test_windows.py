@@ -14,8 +14,8 @@ from training.common.rows import AvatarRows
 from training.pretraining.windows import EvaluationWindows, TrainWindows, collate_windows, window_start
 
 
-class Sentences:
-    """Sentences of given lengths whose ids are their positions: what windows read of `AvatarRows`, without a corpus."""
+class Sequences:
+    """Sequences of given lengths whose ids are their positions: what windows read of `AvatarRows`, without a corpus."""
 
     def __init__(self, *lengths):
         self.lengths = np.array(lengths)
@@ -23,7 +23,7 @@ class Sentences:
     def __len__(self):
         return len(self.lengths)
 
-    def sentence(self, row):
+    def sequence(self, row):
         return np.arange(self.lengths[row])
 
     def condition(self, row, pick):
@@ -63,17 +63,17 @@ def test_an_epoch_visits_every_avatar_once_in_an_order_of_its_own(train_rows):
 
 
 def test_the_cuts_of_an_epoch_differ():
-    windows = TrainWindows(Sentences(*[802] * 50), 64, 100, seed=0, condition_dropout=0.0)
+    windows = TrainWindows(Sequences(*[802] * 50), 64, 100, seed=0, condition_dropout=0.0)
     starts = [int(windows[i]["input_ids"][0]) for i in range(100)]
     assert len(set(starts[:50])) > 20 and len(set(starts[50:])) > 20 and starts[:50] != starts[50:]
 
 
-def test_windows_are_whole_points_of_the_sentence(train_rows):
+def test_windows_are_whole_points_of_the_sequence(train_rows):
     windows = TrainWindows(train_rows, 64, 40, seed=0, condition_dropout=0.0)
     tokenizer = train_rows.tokenizer
     for i in range(40):
         ids = windows[i]["input_ids"]
-        assert len(ids) in (64, 62)  # the last window of a sentence ends at eos, after a multiple of four and two more
+        assert len(ids) in (64, 62)  # the last window of a sequence ends at eos, after a multiple of four and two more
         faces = (ids >= tokenizer.n_bins) & (ids < tokenizer.n_bins + tokenizer.n_faces)
         assert (np.flatnonzero(faces) % 4 == 0).all()
         assert (ids[0] == tokenizer.bos_token_id) != bool(faces[0])
@@ -81,7 +81,7 @@ def test_windows_are_whole_points_of_the_sentence(train_rows):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_condition_is_dropped_in_the_asked_share_of_windows(share):
-    windows = TrainWindows(Sentences(6), 4, 2000, seed=0, condition_dropout=share)
+    windows = TrainWindows(Sequences(6), 4, 2000, seed=0, condition_dropout=share)
     dropped = np.mean([windows[i]["drop_condition"] for i in range(2000)])
     assert abs(dropped - share) <= 5 * np.sqrt(share * (1 - share) / 2000)
 
@@ -89,7 +89,7 @@ def test_the_condition_is_dropped_in_the_asked_share_of_windows(share):
 @pytest.mark.parametrize("window", [0, 3, 6, 126, -4])
 def test_a_window_that_is_not_whole_points_is_refused(window):
     with pytest.raises(ValueError, match=rf"multiple of 4 .*found {window}"):
-        TrainWindows(Sentences(100), window, 10, 0, 0.0)
+        TrainWindows(Sequences(100), window, 10, 0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_no_token_is_seen_less_often_than_one_in_the_middle_nor_more_than_three_
     seen = np.zeros(length)
     for start, count in zip(*np.unique(starts, return_counts=True)):
         seen[start : start + window] += count
-    # What the middle of a long sentence gets: window / 4 of the starts before clamping.
+    # What the middle of a long sequence gets: window / 4 of the starts before clamping.
     share = draws * (window // 4) / ((window // 4 - 1) + -(-length // 4))
     noise = 5 * np.sqrt(share)
     assert seen.min() >= share - noise
@@ -118,7 +118,7 @@ def test_no_token_is_seen_less_often_than_one_in_the_middle_nor_more_than_three_
 @pytest.mark.parametrize("window", [8, 12, 64, 100])
 def test_evaluation_predicts_every_token_once_with_half_a_window_of_context(window):
     lengths = (2, 6, 10, 14, 62, 66, 70, 98, 102, 106, 130, 1002)
-    windows = EvaluationWindows(Sentences(*lengths), window)
+    windows = EvaluationWindows(Sequences(*lengths), window)
     counted = [np.zeros(length, int) for length in lengths]
     for (row, start, _), item in zip(windows.items, (windows[i] for i in range(len(windows)))):
         assert start % 4 == 0
@@ -163,21 +163,21 @@ def test_the_portrait_of_a_window_is_one_of_its_subject(train_rows, corpus):
     for i in range(24):
         item = windows[i]
         row = next(r for r in range(8) if np.array_equal(avatars[r]["head_vertices"], item["head_vertices"]))
-        pictures = [frames[j]["image"] for j in corpus.frame_rows("train")[str(avatars[row]["avatar_id"])]]
-        expected = [corpus.tokenizer(images=picture)["pixel_values"][0] for picture in pictures]
+        images = [frames[j]["image"] for j in corpus.frame_rows("train")[str(avatars[row]["avatar_id"])]]
+        expected = [corpus.tokenizer(images=image)["pixel_values"][0] for image in images]
         same = [j for j, values in enumerate(expected) if np.array_equal(item["pixel_values"], values)]
         assert len(same) == 1
         chosen.add(same[0])
     assert chosen == {0, 1, 2, 3}  # any of them, in the course of the epochs
 
 
-def test_avatars_without_pictures_are_refused_where_the_model_reads_a_portrait(tmp_path):
+def test_avatars_without_images_are_refused_where_the_model_reads_a_portrait(tmp_path):
     head = build_procedural_head(600)
     for i in range(3):
         synthesize_subject(head, i, 20).avatar.save(tmp_path / "avatars" / f"a{i}")
-    settings = BuildSettings(num_validation=1, allow_unknown_licence=True)
+    settings = BuildSettings(num_validation=1, allow_unknown_license=True)
     build(tmp_path / "avatars", head, tmp_path / "corpus", settings, progress=False)
     corpus = load_corpus(tmp_path / "corpus")
-    with pytest.raises(ValueError, match=r"2 avatars of 'train' have no pictures.*--use_vision_encoder false"):
+    with pytest.raises(ValueError, match=r"2 avatars of 'train' have no images.*--use_vision_encoder false"):
         AvatarRows(corpus, "train", use_images=True, use_heads=True)
     assert len(AvatarRows(corpus, "train", use_images=False, use_heads=True)) == 2

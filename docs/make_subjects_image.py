@@ -1,6 +1,6 @@
 """Draw `docs/images/subjects.png`: portraits of synthetic subjects, under each its point cloud.
 
-python docs/make_subjects_picture.py --head procedural --output docs/images/subjects.png
+python docs/make_subjects_image.py --head procedural --output docs/images/subjects.png
 """
 
 import argparse
@@ -38,8 +38,8 @@ def main() -> None:
         # Dots: one pixel wide where there are many points, wider where there are few.
         radius = 0.5 / focal * max(1.0, (6000 / len(points)) ** 0.5)
         dots = replace(points, scales=torch.full_like(points.scales, radius))
-        pictures = render(portrait, cameras[0]).image[0], render(dots, cameras[1]).image[0]
-        columns.append((torch.cat(pictures).clamp(0, 1) * 255 + 0.5).byte().numpy())
+        images = render(portrait, cameras[0]).image[0], render(dots, cameras[1]).image[0]
+        columns.append((torch.cat(images).clamp(0, 1) * 255 + 0.5).byte().numpy())
     with atomic_file(options.output) as file:
         Image.fromarray(np.concatenate(columns, 1)).save(file, format="PNG", optimize=True)
 

@@ -1,6 +1,6 @@
 """Draw `docs/images/inspect.png`: the contact sheet of a subject whose cameras were written in the wrong convention.
 
-python docs/make_inspect_picture.py --output docs/images/inspect.png
+python docs/make_inspect_image.py --output docs/images/inspect.png
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
                 camera_to_world = np.array(entry["transform_matrix"])
                 entry["transform_matrix"] = np.linalg.inv(camera_to_world @ OPENGL_TO_OPENCV).tolist()
             path.write_text(json.dumps(content))
-        inspect([str(subject), "--head", options.head, "--picture", str(options.output)])
+        inspect([str(subject), "--head", options.head, "--image", str(options.output)])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Draw docs/images/heads.png: the built-in head and, where its folder is given, ICT-FaceKit's.
 
-    python docs/make_heads_picture.py [--ict FOLDER] [--output docs/images/heads.png]
+    python docs/make_heads_image.py [--ict FOLDER] [--output docs/images/heads.png]
 
 One row a head and expression (neutral, then two expressions), one column a view: front, three-quarter, profile, back.
-The colours are those of the regions, so that the picture also shows what counts as hair, brows, lips and so on.
+The colors are those of the regions, so that the image also shows what counts as hair, brows, lips and so on.
 """
 
 import argparse

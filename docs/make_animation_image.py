@@ -1,6 +1,6 @@
 """Draw `docs/images/animation.png`: true avatars of synthetic subjects, 26,000 Gaussians each, turned and with expressions.
 
-python docs/make_animation_picture.py --head procedural --output docs/images/animation.png
+python docs/make_animation_image.py --head procedural --output docs/images/animation.png
 """
 
 import argparse
@@ -27,8 +27,8 @@ def main() -> None:
     rows = []
     for seed in options.seeds:
         avatar = synthesize_subject(head, (0, seed)).avatar
-        picture = render(avatar.canonical_gaussians(), camera, background=0.0)
-        rows.append((str(seed), Image.fromarray(to_rgba(picture.image[0], picture.alpha[0])), avatar))
+        image = render(avatar.canonical_gaussians(), camera, background=0.0)
+        rows.append((str(seed), Image.fromarray(to_rgba(image.image[0], image.alpha[0])), avatar))
     draw_avatars(options.output, rows, options.image_size)
 
 
