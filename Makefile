@@ -46,9 +46,10 @@ fuzz: $(INSTALLED) ## damaged files of every format for MINUTES=10 with SEED=0; 
 chaos: $(INSTALLED) ## kills long commands KILLS=100 times with SEED=0 and compares bytes; CHAOS="--minutes 10 --only fit"
 	$(BIN)/python tests/chaos/chaos.py --kills $(KILLS) --seed $(SEED) $(CHAOS)
 
-check: $(INSTALLED) ## ruff lint, format and mypy
+check: $(INSTALLED) ## ruff lint and format, the direction of imports, mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: $(INSTALLED) ## rewrite to the house format

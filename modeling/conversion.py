@@ -11,7 +11,7 @@ from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
-from .modeling_gaussian_decoder import GaussianDecoderOutput
+from .gaussian_decoder.modeling_gaussian_decoder import GaussianDecoderOutput
 
 
 def to_gaussians(output: GaussianDecoderOutput, row: int = 0, num_points: int | None = None) -> Gaussians:

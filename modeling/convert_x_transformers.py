@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .configuration_pointillist import PointillistConfig
-from .modeling_pointillist import PointillistForCausalLM
+from .pointillist.configuration_pointillist import PointillistConfig
+from .pointillist.modeling_pointillist import PointillistForCausalLM
 
 ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o_proj"}
 SUB_BLOCKS = ("self_attn", "cross_attn", "mlp")

@@ -19,12 +19,12 @@ from transformers import set_seed
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import load_head
+from gaussian_tokenizer.rendering.point_plots import draw_comparison
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
 
-from .modeling_pointillist import PointillistForCausalLM
-from .point_images import draw_comparison
+from .pointillist.modeling_pointillist import PointillistForCausalLM
 
 
 def main() -> None:

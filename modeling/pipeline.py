@@ -35,11 +35,11 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianT
 from gaussian_tokenizer.utils.atomic import atomic_folder
 from gaussian_tokenizer.utils.json_files import read_json
 
-from .candidates import likeliest
-from .decoding import to_gaussians
-from .generation_pointillist import PointillistGenerateOutput
-from .modeling_gaussian_decoder import GaussianDecoder
-from .modeling_pointillist import PointillistForCausalLM
+from .conversion import to_gaussians
+from .gaussian_decoder.modeling_gaussian_decoder import GaussianDecoder
+from .pointillist.generation_pointillist import PointillistGenerateOutput
+from .pointillist.modeling_pointillist import PointillistForCausalLM
+from .ranking import likeliest
 
 FORMAT = "avatar-pointillist pipeline 1"
 INDEX_NAME, HEAD_NAME = "pipeline.json", "head.safetensors"

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from gaussian_tokenizer.utils.atomic import atomic_file
 
-from .modeling_pointillist import PointillistForCausalLM
+from .pointillist.modeling_pointillist import PointillistForCausalLM
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from .generation_pointillist import PointillistGenerateOutput
-from .modeling_pointillist import PointillistForCausalLM
+from .pointillist.generation_pointillist import PointillistGenerateOutput
+from .pointillist.modeling_pointillist import PointillistForCausalLM
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def test_pytests_counts_are_found_and_only_marked_tests_run(newest, monkeypatch,
     assert newest.run_tests() == (False, "1 failed, 2 passed in 0.10s") and "..F" in capsys.readouterr().out
     files = [Path(word) for word in started if word.endswith(".py")]
     assert (
-        ROOT / "tests" / "modeling" / "test_modeling_compatibility.py" in files
+        ROOT / "tests" / "modeling" / "pointillist" / "test_modeling_compatibility.py" in files
         and ROOT / "tests" / "conftest.py" not in files
     )
     assert 1 < len(files) < 20

@@ -1,1 +1,7 @@
 """One subject on disk: images, cameras and head parameters, as VHAP, Pixel3DMM and GaussianAvatars leave them."""
+
+from .frame import Frame
+from .loading import find_trackings, load_tracking
+from .tracking import Tracking
+
+__all__ = ["Frame", "Tracking", "find_trackings", "load_tracking"]

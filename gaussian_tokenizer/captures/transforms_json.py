@@ -177,11 +177,10 @@ def _read_frame(folder: Path, sisters: frozenset[str], entry: dict[str, Any]) ->
         raise FileNotFoundError(f"{params} does not exist")
     found = size_of_image(image)
     width, height = (int(entry["w"]), int(entry["h"])) if "w" in entry and "h" in entry else found
-    for what, size in (("image", found), ("mask", found if mask is None else size_of_image(mask))):
+    for path, size in ((image, found), (mask, found if mask is None else size_of_image(mask))):
         if size != (width, height):
             raise ValueError(
-                f"{mask if what == 'mask' else image} is a {what} of {size[0]}x{size[1]} pixels, expected {width}x{height}; "
-                "resize it, or export the data again"
+                f"{path} has {size[0]}x{size[1]} pixels, expected {width}x{height}; resize it, or export the data again"
             )
     # GaussianAvatars itself reads the angle only; square pixels and a centered principal point are its rule.
     fx = float(entry["fl_x"]) if "fl_x" in entry else width / (2 * math.tan(float(entry["camera_angle_x"]) / 2))

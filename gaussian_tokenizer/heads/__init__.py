@@ -1,1 +1,7 @@
 """Head models (procedural, ICT-FaceKit, FLAME), their parameters, and `load_head`, the one door to them."""
+
+from .head_model import HeadModel, PosedHead
+from .head_parameters import HeadParameters
+from .loading import load_head
+
+__all__ = ["HeadModel", "HeadParameters", "PosedHead", "load_head"]

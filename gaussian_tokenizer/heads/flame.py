@@ -5,10 +5,9 @@ scipy sparse matrix. A pickle is a program, so it is not run: `plain_arrays` fin
 own. Every name that such a file does not need ends the reading with a `ValueError`. Convert once: `HeadModel.save`.
 With the teeth that GaussianAvatars adds (`flame_teeth`) the mesh has 5,143 vertices and 10,144 faces.
 
-    python -m gaussian_tokenizer.heads.flame flame2023.pkl flame.safetensors
+    python -m gaussian_tokenizer.flame flame2023.pkl flame.safetensors
 """
 
-import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,21 +145,3 @@ def _regions(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     if "teeth" in arrays:
         regions["mouth_interior"] = torch.from_numpy(arrays["teeth"].astype(bool))
     return regions
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert a FLAME pickle into a head model file, once.")
-    parser.add_argument("pickle", type=Path, help="generic_model.pkl (2020), flame2023.pkl, ...")
-    parser.add_argument("output", type=Path, help="the .safetensors file to write")
-    parser.add_argument("--teeth", action=argparse.BooleanOptionalAction, default=True, help="GaussianAvatars' teeth")
-    arguments = parser.parse_args()
-    try:
-        head = read_flame(arguments.pickle, teeth=arguments.teeth)
-        head.save(arguments.output)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
-    print(f"{head.n_vertices:,} vertices and {head.n_faces:,} faces in {arguments.output}")
-
-
-if __name__ == "__main__":
-    main()

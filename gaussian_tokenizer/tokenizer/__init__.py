@@ -1,1 +1,8 @@
-"""GaussianTokenizer: clouds of face-anchored points to token ids and back. These files travel with checkpoints."""
+"""GaussianTokenizer: clouds of face-anchored points to token ids and back. These files travel with checkpoints.
+
+`GaussianTokenizer` is imported, and registered with `AutoProcessor`, when it is first used: transformers takes seconds.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={"registration": ["GaussianTokenizer"]})

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gaussian_tokenizer.utils.plain_pickle import NUMBER, Name, Thing, interpret
+from .plain_pickle import NUMBER, Name, Thing, interpret
 
 MAX_NESTED = 8  # chumpy arrays inside one another
 SECONDS, MEMORY, MAX_FILE = 60, 2**30, 2**30  # of the child; bytes, in addition to eight times the file

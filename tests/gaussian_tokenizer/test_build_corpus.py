@@ -331,7 +331,7 @@ REASONS = {
     "head": "made on head model",
     "metadata": "metadata.json: not JSON",
     "image": "00000_01.png: damaged image",
-    "size": "00000_00.png is an image of 3x3 pixels, expected 8x6",
+    "size": "00000_00.png has 3x3 pixels, expected 8x6",
     "twin": "has the avatar_id 'same', like twin2",
     "twin2": "has the avatar_id 'same', like twin",
 }

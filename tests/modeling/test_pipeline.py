@@ -270,9 +270,9 @@ def test_what_is_no_pipeline_is_said(saved, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"point__n_bins": 32}, "32 levels and 600 faces, the tokenizer with 16 and 600"),
+        ({"point__n_bins": 32}, "32 levels and 600 faces, the tokenizer 16 and 600"),
         ({"tokenizer__head_hash": "0123456789abcdef"}, "hash 0123456789abcdef"),
-        ({"decoder__point_feature_size": 48}, "width 48, the point model has width 32"),
+        ({"decoder__point_feature_size": 48}, "width 48, the point model has 32"),
         ({"decoder__mode": "flame_position"}, "flame_position"),
     ],
 )

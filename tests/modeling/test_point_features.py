@@ -218,7 +218,7 @@ def test_a_write_killed_half_way_is_not_read(tiny_model, condition, tmp_path):
     torch.save({"ids": ids, "condition": condition[:1]}, tmp_path / "inputs.pt")
     program = f"""
 import os, signal, torch
-from gaussian_tokenizer import atomic
+from gaussian_tokenizer.utils import atomic
 from modeling import PointillistForCausalLM
 from modeling.point_features import FeatureCache
 model = PointillistForCausalLM.from_pretrained({str(tmp_path / "model")!r}).eval()

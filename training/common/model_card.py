@@ -26,9 +26,9 @@ def model_card(config: PointillistConfig, corpus: Corpus, report: dict, argument
         pipeline_tag="image-to-3d",
     ).to_yaml()
     slots = "\n".join(
-        f"| {name} | {report[f'heldout_nll_{slot}']:.3f} | {report[f'heldout_perplexity_{slot}']:.1f} "
+        f"| {slot} | {report[f'heldout_nll_{slot}']:.3f} | {report[f'heldout_perplexity_{slot}']:.1f} "
         f"| {report[f'heldout_accuracy_{slot}']:.1%} |"
-        for slot, name in SLOTS.items()
+        for slot in SLOTS
     )
     facts = {
         "decoder": f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads, "

@@ -199,7 +199,7 @@ def test_rows_that_do_not_belong_together_are_named():
 
 def test_the_doctor_lists_every_metric_and_the_way_to_the_missing_ones(tmp_path):
     environment = {**os.environ, "TORCH_HOME": str(tmp_path)}  # no weights that somebody has downloaded
-    command = [sys.executable, "-m", "eval.metrics.functional", "doctor"]
+    command = [sys.executable, "-m", "eval.metrics", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     status = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines() if line and line[0].isupper()}

@@ -347,7 +347,7 @@ def test_a_number_that_float32_does_not_hold_is_named(tmp_path):
 
 def test_the_command_converts_a_file_and_says_in_one_line_what_is_missing(tmp_path):
     def command(*arguments):
-        run = [sys.executable, "-m", "gaussian_tokenizer.heads.flame", *map(str, arguments)]
+        run = [sys.executable, "-m", "gaussian_tokenizer.flame", *map(str, arguments)]
         return subprocess.run(run, capture_output=True, text=True)
 
     done = command(write(tmp_path, flame_like()), tmp_path / "head.safetensors", "--no-teeth")

@@ -124,7 +124,7 @@ def test_no_process_is_missed_where_none_was_asked_for_or_all_run(capsys):
 
 
 def test_our_line_of_an_error_comes_before_the_launchers_traceback(tmp_path):
-    code = "from training.pretraining.arguments import exit_on_user_error\n"
+    code = "from training.common.arguments import exit_on_user_error\n"
     code += "def main():\n    print('printed before')\n    raise ValueError('our line')\nexit_on_user_error(main)"
     both = launched(tmp_path, "--cpu", "--num_processes", "1", code=code)
     assert both.stderr.index("error: our line") < both.stderr.index("Traceback")

@@ -11,7 +11,7 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianT
 from modeling import PointillistConfig, PointillistForCausalLM
 from training.pretraining.metrics import baselines, flops_per_token, slot_metrics, slot_sums
 
-SLOTS = "xyzb"
+SLOTS = ("x", "y", "z", "face")
 
 
 def loop_sums(logits, labels):
