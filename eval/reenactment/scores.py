@@ -45,7 +45,8 @@ class Metric:
 
 
 BOTH = ("self", "cross")
-METRICS = (
+METRICS = {
+    metric.key: metric for metric in (
     Metric("psnr", "PSNR", "dB", True, ("self",), None, 2),
     Metric("ssim", "SSIM", "", True, ("self",), None),
     Metric("lpips", "LPIPS", "", False, ("self",), "lpips"),
@@ -56,8 +57,7 @@ METRICS = (
     Metric("apd", "APD", "mrad", False, BOTH, "face", 2),
     Metric("apd_geodesic", "APD, geodesic", "°", False, BOTH, "face", 2),
     Metric("aed", "AED", "", False, BOTH, "face", 4),
-)
-METRIC = {metric.key: metric for metric in METRICS}
+)}  # fmt: skip
 
 
 def missing_networks(networks: Networks) -> dict[str, str]:
@@ -219,7 +219,7 @@ def summarize(
     of = [(clips[pair.source.subject_id], clips[pair.driver.subject_id]) for pair in pairs]
     values = [frame_values(pair, own, *both) for pair, own, both in zip(pairs, frames, of)]
     table: dict[str, Any] = {}
-    for metric in METRICS:
+    for metric in METRICS.values():
         if mode not in metric.modes:
             continue
         if metric.network is not None and metric.network in missing:
