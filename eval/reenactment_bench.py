@@ -1,11 +1,11 @@
-"""How good is it, against whom, under which protocol? Self- and cross-reenactment of a data set of tracked subjects.
+"""Self- and cross-reenactment of a dataset of tracked subjects: how good is a model, compared with which methods?
 
     python eval/reenactment_bench.py --model outputs/demo/pipeline --dataset subjects --mode both --output_dir outputs/bench
 
-An avatar is made of the first frame of each clip and driven by the rest of it (self) or by another person's clip (cross). Written
-are results.json (every number, with the protocol), results.md (the table), grid.png, a video of every pair, and report.html, one
-page with all of it. Frames of other methods enter as folders (--compare NAME=DIR), made from what --export_protocol writes; the
-layout is in docs/reenactment_bench.md. A run that was killed goes on when the same command is given again.
+An avatar is made of the first frame of each clip and driven by the rest of the clip (self) or by another subject's clip (cross).
+Writes results.json (every number, with the protocol), results.md (the table), grid.png, a video of every pair, and report.html,
+one page with all of it. Frames of other methods enter as folders (--compare NAME=DIR), made from what --export_protocol writes;
+see docs/reenactment_bench.md for the layout. A killed run resumes when the same command is given again.
 """
 
 import argparse
@@ -19,21 +19,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.networks.registry import Networks, add_network_flags, open_networks, options_from
+from eval.networks.registry import add_network_flags, open_networks, options_from
 from eval.reenactment.clips import FILE_NAME, Clip, digest, open_dataset
 from eval.reenactment.methods import (
     BUILT_IN,
     Method,
     compared,
     copy_source,
-    drawn,
     flame_position_maker,
     make_avatars,
     mean_image,
     ours_maker,
+    rendered,
     truth,
 )
-from eval.reenactment.protocol import MODES, Pair, describe, export_protocol, in_words, make_pairs
+from eval.reenactment.protocol import MODES, Pair, by_mode, describe, describe_protocol, export_protocol, make_pairs
 from eval.reenactment.report import markdown, measured_block
 from eval.reenactment.report_html import page
 from eval.reenactment.report_images import draw_grid, save_pair_video
@@ -53,31 +53,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="pipeline: a folder or a Hub id")
     parser.add_argument("--dataset", required=True, help="folder of tracked subjects, or a corpus folder")
-    parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="who drives (default: both)")
-    parser.add_argument("--output_dir", type=Path, help="folder of the results; the same command goes on in it")
+    parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="reenactment mode (default: both)")
+    parser.add_argument("--output_dir", type=Path, help="folder for the results; the same command resumes in it")
     parser.add_argument(
         "--compare",
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="frames of another method, <DIR>/<mode>/<source>__<driver>/00001.png or .mp4; may be given several times",
+        help="frames of another method, <DIR>/<mode>/<source>__<driver>/00001.png or .mp4; may be repeated",
     )
-    parser.add_argument("--export_protocol", type=Path, metavar="DIR", help="write what another method needs, and stop")
+    parser.add_argument("--export_protocol", type=Path, metavar="DIR", help="write what another method needs, and exit")
     parser.add_argument("--flame_position", metavar="DIR", help="decoder of mode flame_position, for a row of its own")
-    parser.add_argument("--num_subjects", type=int, help="the first so many subjects, by name (default: all)")
-    parser.add_argument("--num_frames", type=int, help="the first so many frames of each camera (default: all)")
-    parser.add_argument("--camera", type=int, help="number of a camera, to take that one alone (default: all)")
-    parser.add_argument("--split", default="validation", help="of a corpus: validation or test (default: validation)")
-    parser.add_argument("--seed", type=int, default=0, help="of the avatars, of who drives whom, of the intervals")
-    parser.add_argument("--batch_size", type=int, default=4, help="avatars made together (default: 4)")
+    parser.add_argument("--num_subjects", type=int, help="only the first subjects, sorted by name (default: all)")
+    parser.add_argument("--num_frames", type=int, help="only the first frames of each camera (default: all)")
+    parser.add_argument("--camera", type=int, help="number of the only camera to use (default: all cameras)")
+    parser.add_argument("--split", default="validation", help="split of a corpus: validation (default) or test")
+    parser.add_argument("--seed", type=int, default=0, help="seed of avatars, pairs and intervals (default: 0)")
+    parser.add_argument("--batch_size", type=int, default=4, help="avatars generated together (default: 4)")
     parser.add_argument(
         "--candidates",
         type=int,
         default=CANDIDATES,
-        help=f"clouds of which the likeliest is decoded (default: {CANDIDATES})",
+        help=f"point clouds generated per source; the most likely one is decoded (default: {CANDIDATES})",
     )
-    parser.add_argument("--max_points", type=int, help="points of an avatar at most (default: no limit but the next)")
-    parser.add_argument("--max_points_per_face", type=int, default=15, help="points on a face at most (default: 15)")
+    parser.add_argument("--max_points", type=int, help="maximum number of points of an avatar (default: no limit)")
+    parser.add_argument("--max_points_per_face", type=int, default=15, help="maximum per mesh face (default: 15)")
     parser.add_argument("--num_threads", type=int, default=1, help="threads of torch (default: 1)")
     add_network_flags(parser)
     arguments = parser.parse_args()
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Everything between the command line and the files."""
+    """Open everything, make and score the rows, write the report."""
     begin = time.perf_counter()
     check(arguments)
     folders = parse_compare(arguments.compare)
@@ -106,89 +106,66 @@ def run(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output_dir
     claim(output, identity(arguments, pipeline, decoder, clips))
 
-    others = [compared(name, folder, pairs) for name, folder in folders.items()]
-    for method in others:
-        for mode, problems in method.absent.items():
-            print(f"{method.name}, {mode}: refused\n  " + "\n  ".join(problems), flush=True)
-    limits = {"max_points": arguments.max_points, "max_points_per_face": arguments.max_points_per_face}
-    maker = ours_maker(pipeline, arguments.seed, candidates=arguments.candidates, **limits, progress=False)
-    generation = make_avatars("ours", maker, clips, output, arguments.batch_size)
-    methods = [truth(), drawn("ours", f"the pipeline {arguments.model}", pipeline.head, output, arguments.device)]
-    if decoder is not None:
-        make_avatars("flame_position", flame_position_maker(pipeline, decoder), clips, output, arguments.batch_size)
-        about = f"Gaussians on the vertices of the head, by {arguments.flame_position}: the paper's ablation"
-        methods.append(drawn("flame_position", about, pipeline.head, output, arguments.device))
-    methods += [*others, copy_source(), mean_image(clips)]
-
+    methods, generation = make_methods(arguments, folders, pipeline, decoder, clips, pairs)
+    files = FeatureFiles(output / "scores", networks)
+    run_name = {"model_name": str(arguments.model), "dataset_name": str(arguments.dataset)}
     results = {
         "format": FORMAT,
-        "run": identity_names(arguments) | json.loads((output / RUN_NAME).read_text()),
-        "modes": list(dict.fromkeys(pair.mode for pair in pairs)),
-        "num_pairs": {
-            mode: sum(pair.mode == mode for pair in pairs) for mode in MODES if mode in {p.mode for p in pairs}
-        },
+        "run": run_name | json.loads((output / RUN_NAME).read_text()),
+        "modes": list(by_mode(pairs)),
+        "num_pairs": {mode: len(own) for mode, own in by_mode(pairs).items()},
         "subjects": [clip.subject_id for clip in clips],
         "image": list(clips[0].size),
         "pairs": [describe(pair) for pair in pairs],
-        "protocol": in_words(vars(arguments)),
+        "protocol": describe_protocol(vars(arguments)),
         "networks": describe_networks(networks),
         "versions": installed_versions(PACKAGES),
-        "methods": score(methods, pairs, clips, networks, output, arguments.seed, set(folders)),
+        "methods": score(methods, pairs, clips, files, arguments.seed, folders),
     }
     avatar = GaussianAvatar.load(output / "avatars" / "ours" / pairs[0].source.subject_id, head=pipeline.head)
     results["speed"] = measure(avatar.to(arguments.device), pairs[0], generation, arguments.device)
     results = for_json(results)
     draw_grid(output / "grid.png", pairs, methods)
     videos = [
-        save_pair_video(output / "videos" / pair.mode / pair.name, pair, methods)
-        for pair in tqdm(pairs, desc="videos", unit="pair")
+        save_pair_video(pair.path(output / "videos"), pair, methods) for pair in tqdm(pairs, desc="videos", unit="pair")
     ]
     results["seconds"] = round(time.perf_counter() - begin, 1)
     write(output / "results.md", markdown(results))
     write(output / "report.html", page(results, output, videos))
     write(output / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    print(f"\n{measured_block(results)}\n{results['seconds']} s; look at {output / 'report.html'}")
+    print(f"\n{measured_block(results)}\nwrote {output / 'report.html'} in {results['seconds']} s")
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """What can be said wrong before anything is loaded."""
+    """Refuse wrong arguments before anything is loaded."""
     if arguments.output_dir is None and arguments.export_protocol is None:
-        raise ValueError("give --output_dir, or --export_protocol")
-    for name in (
-        "num_subjects",
-        "num_frames",
-        "batch_size",
-        "candidates",
-        "max_points",
-        "max_points_per_face",
-        "num_threads",
-    ):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
+        raise ValueError("neither --output_dir nor --export_protocol is given")
+    for name, value in vars(arguments).items():
+        if isinstance(value, int) and value < 1 and name not in ("camera", "seed"):
             raise ValueError(f"--{name} is {value}, expected at least 1")
     try:
         torch.zeros(1, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:  # in a build without CUDA it is an assertion
-        raise ValueError(f"--device {arguments.device}: not usable here ({error})") from error
+    except (RuntimeError, AssertionError) as error:  # an assertion in a build without CUDA
+        raise ValueError(f"--device {arguments.device}: not available ({error})") from error
 
 
 def parse_compare(given: Sequence[str]) -> dict[str, Path]:
     """NAME=DIR of every compared method."""
     folders: dict[str, Path] = {}
     for text in given:
-        name, found, folder = text.partition("=")
-        if not found or not FILE_NAME.fullmatch(name) or not folder:
+        name, _, folder = text.partition("=")
+        if not FILE_NAME.fullmatch(name) or not folder:
             raise ValueError(f"--compare {text!r}: expected NAME=DIR")
         if name in (*BUILT_IN, *folders, "clips"):
             raise ValueError(f"--compare {text!r}: the name is taken; choose another")
         if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--compare {text}: no such folder; --export_protocol says what to make")
+            raise FileNotFoundError(f"--compare {text}: no such folder; --export_protocol writes what it must contain")
         folders[name] = Path(folder)
     return folders
 
 
 def open_flame_position(name: str, pipeline: AvatarPipeline) -> GaussianDecoder:
-    """The decoder of the ablation; ValueError if it is one of another mode."""
+    """The decoder of the ablation; ValueError if it has another mode."""
     try:
         decoder = GaussianDecoder.from_pretrained(name).eval().to(pipeline.device)
     except OSError as error:
@@ -201,7 +178,7 @@ def open_flame_position(name: str, pipeline: AvatarPipeline) -> GaussianDecoder:
 def identity(
     arguments: argparse.Namespace, pipeline: AvatarPipeline, decoder: GaussianDecoder | None, clips: Sequence[Clip]
 ) -> dict[str, Any]:
-    """What decides the avatars and frames of a run. Networks and compared folders may change: only scores depend on them."""
+    """What determines a run's avatars and frames. Networks and compared folders may change: only scores depend on them."""
     networks = [pipeline.point_model, pipeline.gaussian_decoder]
     settings = [pipeline.tokenizer.to_dict(), *(net.config.to_dict() for net in networks), pipeline.head.hash]
     names = ("mode", "seed", "batch_size", "candidates", "max_points", "max_points_per_face", "num_frames")
@@ -215,41 +192,54 @@ def identity(
     }
 
 
-def identity_names(arguments: argparse.Namespace) -> dict[str, str]:
-    return {"model_name": str(arguments.model), "dataset_name": str(arguments.dataset)}
+def make_methods(
+    arguments: argparse.Namespace,
+    folders: dict[str, Path],
+    pipeline: AvatarPipeline,
+    decoder: GaussianDecoder | None,
+    clips: Sequence[Clip],
+    pairs: Sequence[Pair],
+) -> tuple[list[Method], list[dict[str, Any]]]:
+    """The rows of the table, whose avatars are made here, and the stats of generating those of "ours"."""
+    output: Path = arguments.output_dir
+    others = [compared(name, folder, pairs) for name, folder in folders.items()]
+    for method in others:
+        for mode, problems in method.absent.items():
+            print(f"{method.name}, {mode}: refused\n  " + "\n  ".join(problems), flush=True)
+    limits = {"max_points": arguments.max_points, "max_points_per_face": arguments.max_points_per_face}
+    maker = ours_maker(pipeline, arguments.seed, candidates=arguments.candidates, **limits, progress=False)
+    generation = make_avatars("ours", maker, clips, output, arguments.batch_size)
+    about = {"ours": f"the pipeline {arguments.model}"}
+    if decoder is not None:
+        make_avatars("flame_position", flame_position_maker(pipeline, decoder), clips, output, arguments.batch_size)
+        about["flame_position"] = (
+            f"Gaussians on the vertices of the head, by {arguments.flame_position}: the paper's ablation"
+        )
+    own = [rendered(name, text, pipeline.head, output, arguments.device) for name, text in about.items()]
+    return [truth(), *own, *others, copy_source(), mean_image(clips)], generation
 
 
 def score(
     methods: Sequence[Method],
     pairs: Sequence[Pair],
     clips: Sequence[Clip],
-    networks: Networks,
-    output: Path,
+    files: FeatureFiles,
     seed: int,
-    folders: set[str],
+    folders: dict[str, Path],
 ) -> dict[str, Any]:
-    """Draw and judge every frame of every method: `results["methods"]`."""
-    files, missing = FeatureFiles(output / "scores", networks), missing_networks(networks)
-    present = [(method, pair) for method in methods for pair in pairs if pair.mode not in method.absent]
-    with tqdm(
-        total=sum(len(clip) for clip in clips) + sum(len(p.rows) for _, p in present), desc="frames", unit="frame"
-    ) as bar:
-        true = {}
-        for clip in clips:
-            true[clip.subject_id] = files.of_clip(clip)
-            bar.update(len(clip))
-        rows = {}
-        for method in methods:
-            rows[method.name] = {"about": method.about, "compared": method.name in folders}
-            for mode in dict.fromkeys(pair.mode for pair in pairs):
-                if mode in method.absent:
-                    rows[method.name][mode] = {"absent": list(method.absent[mode])}
-                    continue
-                own, features = [pair for pair in pairs if pair.mode == mode], []
-                for pair in own:
-                    features.append(files.of_frames(method.name, pair, method.frames(pair)))
-                    bar.update(len(pair.rows))
-                rows[method.name][mode] = summarize(own, features, true, missing, seed)
+    """Render and score every frame of every method: `results["methods"]`."""
+    missing = missing_networks(files.networks)
+    true = {clip.subject_id: files.of_clip(clip) for clip in tqdm(clips, desc="true frames", unit="clip")}
+    rows: dict[str, dict[str, Any]] = {}
+    for method in methods:
+        rows[method.name] = {"about": method.about, "compared": method.name in folders}
+        for mode, own in by_mode(pairs).items():
+            if mode in method.absent:
+                rows[method.name][mode] = {"absent": list(method.absent[mode])}
+                continue
+            progress = tqdm(own, desc=f"{method.name}, {mode}", unit="pair")
+            features = [files.of_frames(method.name, pair, method.frames(pair)) for pair in progress]
+            rows[method.name][mode] = summarize(own, features, true, missing, seed)
     return rows
 
 

@@ -1,1 +1,1 @@
-"""The metrics: mathematics in `functional`, which of them can be computed here by `python -m eval.metrics.functional doctor`."""
+"""The metrics: `functional` has the mathematics, `python -m eval.metrics doctor` says which can be computed on this machine."""

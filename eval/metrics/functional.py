@@ -1,4 +1,4 @@
-"""The mathematics of the metrics: images, features, landmarks, rotations in; one number a frame (or a set) out.
+"""The formulas of the metrics: images, features, landmarks or rotations in, one number per frame (or per set) out.
 
     images (N, H, W, 3) uint8 -> psnr, ssim
     features (N, D)             -> frechet_distance (FID), cosine_similarity (CSIM, CLIP)
@@ -6,12 +6,8 @@
     rotations (N, 3, 3)         -> pose_distance_geodesic, pose_distance_euler (APD)
     expressions (N, E)          -> expression_distance (AED)
 
-No network lives here (`eval.networks.registry` has those) and everything is float64. A row of NaN says that no face was found: the
-distance of that frame is NaN too, never zero. Definitions, and why these: docs/metrics.md. From the command line,
-
-    python -m eval.metrics.functional doctor
-
-says which metrics can be computed on this machine, and what the others lack.
+The networks that compute features, landmarks and rotations are in `eval.networks`. Everything is float64. A row of NaN means that
+no face was found; the distance of that frame is then NaN too, never zero. Definitions and reasons: docs/metrics.md.
 """
 
 import numpy as np
@@ -19,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-MAX_ROTATION_ERROR = 1e-3  # of R R^T - I; single precision stays below 1e-5, a matrix of zeros or with a scale does not
+MAX_ROTATION_ERROR = 1e-3  # of R Rᵀ - I: single precision stays below 1e-5, zeros and scaled rotations far above
 
 
 def psnr(a: ArrayLike, b: ArrayLike) -> Array:
@@ -33,11 +29,11 @@ def psnr(a: ArrayLike, b: ArrayLike) -> Array:
 def ssim(a: ArrayLike, b: ArrayLike) -> Array:
     """(N,) structural similarity of images (N, H, W, 3) uint8 (Wang et al. 2004), 1 for equal ones.
 
-    Gaussian window of 11 pixels with sigma 1.5, each channel by itself; the mean over channels and over the pixels around which
-    the whole window lies in the image.
+    Gaussian window of 11 pixels with sigma 1.5, each channel by itself; the mean over channels and over all pixels whose window
+    lies within the image.
 
     Raises:
-        ValueError: images smaller than the window.
+        ValueError: the images are smaller than the window.
     """
     import torch
 
@@ -45,18 +41,18 @@ def ssim(a: ArrayLike, b: ArrayLike) -> Array:
 
     a, b = _images(a, b)
     pairs = ((torch.from_numpy(x / 255.0)[None], torch.from_numpy(y / 255.0)[None]) for x, y in zip(a, b))
-    return np.array([float(image_metrics.ssim(*pair)) for pair in pairs])  # one by one: five copies are held at a time
+    return np.array([float(image_metrics.ssim(*pair)) for pair in pairs])  # one at a time: SSIM holds five copies
 
 
 def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
     """|μx - μy|² + Tr(Σx + Σy - 2 (Σx Σy)^½) of features (N, D) and (M, D): FID where they are Inception's (Heusel et al. 2017).
 
-    With centered features X and Y, divided by the square root of N - 1 and M - 1, Σx = XᵀX and Σy = YᵀY, and the non-zero
-    eigenvalues of Σx Σy are the squared singular values of X Yᵀ. The trace of the root is thus their plain sum, and no root
-    is ever taken of the rounding errors that stand where a rank-deficient covariance (N <= D) has zeros.
+    With centered features X and Y, divided by √(N - 1) and √(M - 1), Σx = XᵀX and Σy = YᵀY, and the non-zero eigenvalues of
+    Σx Σy are the squared singular values of X Yᵀ. The trace of the root is thus the sum of the singular values, without square
+    roots of rounding errors where a rank-deficient covariance (N <= D) has zeros.
 
     Raises:
-        ValueError: fewer than two rows, different widths, a value that is not finite.
+        ValueError: fewer than two rows, different widths, or a value that is not finite.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     for features in (x, y):
@@ -66,7 +62,7 @@ def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
             )
         if not np.isfinite(features).all():
             row = int(np.argmin(np.isfinite(features).all(1)))
-            raise ValueError(f"row {row} of the features is not finite; leave out what has no features, and count it")
+            raise ValueError(f"row {row} of the features is not finite; leave out and count frames without features")
     shift = x.mean(0) - y.mean(0)
     spread_x, spread_y = _spread(x), _spread(y)
     root = np.linalg.svd(spread_x @ spread_y.T, compute_uv=False).sum()
@@ -75,15 +71,15 @@ def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def keypoint_distance(a: ArrayLike, b: ArrayLike) -> Array:
-    """(N,) mean Euclidean distance of landmarks (N, K, 2), in their unit (pixels); averaged over frames it is AKD."""
+    """(N,) mean Euclidean distance of landmarks (N, K, 2), in their unit (pixels); its mean over frames is AKD."""
     a, b = _same_shape(a, b, "landmarks", (None, None, 2))
     return np.linalg.norm(a - b, axis=-1).mean(-1)
 
 
 def pose_distance_geodesic(a: ArrayLike, b: ArrayLike) -> Array:
-    """(N,) angle in radians, 0 to π, of the rotation that takes a (N, 3, 3) to b: independent of any choice of axes.
+    """(N,) angle in radians, 0 to π, of the rotation from a (N, 3, 3) to b, independent of any choice of axes.
 
-    From |a - b| = 2 √2 sin(angle / 2), which is exact for small angles, where the arc cosine of the trace is not.
+    From |a - b| = 2 √2 sin(angle / 2), which is accurate for small angles, unlike the arc cosine of the trace.
     """
     a, b = _rotations(a, b)
     chord = np.sqrt(np.square(a - b).sum((-2, -1))) / (2 * np.sqrt(2))
@@ -91,17 +87,17 @@ def pose_distance_geodesic(a: ArrayLike, b: ArrayLike) -> Array:
 
 
 def pose_distance_euler(a: ArrayLike, b: ArrayLike) -> Array:
-    """(N,) mean absolute difference in radians of the three Euler angles of rotations (N, 3, 3): APD as it is published.
+    """(N,) mean absolute difference in radians of the three Euler angles of rotations (N, 3, 3): APD as published.
 
-    The angles are those of R = Rz Ry Rx, as in Deep3DFaceRecon; differences go the short way round.
+    The angles are those of R = Rz Ry Rx, as in Deep3DFaceRecon; differences wrap around at π.
     """
-    a, b = _rotations(a, b)
-    difference = _euler_angles(a) - _euler_angles(b)
+    first, second = map(_euler_angles, _rotations(a, b))
+    difference = first - second
     return np.abs(np.arctan2(np.sin(difference), np.cos(difference))).mean(-1)
 
 
 def expression_distance(a: ArrayLike, b: ArrayLike) -> Array:
-    """(N,) mean absolute difference of expression coefficients (N, E); averaged over frames it is AED."""
+    """(N,) mean absolute difference of expression coefficients (N, E); its mean over frames is AED."""
     a, b = _same_shape(a, b, "expressions", (None, None))
     return np.abs(a - b).mean(-1)
 
@@ -116,9 +112,8 @@ def cosine_similarity(a: ArrayLike, b: ArrayLike) -> Array:
 def _images(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.ndim != 4 or a.shape[3] != 3 or not a.dtype == b.dtype == np.uint8:
-        raise ValueError(
-            f"expected two stacks of images (N, H, W, 3) uint8 of one size, found {a.shape} {a.dtype} and {b.shape} {b.dtype}"
-        )
+        found = f"{a.shape} {a.dtype} and {b.shape} {b.dtype}"
+        raise ValueError(f"expected two stacks of images (N, H, W, 3) uint8 of one size, found {found}")
     return a, b
 
 
@@ -141,19 +136,20 @@ def _rotations(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
     for matrices in (a, b):
         error = np.abs(matrices @ matrices.swapaxes(-2, -1) - np.eye(3)).max((-2, -1))
         with np.errstate(invalid="ignore"):
-            wrong = (error > MAX_ROTATION_ERROR) | (np.linalg.det(matrices) < 0)  # false for NaN: no face found
+            wrong = (error > MAX_ROTATION_ERROR) | (
+                np.linalg.det(matrices) < 0
+            )  # False for NaN, where no face was found
         if wrong.any():
             row = int(np.argmax(wrong))
-            raise ValueError(f"matrix {row} is no rotation: {matrices[row].tolist()}; where no face was found give NaN")
+            raise ValueError(
+                f"matrix {row} is not a rotation: {matrices[row].tolist()}; give NaN where no face was found"
+            )
     return a, b
 
 
 def _euler_angles(rotations: Array) -> Array:
-    """(N, 3) angles about x, y and z of R = Rz Ry Rx, in radians."""
+    """(N, 3) angles about x, y and z of R = Rz Ry Rx, in radians. Not by scipy, which is not a dependency and refuses NaN."""
     x = np.arctan2(rotations[:, 2, 1], rotations[:, 2, 2])
     y = np.arcsin(np.clip(-rotations[:, 2, 0], -1, 1))
     z = np.arctan2(rotations[:, 1, 0], rotations[:, 0, 0])
     return np.stack((x, y, z), -1)
-
-
-# The command line: which metric can be computed here.

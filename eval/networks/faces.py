@@ -1,19 +1,19 @@
-"""Networks that look at faces: landmarks, head rotation and expression by MediaPipe, identity by ArcFace.
+"""Networks that read faces: landmarks, head rotation and expression by MediaPipe, identity by ArcFace.
 
-An image in which no face is found gives a row of NaN, never zeros: what follows counts it. Landmarks are in pixels, a
-pixel's center at (column + 0.5, row + 0.5).
+An image in which no face is found gives a row of NaN, never zeros, so that it can be counted. Landmarks are in pixels, with
+pixel centers at (column + 0.5, row + 0.5).
 """
 
 import os
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval.networks.weights import Missing, batches, find_weights, source_of
+from eval.networks.weights import Missing, check_images, find_weights, provenance
 
 Array = NDArray[np.float64]
 
@@ -27,8 +27,8 @@ LANDMARK_MEMBERS = (
 LANDMARK_NETWORK = "FaceLandmarker, mediapipe"
 EXPRESSIONS = 52
 
-# MediaPipe's mesh has 478 vertices and no contour of its own. These are the ones nearest to the 68 points of iBUG, on which
-# AKD is published, in iBUG's order: from the left of the image to the right.
+# Of the 478 vertices of MediaPipe's mesh, those nearest to the 68 iBUG points, on which AKD is published. In iBUG's order:
+# from the left of the image to the right.
 MESH_68 = (
     127, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 356,  # jaw
     70, 63, 105, 66, 107, 336, 296, 334, 293, 300,  # brows
@@ -38,7 +38,7 @@ MESH_68 = (
     78, 82, 13, 312, 308, 317, 14, 87,  # lips, inside
 )  # fmt: skip
 
-# Where ArcFace expects eyes, nose and mouth corners in its 112 x 112 crop (x, y); InsightFace counts from pixel centers.
+# Where ArcFace expects eyes, nose and mouth corners in its 112 x 112 crop (x, y); in InsightFace pixel centers are integers.
 ARCFACE_SIZE = 112
 ARCFACE_FIVE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
@@ -55,17 +55,10 @@ class FaceReading:
     rotations: Array  # (N, 3, 3) head to camera
     expressions: Array  # (N, 52) blendshape weights, 0 to 1
 
-    @property
-    def found(self) -> NDArray[np.bool_]:
-        """(N,) whether there is a face."""
-        return np.asarray(np.isfinite(self.landmarks).all((1, 2)))
-
 
 def open_face(weights: str | None) -> "FaceLandmarks | Missing":
     """MediaPipe's FaceLandmarker."""
-    path = Path(weights) if weights else None
-    packages = {"mediapipe": "mediapipe"}
-    found = find_weights(LANDMARK_NETWORK, packages, path, "--landmark_weights", LANDMARK_FILE)
+    found = find_weights(LANDMARK_NETWORK, {"mediapipe": "mediapipe"}, weights, "--landmark_weights", LANDMARK_FILE)
     return found if isinstance(found, Missing) else FaceLandmarks(found)
 
 
@@ -86,28 +79,22 @@ class FaceLandmarks:
             self.landmarker = vision.FaceLandmarker.create_from_options(options)
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(
-                f"--landmark_weights {weights}: mediapipe refuses it ({str(error).splitlines()[0]}); "
+                f"--landmark_weights {weights}: rejected by mediapipe ({str(error).splitlines()[0]}); "
                 f"expected MediaPipe's {LANDMARK_FILE}"
             ) from None
-        self.source = source_of("FaceLandmarker, 68 of 478 points", "mediapipe", weights)
-
-    def describe(self) -> dict[str, str]:
-        """What the numbers were computed with."""
-        return asdict(self.source)
+        self.about = provenance("FaceLandmarker, 68 of 478 points", "mediapipe", weights)
 
     def __call__(self, images: np.ndarray) -> FaceReading:
         """Faces of images (N, H, W, 3) uint8, each image by itself: no tracking from one to the next."""
         import mediapipe
 
-        results = []
-        for (part,) in batches(images):
-            for image in part.permute(0, 2, 3, 1).contiguous().numpy():
-                results.append(self.landmarker.detect(mediapipe.Image(mediapipe.ImageFormat.SRGB, image)))
-        return reading_of(results, *images.shape[1:3])
+        check_images(images)
+        wrapped = (mediapipe.Image(mediapipe.ImageFormat.SRGB, np.ascontiguousarray(image)) for image in images)
+        return reading_of([self.landmarker.detect(image) for image in wrapped], *images.shape[1:3])
 
 
 def reading_of(results: list, height: int, width: int) -> FaceReading:
-    """FaceLandmarker's results for N images of one size as arrays."""
+    """FaceLandmarker's results for N images of one size, as arrays."""
     landmarks = np.full((len(results), len(MESH_68), 2), np.nan)
     rotations = np.full((len(results), 3, 3), np.nan)
     expressions = np.full((len(results), EXPRESSIONS), np.nan)
@@ -128,13 +115,13 @@ def nearest_rotation(matrix: np.ndarray) -> Array:
 
 
 def check_task_file(weights: Path) -> None:
-    """A `.task` file is an archive of networks; say what is wrong in our words rather than in a graph's."""
+    """ValueError for a file that is not MediaPipe's archive of networks: its own errors name graph nodes, not the file."""
     try:
         with zipfile.ZipFile(weights) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile:
         raise ValueError(
-            f"--landmark_weights {weights}: is no archive of networks; expected MediaPipe's {LANDMARK_FILE}"
+            f"--landmark_weights {weights}: not an archive of networks; expected MediaPipe's {LANDMARK_FILE}"
         ) from None
     lacking = [name for name in LANDMARK_MEMBERS if name not in names]
     if lacking:
@@ -145,17 +132,16 @@ def check_task_file(weights: Path) -> None:
 
 
 def open_arcface(weights: str | None, landmark_weights: str | None, device: str) -> "ArcFace | Missing":
-    """An ArcFace network, and the landmarks that its crops are aligned with."""
-    # From 1.29 on, onnxruntime reports its use to its maker unless it is told not to before it starts.
+    """An ArcFace network; `Missing` without the landmarks that its crops are aligned with."""
+    # Since 1.29, onnxruntime sends telemetry unless this is set before it is imported.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    path, name = Path(weights) if weights else None, "ArcFace, onnxruntime"
-    found = find_weights(name, {"onnxruntime": "onnxruntime"}, path, "--arcface_weights", ARCFACE_FILE)
-    face = open_face(landmark_weights)
-    lacks = [part for part in (found, face) if isinstance(part, Missing)]
-    if not isinstance(found, Missing):  # also without landmarks: a wrong file is an error first
-        arcface = ArcFace(found, device, face if isinstance(face, FaceLandmarks) else None)
-        if not lacks:
-            return arcface
+    name = "ArcFace, onnxruntime"
+    found = find_weights(name, {"onnxruntime": "onnxruntime"}, weights, "--arcface_weights", ARCFACE_FILE)
+    # Opened even without landmarks, because a wrong file is an error first.
+    arcface = found if isinstance(found, Missing) else ArcFace(found, device)
+    lacks = [part for part in (arcface, open_face(landmark_weights)) if isinstance(part, Missing)]
+    if not lacks:
+        return arcface
     reason = "; ".join(f"{lack.network.split(',')[0]}: {lack.reason}" for lack in lacks)
     return Missing(name, reason, "; ".join(lack.remedy for lack in lacks))
 
@@ -163,40 +149,30 @@ def open_arcface(weights: str | None, landmark_weights: str | None, device: str)
 class ArcFace:
     """Identity features (Deng et al. 2019) of aligned faces, compared by their cosine: CSIM.
 
-    `face` finds the landmarks of images that come without; None allows only images with theirs. Pixels enter as
-    (value - 127.5) / 127.5 in RGB, as InsightFace's networks of ONNX from PyTorch want them.
+    Input pixels are (value - 127.5) / 127.5 in RGB, as in InsightFace's ONNX networks exported from PyTorch.
     """
 
-    def __init__(self, weights: Path, device: str, face: FaceLandmarks | None):
+    def __init__(self, weights: Path, device: str):
         import onnxruntime
 
         expected = f"an ArcFace network (..., 3, {ARCFACE_SIZE}, {ARCFACE_SIZE}) -> (..., 512), as {ARCFACE_FILE}"
         cuda = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
         try:
             self.session = onnxruntime.InferenceSession(str(weights), providers=[*cuda, "CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors have no common kind
+        except Exception as error:  # onnxruntime's errors have no common base class
             reason = str(error).splitlines()[0][:200]
-            raise ValueError(f"--arcface_weights {weights}: no ONNX network ({reason}); expected {expected}") from None
+            raise ValueError(
+                f"--arcface_weights {weights}: not an ONNX network ({reason}); expected {expected}"
+            ) from None
         inputs = [value.shape for value in self.session.get_inputs()]
         outputs = [value.shape for value in self.session.get_outputs()]
         if [shape[1:] for shape in inputs] != [[3, ARCFACE_SIZE, ARCFACE_SIZE]] or [s[-1] for s in outputs] != [512]:
             raise ValueError(f"--arcface_weights {weights}: maps {inputs} to {outputs}; expected {expected}")
         self.input = self.session.get_inputs()[0].name
-        self.source = source_of("ArcFace, five-point alignment", "onnxruntime", weights)
-        self.face = face
+        self.about = provenance("ArcFace, five-point alignment", "onnxruntime", weights)
 
-    def describe(self) -> dict[str, str]:
-        """What the numbers were computed with."""
-        return asdict(self.source)
-
-    def __call__(self, images: np.ndarray, landmarks: np.ndarray | None = None) -> Array:
-        """(N, 512) features of images (N, H, W, 3) uint8, NaN where no face was found.
-
-        `landmarks` (N, 68, 2) of the same images save finding them again.
-        """
-        if landmarks is None:
-            assert self.face is not None, "images without landmarks, and nothing to find them with"
-            landmarks = self.face(images).landmarks
+    def __call__(self, images: np.ndarray, landmarks: np.ndarray) -> Array:
+        """(N, 512) features of images (N, H, W, 3) uint8 with landmarks (N, 68, 2); NaN where the landmarks are NaN."""
         features = np.full((len(images), 512), np.nan)
         for row, (image, points) in enumerate(zip(images, five_points(landmarks))):
             if np.isfinite(points).all():
@@ -206,7 +182,7 @@ class ArcFace:
 
 
 def five_points(landmarks: np.ndarray) -> Array:
-    """(N, 68, 2) iBUG points -> (N, 5, 2): the eyes left and right in the image, tip of the nose, corners of the mouth."""
+    """(N, 68, 2) iBUG points -> (N, 5, 2): left and right eye in the image, tip of the nose, mouth corners."""
     points = np.asarray(landmarks, np.float64)
     eyes = [points[:, 36:42].mean(1), points[:, 42:48].mean(1)]
     return np.stack([*eyes, points[:, 30], points[:, 48], points[:, 54]], axis=1)
@@ -220,15 +196,15 @@ def aligned_face(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     rotation, shift = similarity(ARCFACE_TEMPLATE, points)  # from the crop back to the image, as PIL samples
     coefficients = np.concatenate((rotation, shift[:, None]), axis=1).ravel()
     options = ((ARCFACE_SIZE, ARCFACE_SIZE), Image.Transform.AFFINE, tuple(coefficients), Image.Resampling.BILINEAR)
-    # in floats: PIL's own bytes are cut off below the point, half a gray level too dark on average
+    # In float: PIL truncates 8-bit results, which is half a gray level too dark on average.
     channels = [Image.fromarray(plane).transform(*options) for plane in image.astype(np.float32).transpose(2, 0, 1)]
     return np.rint(np.stack([np.asarray(channel) for channel in channels], -1)).astype(np.uint8)
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> tuple[Array, Array]:
-    """Scaled rotation A (2, 2) and shift t (2,) for which A source + t is nearest to target, both (K, 2), in least squares.
+    """The scaled rotation A (2, 2) and shift t (2,) that minimize |A source + t - target|² for points (K, 2).
 
-    In complex numbers the problem is one of one unknown: the slope of a line through the centered points.
+    As complex numbers, the centered points have one unknown: the slope of the regression line.
     """
     z, w = (points[:, 0] + 1j * points[:, 1] for points in (source, target))
     slope = np.vdot(z - z.mean(), w - w.mean()) / np.vdot(z - z.mean(), z - z.mean()).real

@@ -1,7 +1,7 @@
-"""Networks of torch that look at whole images: LPIPS, FID's Inception, CLIP.
+"""Torch networks that read whole images: LPIPS, FID's Inception, CLIP.
 
-Architecture and preprocessing are those of the packages `lpips`, `torch-fidelity` and `transformers`; only the weights are
-loaded here, as plain tensors, and compared with the network before use.
+Architecture and preprocessing are those of the packages `lpips`, `torch-fidelity` and `transformers`. Only the weights are
+loaded here, as plain tensors that are checked against the network first.
 """
 
 import io
@@ -9,46 +9,45 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from eval.networks.weights import (
     Missing,
-    batches,
     cached_checkpoint,
     check_state_dict,
     find_weights,
+    in_batches,
+    one_line,
+    provenance,
     read_state_dict,
-    source_of,
 )
 
-LPIPS_FILES = {
-    "alex": ("AlexNet", "alexnet-owt-7be5be79.pth"),
-    "vgg": ("VGG16", "vgg16-397923af.pth"),
-}
-LPIPS_MIN_SIZE = 32  # pixels; a side below leaves nothing after AlexNet's poolings
+LPIPS_FILES = {"alex": ("AlexNet", "alexnet-owt-7be5be79.pth"), "vgg": ("VGG16", "vgg16-397923af.pth")}
+LPIPS_MIN_SIZE = 32  # pixels; AlexNet's poolings leave nothing of a smaller side
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-# Tells it from torchvision's Inception, which has the same names and 1,000 classes.
+# These tell it from torchvision's Inception, which has the same names but 1,000 classes.
 INCEPTION_SHAPES = {"Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "fc.weight": (1008, 2048)}
+CLIP_DOWNLOAD = "hf download openai/clip-vit-base-patch32 --local-dir DIR"
 
 
 def open_lpips(net: str, weights: str | None, device: str) -> "Lpips | Missing":
-    """LPIPS v0.1 with backbone `net` ("alex" or "vgg"); its weights are torchvision's, given or in torch.hub's cache."""
+    """LPIPS v0.1 with backbone `net` ("alex" or "vgg") and torchvision's weights, given or in torch.hub's cache."""
     if net not in LPIPS_FILES:
         raise ValueError(f"--lpips_net {net!r}: expected one of {', '.join(LPIPS_FILES)}")
     name, file = LPIPS_FILES[net]
-    path = Path(weights) if weights else cached_checkpoint(file)
     packages = {"lpips": "lpips", "torchvision": "torchvision"}
+    path = weights or cached_checkpoint(file)
     found = find_weights(f"LPIPS v0.1, {name}", packages, path, "--lpips_weights", file)
     return found if isinstance(found, Missing) else Lpips(net, found, device)
 
 
 class Lpips:
-    """Learned perceptual distance (Zhang et al. 2018): smaller is more alike, 0 for equal images."""
+    """Learned perceptual distance (Zhang et al. 2018): smaller is more similar, 0 for equal images."""
 
     def __init__(self, net: str, weights: Path, device: str):
         import lpips
@@ -56,22 +55,16 @@ class Lpips:
         name, file = LPIPS_FILES[net]
         flag, expected = f"--lpips_net {net} --lpips_weights", f"torchvision's {name} ({file})"
         state = read_state_dict(weights, flag, expected)
-        # The backbone starts random, whatever is loaded into it; the package calls torchvision in an old way.
+        # The package initializes the backbone at random, and calls torchvision in a deprecated way.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         own = self.network.net.state_dict()
-        names = {
-            key: f"features.{key.split('.', 1)[1]}" for key in own
-        }  # slice1.0.weight is torchvision's features.0.weight
+        names = {key: f"features.{key.split('.', 1)[1]}" for key in own}  # slice1.0.weight -> features.0.weight
         check_state_dict(state, {names[key]: own[key].shape for key in own}, weights, flag, expected)
         self.network.net.load_state_dict({key: state[names[key]] for key in own})
         self.network.eval().requires_grad_(False).to(device)
-        self.device, self.source = device, source_of(f"LPIPS v0.1, {name}", "lpips", weights)
-
-    def describe(self) -> dict[str, str]:
-        """What the numbers were computed with."""
-        return asdict(self.source)
+        self.device, self.about = device, provenance(f"LPIPS v0.1, {name}", "lpips", weights)
 
     @torch.inference_mode()
     def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -80,23 +73,23 @@ class Lpips:
             raise ValueError(
                 f"LPIPS needs images of at least {LPIPS_MIN_SIZE} pixels a side, found {a.shape[2]}x{a.shape[1]}"
             )
-        values = [
-            self.network(*(part.to(self.device).float() / 255 for part in pair), normalize=True).flatten()
-            for pair in batches(a, b)
-        ]
-        return torch.cat(values).double().cpu().numpy() if values else np.zeros(0)
+
+        def distances(*pair: Tensor) -> Tensor:
+            return self.network(*(part.to(self.device).float() / 255 for part in pair), normalize=True).flatten()
+
+        return in_batches(distances, a, b)
 
 
 def open_inception(weights: str | None, device: str) -> "Inception | Missing":
-    """FID's InceptionV3; its weights are those of torch-fidelity or pytorch-fid, given or in torch.hub's cache."""
-    path = Path(weights) if weights else cached_checkpoint(INCEPTION_FILE)
+    """FID's InceptionV3 with the weights of torch-fidelity or pytorch-fid, given or in torch.hub's cache."""
     packages = {"torch_fidelity": "torch-fidelity", "torchvision": "torchvision"}
+    path = weights or cached_checkpoint(INCEPTION_FILE)
     found = find_weights("InceptionV3 of FID", packages, path, "--inception_weights", INCEPTION_FILE)
     return found if isinstance(found, Missing) else Inception(found, device)
 
 
 class Inception:
-    """InceptionV3 of 2015-12-05 (TensorFlow's, in torch), its last pooling: what FID is defined with.
+    """TensorFlow's InceptionV3 of 2015-12-05 ported to torch, with features from its last pooling: FID's network.
 
     Images are resized to 299 pixels as TensorFlow 1 did: bilinear, without anti-aliasing.
     """
@@ -107,37 +100,29 @@ class Inception:
         flag, expected = "--inception_weights", f"FID's InceptionV3 with 1,008 classes ({INCEPTION_FILE})"
         state = read_state_dict(weights, flag, expected)
         check_state_dict(state, INCEPTION_SHAPES, weights, flag, expected)
-        # The package would run code that a file brings along. It gets the checked tensors, not the file.
+        # The package would run code in a pickled file, so it gets the checked tensors instead of the file.
         checked = io.BytesIO()
         torch.save(dict(state), checked)
         checked.seek(0)
+        options: dict[str, Any] = {"feature_extractor_weights_path": checked}
         try:
             with torch.random.fork_rng(devices=[]):
-                self.network = FeatureExtractorInceptionV3(
-                    "inception", ["2048"], feature_extractor_weights_path=checked
-                )
+                self.network = FeatureExtractorInceptionV3("inception", ["2048"], **options)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{flag} {weights}: {reason}; expected {expected}") from None
+            raise ValueError(f"{flag} {weights}: {one_line(error, 200)}; expected {expected}") from None
         self.network.eval().to(device)
-        self.device, self.source = device, source_of("InceptionV3 of FID, pool3", "torch-fidelity", weights)
-
-    def describe(self) -> dict[str, str]:
-        """What the numbers were computed with."""
-        return asdict(self.source)
+        self.device, self.about = device, provenance("InceptionV3 of FID, pool3", "torch-fidelity", weights)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(N, 2048) features of images (N, H, W, 3) uint8."""
-        values = [self.network(part.to(self.device))[0] for (part,) in batches(images)]
-        return torch.cat(values).double().cpu().numpy() if values else np.zeros((0, 2048))
+        return in_batches(lambda batch: self.network(batch.to(self.device))[0], images)
 
 
-def open_clip(model: str | None, device: str) -> "Clip | Missing":
-    """A CLIP model of transformers: a folder, or the id of one that is in the Hub's cache."""
+def open_clip(model: str | None, device: str) -> "ClipImageEncoder | Missing":
+    """A CLIP model of transformers: a folder, or the id of one in the Hub's cache."""
     if model is None:
-        remedy = "hf download openai/clip-vit-base-patch32 --local-dir DIR; --clip_model DIR"
-        return Missing("CLIP, transformers", "no model given", remedy)
+        return Missing("CLIP, transformers", "no model given", f"{CLIP_DOWNLOAD}; --clip_model DIR")
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -148,15 +133,15 @@ def open_clip(model: str | None, device: str) -> "Clip | Missing":
         except (LocalEntryNotFoundError, HFValidationError):
             raise FileNotFoundError(
                 f"--clip_model {model}: neither a folder nor a model in the Hub's cache; expected a CLIP model of "
-                f"transformers (hf download openai/clip-vit-base-patch32 --local-dir DIR)"
+                f"transformers ({CLIP_DOWNLOAD})"
             ) from None
-    return Clip(folder, model, device)
+    return ClipImageEncoder(folder, model, device)
 
 
-class Clip:
-    """Image features of CLIP (Radford et al. 2021), as they are compared by their cosine.
+class ClipImageEncoder:
+    """Image features of CLIP (Radford et al. 2021), compared by their cosine.
 
-    Images are prepared by the model's processor on PIL, also where torchvision is installed: the same numbers everywhere.
+    The model's processor always runs on PIL, even where torchvision is installed: the numbers are the same everywhere.
     """
 
     def __init__(self, folder: Path, label: str, device: str):
@@ -166,44 +151,41 @@ class Clip:
         kind = _model_type(folder)
         if kind != "clip":
             raise ValueError(f"{flag} {label}: config.json says model_type {kind!r}, not 'clip'; expected {expected}")
-        weights = next(
-            (folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()), None
-        )
-        if weights is None or not (folder / "preprocessor_config.json").is_file():
-            found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-            raise ValueError(f"{flag} {label}: holds {found}; expected {expected}, and its weights in one file")
+        files = sorted(path.name for path in folder.iterdir())
+        weights = next((name for name in ("model.safetensors", "pytorch_model.bin") if name in files), None)
+        if weights is None or "preprocessor_config.json" not in files:
+            raise ValueError(
+                f"{flag} {label}: holds {', '.join(files)}; expected {expected}, and its weights in one file"
+            )
         try:
             with _quiet_transformers():
                 loaded: Any = CLIPModel.from_pretrained(
                     folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
                 )
-        except Exception as error:  # each format of weights has its own kinds
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # each weights format raises its own kinds
+            reason = one_line(error, 200)
             raise ValueError(
-                f"{flag} {label}: {weights.name} does not fit config.json ({reason}); expected {expected}"
+                f"{flag} {label}: {weights} does not fit config.json ({reason}); expected {expected}"
             ) from None
         self.network, lacking = loaded[0], sorted(loaded[1]["missing_keys"])
         if lacking:
             raise ValueError(
-                f"{flag} {label}: {weights.name} lacks {len(lacking)} tensors of the model, {lacking[0]} for one; "
+                f"{flag} {label}: {weights} lacks {len(lacking)} tensors of the model, e.g. {lacking[0]}; "
                 f"expected {expected}"
             )
         self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         self.network.eval().requires_grad_(False).to(device)
-        self.device, self.source = device, source_of(f"CLIP, {Path(label).name}", "transformers", weights)
-
-    def describe(self) -> dict[str, str]:
-        """What the numbers were computed with."""
-        return asdict(self.source)
+        self.device, self.about = device, provenance(f"CLIP, {Path(label).name}", "transformers", folder / weights)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(N, D) features of images (N, H, W, 3) uint8, not normalized."""
-        values = []
-        for (part,) in batches(images):
-            pixels = self.processor(images=list(part.numpy()), input_data_format="channels_first", return_tensors="pt")
-            values.append(self.network.get_image_features(pixels["pixel_values"].to(self.device)).pooler_output)
-        return torch.cat(values).double().cpu().numpy() if values else np.zeros((0, self.network.config.projection_dim))
+
+        def features(batch: Tensor) -> Tensor:
+            pixels = self.processor(images=list(batch.numpy()), input_data_format="channels_first", return_tensors="pt")
+            return self.network.get_image_features(pixels["pixel_values"].to(self.device)).pooler_output
+
+        return in_batches(features, images)
 
 
 def _model_type(folder: Path) -> str | None:
@@ -212,12 +194,12 @@ def _model_type(folder: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (ValueError, AttributeError):
-        raise ValueError(f"--clip_model {folder}: config.json is no JSON object") from None
+        raise ValueError(f"--clip_model {folder}: config.json is not a JSON object") from None
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its table of wrong weights and its progress bar: one error says it."""
+    """Without the table of mismatched weights and the progress bar; our error message covers both."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

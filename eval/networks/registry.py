@@ -1,16 +1,17 @@
-"""The networks behind the metrics: one dataclass of options (each a command-line flag), one call that opens what can be had.
+"""The networks behind the metrics: their options, each of which is a command-line flag, and one call that opens them.
 
     NetworkOptions -> open_networks -> Networks: each field a network, or `Missing` with the reason and the remedy
 
-| field | network | package | gives |
+| field | network | package | returns |
 |---|---|---|---|
-| lpips | AlexNet or VGG16 with LPIPS' linear heads | lpips | (N,) distances of two stacks of images |
+| lpips | AlexNet or VGG16 with LPIPS's linear heads | lpips | (N,) distances of two stacks of images |
 | inception | InceptionV3 of FID | torch-fidelity | (N, 2048) features |
 | face | FaceLandmarker | mediapipe | `FaceReading`: landmarks, rotations, expressions |
 | clip | CLIP's image encoder | transformers | (N, D) features |
-| arcface | ArcFace | onnxruntime | (N, 512) features of aligned faces |
+| arcface | ArcFace | onnxruntime | (N, 512) features of images and their landmarks |
 
-Images are (N, H, W, 3) uint8, results NumPy. Nothing is downloaded, and packages are imported only where they are used.
+Images are (N, H, W, 3) uint8, results are NumPy arrays. `about` of each says what its numbers are computed with. Nothing is
+downloaded, and packages are imported only where they are used.
 """
 
 import argparse
@@ -18,56 +19,38 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from eval.networks.faces import ArcFace, FaceLandmarks, FaceReading, open_arcface, open_face
-from eval.networks.images import Clip, Inception, Lpips, open_clip, open_inception, open_lpips
+from eval.networks.faces import ArcFace, FaceLandmarks, open_arcface, open_face
+from eval.networks.images import ClipImageEncoder, Inception, Lpips, open_clip, open_inception, open_lpips
 from eval.networks.weights import Missing
 
-__all__ = [
-    "OPENERS",
-    "ArcFace",
-    "Clip",
-    "FaceLandmarks",
-    "FaceReading",
-    "Inception",
-    "Lpips",
-    "Missing",
-    "NetworkOptions",
-    "Networks",
-    "add_network_flags",
-    "open_networks",
-    "options_from",
-]
+
+def _option(default: str | None, about: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": about, **more})
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """Which networks, and where their weights lie."""
+    """Which networks, and where their weights are."""
 
-    lpips_net: str = field(default="alex", metadata={"help": "backbone of LPIPS", "choices": ("alex", "vgg")})
-    lpips_weights: str | None = field(
-        default=None, metadata={"help": "its weights: torchvision's alexnet-owt-7be5be79.pth or vgg16-397923af.pth"}
+    lpips_net: str = _option("alex", "backbone of LPIPS (default: alex)", choices=("alex", "vgg"))
+    lpips_weights: str | None = _option(
+        None, "torchvision's weights of that backbone: alexnet-owt-7be5be79.pth or vgg16-397923af.pth"
     )
-    inception_weights: str | None = field(
-        default=None, metadata={"help": "weights of FID's network: weights-inception-2015-12-05-6726825d.pth"}
-    )
-    landmark_weights: str | None = field(
-        default=None, metadata={"help": "MediaPipe's face_landmarker.task, for AKD, APD, AED and CSIM"}
-    )
-    clip_model: str | None = field(
-        default=None, metadata={"help": "folder of a CLIP model of transformers, or the Hub id of a cached one"}
-    )
-    arcface_weights: str | None = field(default=None, metadata={"help": "an ArcFace network as ONNX: w600k_r50.onnx"})
-    device: str = field(default="cpu", metadata={"help": "where networks of torch and onnxruntime run: cpu, cuda"})
+    inception_weights: str | None = _option(None, "weights of FID's network: weights-inception-2015-12-05-6726825d.pth")
+    landmark_weights: str | None = _option(None, "MediaPipe's face_landmarker.task, for AKD, APD, AED and CSIM")
+    clip_model: str | None = _option(None, "folder of a transformers CLIP model, or the Hub id of a cached one")
+    arcface_weights: str | None = _option(None, "an ArcFace network as ONNX: w600k_r50.onnx")
+    device: str = _option("cpu", "device, e.g. cpu or cuda (default: cpu)")
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What is to be had on this machine."""
+    """The networks that are available on this machine."""
 
     lpips: Lpips | Missing
     inception: Inception | Missing
     face: FaceLandmarks | Missing
-    clip: Clip | Missing
+    clip: ClipImageEncoder | Missing
     arcface: ArcFace | Missing
 
 
@@ -84,8 +67,8 @@ def open_networks(options: NetworkOptions) -> Networks:
     """Open every network whose package is installed and whose weights are given.
 
     Raises:
-        FileNotFoundError: weights that were given are not there.
-        ValueError: they are those of another network, naming the file, what was found and what was expected.
+        FileNotFoundError: weights that were given do not exist.
+        ValueError: they belong to another network; names the file, what was found and what was expected.
     """
     return Networks(**{name: opener(options) for name, opener in OPENERS.items()})
 
@@ -98,5 +81,5 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def options_from(flags: argparse.Namespace) -> NetworkOptions:
-    """The options that the flags of `add_network_flags` were parsed to."""
+    """The options in the flags that `add_network_flags` added."""
     return NetworkOptions(**{option.name: getattr(flags, option.name) for option in fields(NetworkOptions)})

@@ -1,12 +1,12 @@
-"""What all networks of the metrics share: being missing, where they come from, and weights that run no code.
+"""What all networks of the metrics share: being missing, provenance, and weights that are read without running code.
 
-Nothing is downloaded. A package that is not installed, or weights that nobody gave, make a network `Missing`; a file that was
-given and is not what its flag asks for is an error, before anything is computed with it.
+Nothing is downloaded. A package that is not installed or weights that were not given make a network `Missing`. A file that was
+given but is not what its flag expects is an error, raised before anything is computed.
 """
 
 import hashlib
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -19,118 +19,121 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-BATCH = 8  # images a forward pass
+BATCH = 8  # images per forward pass
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A network that cannot be had here: what its metric shows instead of a number."""
+    """A network that is not available: its metrics show the reason instead of a number."""
 
-    network: str  # for subjects: "AlexNet, lpips"
+    network: str  # what is missing, e.g. "LPIPS v0.1, AlexNet"
     reason: str
     remedy: str
 
     def __str__(self) -> str:
         return f"n/a ({self.reason})"
 
-
-@dataclass(frozen=True)
-class Source:
-    """What a number was computed with."""
-
-    name: str  # the network
-    package: str
-    version: str
-    weights: str  # name of the file
-    sha256: str  # of that file
+    @property
+    def about(self) -> dict[str, str]:
+        """As the `about` of a network that is available."""
+        return {"missing": self.reason, "remedy": self.remedy}
 
 
-def source_of(name: str, package: str, weights: Path) -> Source:
-    """Name and hash of a weights file, and the installed version of the package that reads it."""
+def provenance(name: str, package: str, weights: Path) -> dict[str, str]:
+    """What a number was computed with: the network, its package and version, its weights file and that file's SHA-256."""
     with open(weights, "rb") as file:
-        return Source(name, package, version(package), weights.name, hashlib.file_digest(file, "sha256").hexdigest())
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": name, "package": package, "version": version(package), "weights": weights.name, "sha256": sha256}
 
 
 def find_weights(
-    network: str, packages: Mapping[str, str], weights: Path | None, flag: str, file: str
+    network: str, packages: Mapping[str, str], weights: str | Path | None, flag: str, file: str
 ) -> Path | Missing:
-    """The weights file, if all packages (module -> name to install) can be imported and weights are given; else what lacks.
+    """The weights file if weights are given and all packages (module -> name to install) import, else what is missing.
 
     Raises:
-        FileNotFoundError: weights are given, and are not there.
+        FileNotFoundError: weights are given but do not exist.
     """
-    if weights is not None and not weights.is_file():
+    if weights and not Path(weights).is_file():
         raise FileNotFoundError(f"{flag} {weights}: no such file; expected {file}")
-    absent = [module for module in packages if find_spec(module) is None]
-    if weights is not None and not absent:
-        for module in packages:
-            try:
-                import_module(module)
-            except (ImportError, RuntimeError, OSError) as error:  # e.g. a torchvision that was built for another torch
-                reason = f"{module} is installed, but fails: {' '.join(str(error).split())}"
-                return Missing(network, reason, f"a {packages[module]} that fits torch {torch.__version__}")
-        return weights
+    absent = " ".join(package for module, package in packages.items() if find_spec(module) is None)
     reasons, remedies = [], []
     if absent:
-        names = " ".join(packages[module] for module in absent)
-        reasons.append(f"not installed: {names}")
-        remedies.append(f"pip install {names}")
-    if weights is None:
+        reasons.append(f"not installed: {absent}")
+        remedies.append(f"pip install {absent}")
+    if not weights:
         reasons.append("no weights given")
         remedies.append(f"{flag} {file}")
-    return Missing(network, "; ".join(reasons), "; ".join(remedies))
+    if reasons or not weights:
+        return Missing(network, "; ".join(reasons), "; ".join(remedies))
+    for module in packages:
+        try:
+            import_module(module)
+        except (ImportError, RuntimeError, OSError) as error:  # e.g. a torchvision built for another torch
+            reason = f"{module} is installed, but fails: {one_line(error)}"
+            return Missing(network, reason, f"a {packages[module]} that fits torch {torch.__version__}")
+    return Path(weights)
 
 
 def cached_checkpoint(name: str) -> Path | None:
-    """A file that torch.hub has downloaded earlier, if it is there."""
+    """A file that torch.hub downloaded earlier, if it is there."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     return path if path.is_file() else None
 
 
 def read_state_dict(path: Path, flag: str, expected: str) -> dict[str, Tensor]:
-    """A state dict of tensors from a `.safetensors` file or a checkpoint of torch, whose code is never run.
+    """A state dict of tensors from a `.safetensors` file or a torch checkpoint, whose code is never run.
 
     Raises:
-        ValueError: anything else, a TorchScript archive or a pickle of objects included.
+        ValueError: anything else, including a TorchScript archive or pickled objects.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
-        # torch's long text explains how to run the file's code; that is not the way out here
+        # The rest of torch's message explains how to run the file's code, which is not an option here.
         reason = str(error).strip().split("\n")[0].split(". ")[0]
-        raise ValueError(f"{flag} {path}: is no file of plain tensors ({reason}); expected {expected}") from None
+        raise ValueError(f"{flag} {path}: not a file of plain tensors ({reason}); expected {expected}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{flag} {path}: holds a {type(state).__name__} that is no state dict; expected {expected}")
+        raise ValueError(f"{flag} {path}: holds a {type(state).__name__}, not a state dict; expected {expected}")
     return state
 
 
 def check_state_dict(
     found: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], path: Path, flag: str, expected: str
 ) -> None:
-    """ValueError that names the first tensor of `shapes` which a state dict lacks or has in another shape."""
+    """ValueError that names the first tensor of `shapes` that a state dict lacks or holds in another shape."""
     for name, shape in shapes.items():
         if name not in found:
-            first = next(iter(found), "nothing")
-            raise ValueError(
-                f"{flag} {path}: has no tensor {name} among its {len(found)} (the first is {first}); expected {expected}"
-            )
-        if tuple(found[name].shape) != tuple(shape):
-            raise ValueError(
-                f"{flag} {path}: {name} is {tuple(found[name].shape)}, not {tuple(shape)}; expected {expected}"
-            )
+            problem = f"has no tensor {name} among its {len(found)} (the first is {next(iter(found), 'nothing')})"
+        elif found[name].shape != tuple(shape):
+            problem = f"{name} is {tuple(found[name].shape)}, not {tuple(shape)}"
+        else:
+            continue
+        raise ValueError(f"{flag} {path}: {problem}; expected {expected}")
+
+
+def in_batches(network: Callable[..., Tensor], *images: np.ndarray) -> np.ndarray:
+    """What a network gives for stacks of images (N, H, W, 3) uint8, batch by batch, as float64."""
+    return torch.cat([network(*batch) for batch in batches(*images)]).double().cpu().numpy()
 
 
 def batches(*images: np.ndarray) -> Iterator[list[Tensor]]:
-    """Stacks of images (N, H, W, 3) uint8 of one N, piece by piece as tensors (n, 3, H, W) uint8.
+    """Checked stacks of images (N, H, W, 3) uint8, batch by batch as tensors (n, 3, H, W) uint8."""
+    check_images(*images)
+    for begin in range(0, len(images[0]), BATCH):
+        yield [torch.from_numpy(stack[begin : begin + BATCH].copy()).permute(0, 3, 1, 2) for stack in images]
 
-    Raises:
-        ValueError: not images of 8 bits, or stacks of different shapes.
-    """
+
+def check_images(*images: np.ndarray) -> None:
+    """ValueError for images that are not 8-bit, and for stacks of different shapes."""
     for stack in images:
         if stack.ndim != 4 or stack.shape[3] != 3 or stack.dtype != np.uint8 or stack.shape != images[0].shape:
             shapes = ", ".join(f"{stack.shape} {stack.dtype}" for stack in images)
             raise ValueError(f"expected images (N, H, W, 3) uint8 of one size, found {shapes}")
-    for begin in range(0, len(images[0]), BATCH):
-        yield [torch.from_numpy(stack[begin : begin + BATCH].copy()).permute(0, 3, 1, 2) for stack in images]
+
+
+def one_line(error: Exception, length: int | None = None) -> str:
+    """An error's message on one line, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]

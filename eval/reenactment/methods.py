@@ -1,9 +1,9 @@
 """The rows of the table: from a pair to the frames a method makes of it.
 
-`ours` makes an avatar of each source once, keeps it as a GaussianAvatars folder, and draws it with the driver's head
-parameters in the driver's camera; `flame_position` does the same with a decoder that starts from head vertices. `truth`,
-`copy-source` and `mean-image` need no model: what is perfect, and what knows nothing of the motion, or of the person. Methods that
-ran elsewhere enter as folders of frames. Avatars and frames are files, so a run that was killed goes on where it was.
+`ours` makes an avatar of each source once, keeps it as a GaussianAvatars folder, and renders it with the driver's head parameters
+and camera; `flame_position` does the same with a decoder that starts from head vertices. `truth`, `copy-source` and `mean-image`
+need no model: the perfect result, one that ignores the motion, and one that ignores the subject. Methods that ran elsewhere enter
+as folders of frames. Avatars and frames are files, so a killed run resumes where it stopped.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.reenactment.clips import Clip
-from eval.reenactment.protocol import Pair, check_frames, frame_name, read_frames
+from eval.reenactment.protocol import Pair, by_mode, check_frames, frame_name, read_frames
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -30,7 +30,7 @@ from modeling import AvatarPipeline, GaussianDecoder, to_gaussians
 from modeling.conversion import vertex_points
 
 BUILT_IN = ("truth", "ours", "flame_position", "copy-source", "mean-image")
-FRAMES_AT_ONCE = 8  # always the same frames together, or the last digits would depend on where a run was killed
+FRAMES_AT_ONCE = 8  # always in the same groups, or the last digits would depend on where a run was killed
 GENERATION_NAME = "generation.json"
 
 
@@ -44,36 +44,29 @@ class Method:
     absent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # mode -> why it has no row there
 
 
-@dataclass(frozen=True)
-class Generated:
-    """What a model made of some sources, and of how many tokens."""
-
-    avatars: list[GaussianAvatar]
-    tokens: list[int]
-
-
-Maker = Callable[[Sequence[Clip]], Generated]
+# The avatars of the first frames of some clips, each with the number of tokens it was generated from.
+Maker = Callable[[Sequence[Clip]], list[tuple[GaussianAvatar, int]]]
 
 
 def truth() -> Method:
     return Method(
         "truth",
-        "the true frames: what a perfect method would reach",
+        "the true frames: the result of a perfect method",
         lambda pair: pair.driver.images(pair.rows),
-        {"cross": ("there is no true image of one person with the motion of another",)},
+        {"cross": ("no true image shows one subject with the motion of another",)},
     )
 
 
 def copy_source() -> Method:
     return Method(
         "copy-source",
-        "the source portrait for every frame: the right person who never moves",
+        "the source portrait as every frame: the right subject, no motion",
         lambda pair: np.repeat(pair.source.images([0]), len(pair.rows), 0),
     )
 
 
 def mean_image(clips: Sequence[Clip]) -> Method:
-    """Uses no image of the source's or the driver's clip, hence nothing of the frame it is judged on."""
+    """Uses no image of the source's or the driver's clip, and thus nothing of the frame it is judged on."""
     total = sum(clip.image(0).astype(np.int64) for clip in clips)
 
     def frames(pair: Pair) -> np.ndarray:
@@ -82,46 +75,40 @@ def mean_image(clips: Sequence[Clip]) -> Method:
         mean = np.round(rest / (len(clips) - len(left_out))).astype(np.uint8)
         return np.repeat(mean[None], len(pair.rows), 0)
 
-    needed = {"self": 2, "cross": 3}
-    return Method(
-        "mean-image",
-        "the mean of the first frames of all subjects but source and driver: nobody, who never moves",
-        frames,
-        {
-            mode: (f"needs {count} subjects, the dataset has {len(clips)}",)
-            for mode, count in needed.items()
-            if len(clips) < count
-        },
-    )
+    about = "the mean of the first frames of all subjects but source and driver: no subject, no motion"
+    needed = {mode: count for mode, count in (("self", 2), ("cross", 3)) if len(clips) < count}
+    absent = {mode: (f"needs {count} subjects, the dataset has {len(clips)}",) for mode, count in needed.items()}
+    return Method("mean-image", about, frames, absent)
 
 
 def compared(name: str, folder: Path, pairs: Sequence[Pair]) -> Method:
-    """Frames from elsewhere, all of them looked at; in a mode in which any is not as it must be there is no row."""
+    """Frames from elsewhere. All are checked; a mode in which any frame deviates has no row."""
     absent: dict[str, tuple[str, ...]] = {}
-    for mode in dict.fromkeys(pair.mode for pair in pairs):
+    for mode, own in by_mode(pairs).items():
         if not (folder / mode).is_dir():
             absent[mode] = (f"no folder {folder / mode}",)
-        elif problems := check_frames(folder, [pair for pair in pairs if pair.mode == mode]):
-            absent[mode] = tuple(problems.lines())
+        elif problems := check_frames(folder, own):
+            absent[mode] = tuple(problems)
     return Method(name, f"frames from {folder}", lambda pair: read_frames(folder, pair), absent)
 
 
-def drawn(name: str, about: str, head: HeadModel, output: Path, device: torch.device | str) -> Method:
-    """Avatars in `output/avatars/<name>`, which `make_avatars` fills, drawn to `output/frames/<name>` when asked for."""
+def rendered(name: str, about: str, head: HeadModel, output: Path, device: torch.device | str) -> Method:
+    """The avatars of `make_avatars` in `output/avatars/<name>`, rendered to `output/frames/<name>` on demand."""
 
     def frames(pair: Pair) -> np.ndarray:
-        path = output / "avatars" / name / pair.source.subject_id
-        if any(not (pair.path(output / "frames" / name) / frame_name(row)).is_file() for row in pair.rows):
-            draw_pair(GaussianAvatar.load(path, head=head).to(device), pair, output / "frames" / name)
-        return read_frames(output / "frames" / name, pair)
+        folder = output / "frames" / name
+        if any(not (pair.path(folder) / frame_name(row)).is_file() for row in pair.rows):
+            avatar = GaussianAvatar.load(output / "avatars" / name / pair.source.subject_id, head=head)
+            render_pair(avatar.to(device), pair, folder)
+        return read_frames(folder, pair)
 
     return Method(name, about, frames)
 
 
 def make_avatars(name: str, maker: Maker, clips: Sequence[Clip], output: Path, batch_size: int) -> list[dict[str, Any]]:
-    """The avatar of every clip's first frame to `output/avatars/<name>/<subject>`; returns what was noted at making each.
+    """The avatar of every clip's first frame to `output/avatars/<name>/<subject>`; returns the generation stats of each.
 
-    The same clips are always made together: which noise a source gets depends on those beside it. What is there stays.
+    The same clips are always made together, because the noise of a source depends on its batch. Existing avatars stay.
     """
     folder = output / "avatars" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,11 +120,11 @@ def make_avatars(name: str, maker: Maker, clips: Sequence[Clip], output: Path, b
                 begin = time.perf_counter()
                 made = maker(batch)
                 seconds = (time.perf_counter() - begin) / len(batch)
-                for path, avatar, tokens in zip(paths, made.avatars, made.tokens):
-                    noted = {"seconds": seconds, "batch": len(batch), "tokens": tokens, "points": len(avatar)}
+                for path, (avatar, tokens) in zip(paths, made):
+                    stats = {"seconds": seconds, "batch": len(batch), "tokens": tokens, "points": len(avatar)}
                     with atomic_folder(path) as new:
                         avatar.to("cpu").save(new)
-                        (new / GENERATION_NAME).write_text(json.dumps(noted))
+                        (new / GENERATION_NAME).write_text(json.dumps(stats))
             progress.update(len(batch))
     return [json.loads((folder / clip.subject_id / GENERATION_NAME).read_text()) for clip in clips]
 
@@ -145,25 +132,24 @@ def make_avatars(name: str, maker: Maker, clips: Sequence[Clip], output: Path, b
 def ours_maker(pipeline: AvatarPipeline, seed: int, **generate: Any) -> Maker:
     """Portrait and head parameters of the first frame -> avatars, by the whole pipeline."""
 
-    def make(clips: Sequence[Clip]) -> Generated:
-        params = [source_params(clip) for clip in clips]
+    def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
+        params = [clip.params.frame(0) for clip in clips]
         inputs = pipeline.inputs([clip.portrait() for clip in clips], params)
         written = pipeline.write(inputs, seed=seed, **generate)
-        parts = zip(*pipeline.points(written), inputs["pixel_values"], params)
         tokens = (written.sequences < pipeline.point_model.config.bos_token_id).sum(1).tolist()
-        return Generated([pipeline.decode_attributes(*part) for part in parts], tokens)
+        parts = zip(*pipeline.points(written), inputs["pixel_values"], params)
+        return [(pipeline.decode_attributes(*part), count) for part, count in zip(parts, tokens)]
 
     return make
 
 
 def flame_position_maker(pipeline: AvatarPipeline, decoder: GaussianDecoder) -> Maker:
-    """The ablation without a point model: a Gaussian on every vertex of the head, of the subject's own shape."""
+    """The paper's ablation without a point model: a Gaussian on every vertex of the subject's own head."""
 
-    def make(clips: Sequence[Clip]) -> Generated:
-        params = [source_params(clip) for clip in clips]
+    def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
+        params = [clip.params.frame(0) for clip in clips]
         portraits = pipeline.inputs([clip.portrait() for clip in clips], params)["pixel_values"]
-        avatars = [vertex_avatar(pipeline.head, decoder, *person) for person in zip(portraits, params)]
-        return Generated(avatars, [0] * len(avatars))
+        return [(vertex_avatar(pipeline.head, decoder, *each), 0) for each in zip(portraits, params)]
 
     return make
 
@@ -172,32 +158,28 @@ def flame_position_maker(pipeline: AvatarPipeline, decoder: GaussianDecoder) -> 
 def vertex_avatar(
     head: HeadModel, decoder: GaussianDecoder, pixel_values: Tensor, params: HeadParameters
 ) -> GaussianAvatar:
-    """What a decoder of mode "flame_position" makes of a portrait (3, h, w), as the pipeline prepares it, and a head."""
-    positions, faces = vertex_points(head, params.to(head.device))
+    """The avatar that a decoder of mode "flame_position" makes of a portrait (3, h, w), prepared by the pipeline, and a head."""
+    params = params.to(head.device)
+    positions, faces = vertex_points(head, params)
     decoded = decoder(positions=positions[None].float(), pixel_values=pixel_values[None])
-    return GaussianAvatar.from_gaussians(to_gaussians(decoded), faces, params.to(head.device).canonical(), head)
-
-
-def source_params(clip: Clip) -> HeadParameters:
-    """What a tracker says of the source frame; shape and static offset are used."""
-    return clip.params.frame(0)
+    return GaussianAvatar.from_gaussians(to_gaussians(decoded), faces, params.canonical(), head)
 
 
 @torch.no_grad()
-def draw_pair(avatar: GaussianAvatar, pair: Pair, folder: Path) -> None:
-    """Draw the avatar as the driver moves, on white, into the folder of the pair; frames that are there stay."""
+def render_pair(avatar: GaussianAvatar, pair: Pair, folder: Path) -> None:
+    """Render the avatar with the driver's motion, on white, into the folder of the pair; existing frames stay."""
     target = pair.path(folder)
     target.mkdir(parents=True, exist_ok=True)
     for start in range(pair.rows.start, pair.rows.stop, FRAMES_AT_ONCE):
         rows = range(start, min(start + FRAMES_AT_ONCE, pair.rows.stop))
         if all((target / frame_name(row)).is_file() for row in rows):
             continue
-        for row, image in zip(rows, draw(avatar, pair.driver, rows)):
+        for row, image in zip(rows, render_frames(avatar, pair.driver, rows)):
             with atomic_file(target / frame_name(row)) as file:
                 Image.fromarray(image).save(file, format="PNG")
 
 
-def draw(avatar: GaussianAvatar, driver: Clip, rows: range) -> np.ndarray:
+def render_frames(avatar: GaussianAvatar, driver: Clip, rows: range) -> np.ndarray:
     """(N, H, W, 3) uint8: the avatar with the driver's expressions, poses and cameras, on its own shape."""
     some = slice(rows.start, rows.stop)
     posed = avatar.posed(driver.params.frame(some).to(avatar.faces.device))

@@ -1,18 +1,16 @@
-"""Who is driven by whom, the same images for every method, and the folders in which methods hand in their frames.
+"""Which source is driven by which clip, and the folders in which other methods provide their frames.
 
-Self-reenactment: the first frame of a clip (the first moment in the camera of the lowest number) is the source, the others, of all
-cameras, drive, and they are the truth. Cross-reenactment:
-another subject of the dataset drives, drawn by the seed, so that each subject is a source once and a driver once.
-`export_protocol` writes sources and drivers for somebody who runs another method; what comes back is a folder
+Self-reenactment: the first frame of a clip (the first timestep of the camera with the lowest number) is the source; the others, of
+all cameras, drive it and are the truth. Cross-reenactment: another subject drives. The seed draws who, so that every subject is
+source once and driver once. `export_protocol` writes sources and drivers for running another method, whose frames come back as
 
     <DIR>/<mode>/<source>__<driver>/<row of the driver's frame, 00001>.png      or <DIR>/<mode>/<source>__<driver>.mp4
 
-and `check_frames` lists everything in it that is not as it must be.
+`check_frames` lists every deviation from that.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from eval.reenactment.clips import Clip, on_white
 from gaussian_tokenizer.captures.frame import load_image
 from gaussian_tokenizer.utils.atomic import atomic_folder
+from gaussian_tokenizer.utils.json_files import write_json
 
 MODES = ("self", "cross")
 FORMAT = "avatar-pointillist reenactment protocol 1"
@@ -30,7 +29,7 @@ FORMAT = "avatar-pointillist reenactment protocol 1"
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One source and what drives it: every frame of the driver but its first."""
+    """A source and its driver, of which every frame but the first is reenacted."""
 
     mode: str
     source: Clip
@@ -46,8 +45,12 @@ class Pair:
         return range(1, len(self.driver))
 
     def path(self, folder: Path) -> Path:
-        """Where the frames of this pair lie."""
+        """The folder of this pair's frames."""
         return folder / self.mode / self.name
+
+    def video(self, folder: Path) -> Path:
+        """The video that may take the place of the frames."""
+        return folder / self.mode / f"{self.name}.mp4"
 
 
 def frame_name(row: int) -> str:
@@ -61,29 +64,34 @@ def make_pairs(clips: Sequence[Clip], mode: str, seed: int) -> list[Pair]:
         if len(clips) < 2:
             raise ValueError(
                 f"--mode {mode} needs two subjects, one to drive the other; the dataset has {len(clips)}: "
-                "give more subjects, or --mode self"
+                "add subjects, or use --mode self"
             )
-        # One cycle through all of them: nobody drives himself, everybody drives once.
+        # One cycle through all subjects: each drives once, and none drives itself.
         order = np.random.default_rng(seed).permutation(len(clips))
         driver_of = dict(zip(order.tolist(), np.roll(order, -1).tolist()))
         pairs += [Pair("cross", clip, clips[driver_of[index]]) for index, clip in enumerate(clips)]
     names = [(pair.mode, pair.name) for pair in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"two pairs are called {name[1]!r}; give the subjects ids without '__'")
+            raise ValueError(f"two pairs are called {name[1]!r}; use subject ids without '__'")
     return pairs
 
 
+def by_mode(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
+    """The pairs of each mode that was run, in order."""
+    return {mode: own for mode in MODES if (own := [pair for pair in pairs if pair.mode == mode])}
+
+
 def export_protocol(folder: Path, pairs: Sequence[Pair], seed: int) -> None:
-    """Write what another method needs to be compared: a folder, whole or not at all.
+    """Write what another method needs to be compared, atomically.
 
     sources/<subject>.png, .npz        the source portrait on white and the head parameters of that frame
-    drivers/<subject>/00001.png, ...   the driving frames on white; flame_param.npz, cameras.json: a row a frame, from 0
-    protocol.json                      the pairs, and the names of the frames that are expected of each
+    drivers/<subject>/00001.png, ...   the driving frames on white; flame_param.npz, cameras.json: one row per frame, from 0
+    protocol.json                      the pairs, and the names of the frames expected of each
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: is there and not empty; choose another folder for the protocol")
+        raise ValueError(f"{folder}: not empty; choose another folder for the protocol")
     sources = {pair.source.subject_id: pair.source for pair in pairs}
     drivers = {pair.driver.subject_id: pair.driver for pair in pairs}
     with atomic_folder(folder) as new:
@@ -97,14 +105,14 @@ def export_protocol(folder: Path, pairs: Sequence[Pair], seed: int) -> None:
             for row in range(1, len(clip)):
                 Image.fromarray(clip.image(row)).save(own / frame_name(row))
             clip.params.save(own / "flame_param.npz")
-            _write_json(own / "cameras.json", _cameras(clip))
+            write_json(own / "cameras.json", _cameras(clip))
         width, height = pairs[0].driver.size
         content = {"format": FORMAT, "seed": seed, "width": width, "height": height, "background": "white"}
-        _write_json(new / "protocol.json", content | {"pairs": [describe(pair) for pair in pairs]})
+        write_json(new / "protocol.json", content | {"pairs": [describe(pair) for pair in pairs]})
 
 
 def describe(pair: Pair) -> dict:
-    """A pair in words, for JSON."""
+    """A pair for JSON."""
     return {
         "mode": pair.mode,
         "name": pair.name,
@@ -116,100 +124,77 @@ def describe(pair: Pair) -> dict:
     }
 
 
-def in_words(settings: Mapping[str, Any]) -> dict[str, str]:
+def describe_protocol(settings: Mapping[str, Any]) -> dict[str, str]:
     """Every choice that a number depends on; `settings` are the flags of the bench."""
     return {
-        "frames": "as in the data set, whole images, no mask, laid on white, 8 bits; compared folders likewise",
+        "frames": "as in the dataset, whole images, no mask, on white, 8 bits; frames of compared methods likewise",
         "subjects": "sorted by name" + (f", the first {settings['num_subjects']}" if settings['num_subjects'] else ""),
-        "camera": f"camera {settings['camera']}" if settings['camera'] is not None else "all, one after the other by number",
-        "source": "the first frame of a clip (its first moment in its camera of the lowest number), with its tracked shape and "
+        "camera": "all, in order of their numbers" if settings['camera'] is None else f"camera {settings['camera']}",
+        "source": "the first frame of a clip (the first timestep of the camera with the lowest number), with its tracked shape and "
         "static offset",
-        "self": "the same clip drives from its second frame on, in all its cameras, and is the truth",
-        "cross": "another subject's clip drives from its second frame on, with its expression, joint rotations, translation and "
-        "camera on the source's shape; a random cycle through all subjects, drawn by the seed, says who drives whom",
-        "avatar": f"one for each source, made {settings['batch_size']} at a time with seed {settings['seed']}, "
-        f"the likeliest of {settings['candidates']} clouds, "
-        f"at most {settings['max_points'] or 'any number of'} points, {settings['max_points_per_face']} on a face; "
+        "self": "driven by the same clip from its second frame on, in all its cameras, which is also the truth",
+        "cross": "driven by another subject's clip from its second frame on: expression, joint rotations, translation and camera "
+        "on the source's shape; the pairing is a random cycle through all subjects, drawn with the seed",
+        "avatar": f"one per source, generated {settings['batch_size']} at a time with seed {settings['seed']}, "
+        f"the most likely of {settings['candidates']} point clouds, "
+        f"at most {settings['max_points'] or 'any number of'} points, {settings['max_points_per_face']} per face; "
         "posed by linear blend skinning",
         "mean": "over all frames of all pairs",
-        "intervals": f"95 %, over source subjects: bootstrap, 1,000 draws with seed {settings['seed']}; of FID the jackknife, "
-        "because repeated frames raise FID",
-        "PSNR": "of an image on 0..255, all channels together, in dB; infinite for equal images",
-        "SSIM": "Gaussian window of 11 pixels, sigma 1.5, the mean of three channels",
-        "LPIPS": "version 0.1, network under networks, images on -1..1",
-        "FID": "Inception's 2,048 features of all frames of a method; self: against the true frames; cross: against the "
-        "source's own frames from its second on. It falls with the number of frames: compare only equal numbers",
+        "intervals": f"95 %, over source subjects: bootstrap of 1,000 draws with seed {settings['seed']}; jackknife for FID, which "
+        "repeated frames would raise",
+        "PSNR": "of images on 0..255, all channels together, in dB; infinite for equal images",
+        "SSIM": "Gaussian window of 11 pixels, sigma 1.5, mean of three channels",
+        "LPIPS": "version 0.1, backbone as listed under networks, images on -1..1",
+        "FID": "2,048 Inception features of all frames of a method; self: against the true frames; cross: against the source's own "
+        "frames from its second on. It falls with the number of frames: compare only equal numbers",
         "CLIP": "cosine of image features; self: with the true frame; cross: with the source portrait",
         "CSIM": "cosine of ArcFace features; self: with the true frame; cross: with the source portrait",
-        "AKD": "mean distance of landmarks to those of the driver's frame, in pixels of an image whose longer side is 512",
-        "APD": "head rotation against the driver's frame: mean absolute difference of three Euler angles in milliradians, "
-        "which fits the size of published values; geodesic: the angle between the two rotations in degrees",
+        "AKD": "mean distance of landmarks to those of the driver's frame, in pixels, scaled to images whose longer side is 512",
+        "APD": "head rotation against the driver's frame: mean absolute difference of three Euler angles in milliradians, which "
+        "matches the magnitude of published values; geodesic: the angle between the two rotations in degrees",
         "AED": "mean absolute difference of expression coefficients to the driver's frame",
-        "no face": "a frame in which the detector finds none, or whose driver's frame has none, enters no mean of AKD, APD, AED "
-        "and CSIM, and is counted",
+        "no face": "a frame in which no face is detected, or whose driver's frame has none, is counted and enters no mean of AKD, "
+        "APD, AED and CSIM",
     }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class FrameProblems:
-    """What is wrong with a folder of frames in one mode."""
+def check_frames(folder: Path, pairs: Sequence[Pair]) -> list[str]:
+    """Everything in <folder>/<mode> that differs from what the pairs of this one mode expect, one line each.
 
-    missing: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
-    unreadable: tuple[str, ...] = ()
-    wrong_size: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return any(asdict(self).values())
-
-    def lines(self) -> list[str]:
-        """One line a problem."""
-        return [f"{kind.replace('_', ' ')}: {name}" for kind, names in asdict(self).items() for name in names]
-
-
-def check_frames(folder: Path, pairs: Sequence[Pair]) -> FrameProblems:
-    """Everything in <folder>/<mode> that is not what the pairs of this one mode expect; all frames are opened."""
+    Opens all frames. A line is "missing: ...", "extra: ...", "unreadable: ..." or "wrong size: ...", in this order.
+    """
     mode = pairs[0].mode
-    found = {name for path in (folder / mode).rglob("*") if path.is_file() and (name := _visible(path, folder))}
-    missing, unreadable, wrong_size = [], [], []
+    relative = (path.relative_to(folder) for path in (folder / mode).rglob("*") if path.is_file())
+    extra = {str(path) for path in relative if not any(part.startswith(".") for part in path.parts)}
+    problems: dict[str, list[str]] = {kind: [] for kind in ("missing", "extra", "unreadable", "wrong size")}
     for pair in tqdm(pairs, desc=f"checking {folder.name} {mode}", unit="pair", leave=False):
-        video = pair.path(folder).with_name(f"{pair.name}.mp4")
-        if video.is_file():
-            name = str(video.relative_to(folder))
-            found.discard(name)
-            try:
-                frames = read_video(video)
-            except ValueError as error:
-                unreadable.append(str(error))
-                continue
-            if len(frames) != len(pair.rows):
-                missing.append(f"{name} has {len(frames)} frames, expected {len(pair.rows)}")
-            if (size := (frames.shape[2], frames.shape[1])) != _video_size(pair):
-                wrong_size.append(f"{name} is {size}, expected {_video_size(pair)}")
-            continue
-        for row in pair.rows:
-            path = pair.path(folder) / frame_name(row)
+        has_video = pair.video(folder).is_file()
+        frames = [pair.path(folder) / frame_name(row) for row in pair.rows]
+        for path in [pair.video(folder)] if has_video else frames:
             name = str(path.relative_to(folder))
-            if name not in found:
-                missing.append(name)
+            if name not in extra:
+                problems["missing"].append(name)
                 continue
-            found.discard(name)
+            extra.discard(name)
+            expected = _video_size(pair) if has_video else pair.driver.size
             try:
-                size = load_image(path).size
+                size, count = _size_of_video(path) if has_video else (load_image(path).size, len(frames))
             except ValueError as error:
-                unreadable.append(str(error))
+                problems["unreadable"].append(str(error))
                 continue
-            if size != pair.driver.size:
-                wrong_size.append(f"{name} is {size}, expected {pair.driver.size}")
-    return FrameProblems(tuple(missing), tuple(sorted(found)), tuple(unreadable), tuple(wrong_size))
+            if count != len(frames):
+                problems["missing"].append(f"{name} has {count} frames, expected {len(frames)}")
+            if size != expected:
+                problems["wrong size"].append(f"{name} is {size}, expected {expected}")
+    problems["extra"] = sorted(extra)
+    return [f"{kind}: {name}" for kind, names in problems.items() for name in names]
 
 
 def read_frames(folder: Path, pair: Pair) -> np.ndarray:
-    """(N, H, W, 3) uint8, the frames of a pair, on white; ValueError that names one that cannot be read."""
-    video = pair.path(folder).with_name(f"{pair.name}.mp4")
-    if video.is_file():
+    """(N, H, W, 3) uint8, the frames of a pair on white; ValueError that names a frame that cannot be read."""
+    if pair.video(folder).is_file():
         width, height = pair.driver.size
-        return read_video(video)[:, :height, :width]
+        return read_video(pair.video(folder))[:, :height, :width]
     return np.stack([on_white(load_image(pair.path(folder) / frame_name(row))) for row in pair.rows])
 
 
@@ -219,7 +204,7 @@ def read_video(path: Path) -> np.ndarray:
         import imageio_ffmpeg
     except ImportError as error:
         raise ImportError(
-            f'{path}: reading videos needs imageio-ffmpeg ({error}): pip install "avatar-pointillist[video]", or give PNG'
+            f'{path}: reading videos needs imageio-ffmpeg ({error}): pip install "avatar-pointillist[video]", or provide PNGs'
         ) from error
     try:
         reader = imageio_ffmpeg.read_frames(str(path))
@@ -233,15 +218,15 @@ def read_video(path: Path) -> np.ndarray:
 
 
 def _video_size(pair: Pair) -> tuple[int, int]:
-    """H.264 wants even sides: an odd one gets its last column or row twice."""
+    """H.264 needs even sides: the last column or row of an odd side is repeated."""
     width, height = pair.driver.size
     return width + width % 2, height + height % 2
 
 
-def _visible(path: Path, folder: Path) -> str:
-    """The name relative to the folder; empty for hidden files, which systems leave behind."""
-    relative = path.relative_to(folder)
-    return "" if any(part.startswith(".") for part in relative.parts) else str(relative)
+def _size_of_video(path: Path) -> tuple[tuple[int, int], int]:
+    """((width, height), number of frames)."""
+    count, height, width, _ = read_video(path).shape
+    return (width, height), count
 
 
 def _cameras(clip: Clip) -> dict:
@@ -249,7 +234,3 @@ def _cameras(clip: Clip) -> dict:
     frames = [{"viewmat": viewmat, "K": K} for viewmat, K in zip(viewmats, Ks)]
     about = "viewmat: world to camera, meters, OpenCV axes (x right, y down, z forward); K: pixels"
     return {"about": about, "width": clip.cameras.width, "height": clip.cameras.height, "frames": frames}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Published numbers, for orientation: other data, other code, other definitions. Never mixed with measured ones.
 
-Table S1 of the AvatarPointillist paper (CVPR 2026), on VFHQ, and its table on NeRSemble with the ablations. AKD, APD, CLIP and FID
-are not defined there and no code was released.
+From the AvatarPointillist paper (CVPR 2026): Table S1, on VFHQ, and the table on NeRSemble with the ablations. The paper does not
+define AKD, APD, CLIP and FID, and no code was released.
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ MORE = {"self": ("clip", "csim", "apd_geodesic", "aed"), "cross": ("csim", "apd_
 ALL = {mode: (*MAIN[mode], *MORE[mode]) for mode in MAIN}
 PUBLISHED_WARNING = (
     "Published numbers, not measured here: other data, other code, unpublished definitions of AKD, APD, CLIP and FID. "
-    "They must not be compared digit by digit with the measured ones."
+    "Do not compare them directly with the measured ones."
 )
 
 
@@ -36,7 +36,7 @@ def columns(results: Mapping[str, Any], which: Mapping[str, Sequence[str]]) -> l
 
 
 def entry(results: Mapping[str, Any], name: str, mode: str, metric: Metric) -> Mapping[str, Any]:
-    """What the results say of a method in a metric; empty if the method has no row in this mode."""
+    """A method's result for a metric; empty if the method has no row in this mode."""
     return results["methods"][name][mode].get("metrics", {}).get(metric.key, {})
 
 
@@ -60,7 +60,7 @@ def number(value: float | str, digits: int) -> str:
 
 
 def measured_block(results: Mapping[str, Any]) -> str:
-    """The table, its footnotes and what was refused, in Markdown: what is printed at the end of a run."""
+    """The table, its footnotes and the refused rows in Markdown, as printed at the end of a run."""
     footnotes: dict[str, int] = {}
     table = _methods_table(results, columns(results, MAIN), footnotes, with_intervals=False)
     pairs = ", ".join(f"{mode} {count} pairs" for mode, count in results["num_pairs"].items())
@@ -68,7 +68,7 @@ def measured_block(results: Mapping[str, Any]) -> str:
     lines += [f"({mark}) {reason}" for reason, mark in footnotes.items()]
     refused = [f"- {name}, {mode}: {line}" for name, mode, problems in refusals(results) for line in problems]
     if refused:
-        lines += ["", "Rows that were refused, because a mean over the rest would be of other frames:", "", *refused]
+        lines += ["", "Refused rows, because a mean over the remaining frames would not be comparable:", "", *refused]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -81,7 +81,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         own = columns(results, {mode: ALL[mode]})
         parts += ["\n".join(_methods_table(results, own, footnotes, with_intervals=True))]
     parts += ["\n".join(f"({mark}) {reason}" for reason, mark in footnotes.items())]
-    parts += ["## Faces that no detector found", _list(faces_not_found(results))]
+    parts += ["## Frames without a detected face", _list(faces_not_found(results))]
     for heading, lines in facts(results).items():
         parts += [f"## {heading}", _list(f"{key}: {text}" for key, text in lines.items())]
     parts += ["## Versions", versions(results)]
@@ -92,7 +92,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def refusals(results: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]:
-    """(method, mode, problems) of compared folders that are not as they must be."""
+    """(method, mode, problems) of compared folders with missing or wrong frames."""
     for name, row in results["methods"].items():
         for mode in results["modes"]:
             if row["compared"] and "absent" in row[mode]:
@@ -100,7 +100,7 @@ def refusals(results: Mapping[str, Any]) -> Iterator[tuple[str, str, list[str]]]
 
 
 def faces_not_found(results: Mapping[str, Any]) -> list[str]:
-    """How many faces were not found, of each method."""
+    """How many frames of each method have no detected face."""
     lines = []
     for name, row in results["methods"].items():
         for mode in results["modes"]:
@@ -109,11 +109,11 @@ def faces_not_found(results: Mapping[str, Any]) -> list[str]:
                 share = 100 * lost["frames"] / lost["of"]
                 count = f"{lost['frames']} of {lost['of']} frames ({share:.1f} %)"
                 lines.append(f"{name}, {mode}: {count}, {lost['driver']} of the driver's")
-    return lines or ["No detector was there, see networks."]
+    return lines or ["No face detector was available, see networks."]
 
 
 def facts(results: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """What stands below the numbers, heading by heading: key -> text."""
+    """What is listed below the numbers: heading -> key -> text."""
     return {
         "Rows": {name: row["about"] for name, row in results["methods"].items()},
         "Protocol": results["protocol"],
@@ -142,12 +142,12 @@ def _speed(speed: Mapping[str, Any]) -> dict[str, str]:
     machine, size = speed["machine"], " x ".join(map(str, speed["image"]))
     cores = f", {machine['cores']} cores" if machine["cores"] else ""
     lines = {
-        "machine": f"{machine['gpu'] or machine['cpu']}{cores}, {machine['torch_threads']} thread(s) of torch",
-        "an avatar": f"{speed['seconds_per_avatar']:.2f} s (made {speed['batch']} at a time, mean of {speed['avatars']})",
-        "tokens": f"{speed['tokens_per_second']:.0f} a second, {speed['tokens_per_avatar']:.0f} an avatar, other candidates "
-        "not counted",
-        "moving and drawing": f"{speed['frames_per_second']:.1f} frames a second of {size} pixels, "
-        f"{speed['points_of_drawn_avatar']:,} points, one frame at a time, without files",
+        "machine": f"{machine['gpu'] or machine['cpu']}{cores}, {machine['torch_threads']} torch thread(s)",
+        "an avatar": f"{speed['seconds_per_avatar']:.2f} s (generated {speed['batch']} at a time, mean of {speed['avatars']})",
+        "tokens": f"{speed['tokens_per_second']:.0f} per second, {speed['tokens_per_avatar']:.0f} per avatar, not counting other "
+        "candidates",
+        "posing and rendering": f"{speed['frames_per_second']:.1f} frames per second of {size} pixels, "
+        f"{speed['points_of_drawn_avatar']:,} points, one frame at a time, without file access",
         "peak memory": f"{speed['peak_memory_gib']:.2f} GiB",
     }
     if speed["peak_gpu_memory_gib"] is not None:
@@ -156,7 +156,7 @@ def _speed(speed: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _best(results: Mapping[str, Any], mode: str, metric: Metric) -> str | None:
-    """The best method besides the truth; None where there is nothing to be better than."""
+    """The best method besides the truth; None if there is only one."""
     entries = {name: entry(results, name, mode, metric) for name in results["methods"] if name != "truth"}
     found = {name: float(each["value"]) for name, each in entries.items() if "value" in each}
     if len(found) < 2:
@@ -167,7 +167,7 @@ def _best(results: Mapping[str, Any], mode: str, metric: Metric) -> str | None:
 def _methods_table(
     results: Mapping[str, Any], shown: Sequence[tuple[str, Metric]], footnotes: dict[str, int], with_intervals: bool
 ) -> list[str]:
-    """Lines of Markdown; `footnotes` (reason -> mark) gains the reasons that are new."""
+    """Lines of Markdown; new reasons are added to `footnotes` (reason -> mark)."""
     units = [f" ({metric.unit})" if metric.unit else "" for _, metric in shown]
     rows = [["method", *(f"{mode} {metric.title}{unit} {metric.arrow}" for (mode, metric), unit in zip(shown, units))]]
     for name in results["methods"]:
@@ -183,7 +183,7 @@ def _methods_table(
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table that also reads well as plain text."""
+    """A Markdown table that is also readable as plain text."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

@@ -1,4 +1,4 @@
-"""Whose folder this is: a run goes on only in its own, with the same model, data set and settings."""
+"""Output folders that belong to one run: a run resumes only with the same model, dataset and settings."""
 
 import hashlib
 import json
@@ -15,23 +15,24 @@ RUN_NAME = "run.json"
 
 
 def claim(output: Path, own: dict[str, Any]) -> None:
-    """Make the output folder this run's; ValueError with what differs if it is that of another."""
+    """Make the output folder this run's; ValueError with the differences if it is another run's."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / RUN_NAME
     if not path.is_file():
         if any(not each.name.startswith(".") for each in output.iterdir()):
-            raise ValueError(f"{output}: is not empty and no folder of this bench; choose another --output_dir")
+            raise ValueError(f"{output}: neither empty nor an output folder of this bench; choose another --output_dir")
         write(path, json.dumps(own, indent=2) + "\n")
         return
     found = read_json(path)
-    differing = [key for key in own if found.get(key, "missing") != own[key]]
+    differing = [
+        f"{key} was {found.get(key)!r}, is {own[key]!r}" for key in own if found.get(key, "missing") != own[key]
+    ]
     if differing:
-        lines = "; ".join(f"{key} was {found.get(key)!r}, is {own[key]!r}" for key in differing)
-        raise ValueError(f"{output}: holds another run ({lines}); choose another --output_dir")
+        raise ValueError(f"{output}: holds another run ({'; '.join(differing)}); choose another --output_dir")
 
 
 def weights_digest(networks: Sequence[torch.nn.Module], settings: Sequence[Any]) -> str:
-    """16 hex digits over weights and settings; where they lie does not matter."""
+    """16 hex digits of a hash of weights and settings; the path they were loaded from does not matter."""
     found = hashlib.sha256()
     for network in networks:
         for name, value in network.state_dict().items():

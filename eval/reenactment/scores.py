@@ -1,9 +1,9 @@
-"""From frames to the numbers of the table: per frame, per pair, over all of them with an interval.
+"""From frames to the numbers of the table: per frame, per pair, and over all pairs with an interval.
 
-The networks of `eval.networks` read every image once; what they read is kept as a file beside the frames and serves every
-metric. A metric whose network is missing has no number but a reason. A frame in which no face is found counts as
-such and enters no mean. A mean is over all frames of all pairs; its interval is one over source subjects, because frames of
-one person are not independent: a bootstrap, of FID a jackknife.
+The networks of `eval.networks` read every image once; their features are kept in files beside the frames and serve all metrics.
+A metric whose network is missing has a reason instead of a number. Frames in which no face is found are counted and enter no
+mean. A mean is over all frames of all pairs. Its interval is over source subjects, because frames of one subject are not
+independent: a bootstrap, or a jackknife for FID.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from eval.metrics import functional as metrics
-from eval.networks.registry import Missing, Networks
+from eval.networks.registry import Networks
+from eval.networks.weights import Missing
 from eval.reenactment.clips import Clip
 from eval.reenactment.protocol import Pair
 from gaussian_tokenizer.utils.atomic import atomic_file
@@ -24,8 +25,6 @@ from gaussian_tokenizer.utils.npz import read_npz
 
 RESAMPLES, CONFIDENCE = 1000, 0.95
 NORMAL_95 = 1.959963984540054
-IMAGES_AT_ONCE = 16
-NETWORKS = ("lpips", "inception", "face", "clip", "arcface")
 Features = dict[str, np.ndarray]
 
 
@@ -45,8 +44,7 @@ class Metric:
 
 
 BOTH = ("self", "cross")
-METRICS = {
-    metric.key: metric for metric in (
+_METRICS = [
     Metric("psnr", "PSNR", "dB", True, ("self",), None, 2),
     Metric("ssim", "SSIM", "", True, ("self",), None),
     Metric("lpips", "LPIPS", "", False, ("self",), "lpips"),
@@ -57,45 +55,37 @@ METRICS = {
     Metric("apd", "APD", "mrad", False, BOTH, "face", 2),
     Metric("apd_geodesic", "APD, geodesic", "°", False, BOTH, "face", 2),
     Metric("aed", "AED", "", False, BOTH, "face", 4),
-)}  # fmt: skip
+]
+METRICS = {metric.key: metric for metric in _METRICS}
+
+
+def describe_networks(networks: Networks) -> dict[str, dict[str, str]]:
+    """Network -> name, package, version, weights and their hash; or what is missing and its remedy."""
+    return {name: net.about for name, net in vars(networks).items()}
 
 
 def missing_networks(networks: Networks) -> dict[str, str]:
-    """Network -> why it is missing and what would bring it."""
-    found = {name: getattr(networks, name) for name in NETWORKS}
-    return {name: f"{net.reason}; {net.remedy}" for name, net in found.items() if isinstance(net, Missing)}
-
-
-def describe_networks(networks: Networks) -> dict[str, dict[str, Any]]:
-    """Network -> name, package, version, weights and their hash; or what is missing."""
-    described = {}
-    for name in NETWORKS:
-        net = getattr(networks, name)
-        missing = isinstance(net, Missing)
-        described[name] = {"missing": net.reason, "remedy": net.remedy} if missing else net.describe()
-    return described
+    """Network -> why it is missing, and the remedy."""
+    found = {name: net for name, net in vars(networks).items() if isinstance(net, Missing)}
+    return {name: f"{net.reason}; {net.remedy}" for name, net in found.items()}
 
 
 def read_features(images: np.ndarray, networks: Networks) -> Features:
-    """What every network that is there says of images (N, H, W, 3)."""
-    parts: dict[str, list[np.ndarray]] = {}
-    for start in range(0, len(images), IMAGES_AT_ONCE):
-        some = images[start : start + IMAGES_AT_ONCE]
-        for name in ("inception", "clip"):
-            net = getattr(networks, name)
-            if not isinstance(net, Missing):
-                parts.setdefault(name, []).append(net(some))
-        if not isinstance(networks.face, Missing):
-            reading = networks.face(some)
-            for name in ("landmarks", "rotations", "expressions"):
-                parts.setdefault(name, []).append(getattr(reading, name))
-            if not isinstance(networks.arcface, Missing):  # it needs the landmarks, and has no use without them
-                parts.setdefault("arcface", []).append(networks.arcface(some, reading.landmarks))
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    """What the available networks read from images (N, H, W, 3)."""
+    features: Features = {}
+    for name, net in (("inception", networks.inception), ("clip", networks.clip)):
+        if not isinstance(net, Missing):
+            features[name] = net(images)
+    if not isinstance(networks.face, Missing):
+        reading = networks.face(images)
+        features |= vars(reading)
+        if not isinstance(networks.arcface, Missing):  # it needs the landmarks
+            features["arcface"] = networks.arcface(images, reading.landmarks)
+    return features
 
 
 class FeatureFiles:
-    """Features of frames and images' distances, computed once for the same frames and networks and kept as files."""
+    """Features of frames and their distances to the truth, computed once per frames and networks and kept in files."""
 
     def __init__(self, folder: Path, networks: Networks):
         self.folder, self.networks = folder, networks
@@ -103,55 +93,54 @@ class FeatureFiles:
 
     def of_clip(self, clip: Clip) -> Features:
         """Of all true frames."""
-        path = self.folder / "clips" / f"{clip.subject_id}.npz"
-        images = clip.images(range(len(clip)))
-        return self._kept(path, images, None)
+        return self._load(self.folder / "clips" / f"{clip.subject_id}.npz", clip.images(range(len(clip))), None)
 
     def of_frames(self, method: str, pair: Pair, frames: np.ndarray) -> Features:
-        """Of a method's frames; of self-reenactment also `psnr`, `ssim` and `lpips` to the truth."""
-        path = self.folder / method / pair.mode / f"{pair.name}.npz"
-        return self._kept(path, frames, pair.driver.images(pair.rows) if pair.mode == "self" else None)
+        """Of a method's frames; in self-reenactment also `psnr`, `ssim` and `lpips` to the truth."""
+        truth = pair.driver.images(pair.rows) if pair.mode == "self" else None
+        return self._load(self.folder / method / pair.mode / f"{pair.name}.npz", frames, truth)
 
-    def _kept(self, path: Path, images: np.ndarray, reference: np.ndarray | None) -> Features:
-        key = hashlib.sha256(self.networks_key.encode())
-        key.update(np.ascontiguousarray(images).tobytes())
-        if reference is not None:
-            key.update(reference.tobytes())
-        found = _read_features(path, key.hexdigest())
-        if found is not None:
-            return found
+    def _load(self, path: Path, images: np.ndarray, truth: np.ndarray | None) -> Features:
+        digest = hashlib.sha256(self.networks_key.encode())
+        digest.update(np.ascontiguousarray(images).tobytes())
+        if truth is not None:
+            digest.update(truth.tobytes())
+        key = digest.hexdigest()
+        features = _read(path, key)
+        if features is not None:
+            return features
         features = read_features(images, self.networks)
-        if reference is not None:
-            features |= image_distances(images, reference, self.networks)
+        if truth is not None:
+            features |= {"psnr": metrics.psnr(images, truth), "ssim": metrics.ssim(images, truth)}
+            if not isinstance(self.networks.lpips, Missing):
+                features["lpips"] = self.networks.lpips(images, truth)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            arrays: dict[str, Any] = features | {"key": np.array(key.hexdigest())}
-            np.savez(file, **arrays)
+            np.savez(file, key=np.array(key), **features)
         return features
 
 
-def image_distances(frames: np.ndarray, reference: np.ndarray, networks: Networks) -> Features:
-    """`psnr`, `ssim` and, if its network is there, `lpips` of every frame."""
-    distances = {"psnr": metrics.psnr(frames, reference), "ssim": metrics.ssim(frames, reference)}
-    if not isinstance(networks.lpips, Missing):
-        parts = range(0, len(frames), IMAGES_AT_ONCE)
-        some = [slice(start, start + IMAGES_AT_ONCE) for start in parts]
-        distances["lpips"] = np.concatenate([networks.lpips(frames[part], reference[part]) for part in some])
-    return distances
+def _read(path: Path, key: str) -> Features | None:
+    """The features in a file; None if they are of other frames or networks, or the file is damaged."""
+    try:
+        arrays, _ = read_npz(path)
+    except (OSError, ValueError):
+        return None
+    return arrays if str(arrays.pop("key", "")) == key else None
 
 
-def frame_values(pair: Pair, frames: Features, source: Features, driver: Features) -> dict[str, np.ndarray]:
+def frame_values(pair: Pair, frames: Features, source: Features, driver: Features) -> Features:
     """metric -> (N,), NaN where no face was found; `source` and `driver` are the features of all true frames of their clips.
 
-    Motion (AKD, APD, AED) is compared with the driver's frame. The person (CLIP, CSIM) is compared with the true frame in
-    self-reenactment, and with the source portrait in cross-reenactment, where there is none.
+    Motion (AKD, APD, AED) is compared with the driver's frame. Identity and appearance (CLIP, CSIM) are compared with the true
+    frame in self-reenactment and with the source portrait in cross-reenactment, which has no true frames.
     """
     rows = np.array(pair.rows)
     values: Features = {name: frames[name] for name in ("psnr", "ssim", "lpips") if name in frames}
     for key, feature in (("clip", "clip"), ("csim", "arcface")):
         if feature in frames:
-            person = driver[feature][rows] if pair.mode == "self" else np.repeat(source[feature][:1], len(rows), 0)
-            values[key] = metrics.cosine_similarity(frames[feature], person)
+            subject = driver[feature][rows] if pair.mode == "self" else np.repeat(source[feature][:1], len(rows), 0)
+            values[key] = metrics.cosine_similarity(frames[feature], subject)
     if "landmarks" in frames:
         to_512 = 512 / max(pair.driver.size)
         rotations = frames["rotations"], driver["rotations"][rows]
@@ -162,46 +151,43 @@ def frame_values(pair: Pair, frames: Features, source: Features, driver: Feature
     return values
 
 
-def faces_not_found(pair: Pair, frames: Features, driver: Features) -> dict[str, Any]:
-    """In how many frames the detector found no face: of the method, and of the driver."""
-    lost = {"frames": frames["landmarks"], "driver": driver["landmarks"][np.array(pair.rows)]}
-    return {"of": len(pair.rows)} | {name: int(np.isnan(each).any((1, 2)).sum()) for name, each in lost.items()}
-
-
 def resample(count: int, seed: int) -> np.ndarray:
-    """(RESAMPLES, count) subjects drawn with replacement; the same draws for every method and metric."""
+    """(RESAMPLES, count) subjects drawn with replacement: the same draws for every method and metric."""
     return np.random.default_rng((seed, count)).integers(0, count, (RESAMPLES, count))
 
 
 def mean_with_interval(per_pair: Sequence[np.ndarray], draws: np.ndarray) -> dict[str, Any]:
-    """Mean over all frames that have a value, and its interval over subjects (None for a single one)."""
+    """Mean over all frames that have a value, and its bootstrap interval over subjects (None for a single subject)."""
     sums = np.array([np.nansum(values) for values in per_pair])
     counts = np.array([np.count_nonzero(~np.isnan(values)) for values in per_pair])
     if counts.sum() == 0:
         return {"na": "no face was found in any frame"}
     weights = counts[draws].sum(1)
-    # A draw of only subjects without a face says nothing.
-    means = sums[draws].sum(1)[weights > 0] / weights[weights > 0]
-    low, high = _interval(means) if len(per_pair) > 1 else (None, None)
+    low, high = None, None
+    if len(per_pair) > 1:
+        means = sums[draws].sum(1)[weights > 0] / weights[weights > 0]  # without draws in which no frame has a value
+        tails = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
+        # Values that occur rather than interpolated ones: between two infinite PSNRs there is no number.
+        low, high = np.quantile(means, tails, method="inverted_cdf").tolist()
     summary = {"value": float(sums.sum() / counts.sum()), "low": low, "high": high}
     return summary | {"frames": int(counts.sum()), "subjects": int(np.count_nonzero(counts))}
 
 
 def fid_with_interval(made: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> dict[str, Any]:
-    """FID of all frames against all real ones, and its interval over subjects by the jackknife, none for a single subject.
+    """FID of all frames against all real ones, and its jackknife interval over subjects (None for a single subject).
 
-    Not a bootstrap: a resampled set repeats frames and is of fewer different ones, which raises FID by more than it varies.
-    Leaving one subject out after the other repeats nothing.
+    Not a bootstrap: a resample repeats frames and has fewer distinct ones, which raises FID by more than it varies. The jackknife
+    leaves out one subject at a time and repeats nothing.
     """
     value = metrics.frechet_distance(np.concatenate(made), np.concatenate(real))
     low, high, count = None, None, len(made)
     if count > 1:
-        left_out = [[index for index in range(count) if index != left] for left in range(count)]
-        without = np.array([
-            metrics.frechet_distance(np.concatenate([made[i] for i in rest]), np.concatenate([real[i] for i in rest]))
-            for rest in left_out
-        ])  # fmt: skip
-        reach = NORMAL_95 * float(np.sqrt((count - 1) * np.square(without - without.mean()).mean()))
+        without = []
+        for left in range(count):
+            rest = [index for index in range(count) if index != left]
+            some = (np.concatenate([features[index] for index in rest]) for features in (made, real))
+            without.append(metrics.frechet_distance(*some))
+        reach = NORMAL_95 * float(np.sqrt((count - 1) * np.var(without)))
         low, high = max(0.0, value - reach), value + reach
     summary = {"value": value, "low": low, "high": high, "frames": sum(map(len, made))}
     return summary | {"real_frames": sum(map(len, real)), "subjects": count}
@@ -214,10 +200,11 @@ def summarize(
     missing: Mapping[str, str],
     seed: int,
 ) -> dict[str, Any]:
-    """Everything the results say of one method in one mode; `frames` in the order of `pairs`, `clips` by subject."""
+    """The results of one method in one mode; `frames` in the order of `pairs`, `clips` by subject."""
     mode, draws = pairs[0].mode, resample(len(pairs), seed)
-    of = [(clips[pair.source.subject_id], clips[pair.driver.subject_id]) for pair in pairs]
-    values = [frame_values(pair, own, *both) for pair, own, both in zip(pairs, frames, of)]
+    sources = [clips[pair.source.subject_id] for pair in pairs]
+    drivers = [clips[pair.driver.subject_id] for pair in pairs]
+    values = [frame_values(*each) for each in zip(pairs, frames, sources, drivers)]
     table: dict[str, Any] = {}
     for metric in METRICS.values():
         if mode not in metric.modes:
@@ -225,8 +212,8 @@ def summarize(
         if metric.network is not None and metric.network in missing:
             table[metric.key] = {"na": missing[metric.network], "network": metric.network}
         elif metric.key == "fid":
-            # Cross-reenactment has no true frames: the source's real ones show whom it should look like.
-            real = [source["inception"][np.array(range(1, len(pair.source)))] for pair, (source, _) in zip(pairs, of)]
+            # Against the source's own frames: cross-reenactment has no true ones.
+            real = [source["inception"][1 : len(pair.source)] for pair, source in zip(pairs, sources)]
             table["fid"] = fid_with_interval([own["inception"] for own in frames], real)
         else:
             table[metric.key] = mean_with_interval([each[metric.key] for each in values], draws)
@@ -237,24 +224,10 @@ def summarize(
         }
         for pair, each in zip(pairs, values)
     }
-    result = {"metrics": table, "num_frames": sum(len(pair.rows) for pair in pairs), "pairs": per_pair}
+    num_frames = sum(len(pair.rows) for pair in pairs)
+    result = {"metrics": table, "num_frames": num_frames, "pairs": per_pair}
     if "face" not in missing:
-        lost = [faces_not_found(pair, own, driver) for pair, own, (_, driver) in zip(pairs, frames, of)]
-        result["faces_not_found"] = {key: sum(each[key] for each in lost) for key in ("frames", "driver", "of")}
+        lost = [np.isnan(own["landmarks"]).any((1, 2)).sum() for own in frames]
+        driver = [np.isnan(own["landmarks"][np.array(p.rows)]).any((1, 2)).sum() for p, own in zip(pairs, drivers)]
+        result["faces_not_found"] = {"frames": int(sum(lost)), "driver": int(sum(driver)), "of": num_frames}
     return result
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    # Values that occur, not between them: between two infinite PSNR there is no number.
-    tails = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
-    low, high = np.quantile(values, tails, method="inverted_cdf")
-    return float(low), float(high)
-
-
-def _read_features(path: Path, key: str) -> Features | None:
-    """The arrays of a file of this key; None if it is of other frames or networks, or not whole."""
-    try:
-        arrays, _ = read_npz(path)
-    except (OSError, ValueError):
-        return None
-    return arrays if str(arrays.pop("key", "")) == key else None

@@ -1,6 +1,6 @@
-"""How fast: seconds and tokens for an avatar, frames a second of moving and drawing it, peak memory, on which machine.
+"""Speed on this machine: seconds and tokens per avatar, posed and rendered frames per second, peak memory.
 
-Times are those of this machine while the bench ran; files are not in them, and the transfer of a drawn frame to the CPU is.
+Times exclude file access and include copying a rendered frame to the CPU.
 """
 
 import platform
@@ -13,25 +13,26 @@ from typing import Any
 
 import torch
 
-from eval.reenactment.methods import draw
+from eval.reenactment.methods import render_frames
 from eval.reenactment.protocol import Pair
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 
-FRAMES = 32  # drawn for the measurement, after one to warm up
+FRAMES = 32  # rendered for the measurement, after one to warm up
 
 
 def measure(avatar: GaussianAvatar, pair: Pair, generation: Sequence[dict[str, Any]], device: str) -> dict[str, Any]:
-    """The speed page; `generation` is what was noted when the avatars were made, maybe by an earlier start of this run."""
+    """`results["speed"]`; `generation` are the stats of making the avatars, possibly from an earlier start of this run."""
     rows = pair.rows[:FRAMES]
-    draw(avatar, pair.driver, rows[:1])
+    render_frames(avatar, pair.driver, rows[:1])
     begin = time.perf_counter()
     for row in rows:
-        draw(avatar, pair.driver, range(row, row + 1))
+        render_frames(avatar, pair.driver, range(row, row + 1))
     seconds = time.perf_counter() - begin
-    making, tokens = sum(noted["seconds"] for noted in generation), sum(noted["tokens"] for noted in generation)
+    making, tokens = (sum(stats[key] for stats in generation) for key in ("seconds", "tokens"))
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
     return {
         "avatars": len(generation),
-        "batch": max(noted["batch"] for noted in generation),
+        "batch": max(stats["batch"] for stats in generation),
         "seconds_per_avatar": making / len(generation),
         "tokens_per_avatar": tokens / len(generation),
         "tokens_per_second": tokens / making,
@@ -39,23 +40,17 @@ def measure(avatar: GaussianAvatar, pair: Pair, generation: Sequence[dict[str, A
         "image": list(pair.driver.size),
         "frames_drawn": len(rows),
         "frames_per_second": len(rows) / seconds,
-        "peak_memory_gib": peak_memory(),
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30,
         "peak_gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else None,
         "machine": machine(device),
     }
 
 
-def peak_memory() -> float:
-    """GiB that this process has held at most."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 def machine(device: str) -> dict[str, Any]:
-    """Processor, threads and GPU in words."""
+    """CPU, threads and GPU."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.is_file() else []  # fmt: skip
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": len(names) or None,

@@ -118,7 +118,7 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(bench_words, finis
 
 def test_a_folder_of_something_else_is_left_alone(bench_words, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("almost done")
-    assert "no folder of this bench" in refused(bench_words, tmp_path, capsys=capsys)
+    assert "neither empty nor an output folder of this bench" in refused(bench_words, tmp_path, capsys=capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

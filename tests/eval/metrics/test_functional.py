@@ -176,7 +176,7 @@ def test_equal_rotations_in_single_precision_are_at_distance_zero(rng):
 
 @pytest.mark.parametrize("wrong", [np.zeros((3, 3)), 2 * np.eye(3), np.diag([1.0, 1.0, -1.0])])
 def test_a_matrix_that_is_no_rotation_is_refused_rather_than_measured(wrong):
-    with pytest.raises(ValueError, match=r"matrix 1 is no rotation.*give NaN"):
+    with pytest.raises(ValueError, match=r"matrix 1 is not a rotation.*give NaN"):
         pose_distance_geodesic(np.stack([np.eye(3), wrong]), np.stack([np.eye(3)] * 2))
 
 

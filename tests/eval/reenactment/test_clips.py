@@ -90,7 +90,7 @@ def test_images_of_two_sizes_are_refused_because_pixels_would_not_mean_the_same(
     shutil.copytree(subjects / "synthetic-5-000000", tmp_path / "small")
     large = sorted((tiny_corpus.parent / "avatars").iterdir())[0]
     shutil.copytree(large, tmp_path / "z")
-    with pytest.raises(ValueError, match=r"'synthetic-5-000000' are of \(32, 32\) pixels \(width, height\), those of"):
+    with pytest.raises(ValueError, match=r"'synthetic-5-000000' are \(32, 32\) pixels \(width, height\), those of"):
         open_dataset(tmp_path, bench_head)
 
 

@@ -12,13 +12,12 @@ from PIL import Image
 from eval.reenactment.methods import (
     compared,
     copy_source,
-    draw_pair,
-    drawn,
     flame_position_maker,
     make_avatars,
     mean_image,
     ours_maker,
-    source_params,
+    render_pair,
+    rendered,
     truth,
 )
 from eval.reenactment.protocol import frame_name, make_pairs
@@ -66,7 +65,7 @@ def test_the_mean_image_is_made_of_people_who_are_neither_source_nor_driver(clip
 def test_an_avatar_made_alone_is_the_one_that_the_pipeline_makes(bench_pipeline, clips, tmp_path):
     make_avatars("ours", ours_maker(bench_pipeline, 3, **LIMITS), clips[:1], tmp_path, 1)
     kept = GaussianAvatar.load(tmp_path / "avatars" / "ours" / clips[0].subject_id, head=bench_pipeline.head)
-    direct = bench_pipeline(clips[0].portrait(), source_params(clips[0]), seed=3, **LIMITS)
+    direct = bench_pipeline(clips[0].portrait(), clips[0].params.frame(0), seed=3, **LIMITS)
     assert same_avatar(kept, direct)
 
 
@@ -92,7 +91,7 @@ def test_a_drawn_frame_is_the_avatar_with_the_drivers_motion_and_camera_on_its_o
 ):
     pair = pairs[-1]
     avatar = GaussianAvatar.load(ours[0] / "avatars" / "ours" / pair.source.subject_id, head=bench_pipeline.head)
-    draw_pair(avatar, pair, tmp_path)
+    render_pair(avatar, pair, tmp_path)
     on_own_shape = replace(pair.driver.params.frame(2), shape=pair.source.params.shape)
     image = render(avatar.posed(on_own_shape), pair.driver.cameras[2].to(torch.float32)).image[0]
     read = np.asarray(Image.open(pair.path(tmp_path) / frame_name(2)))
@@ -101,7 +100,7 @@ def test_a_drawn_frame_is_the_avatar_with_the_drivers_motion_and_camera_on_its_o
 
 
 def test_frames_that_are_lost_come_back_with_the_same_bytes(ours, pairs, bench_pipeline):
-    method = drawn("ours", "", bench_pipeline.head, ours[0], "cpu")
+    method = rendered("ours", "", bench_pipeline.head, ours[0], "cpu")
     first = method.frames(pairs[0])
     files = sorted(pairs[0].path(ours[0] / "frames" / "ours").iterdir())
     before = [file.read_bytes() for file in files]
@@ -111,15 +110,15 @@ def test_frames_that_are_lost_come_back_with_the_same_bytes(ours, pairs, bench_p
 
 
 def test_flame_position_places_a_gaussian_on_every_vertex(bench_pipeline, flame_position, clips):
-    head, params = bench_pipeline.head, source_params(clips[1])
-    made = flame_position_maker(bench_pipeline, flame_position)(clips[1:2])
+    head, params = bench_pipeline.head, clips[1].params.frame(0)
+    ((avatar, _),) = flame_position_maker(bench_pipeline, flame_position)(clips[1:2])
     vertices = head.canonical_vertices(params)
     inputs = bench_pipeline.inputs([clips[1].portrait()], [params])
     with torch.no_grad():
         offsets = flame_position(positions=vertices[None].float(), pixel_values=inputs["pixel_values"]).offsets[0]
-    positions = made.avatars[0].canonical_gaussians().positions[0]
+    positions = avatar.canonical_gaussians().positions[0]
     assert torch.allclose(positions, (vertices + offsets).float(), atol=1e-5)
-    corners = head.faces[made.avatars[0].faces]
+    corners = head.faces[avatar.faces]
     assert (corners == torch.arange(head.n_vertices)[:, None]).any(1).all()
 
 

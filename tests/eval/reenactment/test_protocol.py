@@ -90,11 +90,11 @@ def test_every_missing_extra_corrupt_and_differently_sized_frame_is_listed(clips
     Image.new("RGB", (64, 32)).save(handed_in / second / "00003.png")
     (handed_in / "self" / ".DS_Store").write_text("what systems leave behind")
     problems = check_frames(handed_in, pairs)
-    assert problems.missing == (f"{first}/00001.png",)
-    assert problems.extra == (f"{first}/00004.png",)
-    assert len(problems.unreadable) == 1 and f"{second}/00002.png is not a readable image" in problems.unreadable[0]
-    assert problems.wrong_size == (f"{second}/00003.png is (64, 32), expected (32, 32)",)
-    assert len(problems.lines()) == 4
+    missing, extra, unreadable, wrong_size = problems
+    assert missing == f"missing: {first}/00001.png"
+    assert extra == f"extra: {first}/00004.png"
+    assert unreadable.startswith("unreadable: ") and f"{second}/00002.png is not a readable image" in unreadable
+    assert wrong_size == f"wrong size: {second}/00003.png is (64, 32), expected (32, 32)"
 
 
 def test_a_video_stands_for_the_frames_of_a_pair(clips, handed_in):
@@ -110,6 +110,6 @@ def test_a_video_stands_for_the_frames_of_a_pair(clips, handed_in):
     save_video(handed_in / "self" / f"{pairs[0].name}.mp4", pairs[0].driver.images([1, 2]))
     broken = handed_in / "self" / f"{pairs[1].name}.mp4"
     broken.write_bytes(broken.read_bytes()[:300])
-    problems = check_frames(handed_in, pairs)
-    assert problems.missing == (f"self/{pairs[0].name}.mp4 has 2 frames, expected 3",)
-    assert len(problems.unreadable) == 1 and f"{pairs[1].name}.mp4 is not a readable video" in problems.unreadable[0]
+    missing, unreadable = check_frames(handed_in, pairs)
+    assert missing == f"missing: self/{pairs[0].name}.mp4 has 2 frames, expected 3"
+    assert unreadable.startswith("unreadable: ") and f"{pairs[1].name}.mp4 is not a readable video" in unreadable

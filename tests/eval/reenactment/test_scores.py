@@ -7,7 +7,8 @@ import pytest
 from bench import noise
 
 from eval.metrics.functional import frechet_distance
-from eval.networks.registry import FaceReading, Missing
+from eval.networks.faces import FaceReading
+from eval.networks.weights import Missing
 from eval.reenactment.protocol import make_pairs
 from eval.reenactment.scores import (
     FeatureFiles,
@@ -28,7 +29,8 @@ class Corners:
     def __init__(self, weights: str = "first", blind: bool = False):
         self.weights, self.blind, self.seen = weights, blind, 0
 
-    def describe(self):
+    @property
+    def about(self):
         return {"name": "corners", "package": "none", "version": "1", "weights": self.weights, "sha256": "0"}
 
     def __call__(self, images, others=None):
