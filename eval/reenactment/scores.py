@@ -116,7 +116,8 @@ class FeatureFiles:
                 features["lpips"] = self.networks.lpips(images, truth)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
-            np.savez(file, key=np.array(key), **features)
+            arrays: dict[str, Any] = features | {"key": np.array(key)}
+            np.savez(file, **arrays)
         return features
 
 

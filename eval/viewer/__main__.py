@@ -1,10 +1,10 @@
-"""Look at avatars in the browser: turn them, move them, color their points, compare two, save them.
+"""View avatars in the browser: rotate, animate, color, compare and save them.
 
     python -m eval.viewer --avatar subjects/synthetic-0-000000
     python -m eval.viewer --avatar fitted --head flame.safetensors --compare generated --motion flame_param.npz
     python -m eval.viewer --model outputs/demo/pipeline --image outputs/demo/portrait.png
 
-Opens no window: it prints an address for the browser of this machine and serves it until Ctrl+C. Runs on a CPU.
+Prints the address to open in a browser on this machine and serves it until Ctrl+C. Runs on a CPU.
 """
 
 import argparse
@@ -23,27 +23,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--avatar", type=Path, help="a GaussianAvatars folder or a .safetensors avatar")
-    source.add_argument("--model", help="a pipeline, folder or Hub id, that makes the avatar from --image")
+    source.add_argument("--model", help="a pipeline (folder or Hub id) that generates the avatar from --image")
     parser.add_argument("--image", type=Path, help="portrait for --model")
-    parser.add_argument("--seed", type=int, default=0, help="of what --model makes: another seed, another avatar")
-    parser.add_argument("--compare", type=Path, help="a second avatar, of the same head model, shown at the right")
+    parser.add_argument("--seed", type=int, default=0, help="seed of generation with --model (default: 0)")
+    parser.add_argument("--compare", type=Path, help="a second avatar of the same head model, shown on the right")
     parser.add_argument(
         "--head",
         help="head model of --avatar: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder "
-        "(default: the built-in one, if the avatar says it was made on that)",
+        "(default: the procedural head recorded in the avatar)",
     )
-    parser.add_argument("--motion", help="a flame_param.npz or a folder of them, to play beside the built-in motions")
+    parser.add_argument("--motion", help="a flame_param.npz or a folder of them, in addition to the built-in motions")
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to serve (default: 127.0.0.1, this machine alone); 0.0.0.0 lets others in",
+        help="address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: all networks)",
     )
-    parser.add_argument("--port", type=int, default=8080, help="port to serve; 0 takes any that is free")
+    parser.add_argument("--port", type=int, default=8080, help="port to listen on (default: 8080; 0: any free port)")
     options = parser.parse_args(arguments)
     if (options.model is None) != (options.image is None):
-        parser.error("--model and --image go together: a portrait, and what makes an avatar of it")
+        parser.error("--model and --image are needed together: the pipeline and its portrait")
     if options.model is not None and options.head is not None:
-        parser.error("--head is of --avatar; a pipeline has its own head model")
+        parser.error("--head only applies to --avatar; a pipeline has its own head model")
     if not 0 <= options.port <= 65535:
         parser.error(f"--port {options.port}: expected 0 to 65535")
     try:
@@ -55,38 +55,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def view(options: argparse.Namespace) -> None:
-    """Open the avatars, serve them until interrupted."""
+    """Open the avatars and serve them until interrupted."""
     try:
         from eval.viewer.page import Page, check_address, open_server
     except ImportError as error:
         raise ImportError(f'the viewer needs viser ({error}): pip install "avatar-pointillist[viewer]"') from error
-    torch.set_num_threads(1)  # a pose is too little work to share, and the browser needs the other cores
-    check_address(options.host, options.port)  # not after the minutes that making an avatar may take
+    torch.set_num_threads(1)  # posing gains little from threads, and the browser needs the other cores
+    check_address(options.host, options.port)  # before the minutes that generating an avatar may take
     first = open_avatar(options.avatar, options.head) if options.model is None else make_avatar(options)
     assert first.head is not None
-    name = called(options.avatar) if options.model is None else options.image.stem
+    name = name_of(options.avatar) if options.model is None else options.image.stem
     avatars = {name: first}
     if options.compare is not None:
-        second = called(options.compare)
-        avatars[second if second != name else f"{second} (compared)"] = GaussianAvatar.load(
-            options.compare, head=first.head
-        )
+        second = name_of(options.compare)
+        second = second if second != name else f"{second} (compared)"
+        avatars[second] = GaussianAvatar.load(options.compare, head=first.head)
     played = motions(first.head, options.motion, first)
     server = open_server(options.host, options.port)
     try:
         page = Page(server, avatars, played)
-        print(f"http://{options.host}:{server.get_port()} shows {', '.join(avatars)}; Ctrl+C ends", flush=True)
+        address = f"http://{options.host}:{server.get_port()}"
+        print(f"{address} shows {', '.join(avatars)}; press Ctrl+C to stop", flush=True)
         page.run()
     finally:
         server.stop()
 
 
-def called(path: Path) -> str:
+def name_of(path: Path) -> str:
     return path.resolve().name.removesuffix(".safetensors")
 
 
 def make_avatar(options: argparse.Namespace) -> GaussianAvatar:
-    """What the pipeline makes of the portrait."""
+    """The pipeline's avatar of the portrait."""
     from modeling.generate import open_portrait
     from modeling.pipeline import AvatarPipeline
 

@@ -1,7 +1,7 @@
-"""The sliders of the viewer and what they mean: numbers a person can read in, head parameters of one frame out.
+"""The sliders of the viewer, and the head parameters of one frame that their values stand for.
 
-Degrees for the joints; for expressions the head's own units, 0..1 where they are named, standard deviations where they
-are components without a name. A motion plays under the sliders: their values are added to its frame.
+Joints are in degrees, expressions in the head's own units: 0..1 for named expressions, standard deviations for unnamed components.
+Slider values are added to the frame of a motion that is playing.
 """
 
 import re
@@ -19,12 +19,12 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 MAX_EXPRESSIONS = 10
 STILL = "none"
-NUM_FRAMES = 96  # of a motion made up: about four seconds
+NUM_FRAMES = 96  # of a synthetic motion: about four seconds
 
 
 @dataclass(frozen=True)
 class Slider:
-    """One number: added, times `factor`, to the entries `columns` of the head parameter `target`."""
+    """Its value, times `factor`, is added to the entries `columns` of the head parameter `target`."""
 
     label: str
     low: float
@@ -36,7 +36,7 @@ class Slider:
 
 
 def sliders(head: HeadModel) -> dict[str, list[Slider]]:
-    """The sliders by group; all are at rest at 0."""
+    """The sliders by group; 0 is at rest for all of them."""
 
     def degrees(label: str, low: float, high: float, target: str, *columns: int) -> Slider:
         return Slider(label, low, high, 0.5, target, columns, pi / 180)
@@ -60,7 +60,7 @@ def sliders(head: HeadModel) -> dict[str, list[Slider]]:
 def to_parameters(
     values: Sequence[tuple[Slider, float]], head: HeadModel, frame: HeadParameters | None = None
 ) -> HeadParameters:
-    """One frame: that of a motion (None: the head at rest) with the values of the sliders added."""
+    """The frame of a motion (None: the head at rest) with the slider values added."""
     frame = HeadParameters.zeros(head.n_shape, head.n_expression) if frame is None else frame
     changed: dict[str, Any] = {slider.target: frame.tensors()[slider.target].clone() for slider, _ in values}
     for slider, value in values:
@@ -69,7 +69,7 @@ def to_parameters(
 
 
 def motions(head: HeadModel, path: str | None, avatar: GaussianAvatar) -> Mapping[str, HeadParameters]:
-    """What can be played, by name: made-up motions, the file or folder `path`, the frames the avatar came with."""
+    """The motions to play, by name: synthetic ones, the file or folder `path`, and the avatar's own frames."""
     found = {name: synthetic_motion(name, head, NUM_FRAMES) for name in MOTIONS}
     if path is not None:
         found[Path(path).name] = load_motion(path, head)

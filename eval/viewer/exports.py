@@ -1,6 +1,6 @@
-"""Avatars as bytes of a file that the browser saves: PLY and `.splat` of the pose on the screen, or the whole avatar.
+"""Files for the browser to save: PLY and `.splat` of the current pose, a zip of the whole avatar, a screenshot.
 
-The zip holds the GaussianAvatars folder that `GaussianAvatar.save` writes: it can be moved and opened again here.
+The zip holds the GaussianAvatars folder that `GaussianAvatar.save` writes, which this viewer can open again.
 """
 
 import io
@@ -19,7 +19,7 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 @torch.inference_mode()
 def splat_bytes(avatar: GaussianAvatar, params: HeadParameters, suffix: str) -> bytes:
-    """The Gaussians in the one frame of `params` as `.ply` or `.splat`; ImportError where gsplat is missing."""
+    """The Gaussians in the one frame of `params` as `.ply` or `.splat`; ImportError without gsplat."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"avatar{suffix}"
         save_splats(path, avatar.posed(params))
@@ -27,13 +27,13 @@ def splat_bytes(avatar: GaussianAvatar, params: HeadParameters, suffix: str) -> 
 
 
 def folder_bytes(avatar: GaussianAvatar, name: str) -> bytes:
-    """A zip of the folder `name`; the same bytes for the same avatar."""
+    """A zip of the folder `name`, with the same bytes for the same avatar."""
     content = io.BytesIO()
     with TemporaryDirectory() as temporary, zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         folder = Path(temporary) / name
         avatar.save(folder)
         for path in sorted(folder.rglob("*")):
-            entry = zipfile.ZipInfo(str(path.relative_to(temporary)))  # of 1980: no time of day in it
+            entry = zipfile.ZipInfo(str(path.relative_to(temporary)))  # dated 1980: no timestamp
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
     return content.getvalue()

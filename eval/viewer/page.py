@@ -1,8 +1,8 @@
-"""The page in the browser: one or two avatars, the panel beside them, and the loop that keeps the image up to date.
+"""The page in the browser: one or two avatars, the panels beside them, and the loop that keeps the scene up to date.
 
-viser serves the page and draws the splats by WebGL; the server only poses. Sliders, menus and buttons do no work of their
-own: they wake the loop, which alone writes to the scene and takes the values as they then are. A slider dragged fast thus
-costs as many poses as the machine can make, never a queue of them, and a browser that goes away leaves nothing behind.
+viser serves the page and renders the splats with WebGL; the server only poses. Sliders, menus and buttons do no work themselves:
+they wake the loop, which alone updates the scene, with the values at that time. Dragging a slider fast thus costs as many poses as
+the machine can compute, never a queue of them, and a browser that disconnects leaves nothing behind.
 """
 
 import contextlib
@@ -11,14 +11,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from typing import Any
 
 import numpy as np
 import viser
-from viser import ViserServer
+from viser import ClientHandle, GuiEvent, ViserServer
 
 from eval.viewer.colors import MODES, modes, point_colors
 from eval.viewer.controls import Slider, sliders, to_parameters
@@ -30,92 +29,78 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 
-# The page is in centimeters: viser sends covariances as float16, which ends at Gaussians of 0.2 mm when they are in meters.
+# The scene is in centimeters: viser sends covariances as float16, which in meters underflow for Gaussians of 0.2 mm.
 UNITS = 100.0
 TITLE = "avatar viewer"
-FIELD_OF_VIEW = 20.0  # degrees from the lower to the upper border: that of a portrait lens
-ROOM = 1.25  # around what a portrait shows: for much hair, and for turning
-TWO_FURTHER = 1.2  # than one alone
-HEAD_WIDTH = 0.7  # with much hair, in parts of the height that a portrait shows
-GAUSSIANS, DOTS = "Gaussians", "dots"
-DOT = 0.26  # meters across, by the root of their number: together they cover the head
-MAX_DOTS = 20_000  # of an avatar: of one with more points each second, each third, ... is drawn
-SLOW = 0.2  # seconds a page takes to draw a tiny image, from which on it begins with dots
-TOLD = (
-    "This page seems to have no graphics card to draw with: Gaussians would follow a slider late. They are in the menu."
-)
-OTHER_PORT = "choose another --port, or 0 for any that is free"
-APART = 0.7  # of two avatars, in parts of the height that a portrait shows
+FIELD_OF_VIEW = 20.0  # vertical, degrees: that of a portrait lens
+ROOM = 1.25  # around the field of a portrait camera, for long hair and for turning
+TWO_FURTHER = 1.2  # camera distance for two avatars, relative to one
+HEAD_WIDTH = 0.7  # with long hair, relative to the height of a portrait
+APART = 0.7  # distance of two avatars, relative to the height of a portrait
+GAUSSIANS, POINTS = "Gaussians", "points"
+POINT_SIZE = 0.26  # meters, divided by the root of the number of points: together they cover the head
+MAX_POINTS = 20_000  # per avatar; of one with more, every second, third, ... point is shown
+SLOW = 0.2  # seconds to render a tiny image, above which a page keeps showing points
+NO_GPU = "This page seems to have no GPU: Gaussians would lag behind the sliders. You can still choose them under 'render as'."
+OTHER_PORT = "choose another --port, or 0 for any free port"
 
 
-@dataclass(eq=False)
 class Shown:
-    """An avatar on the page."""
+    """An avatar on the page; `offset` (3,) meters is the position of its head's origin."""
 
-    name: str
-    avatar: GaussianAvatar
-    offset: np.ndarray  # (3,) meters, where its head's origin stands
-    rig: Rig = field(init=False)
-    dots: Rig = field(init=False)
-    step: int = field(init=False)  # from one point that is a dot to the next
-    opacities: np.ndarray = field(init=False)  # (N, 1) uint8
-    modes: tuple[str, ...] = field(init=False)  # that it can be colored by
-    colors: dict[str, np.ndarray] = field(init=False, default_factory=dict)  # (N, 3) uint8 by mode, as asked for
+    def __init__(self, name: str, avatar: GaussianAvatar, offset: np.ndarray) -> None:
+        assert avatar.opacities is not None
+        self.name, self.avatar, self.offset = name, avatar, offset.astype(np.float32)
+        self.rig, self.step = Rig.of(avatar), -(-len(avatar) // MAX_POINTS)
+        self.points = self.rig.every(self.step)
+        self.modes = modes(avatar)
+        self.colors: dict[str, np.ndarray] = {}  # (N, 3) uint8 by mode, computed on demand
+        self.opacities = _to_bytes(avatar.opacities.sigmoid()[:, None].numpy())  # (N, 1)
 
-    def __post_init__(self) -> None:
-        self.rig, self.step = Rig.of(self.avatar), -(-len(self.avatar) // MAX_DOTS)
-        self.dots = self.rig.every(self.step)
-        self.modes = modes(self.avatar)
-        assert self.avatar.opacities is not None
-        self.opacities = _to_bytes(self.avatar.opacities.sigmoid()[:, None].numpy())
-
-    def posed(self, params: HeadParameters, color: str, drawn_as: str) -> dict[str, np.ndarray]:
-        """What viser draws, by the names of its handles, in units of the page."""
-        if color not in self.modes:  # of another avatar beside it
+    def posed(self, params: HeadParameters, color: str, render_as: str) -> dict[str, np.ndarray]:
+        """What viser renders, by the attribute names of its handles, in the units of the scene."""
+        if color not in self.modes:  # a mode of the other avatar
             color = MODES[0]
         if color not in self.colors:
             self.colors[color] = _to_bytes(point_colors(self.avatar, color))
-        posed = (self.dots if drawn_as == DOTS else self.rig).pose(params)
-        centers = (posed.centers + self.offset.astype(np.float32)) * UNITS
-        if drawn_as == DOTS:
+        posed = (self.points if render_as == POINTS else self.rig).pose(params)
+        centers = (posed.centers + self.offset) * UNITS
+        if render_as == POINTS:
             return {"points": centers, "colors": self.colors[color][:: self.step]}
-        return {
-            "centers": centers,
-            "covariances": posed.covariances * UNITS**2,
-            "rgbs": self.colors[color],
-            "opacities": self.opacities,
-        }
+        covariances = posed.covariances * UNITS**2
+        return dict(centers=centers, covariances=covariances, rgbs=self.colors[color], opacities=self.opacities)
 
 
 class Page:
-    """The scene and the panel of one server; `run` keeps them up to date until the process ends."""
+    """The scene and the panels of one server; `run` keeps them up to date until the process ends."""
 
     def __init__(
         self, server: ViserServer, avatars: Mapping[str, GaussianAvatar], motions: Mapping[str, HeadParameters]
     ) -> None:
-        """One or two avatars of one head model, from left to right, by name; `motions` by name."""
+        """One or two avatars of one head model by name, from left to right; `motions` by name."""
         head = next(iter(avatars.values())).head
         assert head is not None
         self.head: HeadModel = head
         self.server, self.changed = server, threading.Event()
         distance, target, height = view(head)
-        places = np.linspace(-1, 1, len(avatars)) * APART * height / 2 if len(avatars) > 1 else [0.0]
+        left = -APART * height * (len(avatars) - 1) / 2
         self.shown = [
-            Shown(name, avatar, np.array((x, 0.0, 0.0))) for (name, avatar), x in zip(avatars.items(), places)
+            Shown(name, avatar, np.array((left + APART * height * index, 0.0, 0.0)))
+            for index, (name, avatar) in enumerate(avatars.items())
         ]
         further = 1 if len(avatars) == 1 else TWO_FURTHER
-        self.aspect = (HEAD_WIDTH + APART * (len(avatars) - 1)) / further  # width by height that shows all of them
-        self._look(target, distance * further)
+        self.aspect = (HEAD_WIDTH + APART * (len(avatars) - 1)) / further  # width by height in which all are visible
+        self._set_initial_camera(target, distance * further)
         self._build_panels(motions)
         self.handles: list[Any] = []
-        self.drawn_as = self.drawn_color = ""  # what the handles are now
-        self.judged = False  # whether it is known how fast the page draws
+        self.rendered_as = self.rendered_color = ""  # current state of the handles
+        self.judged = False  # whether the speed of the page is known
         self.draw()
-        server.on_client_connect(self._look_from_start)
+        server.on_client_connect(self._reset_view)
         server.on_client_connect(self._judge)
 
     def run(self) -> None:
-        """Draw whenever something changed or a motion plays; returns never."""
+        """Draw whenever something changes or a motion plays; never returns."""
         while True:
             begun = time.perf_counter()
             self.changed.clear()
@@ -124,68 +109,62 @@ class Page:
             self.changed.wait(rest if self.playback.play.value else None)
 
     def draw(self) -> None:
-        """The avatars in the pose and colors that the panel says now."""
-        params, drawn_as, color = self.parameters(), self.form.value, self.color.value
-        posed = [shown.posed(params, color, drawn_as) for shown in self.shown]
+        """Update the scene to the current values of the panels."""
+        params, render_as, color = self.parameters(), self.render_as.value, self.color.value
+        posed = [shown.posed(params, color, render_as) for shown in self.shown]
         with self.server.atomic():
-            if drawn_as != self.drawn_as:
-                # Hidden splats would be drawn off the screen, at the full price of drawing.
+            if render_as != self.rendered_as:
+                # Removed rather than hidden: three.js renders hidden splats off screen, at full cost.
                 for handle in self.handles:
                     handle.remove()
-                self.handles = [self._add(f"/avatar_{index}", drawn_as, each) for index, each in enumerate(posed)]
-            elif drawn_as == DOTS:
-                for handle, each in zip(self.handles, posed):
-                    handle.points = each["points"]
-                    if color != self.drawn_color:  # colors sent again are a new material, which takes the page time
-                        handle.colors = each["colors"]
+                self.handles = [self._add(f"/avatar_{index}", render_as, each) for index, each in enumerate(posed)]
             else:
                 for handle, each in zip(self.handles, posed):
-                    handle.set_gaussians(**each)
-        self.drawn_as, self.drawn_color = drawn_as, color
+                    if render_as == GAUSSIANS:
+                        handle.set_gaussians(**each)
+                        continue
+                    handle.points = each["points"]
+                    if color != self.rendered_color:  # new colors create a new material, which is slow
+                        handle.colors = each["colors"]
+        self.rendered_as, self.rendered_color = render_as, color
         self.server.flush()
 
-    def _judge(self, client: viser.ClientHandle) -> None:
-        """A page that draws fast goes from dots, which every page draws at once, to Gaussians; the first page decides.
+    def _add(self, name: str, render_as: str, posed: dict[str, Any]) -> Any:
+        if render_as == GAUSSIANS:
+            return self.server.scene.add_gaussian_splats(name, **posed)
+        size = POINT_SIZE * UNITS / len(posed["points"]) ** 0.5
+        style: dict[str, Any] = dict(point_shape="circle", point_shading="flat", precision="float32")
+        return self.server.scene.add_point_cloud(name, **posed, point_size=size, **style)
 
-        Without a graphics card a page takes a second for each image of 27,000 Gaussians, and a third of one for any.
+    def _judge(self, client: ClientHandle) -> None:
+        """Switch from points, which every page renders fast, to Gaussians if the first page is fast enough.
+
+        Without a GPU, a page takes a second for each image of 27,000 Gaussians, and a third of a second for any image.
         """
         if self.judged:
             return
-        way, image = client.local_storage.get_item, partial(client.get_render, 16, 16, transport_format="png")
+        answer = partial(client.local_storage.get_item, "", timeout=10.0)
+        image = partial(client.get_render, 16, 16, transport_format="png", timeout=10.0)
         try:
-            answered = min(_seconds(partial(way, "", timeout=10.0)) for _ in range(3))
-            drawn = min(_seconds(partial(image, timeout=10.0)) for _ in range(3))
-            fast = drawn - answered < SLOW
+            answered, rendered = (min(_seconds(call) for _ in range(3)) for call in (answer, image))
+            fast = rendered - answered < SLOW
         except (RuntimeError, TimeoutError):
             if client.client_id not in self.server.get_clients():
-                return  # it went away: the next one is asked
+                return  # disconnected: judge the next page
             fast = False
         self.judged = True
         if fast:
-            self.form.value = GAUSSIANS  # type: ignore[misc]  # it has a setter, apart from its getter
+            self.render_as.value = GAUSSIANS  # type: ignore[misc]  # it has a setter, apart from its getter
             self.changed.set()
         else:
-            client.add_notification("shown as dots", TOLD, auto_close_seconds=8.0)
-
-    def _add(self, name: str, drawn_as: str, posed: dict[str, Any]) -> Any:
-        scene = self.server.scene
-        if drawn_as == DOTS:
-            return scene.add_point_cloud(
-                name,
-                **posed,
-                point_size=DOT * UNITS / len(posed["points"]) ** 0.5,
-                point_shape="circle",
-                point_shading="flat",
-                precision="float32",
-            )
-        return scene.add_gaussian_splats(name, **posed)
+            client.add_notification("rendering as points", NO_GPU, auto_close_seconds=8.0)
 
     def parameters(self) -> HeadParameters:
-        """The one frame on the screen: that of the motion, with the sliders added."""
+        """The frame on the screen: that of the motion, with the sliders added."""
         values = [(slider, handle.value) for slider, handle in self.sliders]
         return to_parameters(values, self.head, self.playback.frame())
 
-    def _look(self, target: np.ndarray, distance: float) -> None:
+    def _set_initial_camera(self, target: np.ndarray, distance: float) -> None:
         scene, camera = self.server.scene, self.server.initial_camera
         scene.set_up_direction("+y")
         scene.world_axes.visible = False
@@ -194,8 +173,8 @@ class Page:
         camera.look_at = target * UNITS
         camera.near, camera.far = 1.0, 10_000.0
 
-    def _look_from_start(self, client: viser.ClientHandle) -> None:
-        """The camera of one page as it began: further away where the page is narrow."""
+    def _reset_view(self, client: ClientHandle) -> None:
+        """The initial camera of one page, further away where the page is narrow."""
         start, camera = self.server.initial_camera, client.camera
         further = max(1.0, self.aspect / camera.aspect)
         with client.atomic():
@@ -204,22 +183,22 @@ class Page:
             camera.look_at = start.look_at
 
     def _build_panels(self, motions: Mapping[str, HeadParameters]) -> None:
-        """A small one that is always there; what controls the avatars, which narrow screens fold away, in one of its own."""
+        """A small panel that is always visible, and one with the controls, which narrow screens collapse."""
         gui = self.server.gui
-        # Its button would open a tunnel through somebody else's server.
+        # viser's share button would open a tunnel through a third-party server.
         gui.configure_theme(show_logo=False, show_share_button=False, control_width="medium")
         gui.main_panel.float(x=15, y=-15, width=240)
         names = [escape(shown.name) for shown in self.shown]
         counts = [f"{name}: {len(shown.avatar):,} points" for name, shown in zip(names, self.shown)]
-        title = f"<title>{', '.join(names)}: {TITLE}</title>"  # React puts it where a page has its title
+        title = f"<title>{', '.join(names)}: {TITLE}</title>"  # React moves it to the head of the page
         gui.add_markdown(title + "\n\n" + "  \n".join(counts))
         self.style = gui.add_html("")
-        view_again = gui.add_button("reset view", hint="the camera as at the beginning")
+        reset = gui.add_button("reset view", hint="back to the initial camera")
 
-        @view_again.on_click
-        def _(event: viser.GuiEvent) -> None:
+        @reset.on_click
+        def _(event: GuiEvent) -> None:
             if event.client is not None:
-                self._look_from_start(event.client)
+                self._reset_view(event.client)
 
         controls = gui.add_panel()
         controls.dock_right()
@@ -230,8 +209,8 @@ class Page:
         gui = self.server.gui
         known = {mode for shown in self.shown for mode in shown.modes}
         self.color = gui.add_dropdown("color", [mode for mode in MODES if mode in known])
-        hint = "dots where no graphics card draws the page: moving Gaussians are slow there"
-        self.form = gui.add_dropdown("drawn as", (GAUSSIANS, DOTS), initial_value=DOTS, hint=hint)
+        hint = "points are the default without a GPU, where Gaussians are slow"
+        self.render_as = gui.add_dropdown("render as", (GAUSSIANS, POINTS), initial_value=POINTS, hint=hint)
         self.background = gui.add_rgb("background", (255, 255, 255))
         self.playback = Playback(gui, motions, self.changed)
         self.sliders: list[tuple[Slider, viser.GuiSliderHandle[float]]] = []
@@ -239,14 +218,12 @@ class Page:
             with gui.add_folder(group):
                 for each in specifications:
                     handle = gui.add_slider(each.label, each.low, each.high, each.step, 0.0)
+                    handle.on_update(lambda _: self.changed.set())
                     self.sliders.append((each, handle))
-        reset = gui.add_button("sliders to zero")
-        for _, handle in self.sliders:
-            handle.on_update(lambda _: self.changed.set())
         self.color.on_update(lambda _: self.changed.set())
-        self.form.on_update(lambda _: self.changed.set())
+        self.render_as.on_update(lambda _: self.changed.set())
         self.background.on_update(lambda _: self._paint())
-        reset.on_click(lambda _: self._reset())
+        gui.add_button("reset sliders").on_click(lambda _: self._reset_sliders())
         with gui.add_folder("save"):
             self._build_exports()
 
@@ -255,65 +232,48 @@ class Page:
         names = [shown.name for shown in self.shown]
         which = gui.add_dropdown("avatar", names, visible=len(names) > 1)
 
-        def chosen() -> Shown:
-            return self.shown[names.index(which.value)]
-
-        def offer(label: str, hint: str, suffix: str, make: Callable[[Shown], bytes]) -> None:
-            button = gui.add_button(label, hint=hint)
-
-            @button.on_click
-            def _(event: viser.GuiEvent) -> None:
-                shown = chosen()
+        def offer(label: str, hint: str, name: Callable[[], str], make: Callable[[ClientHandle], bytes]) -> None:
+            def send(event: GuiEvent) -> None:
                 if event.client is not None:
-                    _send(event.client, f"{shown.name}{suffix}", lambda: make(shown))
+                    _send(event.client, name(), partial(make, event.client))
 
-        pose = "the Gaussians as they are posed now, for "
-        offer(
-            "PLY",
-            pose + "any splat viewer",
-            ".ply",
-            lambda shown: splat_bytes(shown.avatar, self.parameters(), ".ply"),
-        )
-        offer(
-            ".splat",
-            pose + "viewers of .splat",
-            ".splat",
-            lambda shown: splat_bytes(shown.avatar, self.parameters(), ".splat"),
-        )
-        offer(
-            "GaussianAvatars folder (zip)",
-            "the avatar, to be moved elsewhere",
-            ".zip",
-            lambda shown: folder_bytes(shown.avatar, shown.name),
-        )
-        image = gui.add_button("screenshot", hint="PNG of the view, transparent behind the head")
+            gui.add_button(label, hint=hint).on_click(send)
 
-        @image.on_click
-        def _(event: viser.GuiEvent) -> None:
-            if event.client is not None:
-                client = event.client
-                _send(client, "screenshot.png", lambda: _screenshot(client))
+        def offer_avatar(label: str, hint: str, suffix: str, make: Callable[[Shown], bytes]) -> None:
+            offer(label, hint, lambda: which.value + suffix, lambda _: make(self.shown[names.index(which.value)]))
+
+        for label, suffix, programs in (("PLY", ".ply", "any splat viewer"), (".splat", ".splat", "viewers of .splat")):
+            hint = f"the Gaussians in their current pose, for {programs}"
+            offer_avatar(label, hint, suffix, partial(self._splats, suffix))
+        about = "the avatar, to be opened elsewhere"
+        offer_avatar(
+            "GaussianAvatars folder (zip)", about, ".zip", lambda shown: folder_bytes(shown.avatar, shown.name)
+        )
+        offer("screenshot", "PNG of the view with a transparent background", lambda: "screenshot.png", _screenshot)
+
+    def _splats(self, suffix: str, shown: Shown) -> bytes:
+        return splat_bytes(shown.avatar, self.parameters(), suffix)
 
     def _paint(self) -> None:
-        """The page behind the scene, of which a screenshot stays transparent; viser has a canvas over that of three.js."""
+        """Color the page behind the scene, so that screenshots stay transparent; viser has a canvas above that of three.js."""
         self.style.content = f"<style>canvas[data-engine] {{ background: rgb{self.background.value} }}</style>"
 
-    def _reset(self) -> None:
+    def _reset_sliders(self) -> None:
         for _, handle in self.sliders:
             handle.value = 0.0  # type: ignore[misc]  # it has a setter, apart from its getter
         self.changed.set()
 
 
 def view(head: HeadModel) -> tuple[float, np.ndarray, float]:
-    """Distance of the camera in meters, the point it looks at (3,), and the height that it sees there."""
+    """Distance of the camera in meters, the point it looks at (3,), and the height visible at that point."""
     camera = portrait_cameras(head, size=1)
-    height = ROOM / float(camera.Ks[0, 0, 0])  # of an image of 1 pixel, a meter away
+    height = ROOM / float(camera.Ks[0, 0, 0])  # of an image of 1 pixel, at a distance of 1 m
     target = camera.positions[0].numpy() - np.array((0.0, 0.0, 1.0))
     return height / 2 / np.tan(np.radians(FIELD_OF_VIEW / 2)), target, height
 
 
 def check_address(host: str, port: int) -> None:
-    """ValueError where a server cannot listen; port 0 stands for any that is free."""
+    """ValueError where a server cannot listen; port 0 stands for any free port."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
@@ -321,22 +281,22 @@ def check_address(host: str, port: int) -> None:
 
 
 def open_server(host: str, port: int) -> ViserServer:
-    """A server at exactly this address; ValueError where that is not to be had."""
+    """A server at exactly this address; ValueError if it is not available."""
     check_address(host, port)
-    with contextlib.redirect_stdout(io.StringIO()):  # the address is told once, when there is something to see
+    with contextlib.redirect_stdout(io.StringIO()):  # the command prints the address once the page is ready
         server = ViserServer(host=host, port=port, label=TITLE, verbose=False)
-    # viser takes the next port where one is in use; whoever opens the usual address would look at another program.
+    # viser falls back to the next port, but another program would answer at the requested one.
     if port not in (0, server.get_port()):
         server.stop()
         raise ValueError(f"cannot listen on {host} port {port}: it was taken just now; {OTHER_PORT}")
     return server
 
 
-def _send(client: viser.ClientHandle, name: str, make: Callable[[], bytes]) -> None:
-    """The file to the browser, or what is wrong with it as a notice there."""
+def _send(client: ClientHandle, name: str, make: Callable[[], bytes]) -> None:
+    """Send the file to the browser, or show what is wrong as a notification there."""
     try:
         client.send_file_download(name, make(), save_immediately=True)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:  # viser: RuntimeError where a browser went away
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # viser: RuntimeError for a closed browser
         client.add_notification(f"{name} was not saved", " ".join(str(error).split()), color="red")
 
 
@@ -347,10 +307,10 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
-    """0..1 to the nearest of 0..255, where viser would take the next lower."""
+    """0..1 to the nearest of 0..255; viser would truncate."""
     return (values * 255 + 0.5).astype(np.uint8)
 
 
-def _screenshot(client: viser.ClientHandle) -> bytes:
+def _screenshot(client: ClientHandle) -> bytes:
     camera = client.camera
     return png_bytes(client.get_render(camera.image_height, camera.image_width, transport_format="png", timeout=30.0))

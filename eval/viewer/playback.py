@@ -1,7 +1,7 @@
-"""The motion of the viewer: which one, whether it plays, at how many frames a second, and the timeline.
+"""The motion of the viewer: the choice of motion, play and pause, the frame rate, and the timeline.
 
-The timeline holds the frame on the screen. While a motion plays, the clock moves it (frames are left out where the machine
-is too slow, so that the rate holds); while it rests, the person does. Without a motion there is nothing to play.
+The timeline holds the current frame. While a motion plays, the clock moves it, skipping frames on a slow machine to keep the frame
+rate; while it is paused, the user does. Without a motion, all but the choice is disabled.
 """
 
 import threading
@@ -13,18 +13,18 @@ from viser import GuiApi, GuiEvent
 from eval.viewer.controls import STILL
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
-RATE, MAX_RATE = 25, 60  # frames a second
+RATE, MAX_RATE = 25, 60  # frames per second
 
 
 class Playback:
-    """The controls of one panel and the frame they ask for; `changed` is set when that is another one."""
+    """The controls of one panel and the frame they select; `changed` is set when the user selects another."""
 
     def __init__(self, gui: GuiApi, motions: Mapping[str, HeadParameters], changed: threading.Event) -> None:
         self.motions: dict[str, HeadParameters | None] = {STILL: None, **motions}
         self.changed = changed
         self.motion = gui.add_dropdown("motion", tuple(self.motions))
         self.play = gui.add_checkbox("play", False, disabled=True)
-        self.timeline = gui.add_slider("frame", 0, 1, 1, 0, disabled=True, hint="while the motion does not play")
+        self.timeline = gui.add_slider("frame", 0, 1, 1, 0, disabled=True, hint="available while the motion is paused")
         self.rate = gui.add_slider("frames/s", 1, MAX_RATE, 1, RATE, disabled=True)
         self.motion.on_update(lambda _: self._choose())
         self.play.on_update(lambda _: self._go_on())
@@ -32,13 +32,13 @@ class Playback:
 
         @self.timeline.on_update
         def _(event: GuiEvent) -> None:
-            if event.client is not None:  # moved by a person, not by the clock
+            if event.client is not None:  # moved by the user, not by the clock
                 changed.set()
 
         self._go_on()
 
     def frame(self) -> HeadParameters | None:
-        """The frame to show now; None for the head at rest."""
+        """The current frame; None for the head at rest."""
         motion = self.motions[self.motion.value]
         if motion is None:
             return None
@@ -47,18 +47,18 @@ class Playback:
         return motion.frame(self.timeline.value % motion.num_frames)
 
     def _choose(self) -> None:
-        """The motion that was chosen, from its first frame."""
+        """Play the chosen motion from its first frame."""
         motion = self.motions[self.motion.value]
         self.play.value = False  # type: ignore[misc]
         self.timeline.value = 0  # type: ignore[misc]
         self.play.disabled = self.rate.disabled = motion is None
         if motion is not None:
-            self.timeline.max = max(motion.num_frames - 1, 1)  # a slider needs two ends
+            self.timeline.max = max(motion.num_frames - 1, 1)  # a slider needs two different ends
             self.play.value = True  # type: ignore[misc]
         self._go_on()
 
     def _go_on(self) -> None:
-        """From the frame on the timeline, which a person may move while nothing else does."""
+        """Continue from the frame on the timeline, which the user can move while the motion is paused."""
         self.started = time.perf_counter() - self.timeline.value / self.rate.value
         self.timeline.disabled = self.play.value or self.motions[self.motion.value] is None
         self.changed.set()

@@ -29,7 +29,7 @@ viewer_page = pytest.importorskip("eval.viewer.page", reason="needs viser: pip i
 pytestmark = pytest.mark.slow
 NUM_POINTS = int(os.environ.get("VIEWER_POINTS", "800"))  # 27000 for the figures of docs/viewer.md
 HEAD = "procedural:600" if NUM_POINTS < 10_000 else "procedural"
-WIDTH, HEIGHT, PANEL, NOTICE = 1000, 420, 330, 320  # viser's notice about slow drawing lies at the left
+WIDTH, HEIGHT, PANEL, NOTICE = 1000, 420, 330, 320  # the notification about the missing GPU is on the left
 # viser's own, for any Gaussians: the corners of the square it draws them on have two coordinates, and three.js reads three.
 NAN_RADIUS = 'computeBoundingSphere(): Computed radius is NaN. The "position" attribute is likely to have NaN values.'
 # Behind every draw of the scene, before the browser takes the image away: look at it small, and note when it changed.
@@ -105,14 +105,14 @@ def page(browser, address, said):
     """The page, when the avatar is there."""
     page = open_page(browser, address, said)
     begun = time.perf_counter()
-    told = page.get_by_text("shown as dots", exact=True)
-    while not told.is_visible() and menu(page, "drawn as").input_value() != "Gaussians":
+    told = page.get_by_text("rendering as points", exact=True)
+    while not told.is_visible() and menu(page, "render as").input_value() != "Gaussians":
         assert time.perf_counter() - begun < 60, "the page was not found fast or slow"
         page.wait_for_timeout(50)
-    found = menu(page, "drawn as").input_value()
+    found = menu(page, "render as").input_value()
     print(f"viewer: {time.perf_counter() - begun:.1f} s later the page was found to be one for {found}")
     told.wait_for(state="hidden")
-    page.drawn_at_first, page.at_first = found, steady(page)
+    page.rendered_at_first, page.at_first = found, steady(page)
     yield page
     page.close()
 
@@ -206,7 +206,7 @@ def test_the_tab_and_the_panel_have_a_title(page):
 
 
 def test_the_page_shows_what_the_rasterizer_draws(page, avatar_folder):
-    choose(page, "drawn as", "Gaussians")
+    choose(page, "render as", "Gaussians")
     width = page.evaluate("document.querySelector('canvas').clientWidth")
     head = load_head(HEAD)
     avatar = GaussianAvatar.load(avatar_folder, head=head)
@@ -237,16 +237,16 @@ def test_a_dragged_slider_moves_the_avatar_where_it_should(page):
     assert np.flatnonzero(moved.any(1)).min() > 0.4 * HEIGHT, "the jaw is in the lower half of the face"
 
 
-@pytest.mark.parametrize("drawn_as", ["dots", "Gaussians"])
-def test_keys_move_the_avatar_and_the_time_is_told(page, drawn_as):
-    choose(page, "drawn as", drawn_as)
+@pytest.mark.parametrize("render_as", ["points", "Gaussians"])
+def test_keys_move_the_avatar_and_the_time_is_told(page, render_as):
+    choose(page, "render as", render_as)
     times = [press(page, "neck turn", key) for key in ("Home", "End", "Home", "End")]
-    print(f"viewer: {NUM_POINTS} points as {drawn_as}, key to image {np.median(times):.0f} ms, best {min(times):.0f}")
+    print(f"viewer: {NUM_POINTS} points as {render_as}, key to image {np.median(times):.0f} ms, best {min(times):.0f}")
     assert slider(page, "neck turn").get_attribute("aria-valuenow") == "60"
 
 
 def test_zero_brings_the_face_back_and_another_color_repaints_it_in_place(page):
-    page.get_by_role("button", name="sliders to zero").click()
+    page.get_by_role("button", name="reset sliders").click()
     settle(page)
     assert slider(page, "neck turn").get_attribute("aria-valuenow") == "0"
     before = photograph(page)
@@ -271,7 +271,7 @@ def test_the_view_is_reset_to_that_of_the_start(page):
         return changed_pixels(page.at_first, photograph(page))[:, NOTICE:].mean()
 
     choose(page, "color", "true color")
-    choose(page, "drawn as", page.drawn_at_first)
+    choose(page, "render as", page.rendered_at_first)
     page.mouse.move(400, 200)
     page.mouse.down(button="right")
     page.mouse.move(440, 210, steps=4)
@@ -286,7 +286,7 @@ def test_the_view_is_reset_to_that_of_the_start(page):
 def test_a_motion_plays_once_one_is_chosen_and_its_timeline_poses_the_avatar(page):
     play = menu(page, "play")
     assert not play.is_checked() and play.is_disabled() and not movable(page, "frame")
-    choose(page, "drawn as", "dots")
+    choose(page, "render as", "points")
     menu(page, "motion").click()
     page.get_by_role("option", name="nod", exact=True).click()
     until(page, lambda: int(slider(page, "frame").get_attribute("aria-valuenow")) > 5)

@@ -71,7 +71,7 @@ def test_the_built_in_head_needs_no_naming_and_others_do(capsys, folder, tmp_pat
     assert "does not say which head model" in said and "--head" in said
 
 
-def test_a_image_that_cannot_be_read_is_named(capsys, tmp_path):
+def test_an_image_that_cannot_be_read_is_named(capsys, tmp_path):
     broken = tmp_path / "portrait.png"
     broken.write_bytes(b"not an image")
     assert f"{broken} is not a readable image" in refusal(capsys, "--model", tmp_path, "--image", broken, "--port", 0)
@@ -97,7 +97,7 @@ def test_the_server_listens_where_it_was_told_and_nowhere_else(server):
 def test_the_page_draws_what_its_controls_say(server, folder):
     avatar = open_avatar(folder, None)
     page = Page(server, {"ada": avatar}, {"nod": synthetic_motion("nod", avatar.head, 8)})
-    page.form.value = "Gaussians"
+    page.render_as.value = "Gaussians"
     slider(page, "neck turn").value = 40.0
     page.draw()
     expected = avatar.posed(page.parameters())
@@ -106,7 +106,7 @@ def test_the_page_draws_what_its_controls_say(server, folder):
     page.color.value = "face"
     page.draw()
     assert (page.handles[0].rgbs != true_colors).any()
-    page.form.value = "dots"
+    page.render_as.value = "points"
     page.draw()
     face_colors = page.handles[0].colors.copy()
     np.testing.assert_allclose(page.handles[0].points / UNITS, expected.positions[0].numpy(), atol=1e-6)
@@ -132,13 +132,13 @@ def test_the_timeline_poses_the_avatar_and_the_sliders_are_added(server, folder)
     np.testing.assert_allclose(page.handles[0].points / UNITS, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("drawn_as", ["dots", "Gaussians"])
-def test_all_that_is_sent_to_the_browser_is_finite(server, folder, drawn_as):
+@pytest.mark.parametrize("render_as", ["points", "Gaussians"])
+def test_all_that_is_sent_to_the_browser_is_finite(server, folder, render_as):
     avatar = open_avatar(folder, None)
     page = Page(server, {"ada": avatar}, {"talk": synthetic_motion("talk", avatar.head, 4)})
     page.playback.motion.value = "talk"
     for color in page.shown[0].modes:
-        for each in page.shown[0].posed(page.parameters(), color, drawn_as).values():
+        for each in page.shown[0].posed(page.parameters(), color, render_as).values():
             assert each.size > 0 and np.isfinite(each).all()
 
 
@@ -184,7 +184,7 @@ def test_the_view_from_the_start_shows_all_of_it_on_every_page(server, folder, c
     start = server.initial_camera
     for aspect in (16 / 9, 390 / 844):
         client = Client(aspect)
-        page._look_from_start(client)
+        page._reset_view(client)
         camera = client.camera
         np.testing.assert_allclose(camera.look_at, start.look_at)
         seen = points - camera.position  # looking along -z, with y up
@@ -193,12 +193,12 @@ def test_the_view_from_the_start_shows_all_of_it_on_every_page(server, folder, c
         assert (aspect < 1) == (not np.allclose(camera.position, start.position))
 
 
-def test_of_very_many_points_some_are_dots_and_all_are_gaussians(server, folder, monkeypatch):
-    monkeypatch.setattr("eval.viewer.page.MAX_DOTS", 60)
+def test_of_very_many_points_some_are_shown_as_points_and_all_as_gaussians(server, folder, monkeypatch):
+    monkeypatch.setattr("eval.viewer.page.MAX_POINTS", 60)
     avatar = open_avatar(folder, None)
     page = Page(server, {"ada": avatar}, {})
     assert len(page.handles[0].points) == len(page.handles[0].colors) == -(-len(avatar) // 3)
-    page.form.value = "Gaussians"
+    page.render_as.value = "Gaussians"
     page.draw()
     assert len(page.handles[0].centers) == len(avatar) > 120
 
@@ -207,9 +207,9 @@ def test_of_very_many_points_some_are_dots_and_all_are_gaussians(server, folder,
     ("seconds", "error", "there", "expected"),
     [
         (0.0, None, True, ("Gaussians", True)),
-        (0.25, None, True, ("dots", True)),
-        (0.0, TimeoutError(), True, ("dots", True)),
-        (0.0, RuntimeError("it went away"), False, ("dots", False)),
+        (0.25, None, True, ("points", True)),
+        (0.0, TimeoutError(), True, ("points", True)),
+        (0.0, RuntimeError("it went away"), False, ("points", False)),
     ],
     ids=["fast", "slow", "never answers", "went away"],
 )
@@ -227,8 +227,8 @@ def test_a_page_that_draws_fast_gets_gaussians(server, folder, monkeypatch, seco
     client.add_notification = lambda title, *text, **options: said.append(title)
     monkeypatch.setattr(server, "get_clients", lambda: {3: client} if there else {})
     page._judge(client)
-    assert (page.form.value, page.judged) == expected
-    assert said == (["shown as dots"] if expected == ("dots", True) else [])
+    assert (page.render_as.value, page.judged) == expected
+    assert said == (["rendering as points"] if expected == ("points", True) else [])
 
 
 def test_two_avatars_stand_side_by_side(server, folder):
