@@ -1,15 +1,15 @@
-"""Speed of the point model beside x-transformers, the library the paper used, and beside what the memory allows.
+"""Speed of the point model, compared with x-transformers, the library the paper used, and with the memory-bandwidth limit.
 
-    python benchmarks/ar_model.py --size small            # a CPU, two or three minutes
+    python benchmarks/ar_model.py --size small            # on a CPU, two or three minutes
     python benchmarks/ar_model.py --size paper --dtype bfloat16 --device cuda
-    python benchmarks/ar_model.py --size paper --skip training --new_tokens 8      # the paper's size on a CPU: long
+    python benchmarks/ar_model.py --size paper --skip training --new_tokens 8      # the paper's size on a CPU: slow
 
 Training: forward and backward on 2,048 tokens (--train_tokens). Generation: tokens after a prompt that fills the window, so that
-every step attends to all of it; the clock runs from the first new token to the last, so the prompt does not count. Both models
-have the same weights; the tokens are chosen greedily. Rows are timed in turns in one run; the best of the rounds counts.
+every step attends to all of it, timed from the first new token to the last, without the prompt. Both models have the same weights
+and decode greedily. The rows take turns in one run; each counts its best round.
 
-The limit of generation is the time to read the weights and the window's keys and values once a token from memory, at the
-bandwidth measured in the same run (a matrix-vector product over a large array; caches of the processor can beat it).
+The limit of generation is the time to read the weights and the window's keys and values from memory once per token, at the
+bandwidth measured in the same run (a matrix-vector product over a large array; CPU caches can exceed it).
 """
 
 import argparse
@@ -40,9 +40,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--new_tokens", type=int, default=32, help="generated tokens that are timed")
-    parser.add_argument("--train_tokens", type=int, help="tokens in the training window (default: 2,048 or the window)")
+    parser.add_argument(
+        "--train_tokens", type=int, help="tokens of a training sequence (default: 2,048, at most the window)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--skip", choices=["training", "generation"], help="leave one half out")
+    parser.add_argument("--skip", choices=["training", "generation"], help="skip one of the two parts")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     bench = Bench(arguments)
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 class Bench:
-    """The same weights in both libraries, and the data they are timed on."""
+    """The same weights in both libraries, and the data for timing them."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.device, self.dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
@@ -101,7 +103,7 @@ class Bench:
 
     def training(self) -> list[dict]:
         ids = self.window[:, : self.train_tokens]
-        # AutoregressiveWrapper drops the last token of its input and predicts the rest: give both the same targets.
+        # AutoregressiveWrapper predicts all but the first token of its input, as our labels do.
         calls = {
             "x-transformers": lambda: self.wrapper(ids, context=self.condition).backward(),
             "ours": lambda: self.ours(
@@ -160,11 +162,11 @@ class Bench:
             print(f"round {turn} of {self.rounds}" + (" (warm-up)" if not turn else ""), flush=True)
         base = steps["x-transformers"]
         rows = [row("generation", name, 1 / s, base / s) for name, s in steps.items()]
-        limit = memory_bandwidth(self.device) / self.bytes_a_token()
+        limit = memory_bandwidth(self.device) / self.bytes_per_token()
         return [*rows, row("generation", "limit: memory bandwidth", limit, limit * base)]
 
-    def bytes_a_token(self) -> int:
-        """Weights but the embedding, keys and values of the window and of the condition."""
+    def bytes_per_token(self) -> int:
+        """Weights without the embedding, and keys and values of the window and the condition."""
         config = self.config
         inner = config.num_attention_heads * config.head_dim
         weights = self.ours.num_decoder_parameters() - config.vocab_size * config.hidden_size
@@ -172,7 +174,7 @@ class Bench:
         return (weights + cache) * self.dtype.itemsize
 
     def time_in_turns(self, calls: dict) -> dict:
-        """Best seconds of each call; every round runs all of them, after one round to warm up."""
+        """Best seconds of each call; every round runs all of them, after a warm-up round."""
         best = dict.fromkeys(calls, math.inf)
         for turn in range(self.rounds + 1):
             for name, call in calls.items():
@@ -191,7 +193,7 @@ class Bench:
 
 
 class Clock(BaseStreamer):
-    """Notes the time of every token."""
+    """Records the time of every token."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -211,7 +213,7 @@ def row(task: str, name: str, speed: float, ratio: float) -> dict:
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a matrix-vector product over 512 MiB reads, best of ten."""
+    """Bytes per second that a matrix-vector product reads from 512 MiB, best of ten."""
     matrix = torch.ones(2**14, 2**13, device=device)
     vector = torch.ones(2**13, device=device)
     best = math.inf

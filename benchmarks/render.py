@@ -1,13 +1,13 @@
-"""Speed, memory and exactness of the rasterizers: ours on one core, beside its slow twin and a limit; gsplat on CUDA.
+"""Speed, memory and accuracy of the rasterizers: ours on one core, against the slow reference and a limit; gsplat on CUDA.
 
-    python benchmarks/render.py                         # about three minutes, most of it the twin
+    python benchmarks/render.py                         # about three minutes, most of it the reference
     python benchmarks/render.py --points 1000 5000 --pixels 64 128 --rounds 2
 
-Scenes are Gaussians on an ellipsoid the size of a head whose scales follow the spacing of the points, as in an avatar, in
-square images. Rows: ours forward, forward + backward (gradients to everything), and as the limit one `exp` for each pixel
-of each Gaussian's ellipse, which no exact rasterizer avoids. Times are processor time of the one thread, the best of the
-rounds; memory is what the process grows by. Growth is time ~ points ** exponent (and pixels, counted as width * height)
-from the smallest to the largest size; work that is points + pixels stays under 1 in both.
+Scenes are square images of Gaussians on a head-sized ellipsoid, with scales that follow the spacing of the points as in an avatar.
+Rows: forward, forward + backward (gradients of all inputs), and as the limit one `exp` for each pixel of each Gaussian's
+ellipse, which no exact rasterizer avoids. Times are CPU time of the single thread, best of all rounds; memory is the growth of the
+process. Growth is time ~ points ** exponent (and pixels, counted as width * height) from the smallest to the largest size; work
+proportional to points + pixels stays under 1 in both.
 """
 
 import os
@@ -33,7 +33,7 @@ from gaussian_tokenizer.rendering.rasterizer import MIN_ALPHA, project, rasteriz
 from gaussian_tokenizer.rendering.rasterizer_reference import rasterize_reference
 from gaussian_tokenizer.rendering.splatting import render
 
-TWIN_POINTS, TWIN_PIXELS = 5_000, 128
+REFERENCE_POINTS, REFERENCE_PIXELS = 5_000, 128
 AVATAR_POINTS, AVATAR_PIXELS = 27_000, 512
 SEMI_AXES = (0.09, 0.14, 0.11)  # meters
 SURFACE = 0.155  # square meters
@@ -41,10 +41,12 @@ SURFACE = 0.155  # square meters
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, nargs="+", default=[1_000, TWIN_POINTS, 20_000, 100_000])
-    parser.add_argument("--pixels", type=int, nargs="+", default=[64, TWIN_PIXELS, 256, 512], help="width and height")
+    parser.add_argument("--points", type=int, nargs="+", default=[1_000, REFERENCE_POINTS, 20_000, 100_000])
+    parser.add_argument(
+        "--pixels", type=int, nargs="+", default=[64, REFERENCE_PIXELS, 256, 512], help="width and height"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no_twin", action="store_true", help="leave the twin out; it takes a minute")
+    parser.add_argument("--no_reference", action="store_true", help="leave out the reference, which takes a minute")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -52,10 +54,10 @@ def main() -> None:
         for pixels in sorted(arguments.pixels):
             rows += measure(n_points, pixels, arguments.rounds)
             print(f"{n_points:>9,} points, {pixels} x {pixels} pixels measured", flush=True)
-    targets = judge(rows)
-    if not arguments.no_twin:
-        twin_rows, twin_targets = measure_twin()
-        rows, targets = rows + twin_rows, targets + twin_targets
+    targets = evaluate(rows)
+    if not arguments.no_reference:
+        reference_rows, reference_targets = measure_reference()
+        rows, targets = rows + reference_rows, targets + reference_targets
     if torch.cuda.is_available():
         rows += measure_cuda(arguments.rounds)
     print(markdown_table(rows), markdown_table(targets), sep="\n\n")
@@ -79,25 +81,31 @@ def measure(n_points: int, pixels: int, rounds: int) -> list[dict]:
     return rows
 
 
-def measure_twin() -> tuple[list[dict], list[dict]]:
-    """One call of the twin: too slow for rounds. Exactness is measured on the way."""
-    gaussians, cameras = head(TWIN_POINTS), front(TWIN_PIXELS)
+def measure_reference() -> tuple[list[dict], list[dict]]:
+    """A single call of the reference, which is too slow for rounds; its result measures the accuracy of ours."""
+    gaussians, cameras = head(REFERENCE_POINTS), front(REFERENCE_PIXELS)
     rows, targets = [], []
     results: dict[str, tuple] = {}
     for backward in (False, True):
         what = "forward + backward" if backward else "forward"
         seconds = {}
-        for name, function, rounds in (("ours", rasterize, 5), ("twin", rasterize_reference, 1)):
+        for name, function, rounds in (("ours", rasterize, 5), ("reference", rasterize_reference, 1)):
             call = partial(keep, results, name, function, gaussians, cameras, backward)
             seconds[name] = best_of(call, rounds)
-        n_pairs = TWIN_POINTS * TWIN_PIXELS**2
-        rows.append(row(TWIN_POINTS, TWIN_PIXELS, f"twin {what}", seconds["twin"], n_pairs, None, None))
-        ratio = seconds["twin"] / seconds["ours"]
-        targets.append(target(f"twin / ours, {what}, {TWIN_POINTS:,} points, {TWIN_PIXELS} pixels", ratio, least=10.0))
-        print(f"twin {what} measured", flush=True)
-    (images, gradients), (twin_images, twin_gradients) = results["ours"], results["twin"]
-    error = max((a - b).abs().max().item() for a, b in zip(images, twin_images))
-    relative = max(((a - b).norm() / b.norm()).item() for a, b in zip(gradients, twin_gradients))
+        n_pairs = REFERENCE_POINTS * REFERENCE_PIXELS**2
+        rows.append(
+            row(REFERENCE_POINTS, REFERENCE_PIXELS, f"reference {what}", seconds["reference"], n_pairs, None, None)
+        )
+        ratio = seconds["reference"] / seconds["ours"]
+        targets.append(
+            target(
+                f"reference / ours, {what}, {REFERENCE_POINTS:,} points, {REFERENCE_PIXELS} pixels", ratio, least=10.0
+            )
+        )
+        print(f"reference {what} measured", flush=True)
+    (images, gradients), (reference_images, reference_gradients) = results["ours"], results["reference"]
+    error = max((a - b).abs().max().item() for a, b in zip(images, reference_images))
+    relative = max(((a - b).norm() / b.norm()).item() for a, b in zip(gradients, reference_gradients))
     targets += [target("largest error of a pixel", error, most=1e-4)]
     targets += [target("largest relative error of a gradient", relative, most=1e-3)]
     return rows, targets
@@ -126,8 +134,8 @@ def measure_cuda(rounds: int) -> list[dict]:
     return rows
 
 
-def judge(rows: list[dict]) -> list[dict]:
-    """The targets that the measured sizes allow to judge."""
+def evaluate(rows: list[dict]) -> list[dict]:
+    """The targets that can be evaluated at the measured sizes."""
     both = "ours forward + backward"
     of = {(row["points"], row["pixels"], row["what"]): row for row in rows}
     points, pixels = (sorted({row[key] for row in rows}) for key in ("points", "pixels"))
@@ -206,12 +214,12 @@ def head(n_points: int) -> Gaussians:
 
 
 def front(pixels: int) -> Cameras:
-    """The head fills four fifths of the image's height."""
+    """A camera whose image the head fills to four fifths of its height."""
     return Cameras.look_at((0.0, 0.0, 1.0), (0, 0, 0), focal=pixels / 0.36, width=pixels, height=pixels)
 
 
 def ellipse_pixels(gaussians: Gaussians, cameras: Cameras) -> int:
-    """How many (Gaussian, pixel) pairs reach the least alpha: the areas of the ellipses, 2 pi log(255 o) sqrt(det)."""
+    """Number of (Gaussian, pixel) pairs of at least MIN_ALPHA: the areas of the ellipses, 2 pi log(255 o) sqrt(det)."""
     axes = quaternion_to_matrix(gaussians.quats[0]) * gaussians.scales[0][:, None]
     size = cameras.width, cameras.height
     _, shape, _ = project(gaussians.positions[0], axes, cameras.viewmats[0], cameras.Ks[0], *size, 0.3)
@@ -226,7 +234,7 @@ def exponentials(vector: torch.Tensor, count: int) -> None:
 
 def best_of(call: Callable[[], object], rounds: int, clock: Callable[[], float] = time.thread_time) -> float:
     if rounds > 1:
-        call()  # not timed: the first pays for fresh memory
+        call()  # not timed: the first call allocates memory
     seconds = []
     for _ in range(rounds):
         start = clock()
@@ -236,11 +244,11 @@ def best_of(call: Callable[[], object], rounds: int, clock: Callable[[], float] 
 
 
 def grown_by(call: Callable[[], object]) -> float | None:
-    """MiB by which the resident memory peaks above its start during the call; None where the system does not tell."""
+    """Peak resident memory during the call above that before it, in MiB; None where the system does not report it."""
     if platform.system() != "Linux":
         return None
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the call would be served from what earlier calls freed
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise the call reuses memory freed by earlier calls
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return None

@@ -1,7 +1,7 @@
-"""Results of the benchmarks as JSON that says where they come from, and as a table to read.
+"""Benchmark results as JSON with their provenance, and as a Markdown table.
 
-`write_report("tokenizer", rows)` writes `benchmarks/results/tokenizer.json`: the rows, the machine, the versions and the
-commit. There is no time stamp, so a run that measures the same writes the same.
+`write_report("tokenizer", rows)` writes `benchmarks/results/tokenizer.json`: the rows, the machine, the versions and the commit.
+There is no timestamp, so equal measurements write equal files.
 """
 
 import json
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "numpy", "accelerate", "x-transformers", "g
 
 
 def write_report(name: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
-    """Write `results/<name>.json` with the rows, whatever else is given by keyword, and the environment."""
+    """Write `results/<name>.json` with the rows, the environment, and everything in `extra`."""
     report = {"benchmark": name, **environment(), **extra, "rows": rows}
     path = RESULTS / f"{name}.json"
     RESULTS.mkdir(exist_ok=True)
@@ -31,7 +31,7 @@ def write_report(name: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """Rows of the same keys -> a Markdown table; floats with three significant digits, numbers to the right."""
+    """Rows of the same keys -> a Markdown table; floats with three significant digits, numbers right-aligned."""
     names = list(rows[0])
     cells = [[f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
@@ -44,7 +44,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit; "-dirty" marks a tree with changes beside the results themselves."""
+    """Machine, versions and commit; "-dirty" marks a tree with changes other than in the results."""
     cuda = torch.cuda.is_available()
     machine = {
         "cpu": _cpu_name(),
