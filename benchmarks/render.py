@@ -92,16 +92,10 @@ def measure_reference() -> tuple[list[dict], list[dict]]:
         for name, function, rounds in (("ours", rasterize, 5), ("reference", rasterize_reference, 1)):
             call = partial(keep, results, name, function, gaussians, cameras, backward)
             seconds[name] = best_of(call, rounds)
-        n_pairs = REFERENCE_POINTS * REFERENCE_PIXELS**2
-        rows.append(
-            row(REFERENCE_POINTS, REFERENCE_PIXELS, f"reference {what}", seconds["reference"], n_pairs, None, None)
-        )
-        ratio = seconds["reference"] / seconds["ours"]
-        targets.append(
-            target(
-                f"reference / ours, {what}, {REFERENCE_POINTS:,} points, {REFERENCE_PIXELS} pixels", ratio, least=10.0
-            )
-        )
+        size, n_pairs = (REFERENCE_POINTS, REFERENCE_PIXELS), REFERENCE_POINTS * REFERENCE_PIXELS**2
+        rows.append(row(*size, f"reference {what}", seconds["reference"], n_pairs, None, None))
+        name = f"reference / ours, {what}, {size[0]:,} points, {size[1]} pixels"
+        targets.append(target(name, seconds["reference"] / seconds["ours"], least=10.0))
         print(f"reference {what} measured", flush=True)
     (images, gradients), (reference_images, reference_gradients) = results["ours"], results["reference"]
     error = max((a - b).abs().max().item() for a, b in zip(images, reference_images))
@@ -180,14 +174,8 @@ def target(name: str, measured: float, most: float = math.inf, least: float = -m
 
 
 def draw(function: Callable, gaussians: Gaussians, cameras: Cameras, backward: bool) -> tuple:
-    inputs = [
-        gaussians.positions,
-        gaussians.quats,
-        gaussians.scales,
-        gaussians.opacities,
-        gaussians.sh,
-        cameras.viewmats,
-    ]
+    names = ("positions", "quats", "scales", "opacities", "sh")
+    inputs = [*(getattr(gaussians, name) for name in names), cameras.viewmats]
     inputs = [value.detach().requires_grad_(backward) for value in inputs]
     results = function(*inputs, cameras.Ks, cameras.width, cameras.height)
     if not backward:
