@@ -200,7 +200,7 @@ def make_methods(
     clips: Sequence[Clip],
     pairs: Sequence[Pair],
 ) -> tuple[list[Method], list[dict[str, Any]]]:
-    """The rows of the table, whose avatars are made here, and the stats of generating those of "ours"."""
+    """Make the avatars; returns the rows of the table, and the generation stats of "ours"."""
     output: Path = arguments.output_dir
     others = [compared(name, folder, pairs) for name, folder in folders.items()]
     for method in others:

@@ -24,7 +24,7 @@ def bench_head() -> HeadModel:
 
 @pytest.fixture(scope="session")
 def subjects(tmp_path_factory) -> Path:
-    """Three subjects, four moments, two cameras, images of 32 pixels."""
+    """Three subjects, four timesteps, two cameras, images of 32 pixels."""
     folder = tmp_path_factory.mktemp("subjects")
     synthesize(folder, num_subjects=3, image_size=32, num_points=40, views=2, timesteps=4, seed=5)
     return folder
@@ -37,7 +37,7 @@ def clips(subjects, bench_head) -> list[Clip]:
 
 @pytest.fixture(scope="session")
 def bench_pipeline(bench_head) -> AvatarPipeline:
-    """Untrained, but with large weights: its avatars differ from person to person."""
+    """Untrained, but with large weights: its avatars differ between subjects."""
     torch.manual_seed(0)
     tokenizer = GaussianTokenizer(
         n_bins=16, n_faces=600, bounds=[[-0.2, -0.3, -0.2], [0.2, 0.2, 0.2]], image_size=28,

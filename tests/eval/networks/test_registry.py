@@ -1,4 +1,4 @@
-"""The networks behind the metrics: what is missing is said, wrong files are errors, and what is there computes what it should.
+"""The networks behind the metrics: missing ones give a reason, wrong files are errors, available ones compute the right numbers.
 
 No pretrained weights are needed: networks get random ones here. Tests of packages that are not installed are skipped.
 """
@@ -63,7 +63,7 @@ def test_without_weights_every_network_is_missing_and_names_its_flag():
 
 
 @pytest.mark.parametrize("flag", WEIGHTS_FLAGS)
-def test_weights_that_are_not_there_are_an_error_that_names_flag_and_file(flag, tmp_path):
+def test_weights_that_do_not_exist_are_an_error_that_names_flag_and_file(flag, tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"--{flag} .*gone"):
         open_networks(NetworkOptions(**{flag: str(tmp_path / "gone")}))
 
@@ -119,7 +119,7 @@ def write_list(path: Path, marker: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("write", [write_code, write_pickle, write_torchscript, write_text, write_list])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_files_that_are_no_plain_tensors_are_refused_and_never_run(write, suffix, tmp_path):
+def test_files_that_are_not_plain_tensors_are_refused_and_never_run(write, suffix, tmp_path):
     path, marker = tmp_path / f"weights{suffix}", tmp_path / "ran"
     write(path, marker)
     with pytest.raises(ValueError, match=rf"--flag .*weights{suffix}: .*; expected a network$") as error:
@@ -144,7 +144,7 @@ def test_tensors_of_another_network_are_named_with_what_was_found_and_expected()
         check_state_dict(state, {"fc.bias": (4,)}, Path("w"), "--flag", "a network")
 
 
-def test_batches_are_the_images_in_order_and_refuse_what_is_none():
+def test_batches_are_the_images_in_order_and_other_arrays_are_refused():
     stack = np.arange(19 * 2 * 4 * 3, dtype=np.uint32).reshape(19, 2, 4, 3).astype(np.uint8)
     parts = [part for (part,) in batches(stack)]
     np.testing.assert_array_equal(torch.cat(parts).permute(0, 2, 3, 1), stack)
@@ -291,7 +291,7 @@ def test_the_68_points_are_those_of_ibug_on_mediapipes_mesh():
     points = np.array(MESH_68)
     parts = [
         (slice(0, 17), mesh.FACE_LANDMARKS_FACE_OVAL),
-        (slice(17, 22), mesh.FACE_LANDMARKS_RIGHT_EYEBROW),  # the person's right is left in the image
+        (slice(17, 22), mesh.FACE_LANDMARKS_RIGHT_EYEBROW),  # the subject's right is left in the image
         (slice(22, 27), mesh.FACE_LANDMARKS_LEFT_EYEBROW),
         (slice(27, 36), mesh.FACE_LANDMARKS_NOSE),
         (slice(36, 42), mesh.FACE_LANDMARKS_RIGHT_EYE),

@@ -15,7 +15,7 @@ from gaussian_tokenizer.captures.loading import load_tracking
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
 
-def test_transparent_images_are_laid_on_white_and_opaque_ones_stay_as_they_are():
+def test_transparent_images_are_composited_on_white_and_opaque_ones_unchanged():
     rgba = np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8)
     alpha = rgba[..., 3:].astype(float) / 255
     expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
@@ -34,7 +34,7 @@ def test_a_clip_has_the_images_cameras_and_parameters_of_one_camera_in_order_of_
         assert torch.equal(clip.params.expr[row], tracking.params.expr[frame.timestep])
 
 
-def test_all_cameras_are_taken_one_after_the_other_and_one_that_is_not_there_is_refused(subjects, bench_head, clips):
+def test_all_cameras_are_taken_one_after_the_other_and_a_missing_one_is_refused(subjects, bench_head, clips):
     second = open_dataset(subjects, bench_head, camera=1)
     for clip, *alone in zip(open_dataset(subjects, bench_head), clips, second):
         assert clip.numbers == [0, 0, 0, 0, 1, 1, 1, 1]
@@ -79,14 +79,12 @@ def test_a_subject_of_one_frame_cannot_be_source_and_driver(subjects, bench_head
         open_dataset(subjects, bench_head, camera=0, num_frames=1)
 
 
-def test_people_of_another_head_model_are_refused(subjects):
+def test_subjects_of_another_head_model_are_refused(subjects):
     with pytest.raises(ValueError, match="head"):
         open_dataset(subjects, build_procedural_head(1200))
 
 
-def test_images_of_two_sizes_are_refused_because_pixels_would_not_mean_the_same(
-    tiny_corpus, subjects, bench_head, tmp_path
-):
+def test_images_of_two_sizes_are_refused(tiny_corpus, subjects, bench_head, tmp_path):
     shutil.copytree(subjects / "synthetic-5-000000", tmp_path / "small")
     large = sorted((tiny_corpus.parent / "avatars").iterdir())[0]
     shutil.copytree(large, tmp_path / "z")

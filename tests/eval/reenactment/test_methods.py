@@ -1,4 +1,4 @@
-"""The rows of the table: what they may know, and that drawing again gives the same bytes."""
+"""The rows of the table: what they have access to, and that rendering again gives the same bytes."""
 
 import json
 from dataclasses import replace
@@ -34,7 +34,7 @@ def pairs(clips):
 
 @pytest.fixture(scope="module")
 def ours(bench_pipeline, clips, tmp_path_factory):
-    """Folder with the avatars of all clips, and what was noted."""
+    """Folder with the avatars of all clips, and their generation stats."""
     output = tmp_path_factory.mktemp("ours")
     return output, make_avatars("ours", ours_maker(bench_pipeline, 3, **LIMITS), clips, output, 2)
 
@@ -49,14 +49,14 @@ def test_copy_source_shows_the_portrait_for_every_frame(pairs):
     assert len(frames) == 3 and all(np.array_equal(frame, pairs[-1].source.image(0)) for frame in frames)
 
 
-def test_the_mean_image_is_made_of_people_who_are_neither_source_nor_driver(clips):
+def test_the_mean_image_is_made_of_subjects_that_are_neither_source_nor_driver(clips):
     own, cross = make_pairs(clips, "self", 0)[0], make_pairs(clips, "cross", 0)[0]
     others = [clip.image(0).astype(float) for clip in clips[1:]]
     assert np.abs(mean_image(clips).frames(own)[0] - sum(others) / 2).max() <= 0.51
     third = next(clip for clip in clips if clip not in (cross.source, cross.driver))
     assert np.array_equal(mean_image(clips).frames(cross)[2], third.image(0))
 
-    black = [repainted(clips[0], 0), *clips[1:]]  # other images of the judged person change nothing
+    black = [repainted(clips[0], 0), *clips[1:]]  # other images of the judged subject change nothing
     changed = make_pairs(black, "self", 0)[0]
     assert np.array_equal(mean_image(black).frames(changed), mean_image(clips).frames(own))
     assert list(mean_image(clips[:2]).absent) == ["cross"] and list(mean_image(clips[:1]).absent) == ["self", "cross"]
@@ -69,24 +69,24 @@ def test_an_avatar_made_alone_is_the_one_that_the_pipeline_makes(bench_pipeline,
     assert same_avatar(kept, direct)
 
 
-def test_tokens_and_points_of_an_avatar_are_noted(ours, clips, bench_pipeline):
-    output, noted = ours
-    for clip, each in zip(clips, noted):
+def test_tokens_and_points_of_an_avatar_are_recorded(ours, clips, bench_pipeline):
+    output, stats = ours
+    for clip, each in zip(clips, stats):
         avatar = GaussianAvatar.load(output / "avatars" / "ours" / clip.subject_id)
         assert each["points"] == len(avatar) == each["tokens"] // 4 and each["seconds"] > 0
-    assert [each["batch"] for each in noted] == [2, 2, 1]
+    assert [each["batch"] for each in stats] == [2, 2, 1]
 
 
-def test_avatars_that_are_there_are_not_made_again(ours, clips):
-    output, noted = ours
+def test_existing_avatars_are_not_made_again(ours, clips):
+    output, stats = ours
 
     def refuse(_):
         raise AssertionError("made again")
 
-    assert make_avatars("ours", refuse, clips, output, 2) == noted
+    assert make_avatars("ours", refuse, clips, output, 2) == stats
 
 
-def test_a_drawn_frame_is_the_avatar_with_the_drivers_motion_and_camera_on_its_own_shape(
+def test_a_rendered_frame_is_the_avatar_with_the_drivers_motion_and_camera_on_its_own_shape(
     ours, pairs, bench_pipeline, tmp_path
 ):
     pair = pairs[-1]
@@ -99,7 +99,7 @@ def test_a_drawn_frame_is_the_avatar_with_the_drivers_motion_and_camera_on_its_o
     assert (read < 250).any()
 
 
-def test_frames_that_are_lost_come_back_with_the_same_bytes(ours, pairs, bench_pipeline):
+def test_deleted_frames_are_rendered_again_with_the_same_bytes(ours, pairs, bench_pipeline):
     method = rendered("ours", "", bench_pipeline.head, ours[0], "cpu")
     first = method.frames(pairs[0])
     files = sorted(pairs[0].path(ours[0] / "frames" / "ours").iterdir())

@@ -1,4 +1,4 @@
-"""Who drives whom, what another method is given, and every way in which its frames can be wrong."""
+"""The pairs, the exported protocol, and every way in which frames of another method can be wrong."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 
 @pytest.fixture
-def handed_in(clips, tmp_path) -> Path:
-    """Frames of a method that hands in the driver's images."""
+def peer_frames(clips, tmp_path) -> Path:
+    """Frames of a method that returns the driver's images."""
     pairs = make_pairs(clips, "both", 0)
     export_protocol(tmp_path / "protocol", pairs, 0)
     for pair in json.loads((tmp_path / "protocol" / "protocol.json").read_text())["pairs"]:
@@ -33,7 +33,7 @@ def test_in_self_reenactment_a_clip_drives_its_own_first_frame(clips):
     ]
 
 
-def test_in_cross_reenactment_everybody_drives_once_and_nobody_himself(clips):
+def test_in_cross_reenactment_every_subject_drives_once_and_none_drives_itself(clips):
     found = set()
     for seed in range(8):
         pairs = make_pairs(clips, "cross", seed)
@@ -41,10 +41,10 @@ def test_in_cross_reenactment_everybody_drives_once_and_nobody_himself(clips):
         assert {pair.driver.subject_id for pair in pairs} == {clip.subject_id for clip in clips}
         assert all(pair.driver is not pair.source for pair in pairs)
         found.add(tuple(pair.driver.subject_id for pair in pairs))
-    assert len(found) == 2  # of three subjects there are two such cycles, and the seed chooses
+    assert len(found) == 2  # three subjects have two such cycles
 
 
-def test_one_subject_has_nobody_to_drive_it(clips):
+def test_cross_reenactment_of_one_subject_is_refused(clips):
     for mode in ("cross", "both"):
         with pytest.raises(ValueError, match="needs two subjects, one to drive the other; the dataset has 1"):
             make_pairs(clips[:1], mode, 0)
@@ -73,23 +73,23 @@ def test_a_protocol_is_not_written_over_something_else(clips, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_frames_handed_in_as_asked_are_accepted_and_read(clips, handed_in):
+def test_frames_as_expected_are_accepted_and_read(clips, peer_frames):
     for mode in ("self", "cross"):
         pairs = make_pairs(clips, mode, 0)
-        assert not check_frames(handed_in, pairs)
+        assert not check_frames(peer_frames, pairs)
         for pair in pairs:
-            assert np.array_equal(read_frames(handed_in, pair), pair.driver.images(pair.rows))
+            assert np.array_equal(read_frames(peer_frames, pair), pair.driver.images(pair.rows))
 
 
-def test_every_missing_extra_corrupt_and_differently_sized_frame_is_listed(clips, handed_in):
+def test_every_missing_extra_corrupt_and_differently_sized_frame_is_listed(clips, peer_frames):
     pairs = make_pairs(clips, "self", 0)
     first, second = (f"self/{pair.name}" for pair in pairs[:2])
-    (handed_in / first / "00001.png").unlink()
-    Image.new("RGB", (32, 32)).save(handed_in / first / "00004.png")
-    (handed_in / second / "00002.png").write_bytes((handed_in / second / "00002.png").read_bytes()[:200])
-    Image.new("RGB", (64, 32)).save(handed_in / second / "00003.png")
-    (handed_in / "self" / ".DS_Store").write_text("what systems leave behind")
-    problems = check_frames(handed_in, pairs)
+    (peer_frames / first / "00001.png").unlink()
+    Image.new("RGB", (32, 32)).save(peer_frames / first / "00004.png")
+    (peer_frames / second / "00002.png").write_bytes((peer_frames / second / "00002.png").read_bytes()[:200])
+    Image.new("RGB", (64, 32)).save(peer_frames / second / "00003.png")
+    (peer_frames / "self" / ".DS_Store").write_text("left by the system")
+    problems = check_frames(peer_frames, pairs)
     missing, extra, unreadable, wrong_size = problems
     assert missing == f"missing: {first}/00001.png"
     assert extra == f"extra: {first}/00004.png"
@@ -97,19 +97,19 @@ def test_every_missing_extra_corrupt_and_differently_sized_frame_is_listed(clips
     assert wrong_size == f"wrong size: {second}/00003.png is (64, 32), expected (32, 32)"
 
 
-def test_a_video_stands_for_the_frames_of_a_pair(clips, handed_in):
+def test_a_video_replaces_the_frames_of_a_pair(clips, peer_frames):
     pytest.importorskip("imageio_ffmpeg")
     pairs = make_pairs(clips, "self", 0)
     for pair in pairs[:3]:
-        shutil.rmtree(handed_in / "self" / pair.name)
-        save_video(handed_in / "self" / f"{pair.name}.mp4", pair.driver.images(pair.rows))
-    assert not check_frames(handed_in, pairs)
-    read = read_frames(handed_in, pairs[0]).astype(int)
-    assert np.abs(read - pairs[0].driver.images(pairs[0].rows)).mean() < 8  # H.264 loses some
+        shutil.rmtree(peer_frames / "self" / pair.name)
+        save_video(peer_frames / "self" / f"{pair.name}.mp4", pair.driver.images(pair.rows))
+    assert not check_frames(peer_frames, pairs)
+    read = read_frames(peer_frames, pairs[0]).astype(int)
+    assert np.abs(read - pairs[0].driver.images(pairs[0].rows)).mean() < 8  # H.264 is lossy
 
-    save_video(handed_in / "self" / f"{pairs[0].name}.mp4", pairs[0].driver.images([1, 2]))
-    broken = handed_in / "self" / f"{pairs[1].name}.mp4"
+    save_video(peer_frames / "self" / f"{pairs[0].name}.mp4", pairs[0].driver.images([1, 2]))
+    broken = peer_frames / "self" / f"{pairs[1].name}.mp4"
     broken.write_bytes(broken.read_bytes()[:300])
-    missing, unreadable = check_frames(handed_in, pairs)
+    missing, unreadable = check_frames(peer_frames, pairs)
     assert missing == f"missing: self/{pairs[0].name}.mp4 has 2 frames, expected 3"
     assert unreadable.startswith("unreadable: ") and f"{pairs[1].name}.mp4 is not a readable video" in unreadable

@@ -54,7 +54,7 @@ def test_the_table_has_the_layout_of_table_s1_with_psnr_and_ssim_in_front(result
     assert names[2:] == list(TABLES[0].columns)
 
 
-def test_a_missing_metric_is_not_available_for_a_reason_that_stands_below(results):
+def test_a_missing_metric_has_its_reason_in_a_footnote(results):
     text = measured_block(results)
     row = next(line for line in text.splitlines() if line.startswith("| ours"))
     mark = re.search(r"n/a \((\w)\)", row)[1]
@@ -67,7 +67,7 @@ def test_the_truth_is_infinite_in_psnr_and_absent_in_cross_reenactment(results):
     assert cells[1:3] == ["∞", "1.000"] and all(cell.startswith("—") for cell in cells[-4:])
 
 
-def test_the_best_method_is_marked_and_the_truth_is_no_method(results):
+def test_the_best_method_is_marked_and_the_truth_is_not_a_method(results):
     rows = [line for line in measured_block(with_numbers(results)).splitlines() if "**" in line]
     assert rows and not any(line.startswith("| truth") for line in rows)
     best = [line.count("**") // 2 for line in rows]
@@ -88,7 +88,7 @@ def page_of(results: dict, folder: Path) -> str:
     return page(results, folder, sorted(folder.glob("videos/*/*")))
 
 
-def test_published_numbers_stand_apart_under_a_warning(results):
+def test_published_numbers_are_separate_under_a_warning(results):
     text = markdown(results)
     measured, published = text.split("## Published numbers (not measured here)")
     assert PUBLISHED_WARNING in published and "| GAGAvatar" in published and "50.24" in published
@@ -120,7 +120,7 @@ def test_every_tag_of_the_page_is_closed(results, finished):
         assert open_tags == []
 
 
-def test_names_from_outside_are_text_on_the_page_and_never_markup(results, finished):
+def test_names_from_outside_are_escaped_on_the_page(results, finished):
     results["methods"]["<b>peer"] = results["methods"]["ours"] | {"about": "<script>alert(1)</script>"}
     text = page_of(results, finished)
     assert "<script>" not in text and "&lt;b&gt;peer" in text

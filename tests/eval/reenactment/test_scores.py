@@ -119,7 +119,7 @@ def test_motion_is_compared_with_the_driver_and_the_person_with_the_source(clips
     assert "psnr" not in found
 
 
-def test_fid_of_cross_reenactment_is_taken_against_the_source_persons_own_frames(clips, tmp_path):
+def test_fid_of_cross_reenactment_is_taken_against_the_sources_own_frames(clips, tmp_path):
     pairs = make_pairs(clips, "cross", 0)
     found = judge(pairs, clips, lambda pair: pair.source.images(range(1, 4)), everything(), tmp_path)
     assert found["metrics"]["fid"]["value"] < 1e-3 and "psnr" not in found["metrics"]

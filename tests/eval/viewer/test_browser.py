@@ -1,4 +1,4 @@
-"""The viewer as a person meets it: started as a program, opened in a real Chromium, used by mouse and keyboard."""
+"""The viewer end to end: started as a program, opened in a real Chromium, used with mouse and keyboard."""
 
 import io
 import os

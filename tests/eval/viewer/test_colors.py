@@ -41,7 +41,7 @@ def test_order_runs_from_the_first_row_to_the_last(avatar):
     np.testing.assert_array_equal(point_colors(turned, "generation order"), colors)  # of the row, not of the point
 
 
-def test_the_order_means_something_where_a_model_wrote_the_points(avatar):
+def test_generation_order_is_a_mode_of_generated_avatars_only(avatar):
     assert "generation order" not in modes(avatar) and set(modes(avatar)) < set(MODES)
     tokenizer = GaussianTokenizer(n_bins=64, n_faces=avatar.head.n_faces)
     tokenizer.fit([avatar])

@@ -47,7 +47,7 @@ def slider(page: Page, label: str):
     return next(handle for each, handle in page.sliders if each.label == label)
 
 
-def test_help_tells_the_options(capsys):
+def test_help_lists_the_options(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
@@ -88,13 +88,13 @@ def test_a_port_in_use_is_one_clear_error(capsys, folder):
     assert said.count("\n") == 1 and f"port {port}" in said and "--port" in said
 
 
-def test_the_server_listens_where_it_was_told_and_nowhere_else(server):
+def test_the_server_listens_only_at_the_requested_address(server):
     assert server.get_host() == "127.0.0.1"
     with pytest.raises(ValueError, match="cannot listen"):
         open_server("127.0.0.1", server.get_port())
 
 
-def test_the_page_draws_what_its_controls_say(server, folder):
+def test_the_page_follows_its_controls(server, folder):
     avatar = open_avatar(folder, None)
     page = Page(server, {"ada": avatar}, {"nod": synthetic_motion("nod", avatar.head, 8)})
     page.render_as.value = "Gaussians"
@@ -147,7 +147,7 @@ def in_generation_order(avatar: GaussianAvatar) -> GaussianAvatar:
     return replace(avatar, **{name: value[order] for name, value in avatar.tensors().items()})
 
 
-def test_generation_order_is_offered_where_there_was_a_generation(server, folder):
+def test_generation_order_is_offered_for_generated_avatars(server, folder):
     fitted = open_avatar(folder, None)
     assert "generation order" not in Page(server, {"ada": fitted}, {}).color.options
     page = Page(server, {"ada": fitted, "eve": in_generation_order(fitted)}, {})
@@ -159,7 +159,7 @@ def test_generation_order_is_offered_where_there_was_a_generation(server, folder
     assert (kept == true_colors[0]).all() and (painted != true_colors[1]).any()
 
 
-def test_a_name_is_text_in_the_title_and_no_markup(server, folder, monkeypatch):
+def test_a_name_is_escaped_in_the_title(server, folder, monkeypatch):
     written = []
     monkeypatch.setattr(server.gui, "add_markdown", written.append)
     Page(server, {"<script>": open_avatar(folder, None)}, {})
@@ -167,7 +167,7 @@ def test_a_name_is_text_in_the_title_and_no_markup(server, folder, monkeypatch):
 
 
 class Client:
-    """A page that lets itself be looked at from elsewhere."""
+    """A page whose camera can be set."""
 
     def __init__(self, aspect: float) -> None:
         self.camera = SimpleNamespace(aspect=aspect)
