@@ -1,8 +1,8 @@
 """Which source is driven by which clip, and the folders in which other methods provide their frames.
 
 Self-reenactment: the first frame of a clip (the first timestep of the camera with the lowest number) is the source; the others, of
-all cameras, drive it and are the truth. Cross-reenactment: another subject drives, drawn at random so that
-every subject is source once and driver once. `export_protocol` writes sources and drivers for running another method, whose frames come back as
+all cameras, drive it and are the truth. Cross-reenactment: another subject drives, drawn at random so that every subject is source
+once and driver once. `export_protocol` writes sources and drivers for running another method, whose frames come back as
 
     <DIR>/<mode>/<source>__<driver>/<row of the driver's frame, 00001>.png      or <DIR>/<mode>/<source>__<driver>.mp4
 
