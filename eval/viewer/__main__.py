@@ -86,7 +86,7 @@ def name_of(path: Path) -> str:
 
 
 def make_avatar(options: argparse.Namespace) -> GaussianAvatar:
-    """The pipeline's avatar of the portrait."""
+    """What the pipeline makes of the portrait."""
     from modeling.generate import open_portrait
     from modeling.pipeline import AvatarPipeline
 
