@@ -52,6 +52,14 @@ check: $(INSTALLED) ## ruff lint and format, the direction of imports, mypy
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+.PHONY: docs
+docs: .venv/.docs ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 format: $(INSTALLED) ## rewrite to the house format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format

@@ -1,4 +1,4 @@
-"""Draw `docs/images/animation.png`: true avatars of synthetic subjects, 26,000 Gaussians each, turned and with expressions.
+"""Draw `docs/images/animation.png`: ground-truth avatars of synthetic subjects, 26,000 Gaussians each.
 
 python docs/make_animation_image.py --head procedural --output docs/images/animation.png
 """

@@ -1,9 +1,9 @@
-"""Draw docs/images/heads.png: the built-in head and, where its folder is given, ICT-FaceKit's.
+"""Draw docs/images/heads.png: the built-in head and, if its folder is given, ICT-FaceKit's.
 
     python docs/make_heads_image.py [--ict FOLDER] [--output docs/images/heads.png]
 
-One row a head and expression (neutral, then two expressions), one column a view: front, three-quarter, profile, back.
-The colors are those of the regions, so that the image also shows what counts as hair, brows, lips and so on.
+Rows are expressions (neutral, then two others), columns are views: front, three-quarter, profile, back. Colors are those of the
+regions, so the image also shows what counts as scalp, brows, lips and so on.
 """
 
 import argparse
@@ -48,13 +48,13 @@ POSES: dict[str, tuple[tuple[dict[str, float], float], ...]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ict", type=Path, help="an ICT-FaceKit folder; its head is left out without one")
+    parser.add_argument("--ict", type=Path, help="an ICT-FaceKit folder; without it only the built-in head is drawn")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images" / "heads.png")
-    parser.add_argument("--size", type=int, default=210, help="side of one view in pixels")
+    parser.add_argument("--image_size", type=int, default=210, help="side of one view in pixels")
     arguments = parser.parse_args()
-    blocks = [draw_head(build_procedural_head(), POSES["procedural"], arguments.size)]
+    blocks = [draw_head(build_procedural_head(), POSES["procedural"], arguments.image_size)]
     if arguments.ict:
-        blocks.append(draw_head(read_ict(arguments.ict), POSES["ict"], arguments.size))
+        blocks.append(draw_head(read_ict(arguments.ict), POSES["ict"], arguments.image_size))
     image = Image.fromarray(np.concatenate(blocks, axis=1))
     image.quantize(128, method=Image.Quantize.MEDIANCUT).save(arguments.output, optimize=True)
     print(f"{arguments.output}: {image.width} x {image.height}, {arguments.output.stat().st_size} bytes")

@@ -1,4 +1,4 @@
-"""Draw `docs/images/inspect.png`: the contact sheet of a subject whose cameras were written in the wrong convention.
+"""Draw `docs/images/inspect.png`: the contact sheet of a subject whose cameras have the wrong convention.
 
 python docs/make_inspect_image.py --output docs/images/inspect.png
 """

@@ -1,4 +1,4 @@
-"""Draw `docs/images/subjects.png`: portraits of synthetic subjects, under each its point cloud.
+"""Draw `docs/images/subjects.png`: portraits of synthetic subjects, each above its point cloud.
 
 python docs/make_subjects_image.py --head procedural --output docs/images/subjects.png
 """
@@ -35,7 +35,7 @@ def main() -> None:
         subject = synthesize_subject(head, (options.seed, index))
         portrait = portrait_avatar(subject, spacing=PIXELS_BETWEEN_POINTS / focal).canonical_gaussians()
         points = subject.avatar.canonical_gaussians()
-        # Dots: one pixel wide where there are many points, wider where there are few.
+        # Dots are one pixel wide for many points, wider for few.
         radius = 0.5 / focal * max(1.0, (6000 / len(points)) ** 0.5)
         dots = replace(points, scales=torch.full_like(points.scales, radius))
         images = render(portrait, cameras[0]).image[0], render(dots, cameras[1]).image[0]

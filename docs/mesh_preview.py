@@ -1,7 +1,7 @@
-"""Images of meshes: a small z-buffer rasterizer in NumPy, for documentation and for looking at a result.
+"""Images of meshes for the documentation: a small z-buffer rasterizer in NumPy.
 
-Orthographic, one head-light and a fill light, smooth shading from vertex normals, optional vertex colors. It is no
-renderer of Gaussians and knows nothing of cameras: `view` is a turn about the vertical axis and a tilt.
+Orthographic, a key light and a fill light, smooth shading from vertex normals, optional vertex colors. It draws meshes, not
+Gaussians, and has no cameras: a view is a rotation about the vertical axis and a tilt.
 """
 
 import numpy as np
