@@ -1,7 +1,7 @@
 """Build, count and check a corpus from the command line.
 
     python -m gaussian_tokenizer.build_corpus --avatars DIR --head HEAD --output_dir DIR [--num_proc N] [--push_to_hub REPO]
-    python -m gaussian_tokenizer.build_corpus stats CORPUS [--image statistics.png] [--page page.html]
+    python -m gaussian_tokenizer.build_corpus stats CORPUS [--plot stats.png] [--page page.html]
     python -m gaussian_tokenizer.build_corpus validate CORPUS [--avatars DIR --head HEAD]
 
 A build that was killed is continued by the same command and ends with the same bytes. On a small CPU, from subjects
@@ -63,18 +63,18 @@ def _build(options: argparse.Namespace) -> int:
 def _stats(options: argparse.Namespace) -> int:
     from gaussian_tokenizer.corpus.corpus import load_corpus
     from gaussian_tokenizer.corpus.html_page import write_page
-    from gaussian_tokenizer.corpus.stats import statistics, statistics_plot, statistics_table
+    from gaussian_tokenizer.corpus.stats import compute_stats, plot_stats, stats_table
     from gaussian_tokenizer.utils.atomic import atomic_file
 
     corpus = load_corpus(options.corpus)
-    figures = statistics(corpus)
-    print(statistics_table(figures))
-    if options.image:
-        with atomic_file(options.image) as file:
-            file.write(statistics_plot(figures))
-        print(f"\nimage: {options.image}")
+    stats = compute_stats(corpus)
+    print(stats_table(stats))
+    if options.plot:
+        with atomic_file(options.plot) as file:
+            file.write(plot_stats(stats))
+        print(f"\nplot: {options.plot}")
     if options.page:
-        print(f"\npage: {write_page(corpus, figures, options.page)}")
+        print(f"\npage: {write_page(corpus, stats, options.page)}")
     return 0
 
 
@@ -102,7 +102,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gaussian_tokenizer.build_corpus",
         description="Tokenize a folder of avatars into a corpus that datasets.load_dataset opens.",
-        epilog="Other commands: `stats CORPUS` prints and draws figures, `validate CORPUS` checks every file; each has its "
+        epilog="Other commands: `stats CORPUS` prints and plots its stats, `validate CORPUS` checks every file; each has its "
         "own --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -129,8 +129,10 @@ def _build_parser() -> argparse.ArgumentParser:
 def _stats_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gaussian_tokenizer.build_corpus stats")
     parser.add_argument("corpus", help="corpus folder, or its URL")
-    parser.add_argument("--image", type=Path, help="draw points per face, lengths and use of the bins to this PNG")
-    parser.add_argument("--page", type=Path, help="write an HTML page with figures, images and licenses here")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="plot points per face, lengths, bins and entropies as this PNG"
+    )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page of the stats, portraits and licenses")
     return parser
 
 

@@ -23,7 +23,7 @@ from gaussian_tokenizer.avatars.avatar import METADATA_NAME
 from gaussian_tokenizer.captures.subject import write_subject
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
-from gaussian_tokenizer.corpus.identity_stats import identity_statistics, shapes_of_corpus, shapes_of_folders
+from gaussian_tokenizer.corpus.identity_stats import identity_stats, shapes_of_corpus, shapes_of_folders
 from gaussian_tokenizer.corpus.options import add_corpus_options, print_counts
 from gaussian_tokenizer.corpus.planning import BuildSettings
 from gaussian_tokenizer.heads.head_model import HeadModel
@@ -139,7 +139,7 @@ def _to_folders(options: argparse.Namespace) -> None:
     names = ("num_subjects", "head", "num_proc", *RECIPE)
     folders = synthesize(options.output_dir, **{name: vars(options)[name] for name in names})
     print(f"{len(folders)} subjects in {options.output_dir}")
-    print(f"identities: {identity_statistics(load_head(options.head), shapes_of_folders(folders))}")
+    print(f"identities: {identity_stats(load_head(options.head), shapes_of_folders(folders))}")
 
 
 def _to_corpus(options: argparse.Namespace) -> None:
@@ -149,7 +149,7 @@ def _to_corpus(options: argparse.Namespace) -> None:
     head = load_head(options.head)
     print_counts(build(source, head, options.corpus, settings, num_proc=options.num_proc, overwrite=options.overwrite))
     print(f"corpus: {options.corpus}")
-    print(f"identities: {identity_statistics(head, shapes_of_corpus(load_corpus(options.corpus)))}")
+    print(f"identities: {identity_stats(head, shapes_of_corpus(load_corpus(options.corpus)))}")
 
 
 def _write(folder: Path, recipe: dict, head: HeadModel) -> None:

@@ -9,17 +9,16 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from gaussian_tokenizer.avatars.avatar import METADATA_NAME
 from gaussian_tokenizer.captures.checks import find_problems
 from gaussian_tokenizer.captures.pixel3dmm import checkpoint_files, read_pixel3dmm
 from gaussian_tokenizer.captures.recording import Recording
+from gaussian_tokenizer.captures.subject import read_metadata
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.captures.transforms_json import SPLITS, TRANSFORMS_NAME, sister_folders, vhap_split
 from gaussian_tokenizer.captures.vhap import RAW_PATTERN, raw_file, read_dataset, read_raw
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.utils.json_files import read_json
 
 READERS: dict[str, Callable[[Path, HeadModel | None], Recording]] = {
     "vhap": read_dataset,
@@ -58,7 +57,7 @@ def read_tracking(path: str | os.PathLike, head: HeadModel | None) -> Tracking:
         found = "is not a tracking" if path.exists() else "no such folder"
         raise FileNotFoundError(f"{path}: {found}; expected {EXPECTED}")
     folder = path if path.is_dir() else path.parent
-    subject_id, metadata = _identity(folder)
+    subject_id, metadata = read_metadata(folder, folder.resolve().name)
     recording = READERS[form](path, head)
     if head is not None:
         try:
@@ -116,20 +115,10 @@ def find_trackings(path: str | os.PathLike) -> list[Path]:
     found = [each for each in found if each.name not in in_union]
     by_id: dict[str, list[str]] = {}
     for each in found:
-        by_id.setdefault(_identity(each)[0], []).append(each.name)
+        by_id.setdefault(read_metadata(each, each.resolve().name)[0], []).append(each.name)
     for subject_id, names in by_id.items():
         if len(names) > 1:
             raise ValueError(
                 f"{path}: {', '.join(names)} have one subject id, {subject_id!r}; give each its own in {METADATA_NAME}"
             )
     return found
-
-
-def _identity(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The subject id and the content of `metadata.json`, if there is one."""
-    path = folder / METADATA_NAME
-    metadata = read_json(path) if path.is_file() else {}
-    subject_id = metadata.get("avatar_id", folder.resolve().name)
-    if not isinstance(subject_id, str) or not subject_id:
-        raise ValueError(f"{path}: avatar_id is {subject_id!r}, expected a string")
-    return subject_id, metadata

@@ -19,7 +19,8 @@ from gaussian_tokenizer.captures.loading import EXPECTED, read_tracking, recogni
 from gaussian_tokenizer.captures.subject import Subject
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.captures.transforms_json import CANONICAL_NAME
-from gaussian_tokenizer.corpus.corpus import CONFIGURATIONS, MANIFEST_NAME, load_corpus
+from gaussian_tokenizer.corpus.corpus import MANIFEST_NAME, load_corpus
+from gaussian_tokenizer.corpus.schema import CONFIGURATIONS
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.ict import NEUTRAL

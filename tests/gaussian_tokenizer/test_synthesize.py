@@ -55,8 +55,8 @@ def test_what_is_written_reads_as_the_same_avatars(written, head):
         for name, tensor in expected.tensors().items():
             assert torch.equal(avatar.tensors()[name], tensor), name
         assert torch.equal(avatar.params.shape, expected.params.shape)
-        assert subject.license == "CC0-1.0"
-        assert subject.consent == "synthetic, no person"
+        assert subject.about.license == "CC0-1.0"
+        assert subject.about.consent == "synthetic, no person"
         assert subject.metadata["head_hash"] == head.hash
 
 

@@ -15,12 +15,12 @@ from datasets import load_dataset
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
+from gaussian_tokenizer.avatars.anchoring import points_per_face
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.captures.subject import Frame, Subject, write_subject
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.corpus.planning import BuildSettings
-from gaussian_tokenizer.corpus.schema import points_per_face
 from gaussian_tokenizer.corpus.validation import validate
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
