@@ -1,12 +1,12 @@
-"""A tracked person: images, cameras and head parameters, as a face tracker leaves them; what an avatar is fitted to.
+"""Reads the output of face trackers, which an avatar is fitted to: images, cameras and head parameters of one subject.
 
-`load_tracking` recognizes what a path is, reads it with one of the `tracking_formats`, and refuses it with one error if
-`tracking_checks` finds that it cannot be right. `read_tracking` leaves those checks to the caller. Nothing but headers
-of images and the head parameters is read before it is asked for.
+`load_tracking` recognizes the format, reads it with one of READERS, and raises if `checks.find_problems` finds an error.
+`read_tracking` leaves those checks to the caller. Of the images only headers are read.
 """
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from gaussian_tokenizer.captures.pixel3dmm import checkpoint_files, read_pixel3d
 from gaussian_tokenizer.captures.recording import Recording
 from gaussian_tokenizer.captures.subject import read_metadata
 from gaussian_tokenizer.captures.tracking import Tracking
-from gaussian_tokenizer.captures.transforms_json import SPLITS, TRANSFORMS_NAME, sister_folders, vhap_split
+from gaussian_tokenizer.captures.transforms_json import TRANSFORMS_NAME, sister_folders, vhap_split
 from gaussian_tokenizer.captures.vhap import RAW_PATTERN, raw_file, read_dataset, read_raw
 from gaussian_tokenizer.heads.head_model import HeadModel
 
@@ -32,11 +32,11 @@ EXPECTED = (
 
 
 def load_tracking(path: str | os.PathLike, head: HeadModel) -> Tracking:
-    """Read a tracked person made on `head`.
+    """Read a subject that was tracked on `head`.
 
     Raises FileNotFoundError or ValueError with one line that says what is wrong and what to do: unreadable or missing
-    files, head parameters of another person or head model, NaN, and whatever `tracking_checks.find_problems` calls an
-    error (cameras that do not see the head, inverted masks, black images, ...).
+    files, head parameters of another subject or head model, NaN, and the errors of `checks.find_problems` (cameras that do
+    not see the head, inverted masks, black images, ...).
     """
     tracking = read_tracking(path, head)
     errors = [problem.text for problem in find_problems(tracking, head) if problem.is_error]
@@ -47,9 +47,9 @@ def load_tracking(path: str | os.PathLike, head: HeadModel) -> Tracking:
 
 
 def read_tracking(path: str | os.PathLike, head: HeadModel | None) -> Tracking:
-    """`load_tracking` without a look at whether images, cameras and head fit together.
+    """`load_tracking` without the check whether images, cameras and head fit together.
 
-    Without a head the sizes of the parameters are not checked either; Pixel3DMM's cannot be read (ValueError).
+    Without a head, the sizes of the parameters are not checked either, and Pixel3DMM cannot be read (ValueError).
     """
     path = Path(path)
     form = recognize(path)
@@ -64,14 +64,13 @@ def read_tracking(path: str | os.PathLike, head: HeadModel | None) -> Tracking:
             head.check(recording.params)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    moments = [(frame.timestep, frame.camera) for frame in recording.frames]
     splits = recording.splits
     if splits is None:
-        splits = vhap_split(moments) if moments else {name: [] for name in SPLITS}
+        splits = vhap_split([frame.key for frame in recording.frames])
     kind = form
     if form == "vhap" and sister_folders(folder):
         kind = "union"
-    elif form == "vhap" and len({camera for _, camera in moments}) == 1:
+    elif form == "vhap" and len({frame.camera for frame in recording.frames}) == 1:
         kind = "monocular"
     return Tracking(
         subject_id=subject_id,
@@ -86,7 +85,7 @@ def read_tracking(path: str | os.PathLike, head: HeadModel | None) -> Tracking:
 
 
 def recognize(path: Path) -> str | None:
-    """Which of the READERS reads it; None if it is no tracking."""
+    """The key of the reader in READERS; None if it is not a tracking."""
     if path.is_file():
         return "vhap_raw" if re.fullmatch(RAW_PATTERN, path.name) else None
     if (path / TRANSFORMS_NAME).is_file() or (path / "transforms_train.json").is_file():
@@ -97,10 +96,10 @@ def recognize(path: Path) -> str | None:
 
 
 def find_trackings(path: str | os.PathLike) -> list[Path]:
-    """The folder itself if it is a tracking, else those directly in it, sorted by name.
+    """The folder itself if it is a tracking, else the trackings directly in it, sorted by name.
 
-    FileNotFoundError if there is none; ValueError if two of them are of one subject id. Sequences that a UNION beside
-    them is made of are left out: the UNION holds their frames.
+    FileNotFoundError if there are none; ValueError if two have the same subject id. Sequences that are part of a UNION
+    beside them are left out.
     """
     path = Path(path)
     if recognize(path) is not None:
@@ -113,10 +112,10 @@ def find_trackings(path: str | os.PathLike) -> list[Path]:
         raise FileNotFoundError(f"{path}: none of its {len(inside)} folders is a tracking; expected {EXPECTED}")
     in_union = {name for each in found for name in sister_folders(each)}
     found = [each for each in found if each.name not in in_union]
-    by_id: dict[str, list[str]] = {}
+    names_of = defaultdict(list)
     for each in found:
-        by_id.setdefault(read_metadata(each, each.resolve().name)[0], []).append(each.name)
-    for subject_id, names in by_id.items():
+        names_of[read_metadata(each, each.resolve().name)[0]].append(each.name)
+    for subject_id, names in names_of.items():
         if len(names) > 1:
             raise ValueError(
                 f"{path}: {', '.join(names)} have one subject id, {subject_id!r}; give each its own in {METADATA_NAME}"

@@ -1,6 +1,6 @@
-"""What every reader of a tracker's output makes: a `Recording`; and what they share on the way there.
+"""What the readers of trackers' output (`vhap`, `pixel3dmm`) return, a `Recording`, and the helpers they share.
 
-The readers are `tracking_vhap` and `tracking_pixel3dmm`; `tracking` turns a recording into a `Tracking`.
+`loading` turns a recording into a `Tracking`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,19 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """Frames and head parameters as read, not yet compared with each other."""
+    """Frames and head parameters as read, before any check that they fit together."""
 
     frames: list[Frame]  # by timestep, then camera
     timesteps: tuple[int, ...]  # T of them, sorted
     params: HeadParameters  # T rows
-    splits: dict[str, list[int]] | None = None  # None: the data says nothing, VHAP's rule is used
+    splits: dict[str, list[int]] | None = None  # None: not in the data, VHAP's rule is used
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def join_params(of_timestep: Mapping[int, HeadParameters], names: Mapping[int, str]) -> HeadParameters:
-    """Parameters of T = 1 of every timestep -> one of T rows, with the first one's shape and static offset.
+    """Join the parameters of each timestep (T = 1) to T rows, with the shape and static offset of the first.
 
-    ValueError that names the entry (`names`) that has more than one frame or other sizes than the first.
+    ValueError that gives the name of an entry with more than one frame, or with other sizes than the first.
     """
     timesteps = sorted(of_timestep)
     first = of_timestep[timesteps[0]]
@@ -58,6 +58,6 @@ def join_params(of_timestep: Mapping[int, HeadParameters], names: Mapping[int, s
 
 
 def find_image(folders: Sequence[Path], stem: str) -> Path | None:
-    """The image of this name in the first of the folders that has it, with any suffix of an image."""
+    """The image of this name in the first folder that has it, with any of IMAGE_SUFFIXES."""
     paths = (folder / f"{stem}{suffix}" for folder in folders for suffix in IMAGE_SUFFIXES)
     return next((path for path in paths if path.is_file()), None)

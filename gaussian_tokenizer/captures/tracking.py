@@ -1,4 +1,7 @@
-"""A tracked subject: images, cameras and head parameters, as a face tracker leaves them."""
+"""A tracked subject: images, cameras and head parameters, as a face tracker leaves them; the input of a fit.
+
+`load_tracking` reads one. Frames hold paths, so an image is decoded when it is asked for.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,36 +19,36 @@ from gaussian_tokenizer.rendering.cameras import Cameras
 
 @dataclass(frozen=True, eq=False)
 class Tracking:
-    """One tracked person: images, cameras, head parameters."""
+    """One tracked subject."""
 
     subject_id: str
     path: Path
     kind: str  # "vhap", "monocular" (one camera), "union", "vhap_raw" or "pixel3dmm"
     frames: tuple[Frame, ...]  # by timestep, then camera
     timesteps: tuple[int, ...]  # T of them, sorted
-    params: HeadParameters  # T rows, row t is of timesteps[t]
+    params: HeadParameters  # T rows; row t belongs to timesteps[t]
     # "train", "val" (held-out camera) and "test" (held-out timesteps): indices into frames
     splits: dict[str, tuple[int, ...]]
     metadata: dict[str, Any]
 
     def row(self, frame: Frame) -> int:
-        """The row of `params` at the moment of a frame."""
+        """The row of `params` at the timestep of a frame."""
         return self.timesteps.index(frame.timestep)
 
     def cameras(self, indices: Sequence[int]) -> Cameras:
-        """The cameras of some frames, float64; ValueError if their images are not of one size."""
+        """The cameras of some frames, float64; ValueError if their images differ in size."""
         chosen = [self.frames[index] for index in indices]
         sizes = Counter((frame.width, frame.height) for frame in chosen)
         if len(sizes) != 1:
             found = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sorted(sizes.items()))
-            raise ValueError(f"{self.path}: images of different sizes: {found or 'none'}; expected one size of image")
+            raise ValueError(f"{self.path}: images of different sizes: {found or 'none'}; expected one size")
         viewmats, Ks = (np.stack([getattr(frame, name) for frame in chosen]) for name in ("viewmat", "K"))
         return Cameras(torch.from_numpy(viewmats), torch.from_numpy(Ks), chosen[0].width, chosen[0].height)
 
     def image(self, index: int) -> torch.Tensor:
         """(H, W, 4) float32 in 0..1, colors as in the file (straight alpha).
 
-        Alpha is the PNG's own, else the mask, else 1. Where the mask is soft the color holds some of the background.
+        Alpha is the PNG's own, else the mask, else 1. Where the mask is soft, the color contains some background.
         """
         frame = self.frames[index]
         image = load_image(frame.image)

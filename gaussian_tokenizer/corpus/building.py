@@ -57,7 +57,7 @@ from gaussian_tokenizer.corpus.sources import FolderSource, SubjectSource, read_
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file, exchange_names
-from gaussian_tokenizer.utils.json_files import read_json
+from gaussian_tokenizer.utils.json_files import read_json, to_json
 from gaussian_tokenizer.utils.locks import exclusive
 from gaussian_tokenizer.utils.parallel import runner
 
@@ -261,4 +261,4 @@ def _publish(staging: Path, output: Path) -> None:
 
 def _write_json(path: Path, content: Any) -> None:
     with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(to_json(content).encode())

@@ -25,17 +25,15 @@ def write_page(corpus: Corpus, stats: CorpusStats, path: str | os.PathLike) -> P
         path.mkdir(parents=True, exist_ok=True)
         path /= "index.html"
     portraits = dict(first_images(corpus, PORTRAITS))
-    images = {"statistics": plot_stats(stats)}
-    if portraits:
-        images["portraits"] = _contact_sheet(list(portraits.values()))
     terms = {"license": stats.licenses, "consent": stats.consents}
     page = render_template(
         __package__,
         "page.html.j2",
         title=corpus.path.name,
         stats=stats_rows(stats),
-        images={name: base64.b64encode(data).decode() for name, data in images.items()},
+        plot=base64.b64encode(plot_stats(stats)).decode(),
         portraits=list(portraits),
+        contact_sheet=_contact_sheet(list(portraits.values())) if portraits else "",
         terms=[(kind, name, f"{count:,} subjects") for kind, counts in terms.items() for name, count in counts.items()],
     )
     with atomic_file(path) as file:
@@ -63,7 +61,8 @@ def first_images(corpus: Corpus, count: int) -> Iterator[tuple[str, Image.Image]
                     return
 
 
-def _contact_sheet(images: list[Image.Image]) -> bytes:
+def _contact_sheet(images: list[Image.Image]) -> str:
+    """Small images in rows, as PNG in base64."""
     size = PORTRAIT_SIZE
     sheet = Image.new("RGB", (size * min(COLUMNS, len(images)), size * -(-len(images) // COLUMNS)), "white")
     for number, image in enumerate(images):
@@ -73,4 +72,4 @@ def _contact_sheet(images: list[Image.Image]) -> bytes:
         sheet.paste(small, (column * size + (size - small.width) // 2, row * size + (size - small.height) // 2), small)
     stream = io.BytesIO()
     sheet.save(stream, format="PNG")
-    return stream.getvalue()
+    return base64.b64encode(stream.getvalue()).decode()

@@ -146,7 +146,7 @@ def test_a_raw_tracking_sees_the_head_where_the_tracker_did(tmp_path, small_head
             {"focal_length": None},
             "has no focal_length, so its cameras are calibrated .* export a dataset folder with VHAP",
         ),
-        ({"focal_length": np.array([-1.0])}, "focal_length is -1.0, expected more than 0"),
+        ({"focal_length": np.array([-1.0])}, "focal_length is -1.0, expected a number above 0"),
         ({"focal_length": np.zeros(0)}, r"focal_length is float64 \(0,\), expected a number"),
         ({"focal_length": np.array(["2.0"])}, r"focal_length is <U3 \(1,\), expected a number"),
         ({"timestep_id": np.array(["a", "b"])}, "timestep_id names 2 timesteps, expected 4 different plain names"),
