@@ -13,11 +13,11 @@ that were made on the built-in head:
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
-from gaussian_tokenizer.corpus.options import add_corpus_options, print_counts
+from gaussian_tokenizer.corpus.options import BuildSettings, print_counts
 from gaussian_tokenizer.utils.hub import upload
+from gaussian_tokenizer.utils.options import add_options, from_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,17 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     from gaussian_tokenizer.corpus.building import build
-    from gaussian_tokenizer.corpus.planning import BuildSettings
     from gaussian_tokenizer.heads.loading import load_head
     from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
-    names = [field.name for field in fields(BuildSettings)]
-    settings = BuildSettings(**{name: vars(options)[name] for name in names})
     manifest = build(
         options.avatars,
         load_head(options.head),
         options.output_dir,
-        settings,
+        from_options(BuildSettings, vars(options)),
         tokenizer=GaussianTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None,
         num_proc=options.num_proc,
         overwrite=options.overwrite,
@@ -111,16 +108,9 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--head", required=True, help="procedural, procedural:600, a .safetensors, a FLAME .pkl, an ICT-FaceKit folder")
     add("--output_dir", required=True, type=Path, help="corpus folder to make")
     add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
-    add_corpus_options(parser)
-    add("--image_size", type=int, default=224, help="side of the images that the tokenizer prepares, pixels")
-    add("--tokenizer", type=Path, help="use this tokenizer as it is, not --n_bins, --bounds and --image_size")
-    add("--seed", type=int, default=0, help="of the split")
-    add("--skip_bad", action="store_true", help="leave out subjects that cannot be used, and record them")
-    add(
-        "--allow_unknown_license",
-        action="store_true",
-        help="accept subjects without license or consent; the card names them",
-    )
+    add_options(parser, BuildSettings)
+    add("--tokenizer", type=Path, help="use this tokenizer, not --n_bins, --bounds and --image_size")
+    add("--overwrite", action="store_true", help="replace an existing corpus, or an unfinished one of other settings")
     add("--push_to_hub", metavar="REPO", help="upload the corpus as this dataset repository")
     add("--hub_private_repo", action="store_true", help="make that repository private")
     return parser

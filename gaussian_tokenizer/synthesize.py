@@ -14,7 +14,7 @@ import argparse
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,14 +25,13 @@ from gaussian_tokenizer.captures.subject import write_subject
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.corpus.identity_stats import identity_stats, shapes_of_corpus, shapes_of_folders
-from gaussian_tokenizer.corpus.options import add_corpus_options, print_counts
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.options import BuildSettings, print_counts
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.synthetic.layout import MIN_POINTS_PER_FACE
-from gaussian_tokenizer.synthetic.source import MAX_VIEWS, SyntheticSettings, SyntheticSource, render_subject
+from gaussian_tokenizer.synthetic.source import SyntheticSettings, SyntheticSource, render_subject
 from gaussian_tokenizer.utils.json_files import read_json
 from gaussian_tokenizer.utils.locks import exclusive
+from gaussian_tokenizer.utils.options import add_options, from_options
 from gaussian_tokenizer.utils.parallel import runner
 
 PRELOADED = ("gaussian_tokenizer.synthetic.source",)  # imported once for all processes
@@ -83,28 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="procedural[:faces], a .safetensors head model, a FLAME .pkl or an ICT-FaceKit folder",
     )
     parser.add_argument("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
-    parser.add_argument("--seed", type=int, default=0, help="of identities, appearance and motion")
-    parser.add_argument("--image_size", type=int, default=128, help="pixels, both sides of a portrait")
-    parser.add_argument("--views", type=int, default=1, help=f"cameras around a subject, 1 (front) to {MAX_VIEWS}")
-    parser.add_argument("--timesteps", type=int, default=1, help="1 is at rest, further ones have random expressions")
-    parser.add_argument(
-        "--num_points",
-        type=int,
-        help="Gaussians of an average subject; by default 400 on 600 faces, 26,000 on 10,144 or more",
-    )
-    parser.add_argument(
-        "--identity_scale", type=float, default=1.0, help="how much heads differ: 1 natural, 2 caricatures"
-    )
-    parser.add_argument(
-        "--min_points_per_face",
-        type=int,
-        default=MIN_POINTS_PER_FACE,
-        help="on an occupied face; a smaller number spreads the points over more faces",
-    )
+    add_options(parser, SyntheticSettings)
     corpus = parser.add_argument_group("directly to a corpus, instead of --output_dir")
     corpus.add_argument("--corpus", type=Path, help="corpus folder to make; see build_corpus for the options below")
     corpus.add_argument("--tokenizer_image_size", type=int, default=224, help="side of what the tokenizer prepares")
-    add_corpus_options(corpus)
+    # The rest of what build_corpus asks for follows from the subjects.
+    add_options(corpus, BuildSettings, skip=("image_size", "seed", "skip_bad", "allow_unknown_license"))
+    corpus.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     options = parser.parse_args(arguments)
     if (options.output_dir is None) == (options.corpus is None):
         parser.error("give either --output_dir, for folders, or --corpus")
@@ -115,24 +99,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _to_folders(options: argparse.Namespace) -> None:
-    settings = asdict(_from_options(SyntheticSettings, vars(options)))
+    settings = asdict(from_options(SyntheticSettings, vars(options)))
     folders = synthesize(options.output_dir, options.num_subjects, options.head, options.num_proc, **settings)
     print(f"{len(folders)} subjects in {options.output_dir}")
     print(f"identities: {identity_stats(load_head(options.head), shapes_of_folders(folders))}")
 
 
 def _to_corpus(options: argparse.Namespace) -> None:
-    source = SyntheticSource(options.num_subjects, _from_options(SyntheticSettings, vars(options)))
-    settings = _from_options(BuildSettings, vars(options) | {"image_size": options.tokenizer_image_size})
+    source = SyntheticSource(options.num_subjects, from_options(SyntheticSettings, vars(options)))
+    settings = from_options(BuildSettings, vars(options) | {"image_size": options.tokenizer_image_size})
     head = load_head(options.head)
     print_counts(build(source, head, options.corpus, settings, num_proc=options.num_proc, overwrite=options.overwrite))
     print(f"corpus: {options.corpus}")
     print(f"identities: {identity_stats(head, shapes_of_corpus(load_corpus(options.corpus)))}")
-
-
-def _from_options(kind: Any, options: dict[str, Any]) -> Any:
-    """A dataclass from the options of the names of its fields."""
-    return kind(**{field.name: options[field.name] for field in fields(kind) if field.name in options})
 
 
 def _write(folder: Path, settings: SyntheticSettings, head: HeadModel) -> None:

@@ -11,7 +11,7 @@ The layout is that of GaussianAvatars (the avatar) and of a VHAP export (the fra
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Subject:
 
     avatar_id: str
     path: Path
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any]
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Subject":

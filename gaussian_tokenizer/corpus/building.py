@@ -41,8 +41,8 @@ from gaussian_tokenizer.corpus.corpus import (
     sha256_of,
     staging_folder,
 )
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.corpus.planning import (
-    BuildSettings,
     check_tokenizer,
     make_manifest,
     make_tokenizer,

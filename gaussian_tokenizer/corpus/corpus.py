@@ -110,7 +110,7 @@ def load_corpus(path: str | os.PathLike, tokenizer: GaussianTokenizer | None = N
     """
     location = os.fspath(path).rstrip("/") or "/"
     files = open_files(location)
-    manifest = _read_manifest_at(location, files) if is_url(location) else read_manifest(Path(location))
+    manifest = read_manifest(location, files)
     if is_url(location):
         with TemporaryDirectory() as folder:
             for name in files.ls(TOKENIZER_FOLDER, detail=False):
@@ -147,34 +147,13 @@ def open_files(location: str) -> DirFileSystem:
     return DirFileSystem(root, filesystem)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(location: str, files: DirFileSystem) -> dict[str, Any]:
     """The content of `corpus.json`; FileNotFoundError that says what the folder is instead."""
-    file = path / MANIFEST_NAME
-    if not file.is_file():
-        staging = staging_folder(path)
-        if path.name.startswith(".") and path.name.endswith(".partial"):
-            problem = "a corpus in the making, not a whole one"
-        elif staging.exists():
-            problem = f"no whole corpus; {staging.name} beside it is half-built"
-        elif path.is_dir():
-            raise FileNotFoundError(f"{path}: not a corpus, it has no {MANIFEST_NAME}; make one with build_corpus")
-        else:
-            raise FileNotFoundError(f"{path}: no such corpus folder; make one with build_corpus")
-        raise FileNotFoundError(f"{path}: {problem}; run build_corpus again with the same arguments to finish it")
-    return _parse_manifest(str(file), file.read_bytes())
-
-
-def _read_manifest_at(url: str, files: DirFileSystem) -> dict[str, Any]:
+    where = f"{location}/{MANIFEST_NAME}"
     try:
         content = files.cat_file(MANIFEST_NAME)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{url}: no {MANIFEST_NAME} there; expected the URL of a folder that build_corpus has made"
-        ) from None
-    return _parse_manifest(f"{url}/{MANIFEST_NAME}", content)
-
-
-def _parse_manifest(where: str, content: bytes) -> dict[str, Any]:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise FileNotFoundError(f"{location}: {_what_else(location)}") from None
     manifest = parse_json(content, where)
     if manifest.get("format") != FORMAT:
         found = manifest.get("format")
@@ -197,6 +176,22 @@ def _parse_manifest(where: str, content: bytes) -> dict[str, Any]:
         if not re.fullmatch(r"[\w-]+/[\w.-]+\.parquet", shard["file"]):
             raise ValueError(f"{where}: names the shard {shard['file']!r}, expected <configuration>/<name>.parquet")
     return manifest
+
+
+def _what_else(location: str) -> str:
+    """What is at the location of a corpus that has no `corpus.json`."""
+    path = Path(location)
+    staging = staging_folder(path)
+    again = "run build_corpus again with the same arguments to finish it"
+    if is_url(location):
+        return f"no {MANIFEST_NAME} there; expected the URL of a folder that build_corpus has made"
+    if path.name.startswith(".") and path.name.endswith(".partial"):
+        return f"an unfinished corpus; {again}"
+    if staging.exists():
+        return f"no whole corpus; {staging.name} beside it is half-built; {again}"
+    if path.is_dir():
+        return f"not a corpus, it has no {MANIFEST_NAME}; make one with build_corpus"
+    return "no such corpus folder; make one with build_corpus"
 
 
 def check_shard(location: str, files: DirFileSystem, shard: Mapping[str, Any], fingerprint: str) -> None:

@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -19,6 +18,7 @@ import torch
 from datasets import Features
 
 from gaussian_tokenizer.corpus.corpus import ENTRIES, FORMAT, SPLITS, tokenizer_fingerprint
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.corpus.shards import Rows, ShardPlan
 from gaussian_tokenizer.corpus.sources import SubjectSummary
 from gaussian_tokenizer.heads.head_model import HeadModel
@@ -26,33 +26,6 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import DEFAULT_B
 
 FIT_MARGIN = 0.05  # of the longest edge of the box around all points
 LISTED_SUBJECTS = 5  # without license or consent
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """What decides the bytes of a corpus, besides the subjects and the head model."""
-
-    n_bins: int = 1024
-    bounds: str | Sequence[Sequence[float]] = "fit"  # "fit", "default" or [[lo x, y, z], [hi x, y, z]] in meters
-    image_size: int = 224  # of the tokenizer's pixel_values
-    val_fraction: float = 0.05
-    num_validation: int | None = None  # overrides val_fraction
-    num_test: int = 0
-    seed: int = 0
-    shard_size: int = 256 * 10**6  # bytes before compression, about
-    skip_bad: bool = False
-    allow_unknown_license: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.bounds, str) and self.bounds not in ("fit", "default"):
-            raise ValueError(f"bounds are {self.bounds!r}; expected fit, default or two corners of x, y, z in meters")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}; expected a part of the subjects, 0 <= it < 1")
-        if self.shard_size < 1 or min(self.num_validation or 0, self.num_test) < 0:
-            raise ValueError(
-                f"shard_size={self.shard_size}, num_validation={self.num_validation}, num_test={self.num_test}: "
-                "expected a size of at least 1 byte and counts of 0 or more"
-            )
 
 
 def sort_out(

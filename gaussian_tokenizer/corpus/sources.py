@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from gaussian_tokenizer.avatars.anchoring import face_frames, local_to_world
-from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.captures.frame import Frame
 from gaussian_tokenizer.captures.subject import About, Subject, find_subject_folders
 from gaussian_tokenizer.corpus.schema import POSE_SIZES
@@ -32,17 +31,6 @@ FRAME_SCALARS = {
     **dict.fromkeys(("timestep", "camera", "width", "height"), np.int32),
     **dict.fromkeys(("fx", "fy", "cx", "cy"), np.float32),
 }
-
-
-class SubjectLike(Protocol):
-    """What `Subject` is for a folder."""
-
-    @property
-    def avatar_id(self) -> str: ...
-    @property
-    def metadata(self) -> dict[str, Any]: ...
-    def load_avatar(self, head: HeadModel) -> GaussianAvatar: ...
-    def frames(self) -> Sequence[Frame]: ...
 
 
 class SubjectSource(Protocol):
@@ -60,7 +48,7 @@ class SubjectSource(Protocol):
     def names(self) -> Sequence[str]:
         """One for each subject; folder names, where there are folders."""
 
-    def open(self, name: str, head: HeadModel) -> SubjectLike:
+    def open(self, name: str, head: HeadModel) -> Subject:
         """ValueError or OSError for a subject that cannot be used."""
 
 
@@ -147,7 +135,7 @@ def _summarize(
     )
 
 
-def _read(subject: SubjectLike, head: HeadModel) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read(subject: Subject, head: HeadModel) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Everything a corpus holds of a subject but its token ids: arrays, and JSON."""
     avatar = subject.load_avatar(head)
     params = avatar.params or HeadParameters.zeros(head.n_shape, head.n_expression)

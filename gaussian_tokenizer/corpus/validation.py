@@ -60,7 +60,7 @@ def validate(
     compared with its avatar, and every image with its file.
     """
     path = Path(path)
-    manifest = read_manifest(path)
+    manifest = read_manifest(str(path), open_files(str(path)))
     originals = None if avatars is None else Originals.of(avatars, head, manifest["head"])
     check = _Check(path, manifest, originals)
     verdicts = [Verdict(TOKENIZER_FOLDER, check.load_tokenizer())]

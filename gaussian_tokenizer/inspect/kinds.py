@@ -82,32 +82,19 @@ def kind_of(path: Path) -> Kind:
         return _tracking, "a tracking", []
     if path.is_file():
         return _kind_of_file(path)
-    kinds: tuple[tuple[str, Describe, str, str], ...] = (
-        (MANIFEST_NAME, _corpus, "a corpus", f"python -m gaussian_tokenizer.build_corpus validate {path}"),
-        (
-            "pipeline.json",
-            _pipeline,
-            "an avatar pipeline",
-            f"AvatarPipeline.from_pretrained('{path}'), see docs/pipeline.md",
-        ),
-        (
-            "config.json",
-            _model,
-            "a model",
-            f"AutoModel.from_pretrained('{path}'), see docs/model.md and docs/decoder.md",
-        ),
-        (
-            "processor_config.json",
-            _tokenizer,
-            "a tokenizer",
-            f"GaussianTokenizer.from_pretrained('{path}'), see docs/tokenizer.md",
-        ),
-        (NEUTRAL, _head, "a head model, ICT-FaceKit", f"load_head('{path}'), see docs/heads.md"),
-        (f"FaceXModel/{NEUTRAL}", _head, "a head model, ICT-FaceKit", f"load_head('{path}'), see docs/heads.md"),
+    ict = "a head model, ICT-FaceKit"
+    kinds: tuple[tuple[str, Describe, str, str, str], ...] = (
+        ("pipeline.json", _pipeline, "an avatar pipeline", "AvatarPipeline.from_pretrained", "docs/pipeline.md"),
+        ("config.json", _model, "a model", "AutoModel.from_pretrained", "docs/model.md and docs/decoder.md"),
+        ("processor_config.json", _tokenizer, "a tokenizer", "GaussianTokenizer.from_pretrained", "docs/tokenizer.md"),
+        (NEUTRAL, _head, ict, "load_head", "docs/heads.md"),
+        (f"FaceXModel/{NEUTRAL}", _head, ict, "load_head", "docs/heads.md"),
     )
-    for name, describe, what, command in kinds:
+    if (path / MANIFEST_NAME).is_file():
+        return _corpus, "a corpus", [f"python -m gaussian_tokenizer.build_corpus validate {path}"]
+    for name, describe, what, function, page in kinds:
         if (path / name).is_file():
-            return describe, what, [command]
+            return describe, what, [f"{function}('{path}'), see {page}"]
     if _has_avatar(path):
         return _avatar, "a GaussianAvatars result folder", [_animate(path)]
     if _subjects_in(path):

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from gaussian_tokenizer.corpus import building
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic.source import SyntheticSettings, SyntheticSource
 from gaussian_tokenizer.utils import atomic
