@@ -4,8 +4,8 @@
     python -m gaussian_tokenizer.build_corpus stats CORPUS [--plot stats.png] [--page page.html]
     python -m gaussian_tokenizer.build_corpus validate CORPUS [--avatars DIR --head HEAD]
 
-A build that was killed is continued by the same command and ends with the same bytes. On a small CPU, from subjects
-that were made on the built-in head:
+The same command continues a build that was killed, and ends with the same bytes. On a small CPU, from subjects made on the
+built-in head:
 
     python -m gaussian_tokenizer.build_corpus --avatars subjects --head procedural:600 --output_dir corpus --num_proc 2
 """

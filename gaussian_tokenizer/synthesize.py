@@ -74,14 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Make synthetic subjects (avatars with portraits) as GaussianAvatars folders or as a corpus.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--num_subjects", type=int, required=True, help="how many subjects to make")
-    parser.add_argument("--output_dir", type=Path, help="folder to put the subjects' folders in")
-    parser.add_argument(
-        "--head",
-        default="procedural:600",
-        help="procedural[:faces], a .safetensors head model, a FLAME .pkl or an ICT-FaceKit folder",
-    )
-    parser.add_argument("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
+    add = parser.add_argument
+    add("--num_subjects", type=int, required=True, help="how many subjects to make")
+    add("--output_dir", type=Path, help="folder to put the subjects' folders in")
+    heads = "procedural[:faces], a .safetensors head model, a FLAME .pkl or an ICT-FaceKit folder"
+    add("--head", default="procedural:600", help=heads)
+    add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
     add_options(parser, SyntheticSettings)
     corpus = parser.add_argument_group("directly to a corpus, instead of --output_dir")
     corpus.add_argument("--corpus", type=Path, help="corpus folder to make; see build_corpus for the options below")

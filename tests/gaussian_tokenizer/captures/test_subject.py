@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.captures.subject import Frame, Subject, find_subjects, write_subject
+from gaussian_tokenizer.captures.frame import Frame
+from gaussian_tokenizer.captures.subject import Subject, find_subjects, write_subject
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 

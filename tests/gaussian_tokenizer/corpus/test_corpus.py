@@ -17,7 +17,8 @@ from PIL import Image
 
 from gaussian_tokenizer.avatars.anchoring import points_per_face
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.captures.subject import Frame, Subject, write_subject
+from gaussian_tokenizer.captures.frame import Frame
+from gaussian_tokenizer.captures.subject import Subject, write_subject
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.corpus.options import BuildSettings
