@@ -15,89 +15,36 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.corpus import load_corpus
+from gaussian_tokenizer.corpus.html_page import write_page
 from gaussian_tokenizer.corpus.options import BuildSettings, print_counts
+from gaussian_tokenizer.corpus.stats import compute_stats, plot_stats, stats_table
+from gaussian_tokenizer.corpus.validation import validate
+from gaussian_tokenizer.heads.loading import load_head
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.hub import upload
 from gaussian_tokenizer.utils.options import add_options, from_options
+
+PROGRAM = "python -m gaussian_tokenizer.build_corpus"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"stats": (_stats_parser, _stats), "validate": (_validate_parser, _validate)}
-    make_parser, command = (_build_parser, _build)
-    if words and words[0] in commands:
-        make_parser, command = commands[words.pop(0)]
-    options = make_parser().parse_args(words)
+    commands = {"stats": _stats, "validate": _validate}
+    command = commands[words.pop(0)] if words and words[0] in commands else _build
     try:
-        return command(options)
+        return command(words)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def _build(options: argparse.Namespace) -> int:
-    from gaussian_tokenizer.corpus.building import build
-    from gaussian_tokenizer.heads.loading import load_head
-    from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-
-    manifest = build(
-        options.avatars,
-        load_head(options.head),
-        options.output_dir,
-        from_options(BuildSettings, vars(options)),
-        tokenizer=GaussianTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None,
-        num_proc=options.num_proc,
-        overwrite=options.overwrite,
-    )
-    print_counts(manifest)
-    print(f"corpus: {options.output_dir}")
-    if options.push_to_hub:
-        address = upload(options.output_dir, options.push_to_hub, "dataset", options.hub_private_repo)
-        print(f"uploaded: {address}")
-    return 0
-
-
-def _stats(options: argparse.Namespace) -> int:
-    from gaussian_tokenizer.corpus.corpus import load_corpus
-    from gaussian_tokenizer.corpus.html_page import write_page
-    from gaussian_tokenizer.corpus.stats import compute_stats, plot_stats, stats_table
-    from gaussian_tokenizer.utils.atomic import atomic_file
-
-    corpus = load_corpus(options.corpus)
-    stats = compute_stats(corpus)
-    print(stats_table(stats))
-    if options.plot:
-        with atomic_file(options.plot) as file:
-            file.write(plot_stats(stats))
-        print(f"\nplot: {options.plot}")
-    if options.page:
-        print(f"\npage: {write_page(corpus, stats, options.page)}")
-    return 0
-
-
-def _validate(options: argparse.Namespace) -> int:
-    from gaussian_tokenizer.corpus.validation import validate
-    from gaussian_tokenizer.heads.loading import load_head
-
-    if (options.avatars is None) != (options.head is None):
-        raise ValueError("--avatars and --head belong together: the subject folders, and the head model they are of")
-    head = None if options.head is None else load_head(options.head)
-    verdicts = validate(options.corpus, options.avatars, head, progress=True)
-    for verdict in verdicts:
-        print(f"{'bad ' if verdict.problems else 'good'} {verdict.file}")
-        for problem in verdict.problems:
-            print(f"       {problem}")
-    bad = sum(bool(verdict.problems) for verdict in verdicts)
-    print(f"{options.corpus}: {f'{bad} of {len(verdicts)} files are bad' if bad else 'whole and consistent'}")
-    return 1 if bad else 0
-
-
-# ---- options
-
-
-def _build_parser() -> argparse.ArgumentParser:
+def _build(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m gaussian_tokenizer.build_corpus",
+        prog=PROGRAM,
         description="Tokenize a folder of avatars into a corpus that datasets.load_dataset opens.",
         epilog="Other commands: `stats CORPUS` prints and plots its stats, `validate CORPUS` checks every file; each has its "
         "own --help.",
@@ -113,25 +60,54 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="replace an existing corpus, or an unfinished one of other settings")
     add("--push_to_hub", metavar="REPO", help="upload the corpus as this dataset repository")
     add("--hub_private_repo", action="store_true", help="make that repository private")
-    return parser
+    options = parser.parse_args(words)
+    tokenizer = GaussianTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None
+    settings, processes = from_options(BuildSettings, vars(options)), options.num_proc
+    head = load_head(options.head)
+    print_counts(build(options.avatars, head, options.output_dir, settings, tokenizer, processes, options.overwrite))
+    print(f"corpus: {options.output_dir}")
+    if options.push_to_hub:
+        address = upload(options.output_dir, options.push_to_hub, "dataset", options.hub_private_repo)
+        print(f"uploaded: {address}")
+    return 0
 
 
-def _stats_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gaussian_tokenizer.build_corpus stats")
+def _stats(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} stats")
     parser.add_argument("corpus", help="corpus folder, or its URL")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="plot points per face, lengths, bins and entropies as this PNG"
-    )
+    plot = "plot points per face, sequence lengths, bins and entropies as this PNG"
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
     parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page of the stats, portraits and licenses")
-    return parser
+    options = parser.parse_args(words)
+    corpus = load_corpus(options.corpus)
+    stats = compute_stats(corpus)
+    print(stats_table(stats))
+    if options.plot:
+        with atomic_file(options.plot) as file:
+            file.write(plot_stats(stats))
+        print(f"\nplot: {options.plot}")
+    if options.page:
+        print(f"\npage: {write_page(corpus, stats, options.page)}")
+    return 0
 
 
-def _validate_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gaussian_tokenizer.build_corpus validate")
+def _validate(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} validate")
     parser.add_argument("corpus", type=Path, help="corpus folder")
     parser.add_argument("--avatars", type=Path, help="compare with the subject folders the corpus was built from")
     parser.add_argument("--head", help="their head model")
-    return parser
+    options = parser.parse_args(words)
+    if (options.avatars is None) != (options.head is None):
+        raise ValueError("--avatars and --head belong together: the subject folders, and the head model they are of")
+    head = None if options.head is None else load_head(options.head)
+    verdicts = validate(options.corpus, options.avatars, head, progress=True)
+    for verdict in verdicts:
+        print(f"{'bad ' if verdict.problems else 'good'} {verdict.file}")
+        for problem in verdict.problems:
+            print(f"       {problem}")
+    bad = sum(bool(verdict.problems) for verdict in verdicts)
+    print(f"{options.corpus}: {f'{bad} of {len(verdicts)} files are bad' if bad else 'whole and consistent'}")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

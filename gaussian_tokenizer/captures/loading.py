@@ -6,7 +6,6 @@
 
 import os
 import re
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from gaussian_tokenizer.avatars.avatar import METADATA_NAME
 from gaussian_tokenizer.captures.checks import find_problems
 from gaussian_tokenizer.captures.pixel3dmm import checkpoint_files, read_pixel3dmm
 from gaussian_tokenizer.captures.recording import Recording
-from gaussian_tokenizer.captures.subject import read_metadata
+from gaussian_tokenizer.captures.subject import read_metadata, shared_ids
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.captures.transforms_json import TRANSFORMS_NAME, sister_folders, vhap_split
 from gaussian_tokenizer.captures.vhap import RAW_PATTERN, raw_file, read_dataset, read_raw
@@ -112,12 +111,10 @@ def find_trackings(path: str | os.PathLike) -> list[Path]:
         raise FileNotFoundError(f"{path}: none of its {len(inside)} folders is a tracking; expected {EXPECTED}")
     in_union = {name for each in found for name in sister_folders(each)}
     found = [each for each in found if each.name not in in_union]
-    names_of = defaultdict(list)
-    for each in found:
-        names_of[read_metadata(each, each.resolve().name)[0]].append(each.name)
-    for subject_id, names in names_of.items():
-        if len(names) > 1:
-            raise ValueError(
-                f"{path}: {', '.join(names)} have one subject id, {subject_id!r}; give each its own in {METADATA_NAME}"
-            )
+    for subject_id, names in shared_ids(
+        (read_metadata(each, each.resolve().name)[0], each.name) for each in found
+    ).items():
+        raise ValueError(
+            f"{path}: {', '.join(names)} have one subject id, {subject_id!r}; give each its own in {METADATA_NAME}"
+        )
     return found

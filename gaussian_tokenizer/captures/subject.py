@@ -10,7 +10,7 @@ The layout is that of GaussianAvatars (the avatar) and of a VHAP export (the fra
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +91,14 @@ def read_metadata(folder: Path, default_id: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(avatar_id, str) or not avatar_id:
         raise ValueError(f"{path}: avatar_id is {avatar_id!r}, expected a string")
     return avatar_id, metadata
+
+
+def shared_ids(ids: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Ids that several folders have -> names of those folders; `ids` are pairs of id and folder name."""
+    names: dict[str, list[str]] = {}
+    for avatar_id, name in ids:
+        names.setdefault(avatar_id, []).append(name)
+    return {avatar_id: found for avatar_id, found in names.items() if len(found) > 1}
 
 
 def find_subjects(folder: str | os.PathLike) -> list[Subject]:

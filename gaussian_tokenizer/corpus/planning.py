@@ -7,7 +7,6 @@ order of folders nor that of processes matters.
 import hashlib
 import json
 import os
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ import pyarrow
 import torch
 from datasets import Features
 
+from gaussian_tokenizer.captures.subject import shared_ids
 from gaussian_tokenizer.corpus.corpus import ENTRIES, FORMAT, SPLITS, tokenizer_fingerprint
 from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.corpus.shards import Rows, ShardPlan
@@ -32,13 +32,11 @@ def sort_out(
     summaries: list[SubjectSummary], settings: BuildSettings, where: str, max_points: int | None = None
 ) -> tuple[list[SubjectSummary], list[dict[str, str]]]:
     """Usable subjects, and the others with their reasons; ValueError that lists those unless they may be skipped."""
-    named = defaultdict(list)
-    for summary in summaries:
-        named[summary.avatar_id].append(summary.name)
+    twins = shared_ids((summary.avatar_id, summary.name) for summary in summaries)
     good, bad, unlicensed, lines = [], [], [], []
     for summary in summaries:
         problem = summary.problem
-        others = [name for name in named[summary.avatar_id] if name != summary.name]
+        others = [name for name in twins.get(summary.avatar_id, []) if name != summary.name]
         if problem is None and others:
             problem = f"has the avatar_id {summary.avatar_id!r}, like {', '.join(others)}; give each its own"
         if problem is None and max_points is not None and summary.num_points > max_points:

@@ -16,7 +16,7 @@ from gaussian_tokenizer.avatars.avatar import METADATA_NAME, PARAMETERS_NAME, PL
 from gaussian_tokenizer.captures.checks import Problem, find_problems, warning
 from gaussian_tokenizer.captures.frame import has_alpha, load_image
 from gaussian_tokenizer.captures.loading import EXPECTED, read_tracking, recognize
-from gaussian_tokenizer.captures.subject import Subject
+from gaussian_tokenizer.captures.subject import Subject, shared_ids
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.captures.transforms_json import CANONICAL_NAME
 from gaussian_tokenizer.corpus.corpus import MANIFEST_NAME, load_corpus, shards_of
@@ -223,16 +223,15 @@ def _avatar(report: Report, head: HeadModel | None) -> None:
 
 def _many(report: Report, head: HeadModel | None) -> None:
     folders = _subjects_in(report.path)
-    by_id: dict[str, list[str]] = {}
+    ids = []
     for folder in folders:
         try:
-            by_id.setdefault(Subject.open(folder).avatar_id, []).append(folder.name)
+            ids.append((Subject.open(folder).avatar_id, folder.name))
         except ValueError as error:
             report.problems.append(Problem(str(error)))
-    for avatar_id, names in by_id.items():
-        if len(names) > 1:
-            text = f"{', '.join(names)} have one id, {avatar_id!r}; give each its own in {METADATA_NAME}"
-            report.problems.append(Problem(text))
+    for avatar_id, names in shared_ids(ids).items():
+        text = f"{', '.join(names)} have one id, {avatar_id!r}; give each its own in {METADATA_NAME}"
+        report.problems.append(Problem(text))
     forms = Counter(form for folder in folders if (form := recognize(folder)) is not None)
     report.facts["folders"] = len(folders)
     report.facts["avatars"] = sum(_has_avatar(folder) for folder in folders)
