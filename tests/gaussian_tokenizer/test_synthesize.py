@@ -60,7 +60,7 @@ def test_what_is_written_reads_as_the_same_avatars(written, head):
         assert subject.metadata["head_hash"] == head.hash
 
 
-def test_frames_hold_images_of_every_moment_from_every_camera(written, head):
+def test_frames_hold_images_of_every_timestep_from_every_camera(written, head):
     subject = find_subjects(written)[1]
     frames = subject.frames()
     assert [(frame.timestep, frame.camera) for frame in frames] == [(t, c) for t in (0, 1) for c in (0, 1, 2)]

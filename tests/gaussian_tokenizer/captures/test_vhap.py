@@ -70,7 +70,7 @@ def test_sequences_with_heads_far_apart_are_a_warning(tracked, tmp_path, small_h
     assert not problem.is_error and "far from the first one's on average (EMO-2" in problem.text
 
 
-def test_a_sequence_of_another_person_does_not_belong_into_a_union(tracked, tmp_path, small_head):
+def test_a_sequence_of_another_subject_does_not_belong_in_a_union(tracked, tmp_path, small_head):
     union = make_union(tmp_path, tracked, shape_offset=3.0)
     with pytest.raises(
         ValueError, match=r"the head of sequence EMO-2 is \d+.\d mm from that of EMO-1 .* another subject"
