@@ -83,17 +83,17 @@ def synthesize_subject(
     shape = identity_scale * np.clip(rng.standard_normal(head.n_shape), -SHAPE_LIMIT, SHAPE_LIMIT)
     params = HeadParameters.zeros(head.n_shape, head.n_expression)
     params.shape.copy_(torch.from_numpy(shape))
-    layout = face_layout(head)
     num_points = default_num_points(head.n_faces) if num_points is None else num_points
-    counts = sparse_counts(layout, num_points, appearance.hair_style, appearance.beard_style, min_points_per_face)
-    return SyntheticSubject(appearance, head, params, _build_avatar(head, params, appearance, layout, counts, WIDTH))
+    counts = sparse_counts(
+        face_layout(head), num_points, appearance.hair_style, appearance.beard_style, min_points_per_face
+    )
+    return SyntheticSubject(appearance, head, params, _build_avatar(head, params, appearance, counts, WIDTH))
 
 
 def portrait_avatar(subject: SyntheticSubject, spacing: float) -> GaussianAvatar:
     """The subject as portraits show it: a closed surface with a point at least every `spacing` meters."""
-    layout = face_layout(subject.head)
-    counts = dense_counts(layout, spacing, subject.appearance.hair_style)
-    return _build_avatar(subject.head, subject.params, subject.appearance, layout, counts, DENSE_WIDTH)
+    counts = dense_counts(face_layout(subject.head), spacing, subject.appearance.hair_style)
+    return _build_avatar(subject.head, subject.params, subject.appearance, counts, DENSE_WIDTH)
 
 
 def draw_timesteps(subject: SyntheticSubject, num_timesteps: int, seed: int | Sequence[int]) -> HeadParameters:
@@ -126,15 +126,10 @@ class _Points(NamedTuple):
 
 
 def _build_avatar(
-    head: HeadModel,
-    params: HeadParameters,
-    appearance: Appearance,
-    layout: FaceLayout,
-    counts: np.ndarray,
-    width: float,
+    head: HeadModel, params: HeadParameters, appearance: Appearance, counts: np.ndarray, width: float
 ) -> GaussianAvatar:
     """The avatar with `counts` (F,) points on the faces, Gaussians `width` times as wide as the points are apart."""
-    vertices = head.canonical_vertices(params)
+    layout, vertices = face_layout(head), head.canonical_vertices(params)
     points = _points_on_skin(head, vertices, appearance, layout, counts)
     offsets = np.zeros_like(points.skin)
     for name, thickness, lift in (
