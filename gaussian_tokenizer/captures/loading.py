@@ -12,9 +12,8 @@ from pathlib import Path
 from gaussian_tokenizer.avatars.avatar import METADATA_NAME
 from gaussian_tokenizer.captures.checks import find_problems
 from gaussian_tokenizer.captures.pixel3dmm import checkpoint_files, read_pixel3dmm
-from gaussian_tokenizer.captures.recording import Recording
 from gaussian_tokenizer.captures.subject import read_metadata, shared_ids
-from gaussian_tokenizer.captures.tracking import Tracking
+from gaussian_tokenizer.captures.tracking import Recording, Tracking
 from gaussian_tokenizer.captures.transforms_json import TRANSFORMS_NAME, sister_folders, vhap_split
 from gaussian_tokenizer.captures.vhap import RAW_PATTERN, raw_file, read_dataset, read_raw
 from gaussian_tokenizer.heads.head_model import HeadModel

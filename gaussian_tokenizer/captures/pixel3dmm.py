@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, size_of_image
-from gaussian_tokenizer.captures.recording import Recording, find_image, join_params
+from gaussian_tokenizer.captures.tracking import Recording, find_image, join_params
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, size_of_image
-from gaussian_tokenizer.captures.recording import Recording, find_image, join_params
+from gaussian_tokenizer.captures.tracking import Recording, find_image, join_params
 from gaussian_tokenizer.captures.transforms_json import (
     SPLITS,
     TRANSFORMS_NAME,
