@@ -11,9 +11,9 @@ Speed, one process, in turns, the fastest of the rounds; every file is flushed t
 Subjects: "captures" have 27,000 points on 10,144 faces and 128 images of 512 x 512 pixels (noise that takes PNG a quarter
 of a megabyte, as a head does), "clouds" the points alone, "small" ones 100 points on 600 faces and one image of 16 x 16.
 Processes: a build of more subjects (`--times`, hard links to the same ones) with 1 and 2, less the start of the pool. Beside it
-what two processes gain on a plain loop (on a busy machine little), the processor time of one, which a thread of it that
-computes checksums makes longer than the clock's, and how long the bytes of the corpus alone take to the disk.
-Memory: the largest sum of resident memory of `build_corpus` and of `synthesize --corpus` with all their processes, looked at
+what two processes gain on a plain loop (little on a busy machine), the processor time of one process, which is above its
+wall time because a thread computes checksums, and how long the bytes of the corpus alone take to the disk.
+Memory: the largest sum of resident memory of `build_corpus` and of `synthesize --corpus` with all their processes, sampled
 five times a second. Of the many subjects most are hard links, to 20 (captures: 6), each with an id of its own.
 """
 
@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,7 +42,8 @@ from PIL import Image
 from report import markdown_table, write_report
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.captures.subject import Frame, Subject, find_subjects, write_subject
+from gaussian_tokenizer.captures.frame import Frame
+from gaussian_tokenizer.captures.subject import Subject, find_subjects, write_subject
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.corpus.shards import ROW_GROUP_BYTES
@@ -287,7 +289,7 @@ def start_of_pool(head: HeadModel, folder: Path) -> float:
     """Seconds until two processes are there and have answered."""
     head.save(folder / "head.safetensors")
     start = time.perf_counter()
-    with runner(2, head, folder / "head.safetensors") as run:
+    with runner(2, partial(HeadModel.load, folder / "head.safetensors")) as run:
         run(answer, [(0.5,)] * 2, "", progress=False)
     return time.perf_counter() - start - 0.5
 
@@ -313,42 +315,28 @@ def add(count: int) -> int:
 
 def measure_many(numbers: Sequence[int], num_proc: int, folder: Path) -> list[dict]:
     rows = []
-    pool = ["--num_proc", str(num_proc)]
+    common = f"--head procedural:{SMALL.faces} --num_proc {num_proc}"
     for number in numbers:
         subjects = make_many(folder / "many", number, SMALL)
-        options = [
-            "--avatars",
-            str(subjects),
-            "--head",
-            f"procedural:{SMALL.faces}",
-            "--output_dir",
-            str(folder / "corpus"),
-        ]
-        rows.append(measure_command("build_corpus", number, [*options, *pool], folder))
+        options = f"{common} --avatars {subjects} --output_dir {folder / 'corpus'}"
+        rows.append(measure_command("build_corpus", number, options, folder))
         shutil.rmtree(subjects)
     for number in numbers:
-        options = [
-            "--num_subjects",
-            str(number),
-            "--head",
-            f"procedural:{SMALL.faces}",
-            "--corpus",
-            str(folder / "corpus"),
-        ]
-        options += ["--num_points", str(SMALL.points), "--image_size", str(SMALL.pixels)]
-        rows.append(measure_command("synthesize", number, [*options, *pool], folder))
+        options = f"{common} --num_subjects {number} --corpus {folder / 'corpus'}"
+        options += f" --num_points {SMALL.points} --image_size {SMALL.pixels}"
+        rows.append(measure_command("synthesize", number, options, folder))
     return rows
 
 
-def measure_command(name: str, number: int, options: list[str], folder: Path) -> dict:
+def measure_command(name: str, number: int, options: str, folder: Path) -> dict:
     start = time.perf_counter()
-    words = [sys.executable, "-m", f"gaussian_tokenizer.{name}", *options]
+    words = [sys.executable, "-m", f"gaussian_tokenizer.{name}", *options.split()]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak, computing = 0, dict[int, float]()
     while process.poll() is None:
         members = family(process.pid)
         peak = max(peak, sum(resident(pid) for pid in members))
-        for pid in members:  # nobody waits for some of them: the last look counts
+        for pid in members:  # some end before this process does: the last sample counts
             computing[pid] = max(computing.get(pid, 0.0), processor_time(pid))
         time.sleep(0.2)
     assert process.returncode == 0, words

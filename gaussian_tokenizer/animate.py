@@ -1,10 +1,10 @@
-"""Move an avatar and look at it, from the command line.
+"""Animate an avatar and render or export it, from the command line.
 
     python -m gaussian_tokenizer.animate --avatar subjects/synthetic-0-000000 --motion talk --output talk.gif
 
-An avatar, its head model and a motion go in: built in (talk, nod, look_around, expressions), tracked (a flame_param.npz
-or a folder of them), or a turntable around the head at rest. Images come out as .gif, .mp4 or a folder of PNG, the
-posed Gaussians as a numbered PLY sequence or, of the avatar at rest, as one file for a splat viewer. Runs on a CPU.
+The motion is built in (talk, nod, look_around, expressions), tracked (a flame_param.npz or a folder of them), or a
+turntable around the head at rest. Output: images as .gif, .mp4 or a folder of PNG, the posed Gaussians as a numbered PLY
+sequence, or the avatar at rest as one file for a splat viewer. Runs on a CPU.
 """
 
 import argparse
@@ -28,46 +28,34 @@ from gaussian_tokenizer.rendering.splatting import render
 
 DISTANCE = 1.0  # meters from the camera to the middle of the head
 ROOM = 1.5  # side of the image, in heights of the skull
-BORDER = 1.02  # and at least so much more than all that skull and hair pass over
-STRAYS = 0.005  # of the Gaussians may stick out: one far away shall not make the head small
+BORDER = 1.02  # at least so much more than the extent of skull and hair over all frames
+STRAYS = 0.005  # of the Gaussians may stick out, so that a far one does not make the head small
 FRAMES_AT_ONCE = 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--avatar", required=True, help="a .safetensors avatar, a GaussianAvatars folder or its point_cloud.ply"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--avatar", required=True, help="a .safetensors avatar, a GaussianAvatars folder or its point_cloud.ply")
+    add(
         "--head",
         help="head model: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder (default: the built-in one, if the "
-        "avatar says it was made on that)",
+        "avatar was made on that)",
     )
-    parser.add_argument(
-        "--motion",
-        default="talk",
-        help=f"{', '.join(MOTIONS)}, turntable, or a flame_param.npz or a folder of them (default: talk)",
-    )
-    parser.add_argument("--output", type=Path, help="images: .gif, .mp4, or a folder of PNG (no suffix)")
-    parser.add_argument("--ply_sequence", type=Path, help="folder for the Gaussians of every frame, 00000.ply, ...")
-    parser.add_argument(
-        "--export", type=Path, help="the Gaussians at rest for a splat viewer: .ply, .splat or .compressed.ply"
-    )
-    parser.add_argument(
-        "--up",
-        choices=UP,
-        default="y",
-        help="where the crown is in --export and --ply_sequence; minus_y for SuperSplat (default: y)",
-    )
-    parser.add_argument("--animation", choices=METHODS, default="lbs", help="how the Gaussians follow the head")
-    parser.add_argument("--image_size", type=int, default=256, help="width and height of the images")
-    parser.add_argument("--fps", type=float, default=25.0, help="frames per second of .gif and .mp4")
-    parser.add_argument(
-        "--num_frames", type=int, help="frames of a built-in motion (default: 48), or the first so many of a file"
-    )
-    parser.add_argument("--azimuth", type=float, default=0.0, help="degrees of the camera to the subject's left")
-    parser.add_argument("--background", type=float, default=1.0, help="gray behind the head, 0 black to 1 white")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    motions = f"{', '.join(MOTIONS)}, turntable, or a flame_param.npz or a folder of them"
+    add("--motion", default="talk", help=f"{motions} (default: talk)")
+    add("--output", type=Path, help="images: .gif, .mp4, or a folder of PNG (no suffix)")
+    add("--ply_sequence", type=Path, help="folder for the Gaussians of every frame, 00000.ply, ...")
+    add("--export", type=Path, help="the Gaussians at rest for a splat viewer: .ply, .splat or .compressed.ply")
+    up = "direction of the crown in --export and --ply_sequence; minus_y for SuperSplat (default: y)"
+    add("--up", choices=UP, default="y", help=up)
+    add("--animation", choices=METHODS, default="lbs", help="how the Gaussians follow the head")
+    add("--image_size", type=int, default=256, help="width and height of the images")
+    add("--fps", type=float, default=25.0, help="frames per second of .gif and .mp4")
+    add("--num_frames", type=int, help="frames of a built-in motion (default: 48), or the first frames of a file")
+    add("--azimuth", type=float, default=0.0, help="degrees of the camera to the subject's left")
+    add("--background", type=float, default=1.0, help="gray behind the head, 0 black to 1 white")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     arguments = parser.parse_args()
     try:
         animate(arguments)
@@ -77,7 +65,7 @@ def main() -> None:
 
 @torch.no_grad()
 def animate(arguments: argparse.Namespace) -> None:
-    """Everything between the command line and the files."""
+    """Run the command with its parsed arguments."""
     check(arguments)
     avatar = open_avatar(arguments.avatar, arguments.head)
     assert avatar.head is not None
@@ -88,10 +76,9 @@ def animate(arguments: argparse.Namespace) -> None:
         save_splats(arguments.export, canonical, up=arguments.up)
         print(f"{len(avatar):,} Gaussians at rest in {arguments.export}")
     if arguments.ply_sequence is not None:
-        parts = tqdm(
-            posed_parts(avatar, motion, arguments.animation), desc="PLY", total=motion.num_frames, unit="frame"
-        )
-        count = save_ply_sequence(arguments.ply_sequence, parts, arguments.up)
+        parts = posed_parts(avatar, motion, arguments.animation)
+        progress = tqdm(parts, desc="PLY", total=motion.num_frames, unit="frame")
+        count = save_ply_sequence(arguments.ply_sequence, progress, arguments.up)
         print(f"{count} frames of {len(avatar):,} Gaussians in {arguments.ply_sequence}")
     if arguments.output is not None:
         images = draw(avatar, motion, arguments)
@@ -100,7 +87,7 @@ def animate(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """What can be said wrong before anything is loaded: `ValueError`, or `FileNotFoundError` for a missing folder."""
+    """Check the arguments before anything is loaded; ValueError, or FileNotFoundError for a missing folder."""
     outputs = [path for path in (arguments.output, arguments.ply_sequence, arguments.export) if path is not None]
     if not outputs:
         raise ValueError("nothing to write: give --output, --ply_sequence or --export")
@@ -122,7 +109,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def choose_motion(arguments: argparse.Namespace, head: HeadModel) -> HeadParameters:
-    """The frames to show; a turntable has as many of the head at rest."""
+    """Head parameters of the frames to show; those of a turntable are at rest."""
     num_frames = 48 if arguments.num_frames is None else arguments.num_frames
     if arguments.motion == "turntable":
         return HeadParameters.zeros(head.n_shape, head.n_expression, num_frames)
@@ -162,10 +149,10 @@ def draw(avatar: GaussianAvatar, motion: HeadParameters, arguments: argparse.Nam
 
 
 def framing(avatar: GaussianAvatar, motion: HeadParameters, azimuths: Sequence[float]) -> tuple[torch.Tensor, float]:
-    """Where the cameras look (3,) and the side of what they see there, meters: the head in all frames, with its hair.
+    """Target of the cameras (3,) and side of the square they see there, meters: the head in all frames, with its hair.
 
-    Measured on the mesh without the neck, whose length differs from one head model to another, so that a portrait of
-    any of them is framed alike; a head that moves about or has much hair is given the room it takes.
+    Measured on the mesh without the neck, whose length differs between head models, so that all are framed alike; a head
+    that moves or has much hair gets the room it takes.
     """
     head = avatar.head
     assert head is not None
@@ -180,7 +167,7 @@ def framing(avatar: GaussianAvatar, motion: HeadParameters, azimuths: Sequence[f
     half = 0.0
     for viewmat in Cameras.orbit(target, DISTANCE, azimuths, 0.0, 1.0, 1, 1).viewmats:
         x, y, depth = (vertices @ viewmat[:3, :3].T + viewmat[:3, 3]).unbind(-1)
-        # What is nearer than the target looks larger; what comes too near for an image does not count.
+        # Closer than the target looks larger; the limit ignores what is too close to be rendered.
         nearness = DISTANCE / (depth - hair).clamp(min=DISTANCE / 4)
         half = max(half, float(((torch.maximum(x.abs(), y.abs()) + hair) * nearness).max()))
     return target, max(ROOM * height, 2 * BORDER * half)
@@ -192,7 +179,7 @@ def hair_thickness(gaussians: Gaussians, skull: torch.Tensor) -> float:
     reach = 3 * stretched.square().sum(-1).sqrt()  # three standard deviations along each axis, (N, 3)
     above = gaussians.positions[0] + reach - skull.amax(0)
     below = skull.amin(0) - gaussians.positions[0] + reach
-    below[:, 1] = 0  # there are the neck and long hair
+    below[:, 1] = 0  # neck and long hair
     return max(0.0, float(torch.maximum(above, below).amax(1).quantile(1 - STRAYS)))
 
 

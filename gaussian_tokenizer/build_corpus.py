@@ -1,11 +1,11 @@
 """Build, count and check a corpus from the command line.
 
     python -m gaussian_tokenizer.build_corpus --avatars DIR --head HEAD --output_dir DIR [--num_proc N] [--push_to_hub REPO]
-    python -m gaussian_tokenizer.build_corpus stats CORPUS [--image statistics.png] [--page page.html]
+    python -m gaussian_tokenizer.build_corpus stats CORPUS [--plot stats.png] [--page page.html]
     python -m gaussian_tokenizer.build_corpus validate CORPUS [--avatars DIR --head HEAD]
 
-A build that was killed is continued by the same command and ends with the same bytes. On a small CPU, from subjects
-that were made on the built-in head:
+The same command continues a build that was killed, and ends with the same bytes. On a small CPU, from subjects made on the
+built-in head:
 
     python -m gaussian_tokenizer.build_corpus --avatars subjects --head procedural:600 --output_dir corpus --num_proc 2
 """
@@ -13,46 +13,58 @@ that were made on the built-in head:
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
-from gaussian_tokenizer.corpus.options import add_corpus_options, print_counts
+from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.corpus import load_corpus
+from gaussian_tokenizer.corpus.html_page import write_page
+from gaussian_tokenizer.corpus.options import BuildSettings, print_counts
+from gaussian_tokenizer.corpus.stats import compute_stats, plot_stats, stats_table
+from gaussian_tokenizer.corpus.validation import validate
+from gaussian_tokenizer.heads.loading import load_head
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.hub import upload
+from gaussian_tokenizer.utils.options import add_options, from_options
+
+PROGRAM = "python -m gaussian_tokenizer.build_corpus"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"stats": (_stats_parser, _stats), "validate": (_validate_parser, _validate)}
-    make_parser, command = (_build_parser, _build)
-    if words and words[0] in commands:
-        make_parser, command = commands[words.pop(0)]
-    options = make_parser().parse_args(words)
+    commands = {"stats": _stats, "validate": _validate}
+    command = commands[words.pop(0)] if words and words[0] in commands else _build
     try:
-        return command(options)
+        return command(words)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def _build(options: argparse.Namespace) -> int:
-    from gaussian_tokenizer.corpus.building import build
-    from gaussian_tokenizer.corpus.planning import BuildSettings
-    from gaussian_tokenizer.heads.loading import load_head
-    from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-
-    names = [field.name for field in fields(BuildSettings)]
-    settings = BuildSettings(**{name: vars(options)[name] for name in names})
-    manifest = build(
-        options.avatars,
-        load_head(options.head),
-        options.output_dir,
-        settings,
-        tokenizer=GaussianTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None,
-        num_proc=options.num_proc,
-        overwrite=options.overwrite,
+def _build(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Tokenize a folder of avatars into a corpus that datasets.load_dataset opens.",
+        epilog="Other commands: `stats CORPUS` prints and plots its stats, `validate CORPUS` checks every file; each has its "
+        "own --help.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    print_counts(manifest)
+    add = parser.add_argument
+    add("--avatars", required=True, type=Path, help="folder of subject folders")
+    add("--head", required=True, help="procedural, procedural:600, a .safetensors, a FLAME .pkl, an ICT-FaceKit folder")
+    add("--output_dir", required=True, type=Path, help="corpus folder to make")
+    add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
+    add_options(parser, BuildSettings)
+    add("--tokenizer", type=Path, help="use this tokenizer, not --n_bins, --bounds and --image_size")
+    add("--overwrite", action="store_true", help="replace an existing corpus, or an unfinished one of other settings")
+    add("--push_to_hub", metavar="REPO", help="upload the corpus as this dataset repository")
+    add("--hub_private_repo", action="store_true", help="make that repository private")
+    options = parser.parse_args(words)
+    tokenizer = GaussianTokenizer.from_pretrained(options.tokenizer) if options.tokenizer else None
+    settings, processes = from_options(BuildSettings, vars(options)), options.num_proc
+    head = load_head(options.head)
+    print_counts(build(options.avatars, head, options.output_dir, settings, tokenizer, processes, options.overwrite))
     print(f"corpus: {options.output_dir}")
     if options.push_to_hub:
         address = upload(options.output_dir, options.push_to_hub, "dataset", options.hub_private_repo)
@@ -60,28 +72,31 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
-def _stats(options: argparse.Namespace) -> int:
-    from gaussian_tokenizer.corpus.corpus import load_corpus
-    from gaussian_tokenizer.corpus.html_page import write_page
-    from gaussian_tokenizer.corpus.stats import statistics, statistics_plot, statistics_table
-    from gaussian_tokenizer.utils.atomic import atomic_file
-
+def _stats(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} stats")
+    parser.add_argument("corpus", help="corpus folder, or its URL")
+    plot = "plot points per face, sequence lengths, bins and entropies as this PNG"
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
+    parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page of the stats, portraits and licenses")
+    options = parser.parse_args(words)
     corpus = load_corpus(options.corpus)
-    figures = statistics(corpus)
-    print(statistics_table(figures))
-    if options.image:
-        with atomic_file(options.image) as file:
-            file.write(statistics_plot(figures))
-        print(f"\nimage: {options.image}")
+    stats = compute_stats(corpus)
+    print(stats_table(stats))
+    if options.plot:
+        with atomic_file(options.plot) as file:
+            file.write(plot_stats(stats))
+        print(f"\nplot: {options.plot}")
     if options.page:
-        print(f"\npage: {write_page(corpus, figures, options.page)}")
+        print(f"\npage: {write_page(corpus, stats, options.page)}")
     return 0
 
 
-def _validate(options: argparse.Namespace) -> int:
-    from gaussian_tokenizer.corpus.validation import validate
-    from gaussian_tokenizer.heads.loading import load_head
-
+def _validate(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} validate")
+    parser.add_argument("corpus", type=Path, help="corpus folder")
+    parser.add_argument("--avatars", type=Path, help="compare with the subject folders the corpus was built from")
+    parser.add_argument("--head", help="their head model")
+    options = parser.parse_args(words)
     if (options.avatars is None) != (options.head is None):
         raise ValueError("--avatars and --head belong together: the subject folders, and the head model they are of")
     head = None if options.head is None else load_head(options.head)
@@ -93,53 +108,6 @@ def _validate(options: argparse.Namespace) -> int:
     bad = sum(bool(verdict.problems) for verdict in verdicts)
     print(f"{options.corpus}: {f'{bad} of {len(verdicts)} files are bad' if bad else 'whole and consistent'}")
     return 1 if bad else 0
-
-
-# ---- options
-
-
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m gaussian_tokenizer.build_corpus",
-        description="Tokenize a folder of avatars into a corpus that datasets.load_dataset opens.",
-        epilog="Other commands: `stats CORPUS` prints and draws figures, `validate CORPUS` checks every file; each has its "
-        "own --help.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--avatars", required=True, type=Path, help="folder of subject folders")
-    add("--head", required=True, help="procedural, procedural:600, a .safetensors, a FLAME .pkl, an ICT-FaceKit folder")
-    add("--output_dir", required=True, type=Path, help="corpus folder to make")
-    add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
-    add_corpus_options(parser)
-    add("--image_size", type=int, default=224, help="side of the images that the tokenizer prepares, pixels")
-    add("--tokenizer", type=Path, help="use this tokenizer as it is, not --n_bins, --bounds and --image_size")
-    add("--seed", type=int, default=0, help="of the split")
-    add("--skip_bad", action="store_true", help="leave out subjects that cannot be used, and record them")
-    add(
-        "--allow_unknown_license",
-        action="store_true",
-        help="accept subjects without license or consent; the card names them",
-    )
-    add("--push_to_hub", metavar="REPO", help="upload the corpus as this dataset repository")
-    add("--hub_private_repo", action="store_true", help="make that repository private")
-    return parser
-
-
-def _stats_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gaussian_tokenizer.build_corpus stats")
-    parser.add_argument("corpus", help="corpus folder, or its URL")
-    parser.add_argument("--image", type=Path, help="draw points per face, lengths and use of the bins to this PNG")
-    parser.add_argument("--page", type=Path, help="write an HTML page with figures, images and licenses here")
-    return parser
-
-
-def _validate_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gaussian_tokenizer.build_corpus validate")
-    parser.add_argument("corpus", type=Path, help="corpus folder")
-    parser.add_argument("--avatars", type=Path, help="compare with the subject folders the corpus was built from")
-    parser.add_argument("--head", help="their head model")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,74 +1,53 @@
-"""Make synthetic subjects, as avatar folders or straight as a corpus: what to train on where there are no captured subjects.
+"""Make synthetic subjects, as avatar folders or directly as a corpus: training data where there are no captures.
 
     python -m gaussian_tokenizer.synthesize --num_subjects 200 --head procedural:600 --output_dir subjects --num_proc 2
     python -m gaussian_tokenizer.synthesize --num_subjects 10000 --head procedural:600 --corpus corpus --num_proc 2
 
-With `--output_dir` each subject (see `synthetic`) becomes a folder in the layout of GaussianAvatars and VHAP (see `subject`):
-the avatar, its head parameters, and images drawn by `render` with their cameras and moments. A folder appears whole or
-not at all. With `--corpus` the subjects go into the corpus that `build_corpus` would make of those folders, byte for byte,
-without the folders. Run again, the command keeps what is finished and makes the rest; the number of processes does not
-change a byte. Time grows with the number of subjects, memory does not.
+With `--output_dir`, each subject becomes a folder in the layout of GaussianAvatars and VHAP (see `captures.subject`): the
+avatar, its head parameters, and rendered images with their cameras and timesteps. Folders are written atomically. With
+`--corpus`, the subjects go directly into the corpus that `build_corpus` would make of those folders, byte for byte. Run
+again, the command keeps what is finished and makes the rest; the number of processes does not change a byte. Time grows
+with the number of subjects, memory does not.
 """
 
 import argparse
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from gaussian_tokenizer.avatars.avatar import METADATA_NAME
 from gaussian_tokenizer.captures.subject import write_subject
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
-from gaussian_tokenizer.corpus.identity_stats import identity_statistics, shapes_of_corpus, shapes_of_folders
-from gaussian_tokenizer.corpus.options import add_corpus_options, print_counts
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.identity_stats import identity_stats, shapes_of_corpus, shapes_of_folders
+from gaussian_tokenizer.corpus.options import BuildSettings, print_counts
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.synthetic.layout import MIN_POINTS_PER_FACE
-from gaussian_tokenizer.synthetic.source import MAX_VIEWS, SyntheticSource, _make
+from gaussian_tokenizer.synthetic.source import SyntheticSettings, SyntheticSource, render_subject
 from gaussian_tokenizer.utils.json_files import read_json
 from gaussian_tokenizer.utils.locks import exclusive
+from gaussian_tokenizer.utils.options import add_options, from_options
 from gaussian_tokenizer.utils.parallel import runner
 
-PRELOADED = ("gaussian_tokenizer.synthetic.source",)  # what each of the processes needs
-RECIPE = ("seed", "image_size", "views", "timesteps", "num_points", "identity_scale", "min_points_per_face")
-LOCK_NAME = (
-    ".synthesize.lock"  # while subjects are being made; nobody else may take their temporary folders for leftovers
-)
+PRELOADED = ("gaussian_tokenizer.synthetic.source",)  # imported once for all processes
+LOCK_NAME = ".synthesize.lock"  # held while subjects are made; other runs must not remove their temporary folders
 
 
 def synthesize(
-    output: str | Path,
-    num_subjects: int,
-    head: str = "procedural:600",
-    num_proc: int = 1,
-    seed: int = 0,
-    image_size: int = 128,
-    views: int = 1,
-    timesteps: int = 1,
-    num_points: int | None = None,
-    identity_scale: float = 1.0,
-    min_points_per_face: int = MIN_POINTS_PER_FACE,
+    output: str | Path, num_subjects: int, head: str = "procedural:600", num_proc: int = 1, **settings: Any
 ) -> list[Path]:
-    """Make the folders `synthetic-<seed>-<index>` in `output` that are not there yet; returns all of them.
+    """Make the missing folders `synthetic-<seed>-<index>` in `output`; returns all of them.
 
-    `head` as for `load_head`, the last three as for `synthesize_subject`. ValueError if a folder of
-    that name is there and was not made by the same command (then nothing is written).
+    `head` as for `load_head`, `settings` are fields of SyntheticSettings. ValueError if a folder of that name exists and was
+    made with other settings (then nothing is written).
     """
-    recipe = {
-        "seed": seed,
-        "num_points": num_points,
-        "image_size": image_size,
-        "views": views,
-        "timesteps": timesteps,
-        "identity_scale": identity_scale,
-        "min_points_per_face": min_points_per_face,
-    }
-    source = SyntheticSource(num_subjects, recipe)
+    chosen = SyntheticSettings(**settings)
+    source = SyntheticSource(num_subjects, chosen)
     if not 1 <= num_proc <= 1024:
         raise ValueError(f"num_proc is {num_proc}, expected 1 to 1024")
     output, model = Path(output), load_head(head)
@@ -77,12 +56,11 @@ def synthesize(
         if not mine:
             raise ValueError(f"{output}: another process is making subjects in it; wait for it to end")
         try:
-            missing = [index for index, folder in enumerate(folders) if not _is_finished(folder, recipe, model)]
-            _remove_leftovers(output, {folders[index].name for index in missing})
+            jobs = [(folder, chosen) for folder in folders if not _is_finished(folder, chosen, model)]
+            _remove_leftovers(output, {folder.name for folder, _ in jobs})
             with TemporaryDirectory() as temporary:
                 head_file = Path(temporary) / "head.safetensors"
                 model.save(head_file)
-                jobs = [(folders[index], recipe) for index in missing]
                 with runner(max(1, min(num_proc, len(jobs))), partial(HeadModel.load, head_file), PRELOADED) as run:
                     run(_write, jobs, "synthesize", progress=True, done=num_subjects - len(jobs))
         finally:
@@ -93,39 +71,22 @@ def synthesize(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gaussian_tokenizer.synthesize",
-        description="Write synthetic subjects (avatars with portraits) as GaussianAvatars folders.",
+        description="Make synthetic subjects (avatars with portraits) as GaussianAvatars folders or as a corpus.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--num_subjects", type=int, required=True, help="how many subjects to make")
-    parser.add_argument("--output_dir", type=Path, help="folder to put the subjects' folders in")
-    parser.add_argument(
-        "--head",
-        default="procedural:600",
-        help="procedural[:faces], a .safetensors head model, a FLAME .pkl or an ICT-FaceKit folder",
-    )
-    parser.add_argument("--num_proc", type=int, default=1, help="processes; the result does not depend on it")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other subjects")
-    parser.add_argument("--image_size", type=int, default=128, help="pixels, both sides of a portrait")
-    parser.add_argument("--views", type=int, default=1, help=f"cameras around a subject, 1 (front) to {MAX_VIEWS}")
-    parser.add_argument("--timesteps", type=int, default=1, help="moments: at rest, then random expressions and turns")
-    parser.add_argument(
-        "--num_points",
-        type=int,
-        help="Gaussians of an average subject; by default 400 on 600 faces, 26,000 on 10,144 or more",
-    )
-    parser.add_argument(
-        "--identity_scale", type=float, default=1.0, help="how much heads differ: 1 a crowd, 2 caricatures"
-    )
-    parser.add_argument(
-        "--min_points_per_face",
-        type=int,
-        default=MIN_POINTS_PER_FACE,
-        help="on an occupied face; fewer spread the points over more faces",
-    )
-    corpus = parser.add_argument_group("straight to a corpus, instead of --output_dir")
+    add = parser.add_argument
+    add("--num_subjects", type=int, required=True, help="how many subjects to make")
+    add("--output_dir", type=Path, help="folder to put the subjects' folders in")
+    heads = "procedural[:faces], a .safetensors head model, a FLAME .pkl or an ICT-FaceKit folder"
+    add("--head", default="procedural:600", help=heads)
+    add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
+    add_options(parser, SyntheticSettings)
+    corpus = parser.add_argument_group("directly to a corpus, instead of --output_dir")
     corpus.add_argument("--corpus", type=Path, help="corpus folder to make; see build_corpus for the options below")
     corpus.add_argument("--tokenizer_image_size", type=int, default=224, help="side of what the tokenizer prepares")
-    add_corpus_options(corpus)
+    # The rest of what build_corpus asks for follows from the subjects.
+    add_options(corpus, BuildSettings, skip=("image_size", "seed", "skip_bad", "allow_unknown_license"))
+    corpus.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     options = parser.parse_args(arguments)
     if (options.output_dir is None) == (options.corpus is None):
         parser.error("give either --output_dir, for folders, or --corpus")
@@ -136,36 +97,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _to_folders(options: argparse.Namespace) -> None:
-    names = ("num_subjects", "head", "num_proc", *RECIPE)
-    folders = synthesize(options.output_dir, **{name: vars(options)[name] for name in names})
+    settings = asdict(from_options(SyntheticSettings, vars(options)))
+    folders = synthesize(options.output_dir, options.num_subjects, options.head, options.num_proc, **settings)
     print(f"{len(folders)} subjects in {options.output_dir}")
-    print(f"identities: {identity_statistics(load_head(options.head), shapes_of_folders(folders))}")
+    print(f"identities: {identity_stats(load_head(options.head), shapes_of_folders(folders))}")
 
 
 def _to_corpus(options: argparse.Namespace) -> None:
-    source = SyntheticSource(options.num_subjects, {name: vars(options)[name] for name in RECIPE})
-    own = vars(options) | {"image_size": options.tokenizer_image_size}
-    settings = BuildSettings(**{field.name: own[field.name] for field in fields(BuildSettings) if field.name in own})
+    source = SyntheticSource(options.num_subjects, from_options(SyntheticSettings, vars(options)))
+    settings = from_options(BuildSettings, vars(options) | {"image_size": options.tokenizer_image_size})
     head = load_head(options.head)
     print_counts(build(source, head, options.corpus, settings, num_proc=options.num_proc, overwrite=options.overwrite))
     print(f"corpus: {options.corpus}")
-    print(f"identities: {identity_statistics(head, shapes_of_corpus(load_corpus(options.corpus)))}")
+    print(f"identities: {identity_stats(head, shapes_of_corpus(load_corpus(options.corpus)))}")
 
 
-def _write(folder: Path, recipe: dict, head: HeadModel) -> None:
-    made = _make(folder.name, recipe, head)
-    write_subject(folder, made.avatar, made.images, made.metadata)
+def _write(folder: Path, settings: SyntheticSettings, head: HeadModel) -> None:
+    subject = render_subject(folder.name, settings, head)
+    write_subject(folder, subject.avatar, subject.images, subject.metadata)
 
 
-def _is_finished(folder: Path, recipe: dict, head: HeadModel) -> bool:
+def _is_finished(folder: Path, settings: SyntheticSettings, head: HeadModel) -> bool:
     if not folder.exists():
         return False
     try:
         metadata = read_json(folder / METADATA_NAME)
         found = {"recipe": metadata["recipe"], "head_hash": metadata["head_hash"]}
     except (OSError, ValueError, KeyError):
-        raise ValueError(f"{folder}: is there, but no synthetic subject; choose another output folder") from None
-    expected = {"recipe": recipe, "head_hash": head.hash}
+        raise ValueError(f"{folder}: exists, but is no synthetic subject; choose another output folder") from None
+    expected = {"recipe": asdict(settings), "head_hash": head.hash}
     if found != expected:
         raise ValueError(
             f"{folder}: made with {found}, asked for {expected}; choose another output folder or remove it"

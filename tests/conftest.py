@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gaussian_tokenizer.corpus.building import build
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import synthesize
 

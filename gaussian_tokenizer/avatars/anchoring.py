@@ -9,6 +9,7 @@ and batched: leading axes `...` (frames T, or nothing) pass through.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,3 +92,8 @@ def _norm(vectors: Tensor) -> Tensor:
 
 def _normalize(vectors: Tensor) -> Tensor:
     return vectors / _norm(vectors)[..., None]
+
+
+def points_per_face(faces: np.ndarray, n_faces: int) -> np.ndarray:
+    """Face of every point (N,) -> histogram (max + 1,): entry k is the number of faces with k points."""
+    return np.bincount(np.bincount(faces, minlength=n_faces))

@@ -1,12 +1,12 @@
-"""What may be wrong with a tracking although every file can be read: `find_problems` looks at up to 16 of its frames.
+"""What may be wrong with a tracking although every file can be read: `find_problems` checks up to 16 of its frames.
 
-The head, posed by the parameters and projected by the cameras, must be in the images, and where the masks say; a
-camera must stand outside it. Where it is not, the other conventions in which a camera may have been written are tried,
-and the one that fits is named.
+The head, posed by the parameters and projected by the cameras, must be in the images and under the masks; cameras must be
+outside it. Where the cameras do not see the head, the other common conventions are tried and the one that fits is named.
 """
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -28,9 +28,9 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 SAMPLES = 16
 ENOUGH_SEEN = 0.5  # of the vertices, in the images on average
 SMALLEST_HEAD = 0.002  # of the image
-LONGEST = 128  # pixels of the silhouettes
+LONGEST = 128  # pixels, longer side of the silhouettes
 BLACK = 4  # of 255
-FAR_MM = 5.0  # mean distance of the heads of two sequences of one person
+FAR_MM = 5.0  # mean distance of the heads of two sequences of one subject
 REMEDY = {
     "camera-to-world with OpenCV axes": "negate the second and third column of its rotation",
     "world-to-camera with OpenCV axes": "invert it, then negate the second and third column of its rotation",
@@ -40,10 +40,13 @@ REMEDY = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One sequence about a tracking; an error keeps it from being used, a warning does not."""
+    """One line about a tracking; an error keeps it from being used, a warning does not."""
 
     text: str
     is_error: bool = True
+
+
+warning = partial(Problem, is_error=False)
 
 
 def find_problems(tracking: Tracking, head: HeadModel) -> list[Problem]:
@@ -80,8 +83,8 @@ def _of_metadata(tracking: Tracking, head: HeadModel) -> list[Problem]:
     far = {sequence: distance for sequence, distance in distances.items() if distance > FAR_MM}
     if far:
         found = ", ".join(f"{sequence} {distance:.1f} mm" for sequence, distance in far.items())
-        text = f"heads of some sequences are far from the first one's on average ({found}); is it one person?"
-        problems.append(Problem(text, is_error=False))
+        text = f"heads of some sequences are far from the first one's on average ({found}); is it one subject?"
+        problems.append(warning(text))
     return problems
 
 
@@ -98,13 +101,13 @@ def _of_frames(tracking: Tracking) -> list[Problem]:
         problems.append(Problem("has no frames to train on: its train split is empty"))
     unused = len(frames) - len({index for indices in tracking.splits.values() for index in indices})
     if unused:
-        problems.append(Problem(f"{unused} of {len(frames)} frames are in no split", is_error=False))
-    cameras = {frame.camera for frame in frames}
-    there = {(frame.timestep, frame.camera) for frame in frames}
-    holes = [(t, camera) for t in tracking.timesteps for camera in sorted(cameras) if (t, camera) not in there]
+        problems.append(warning(f"{unused} of {len(frames)} frames are in no split"))
+    keys = {frame.key for frame in frames}
+    cameras = sorted({frame.camera for frame in frames})
+    holes = [(t, camera) for t in tracking.timesteps for camera in cameras if (t, camera) not in keys]
     if holes and tracking.kind != "union":
         text = f"{len(holes)} images are missing, the first of timestep {holes[0][0]} from camera {holes[0][1]}"
-        problems.append(Problem(text, is_error=False))
+        problems.append(warning(text))
     return problems
 
 
@@ -114,22 +117,23 @@ def _of_cameras(tracking: Tracking, samples: list[Sample], faces: np.ndarray) ->
     ]
     if inside:
         first = f"camera {inside[0].camera} at timestep {inside[0].timestep}"
-        text = f"{len(inside)} of {len(samples)} cameras looked at stand inside the head, the first is {first}"
-        return [Problem(f"{text}; expected are cameras around it, in meters")]
+        text = f"{len(inside)} of {len(samples)} sampled cameras are inside the head, the first is {first}"
+        return [Problem(f"{text}; expected cameras around it, in meters")]
     best, seen = best_convention(samples)
     if seen[EXPECTED] >= ENOUGH_SEEN:
-        shares = {each.frame: share_seen(each.vertices, each.frame, each.frame.viewmat) for each in samples}
         blind = [
-            f"camera {frame.camera} at timestep {frame.timestep}" for frame, share in shares.items() if share < 0.1
+            f"camera {frame.camera} at timestep {frame.timestep}"
+            for _, frame, vertices in samples
+            if share_seen(vertices, frame, frame.viewmat) < 0.1
         ]
-        return [Problem(f"{', '.join(blind)}: sees nothing of the head", is_error=False)] if blind else []
+        return [warning(f"{', '.join(blind)}: sees nothing of the head")] if blind else []
     text = f"the cameras do not see the head: {seen[EXPECTED]:.0%} of it is in the images"
     if tracking.kind not in ("vhap", "monocular", "union"):
         return [Problem(f"{text}; are the head parameters those of these images?")]
-    expected = f"expected is {EXPECTED} (x right, y up, z backward) in meters"
+    expected = f"expected {EXPECTED} (x right, y up, z backward) in meters"
     if seen[best] < ENOUGH_SEEN:
         return [Problem(f"{text}; {expected}, and no other convention fits either")]
-    # A camera straight in front of the face has the same matrix in two of the conventions.
+    # A camera straight in front of the face has the same matrix in two conventions.
     fitting = [name for name in CONVENTIONS if seen[name] > seen[best] - 0.02]
     would = f"{seen[best]:.0%} would be, were transform_matrix {' or '.join(fitting)}"
     return [Problem(f"{text}; {would}; {expected}: {REMEDY[fitting[0]]}")]
@@ -141,32 +145,31 @@ def _of_size(samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
         return []
     distance = np.median([np.linalg.norm(each.frame.viewmat[:3, 3]) for each in samples])
     text = f"the head covers {covered:.2%} of the images, the cameras are {distance:.3g} m away"
-    return [Problem(f"{text}; are their translations in millimeters? expected are meters")]
+    return [Problem(f"{text}; are their translations in millimeters? expected meters")]
 
 
 def _of_images(tracking: Tracking, samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
-    """`heads` (h, w) bool: where the head is in each of the samples; none, if that is not known."""
+    """`heads` (h, w) bool: where the head is in each of the samples; empty if that is not known."""
     shapes = [head.shape for head in heads] or [(1, 1)] * len(samples)
     try:
-        looks = [_look(each.frame, shape) for each, shape in zip(samples, shapes)]
-        black = all(look.is_black for look in looks)
-        black = black and all(_look(frame, (1, 1)).is_black for frame in tracking.frames)
+        images = [_decode(each.frame, shape) for each, shape in zip(samples, shapes)]
+        black = all(image.is_black for image in images)
+        black = black and all(_decode(frame, (1, 1)).is_black for frame in tracking.frames)
     except (ValueError, FileNotFoundError) as error:
         return [Problem(str(error))]
     problems = []
-    masks, alphas = [look.mask for look in looks], [look.alpha for look in looks]
-    for what, of_frame in (("the masks (fg_masks) are", masks), ("the alpha of the images is", alphas)):
-        pairs = [(mask, head) for mask, head in zip(of_frame, heads) if mask is not None]
+    for what, name in (("the masks (fg_masks) are", "mask"), ("the alpha of the images is", "alpha")):
+        masks = [getattr(image, name) for image in images]
+        pairs = [(mask, head) for mask, head in zip(masks, heads) if mask is not None]
         problems += _of_masks(what, pairs) if pairs else []
     if black:
         problems.append(Problem("every image is black; export the images again"))
-    without = [each.frame for each, look in zip(samples, looks) if look.alpha is None and look.mask is None]
+    without = [each.frame for each, image in zip(samples, images) if image.alpha is None and image.mask is None]
     if len(without) == len(samples):
-        text = "no masks, and images without alpha: the background counts as a part of the person"
-        problems.append(Problem(text, is_error=False))
+        problems.append(warning("no masks, and images without alpha: the background counts as part of the subject"))
     elif without:
         first = f"timestep {without[0].timestep} from camera {without[0].camera}"
-        text = f"masks are missing of {len(without)} of {len(samples)} images looked at, the first of {first}"
+        text = f"masks are missing for {len(without)} of {len(samples)} sampled images, the first of {first}"
         problems.append(Problem(f"{text}; export the data again with all masks"))
     return problems
 
@@ -178,28 +181,27 @@ def _of_masks(what: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Pro
     if inside >= 0.5:
         return []
     found = f"mean {inside:.2f} on the projected head, {outside:.2f} around it"
-    if outside > inside + 0.2:
-        return [Problem(f"{what} inverted: {found}; expected is white where the person is")]
-    return [Problem(f"{what} not on the head: {found}; expected is white where the person is")]
+    kind = "inverted" if outside > inside + 0.2 else "not on the head"
+    return [Problem(f"{what} {kind}: {found}; expected white on the subject")]
 
 
 @dataclass(frozen=True, eq=False)
-class _Look:
-    """What the checks keep of an image: one is decoded at a time."""
+class _Decoded:
+    """What the checks keep of an image, so that one is in memory at a time."""
 
-    is_black: bool  # no pixel is lighter than BLACK, where the person is
+    is_black: bool  # no pixel of the subject is lighter than BLACK
     alpha: np.ndarray | None  # (h, w) in 0..1, of the image itself
     mask: np.ndarray | None  # (h, w) in 0..1, of the file beside it
 
 
-def _look(frame: Frame, shape: tuple[int, ...]) -> _Look:
+def _decode(frame: Frame, shape: tuple[int, ...]) -> _Decoded:
     image = load_image(frame.image)
     mask = None if frame.mask is None else load_image(frame.mask).convert("L")
     alpha = image.convert("RGBA").getchannel("A") if has_alpha(image) else None
     seen = Image.new("RGB", image.size)
     seen.paste(image.convert("RGB"), mask=mask if alpha is None else alpha)
     is_black = max(highest for _, highest in seen.getextrema()) <= BLACK  # type: ignore[misc]
-    return _Look(is_black, _shrunk(alpha, shape), _shrunk(mask, shape))
+    return _Decoded(is_black, _shrunk(alpha, shape), _shrunk(mask, shape))
 
 
 def _shrunk(mask: Image.Image | None, shape: tuple[int, ...]) -> np.ndarray | None:

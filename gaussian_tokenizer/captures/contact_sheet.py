@@ -1,7 +1,7 @@
-"""The contact sheet of a tracking: the head projected over a few of its images, so that a wrong camera is seen at once.
+"""The contact sheet of a tracking: the head projected over a few of its images, which shows a wrong camera at once.
 
-Upper row: the images on gray, as alpha or masks cut them out. Below: the head at that moment as the cameras of the
-files see it, drawn over the image. If they see too little of it, a third row shows the convention that fits best.
+Upper row: the images on gray, cut out by alpha or masks. Below: the posed head, projected by the cameras of the files, over
+the image. If the cameras see too little of it, a third row shows the convention that fits best.
 """
 
 import numpy as np
@@ -23,13 +23,13 @@ from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 
 TILE, GAP, LINE = 208, 6, 18  # pixels: longest side of an image, between images, height of a line of text
-GREY, INK, BAD = (200, 200, 204), (30, 30, 34), (200, 30, 30)
+GRAY, INK, BAD = (200, 200, 204), (30, 30, 34), (200, 30, 30)
 MESH, OUTLINE = np.array((64, 150, 255)), (255, 214, 0)
-SOLID = 0.55  # how much of the mesh covers the image
+SOLID = 0.55  # opacity of the mesh over the image
 
 
 def contact_sheet(tracking: Tracking, head: HeadModel, count: int = 6) -> Image.Image:
-    """RGB image of up to `count` frames of a tracking that has some."""
+    """RGB image of up to `count` frames of a tracking, which must have frames."""
     samples = sample_frames(tracking, head, count)
     faces = head.faces.cpu().numpy()
     best, seen = best_convention(samples)
@@ -53,12 +53,12 @@ def _image(tracking: Tracking, sample: Sample) -> Image.Image:
     """RGB, its longer side TILE pixels, transparent parts in gray."""
     width, height, _ = size_within(sample.frame, TILE)
     rgba = Image.fromarray((tracking.image(sample.frame_index).numpy() * 255 + 0.5).astype(np.uint8))
-    backdrop = Image.new("RGBA", rgba.size, (*GREY, 255))
+    backdrop = Image.new("RGBA", rgba.size, (*GRAY, 255))
     return Image.alpha_composite(backdrop, rgba).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _draw_head(image: Image.Image, sample: Sample, faces: np.ndarray, viewmat: np.ndarray) -> Image.Image:
-    """The faces turned to the camera over the image, shaded by a light at the camera, and the outline of the head."""
+    """The front faces over the image, shaded by a light at the camera, and the outline of the head."""
     frame = sample.frame
     width, height, scale = size_within(frame, TILE)
     pixels, depth = project(sample.vertices, frame, viewmat)

@@ -1,4 +1,9 @@
-"""One image of a subject with its camera and the head parameters of its timestep."""
+"""One image of a subject with its camera and the head parameters of its timestep.
+
+Everywhere in the toolkit a camera is world-to-camera with OpenCV axes (x right, y down, z forward), in meters; pixels are
+counted from the upper left corner. The files of trackers have OpenGL axes (x right, y up, z backward): their readers
+convert with `OPENGL_TO_OPENCV`, which is its own inverse.
+"""
 
 import io
 from dataclasses import dataclass
@@ -10,15 +15,17 @@ from PIL import Image
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tokenizer.image_files import image_size, open_image
 
+AnyImage = Path | Image.Image | np.ndarray  # a file, decoded, or uint8 (H, W) or (H, W, 3 or 4)
+
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One image of a subject: where its camera stood, and the head parameters at that moment.
+    """One image of a subject: its camera, and the head parameters at its timestep.
 
-    Read frames hold paths in `image`, `mask` and `params`; a frame to be written may also hold the images (PIL, or
-    uint8: image (H, W, 3 or 4), mask (H, W)) and the `HeadParameters` of T = 1 themselves.
+    Frames that are read hold paths in `image`, `mask` and `params`; frames to be written may also hold the images and the
+    `HeadParameters` (T = 1) themselves.
     """
 
     timestep: int
@@ -30,9 +37,14 @@ class Frame:
     cy: float  # pixels from the upper edge
     width: int
     height: int
-    image: Path | Image.Image | np.ndarray
+    image: AnyImage
     params: Path | HeadParameters
-    mask: Path | Image.Image | np.ndarray | None = None  # 255 where the person is
+    mask: AnyImage | None = None  # 255 on the subject
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Timestep and camera: what tells the frames of a subject apart."""
+        return self.timestep, self.camera
 
     @property
     def K(self) -> np.ndarray:
@@ -40,38 +52,32 @@ class Frame:
         return np.array([[self.fx, 0, self.cx], [0, self.fy, self.cy], [0, 0, 1]], dtype=np.float64)
 
     def image_bytes(self) -> bytes:
-        """The image as a file: the bytes on the disk, or PNG of an image in memory."""
+        """The bytes of the image file; an image in memory is encoded as PNG."""
         return file_bytes(self.image)
 
     def load_params(self) -> HeadParameters:
         return HeadParameters.load(self.params) if isinstance(self.params, Path) else self.params
 
 
-def size_of_image(image: Path | Image.Image | np.ndarray) -> tuple[int, int]:
+def size_of_image(image: AnyImage) -> tuple[int, int]:
     """(width, height) in pixels; of a file only the header is read. ValueError if it is not an image."""
-    if isinstance(image, np.ndarray):
-        return image.shape[1], image.shape[0]
-    if isinstance(image, Image.Image):
-        return image.size
-    return image_size(image)
+    return image_size(image) if isinstance(image, Path) else load_image(image).size
 
 
-def load_image(image: Path | Image.Image | np.ndarray) -> Image.Image:
+def load_image(image: AnyImage) -> Image.Image:
     """The image, decoded; errors as of `image_files.open_image`."""
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return image
-    return open_image(image)
+    if isinstance(image, Path):
+        return open_image(image)
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else image
 
 
 def has_alpha(image: Image.Image) -> bool:
     return "A" in image.getbands() or "transparency" in image.info
 
 
-def file_bytes(image: Path | Image.Image | np.ndarray) -> bytes:
+def file_bytes(image: AnyImage) -> bytes:
     if isinstance(image, Path):
         return image.read_bytes()
     stream = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, format="PNG")
+    load_image(image).save(stream, format="PNG")
     return stream.getvalue()

@@ -7,9 +7,9 @@ A `.frame` is {"flame": {exp (1, 100), shape (1, 300), eyes (1, 12), jaw, neck, 
 t (1, 3), eyelids (1, 2)}, "camera": {R_base_0 (1, 3, 3), t_base_0 (1, 3), fl (1, 1), pp (1, 2)}, ...}. Rotations are the
 first two rows of a matrix (Zhou et al. 2019). The head stands at R v + t, turned about the origin, where FLAME turns
 about its root joint; so translation = t + R j - j with the root joint j. The camera is world-to-camera with OpenGL axes;
-the focal length is in units of the image's side, the principal point in halves of it from the middle, known to a pixel
-of the size it tracked at, because its own projections differ by that. `eyelids`, two offsets of Pixel3DMM's own, have no
-place in FLAME's parameters and are left out.
+the focal length is in units of the image's side, the principal point in half sides from the middle, accurate to a pixel of
+the tracked size, by which Pixel3DMM's own projections differ. `eyelids`, two offsets of Pixel3DMM's own, are not FLAME
+parameters and are left out.
 """
 
 import functools
@@ -23,15 +23,15 @@ import numpy as np
 import torch
 
 from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, size_of_image
-from gaussian_tokenizer.captures.recording import Recording, find_image, join_params
+from gaussian_tokenizer.captures.tracking import Recording, find_image, join_params
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.utils.plain_arrays import NUMPY, PlainArray, read_array
 from gaussian_tokenizer.utils.plain_pickle import Name, Thing, interpret
 
-MAX_BYTES = 2**26  # of a checkpoint, unpacked; Pixel3DMM's have some hundred thousand
-# What a checkpoint of plain values may name; nothing of it is called.
+MAX_BYTES = 2**26  # of a checkpoint, unpacked; Pixel3DMM's have a few hundred thousand
+# Names that a checkpoint of plain values may contain; none of them is called.
 STORAGES = {"Float": "<f4", "Double": "<f8", "Int": "<i4", "Long": "<i8", "Bool": "<b1"}
 NAMES = NUMPY | {
     ("torch._utils", "_rebuild_tensor_v2"): "tensor",
@@ -48,7 +48,7 @@ SHAPES = {
 def read_pixel3dmm(folder: Path, head: HeadModel | None) -> Recording:
     """Every `checkpoint/<frame>.frame`, with `cropped/<frame>.*` if there is such a folder.
 
-    The shape is the first frame's. ValueError that names the file for what is not such a file, or holds NaN.
+    The shape is that of the first frame. ValueError names a file that is not a checkpoint, or that holds NaN.
     """
     files = checkpoint_files(folder)
     if not files:
@@ -114,7 +114,7 @@ def _load(path: Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _interpret(archive: zipfile.ZipFile) -> Any:
-    """What `torch.save` packed; storages of tensors become arrays (N,), everything else is `plain_pickle`'s."""
+    """The content of a file of `torch.save`, as `plain_pickle` gives it; storages of tensors become arrays (N,)."""
     names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(names) != 1:
         raise ValueError("not one file that torch.save has written")
@@ -131,7 +131,7 @@ def _interpret(archive: zipfile.ZipFile) -> Any:
 
 
 def _numbers(value: object) -> np.ndarray | None:
-    """The numbers of an array or of a tensor that lies in one piece; None of anything else."""
+    """The numbers of an array or of a contiguous tensor; None for anything else."""
     try:
         if isinstance(value, Thing) and value.meaning == "tensor":
             stored, start, shape, strides = value.arguments[:4]

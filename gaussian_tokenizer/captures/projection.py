@@ -1,4 +1,4 @@
-"""Where the head of a tracking is in its images: projection, silhouette, and what other camera conventions would give."""
+"""Where the head of a tracking is in its images: projection, silhouette, and the same in other camera conventions."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 
 NEAR = 0.01  # meters; what is closer to the camera is not drawn
 EXPECTED = "camera-to-world with OpenGL axes"
-# What a transform_matrix may have been instead of what is expected: matrix -> world-to-camera with OpenCV axes.
+# What a transform_matrix may be instead of what is expected: matrix -> world-to-camera with OpenCV axes.
 CONVENTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     EXPECTED: lambda matrix: np.linalg.inv(matrix @ OPENGL_TO_OPENCV),
     "camera-to-world with OpenCV axes": np.linalg.inv,
@@ -22,7 +22,7 @@ CONVENTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class Sample(NamedTuple):
-    """One frame of a tracking and the head at that moment."""
+    """One frame of a tracking and the posed head at its timestep."""
 
     frame_index: int
     frame: Frame
@@ -30,17 +30,17 @@ class Sample(NamedTuple):
 
 
 def sample_frames(tracking: Tracking, head: HeadModel, count: int) -> list[Sample]:
-    """Up to `count` frames, from as many cameras and moments as there are, evenly spread."""
+    """Up to `count` frames, evenly spread over cameras and timesteps."""
     frames = tracking.frames
     by_camera: dict[int, list[int]] = {}
     for index, frame in enumerate(frames):
         by_camera.setdefault(frame.camera, []).append(index)
     cameras = _spread(sorted(by_camera), count)
-    each = -(-min(count, len(frames)) // len(cameras))  # so many of every camera
+    each = -(-min(count, len(frames)) // len(cameras))  # frames of each camera
     chosen = []
     for number, camera in enumerate(cameras):
         own = by_camera[camera]
-        # The first of the moments is shifted from camera to camera, so that one image a camera shows several moments.
+        # The first timestep is shifted from camera to camera, so that one image per camera shows several timesteps.
         start = number * len(own) // len(cameras) if each == 1 else 0
         chosen += [own[(start + step) % len(own)] for step in _spread(range(len(own)), each)]
     chosen = chosen[:count]
@@ -65,7 +65,7 @@ def project(vertices: np.ndarray, frame: Frame, viewmat: np.ndarray) -> tuple[np
 
 
 def share_seen(vertices: np.ndarray, frame: Frame, viewmat: np.ndarray) -> float:
-    """Which part of the vertices lies in front of the camera and inside the image, 0..1."""
+    """Share of the vertices in front of the camera and inside the image, 0..1."""
     pixels, depth = project(vertices, frame, viewmat)
     inside = (pixels >= 0).all(1) & (pixels < [frame.width, frame.height]).all(1)
     return float((inside & (depth > NEAR)).mean())
@@ -87,7 +87,7 @@ def silhouette(
 def visible_triangles(
     pixels: np.ndarray, depth: np.ndarray, faces: np.ndarray, width: int, height: int
 ) -> tuple[np.ndarray, list[list[float]]]:
-    """Which faces lie in front of the camera and touch the image, and the corners of each, as PIL wants them."""
+    """Indices of the faces in front of the camera that touch the image, and the corners of each for PIL."""
     corners = pixels[faces] - 0.5  # the middle of PIL's first pixel is at 0
     in_front = (depth[faces] > NEAR).all(1)
     touches = (corners.max(1) >= -1).all(1) & (corners.min(1) <= [width, height]).all(1)

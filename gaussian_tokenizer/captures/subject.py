@@ -1,19 +1,19 @@
-"""A subject on disk: one avatar, what is known about the person, and the images it was made from.
+"""A subject on disk: one avatar, its license and consent, and the images it was made from.
 
 The layout is that of GaussianAvatars (the avatar) and of a VHAP export (the frames), plus `metadata.json`:
 
     <folder>/point_cloud.ply, flame_param.npz          or point_cloud/iteration_<N>/ with both
     <folder>/metadata.json                             avatar_id, license, consent, head_name, head_hash, ...
-    <folder>/transforms.json                           cameras and paths of the frames: see `transforms`
+    <folder>/transforms.json                           cameras and paths of the frames: see `transforms_json`
 
-`find_subjects` and `Subject.frames` read, `write_subject` writes. What has frames and no avatar yet is a `tracking`.
+`find_subjects` and `Subject.frames` read, `write_subject` writes. Frames without an avatar are a `Tracking`.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gaussian_tokenizer.avatars.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
 from gaussian_tokenizer.captures.frame import Frame
@@ -22,43 +22,56 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.utils.atomic import atomic_folder
 from gaussian_tokenizer.utils.json_files import read_json, write_json
 
-__all__ = ["Frame", "Subject", "find_subject_folders", "find_subjects", "write_subject"]
+UNKNOWN = "unknown"
 LAYOUT = (
     f"<avatar_id>/{PLY_NAME} with {PARAMETERS_NAME} (or point_cloud/iteration_<N>/ with both), and optionally "
     f"{METADATA_NAME} and {TRANSFORMS_NAME} with images/ and flame_param/"
 )
 
 
+class About(NamedTuple):
+    """What every subject should say of itself in `metadata.json`; "unknown" where it does not."""
+
+    license: str = UNKNOWN
+    consent: str = UNKNOWN
+    provenance: str = UNKNOWN
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> "About":
+        """ValueError if license or consent is refused (false or "no")."""
+        for name in ("license", "consent"):
+            if str(metadata.get(name)).strip().lower() in ("false", "no"):
+                raise ValueError(f"{name} in metadata.json is {metadata[name]!r}: the subject may not be used")
+        values = (
+            " ".join(value.split()) if isinstance(value := metadata.get(name), str) else "" for name in cls._fields
+        )
+        return cls(*(UNKNOWN if value.lower() in ("", "none", UNKNOWN) else value for value in values))
+
+    @property
+    def missing(self) -> list[str]:
+        """Which of license and consent are unknown."""
+        return [name for name in ("license", "consent") if getattr(self, name) == UNKNOWN]
+
+
 @dataclass(frozen=True)
 class Subject:
-    """A subject folder; nothing but `metadata.json` is read before it is asked for."""
+    """A subject folder. Only `metadata.json` is read when it is opened."""
 
     avatar_id: str
     path: Path
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def license(self) -> str:
-        return self._answer("license")
-
-    @property
-    def consent(self) -> str:
-        return self._answer("consent")
-
-    def _answer(self, name: str) -> str:
-        value = self.metadata.get(name)
-        return value if isinstance(value, str) and value.strip() else "unknown"
+    metadata: dict[str, Any]
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Subject":
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such subject folder; expected {LAYOUT}")
-        metadata = read_json(path / METADATA_NAME) if (path / METADATA_NAME).exists() else {}
-        avatar_id = metadata.get("avatar_id", path.name)
-        if not isinstance(avatar_id, str) or not avatar_id:
-            raise ValueError(f"{path / METADATA_NAME}: avatar_id is {avatar_id!r}, expected a string")
+        avatar_id, metadata = read_metadata(path, path.name)
         return cls(avatar_id, path, metadata)
+
+    @property
+    def about(self) -> About:
+        return About.of(self.metadata)
 
     def load_avatar(self, head: HeadModel | None = None) -> GaussianAvatar:
         """The avatar with `head` attached; ValueError if it was made on another head model."""
@@ -70,8 +83,26 @@ class Subject:
         return read_transforms(path) if path.exists() else []
 
 
+def read_metadata(folder: Path, default_id: str) -> tuple[str, dict[str, Any]]:
+    """The `avatar_id` and the content of a folder's `metadata.json`; `default_id` and {} if there is no such file."""
+    path = folder / METADATA_NAME
+    metadata = read_json(path) if path.is_file() else {}
+    avatar_id = metadata.get("avatar_id", default_id)
+    if not isinstance(avatar_id, str) or not avatar_id:
+        raise ValueError(f"{path}: avatar_id is {avatar_id!r}, expected a string")
+    return avatar_id, metadata
+
+
+def shared_ids(ids: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Ids that several folders have -> names of those folders; `ids` are pairs of id and folder name."""
+    names: dict[str, list[str]] = {}
+    for avatar_id, name in ids:
+        names.setdefault(avatar_id, []).append(name)
+    return {avatar_id: found for avatar_id, found in names.items() if len(found) > 1}
+
+
 def find_subjects(folder: str | os.PathLike) -> list[Subject]:
-    """Every subject directly in `folder`, sorted by folder name. Folders of other things are passed over."""
+    """Every subject directly in `folder`, sorted by folder name; other folders are skipped."""
     return [Subject.open(path) for path in find_subject_folders(folder)]
 
 
@@ -94,7 +125,7 @@ def write_subject(
     frames: Sequence[Frame] = (),
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a subject folder; it appears whole, or not at all.
+    """Write a subject folder, atomically.
 
     `metadata` should say `license` and `consent`; `avatar_id` is the folder's name unless given, the name and hash of
     the head model are the avatar's. Frames also give `canonical_flame_param.npz` and VHAP's split of the frames

@@ -1,13 +1,12 @@
-"""The frames of a VHAP export: `transforms*.json` with images, masks, cameras and head parameters, read and written.
+"""Reads and writes the frames of a VHAP export: `transforms*.json` with images, masks, cameras and head parameters.
 
     <folder>/transforms.json                           every frame; transforms_{train,val,test}.json VHAP's split of them
     <folder>/images/<timestep>_<camera>.png            fg_masks/<the same name>.png
     <folder>/flame_param/<timestep>.npz                canonical_flame_param.npz: own shape, the jaw open
 
-In the files a camera is camera-to-world with OpenGL axes and `cy` counted from the lower edge; in here it is
-world-to-camera with OpenCV axes (x right, y down, z forward) and `cy` counted from the upper edge, like everywhere in
-the toolkit. A JSON is untrusted: what it names must lie inside its folder, or, in a UNION of sequences, inside a sister
-folder that the UNION lists in `sequences_*.txt`.
+In the files, a camera is camera-to-world with OpenGL axes and `cy` is counted from the lower edge; a `Frame` is
+world-to-camera with OpenCV axes and `cy` counted from the upper edge. A JSON is untrusted: the files it names must be in
+its folder or, in a UNION of sequences, in a sister folder that the UNION lists in `sequences_*.txt`.
 """
 
 import itertools
@@ -24,14 +23,14 @@ from gaussian_tokenizer.utils.json_files import read_json, write_json
 
 TRANSFORMS_NAME, CANONICAL_NAME = "transforms.json", "canonical_flame_param.npz"
 SPLITS = ("train", "val", "test")
-HELD_OUT_CAMERA = 8  # of VHAP's 16; the last one where there is no camera 8
+HELD_OUT_CAMERA = 8  # of VHAP's 16; the last camera if there is no camera 8
 
 
 def read_transforms(path: Path) -> list[Frame]:
     """The frames of one `transforms*.json` by timestep, then camera.
 
-    Raises ValueError that names the file and the frame for a path outside the folder, a file that is not there, a
-    matrix that is no camera, an image of another size than stated, and two frames of one timestep and camera.
+    Raises ValueError that names the file and the frame for a path outside the folder, a missing file, a matrix that is not
+    a camera, an image of another size than stated, and two frames of one timestep and camera.
     """
     content = read_json(path)
     entries = content.get("frames")
@@ -44,7 +43,7 @@ def read_transforms(path: Path) -> list[Frame]:
         try:
             if not isinstance(entry, dict):
                 raise TypeError(f"is a JSON {type(entry).__name__}, expected an object")
-            # What the rig has in common may stand once, at the top.
+            # What all frames share may stand once, at the top.
             frame = _read_frame(path.parent, sisters, shared | entry)
         except KeyError as error:
             raise ValueError(f"{path}: frame {row} lacks {error}") from None
@@ -64,16 +63,16 @@ def read_transforms(path: Path) -> list[Frame]:
 
 
 def sorted_frames(frames: Sequence[Frame]) -> list[Frame]:
-    """By timestep, then camera; ValueError if two are of the same."""
-    ordered = sorted(frames, key=lambda frame: (frame.timestep, frame.camera))
+    """By timestep, then camera; ValueError if two have the same."""
+    ordered = sorted(frames, key=lambda frame: frame.key)
     for first, second in itertools.pairwise(ordered):
-        if (first.timestep, first.camera) == (second.timestep, second.camera):
+        if first.key == second.key:
             raise ValueError(f"two frames of timestep {first.timestep} and camera {first.camera}")
     return ordered
 
 
 def sister_folders(folder: Path) -> frozenset[str]:
-    """Names of the sequences beside `folder` that a UNION folder is made of; none for any other folder."""
+    """Names of the sequence folders beside `folder` that a UNION consists of; empty for any other folder."""
     names: set[str] = set()
     for path in sorted(folder.glob("sequences_*.txt")):
         for name in path.read_text(encoding="utf-8").split("\n"):
@@ -85,9 +84,9 @@ def sister_folders(folder: Path) -> frozenset[str]:
 
 
 def resolve_inside(folder: Path, name: Any, sisters: frozenset[str] = frozenset()) -> Path:
-    """The path of a file that a JSON in `folder` names; ValueError if it leads out of it, also by a link.
+    """The path of a file that a JSON in `folder` names; ValueError if it leads out of the folder, also by a link.
 
-    "../<sister>/.." is allowed for `sisters`. Whether the file is there is not looked at.
+    "../<sister>/.." is allowed for `sisters`. The file need not exist.
     """
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"names the file {name!r}, expected a path inside the folder")
@@ -129,12 +128,12 @@ def write_frames(folder: Path, frames: Sequence[Frame]) -> None:
                 raise ValueError(f"{path} is of {size} pixels, its camera of {(frame.width, frame.height)}")
             (folder / path).write_bytes(file_bytes(image))
         if params_path not in written:
-            written[params_path] = frame.load_params()
-            if written[params_path].num_frames != 1:
-                count = written[params_path].num_frames
-                raise ValueError(f"timestep {frame.timestep} has head parameters of {count} frames, expected its own 1")
+            params = written[params_path] = frame.load_params()
+            if params.num_frames != 1:
+                found = f"head parameters of {params.num_frames} frames"
+                raise ValueError(f"timestep {frame.timestep} has {found}, expected its own 1")
             with open(folder / params_path, "wb") as file:
-                written[params_path].write(file)
+                params.write(file)
         entries.append(_entry(frame, list(images), params_path))
     with open(folder / CANONICAL_NAME, "wb") as file:
         next(iter(written.values())).frame(0).canonical(jaw_angle=0.3).write(file)
@@ -143,23 +142,23 @@ def write_frames(folder: Path, frames: Sequence[Frame]) -> None:
         write_json(folder / f"transforms_{split}.json", _transforms([entries[row] for row in rows], entries[0]))
 
 
-def vhap_split(moments: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
+def vhap_split(keys: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
     """VHAP's split of one sequence, (timestep, camera) of every frame -> rows of train, val and test.
 
-    The last 30 % of the timesteps are the test, one camera of the others is val (none, if there is only one).
+    The last 30 % of the timesteps are test; of the others, one camera is val if there are several.
     """
-    timesteps, cameras = (sorted(set(numbers)) for numbers in zip(*moments))
+    timesteps, cameras = sorted({timestep for timestep, _ in keys}), {camera for _, camera in keys}
     seen = set(timesteps[: math.ceil(0.7 * len(timesteps))])
-    held_out = HELD_OUT_CAMERA if HELD_OUT_CAMERA in cameras else cameras[-1]
+    held_out = HELD_OUT_CAMERA if HELD_OUT_CAMERA in cameras else max(cameras, default=0)
     split: dict[str, list[int]] = {name: [] for name in SPLITS}
-    for row, (timestep, camera) in enumerate(moments):
+    for row, (timestep, camera) in enumerate(keys):
         is_val = camera == held_out and len(cameras) > 1
         split["test" if timestep not in seen else "val" if is_val else "train"].append(row)
     return split
 
 
 def frame_index(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Timestep and camera of an entry of `transforms*.json`; KeyError or ValueError if it does not say them."""
+    """Timestep and camera of an entry of `transforms*.json`; KeyError or ValueError if it lacks them."""
     timestep, camera = (entry[f"{what}_index"] for what in ("timestep", "camera"))
     for what, value in (("timestep", timestep), ("camera", camera)):
         if type(value) is not int or not 0 <= value < 2**31:
@@ -177,12 +176,13 @@ def _read_frame(folder: Path, sisters: frozenset[str], entry: dict[str, Any]) ->
         raise FileNotFoundError(f"{params} does not exist")
     found = size_of_image(image)
     width, height = (int(entry["w"]), int(entry["h"])) if "w" in entry and "h" in entry else found
-    for path, size in ((image, found), (mask, found if mask is None else size_of_image(mask))):
+    for path in (image, mask):
+        size = found if path is image or path is None else size_of_image(path)
         if size != (width, height):
             raise ValueError(
                 f"{path} has {size[0]}x{size[1]} pixels, expected {width}x{height}; resize it, or export the data again"
             )
-    # GaussianAvatars itself reads the angle only; square pixels and a centered principal point are its rule.
+    # GaussianAvatars reads only the angle, and assumes square pixels and a centered principal point.
     fx = float(entry["fl_x"]) if "fl_x" in entry else width / (2 * math.tan(float(entry["camera_angle_x"]) / 2))
     fy = float(entry.get("fl_y", fx))
     cx, cy = float(entry.get("cx", width / 2)), height - float(entry.get("cy", height / 2))

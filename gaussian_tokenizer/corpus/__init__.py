@@ -2,6 +2,6 @@
 
 from .building import build
 from .corpus import Corpus, load_corpus
-from .planning import BuildSettings
+from .options import BuildSettings
 
 __all__ = ["BuildSettings", "Corpus", "build", "load_corpus"]

@@ -1,24 +1,23 @@
-"""Builds a corpus from subjects: each read once, then bounds, split, shards, card, and one rename at the end.
+"""Builds a corpus from subjects: reads each once, then bounds, split, shards, card, and one rename at the end.
 
 Everything is written to `.<name>.partial` beside the output: `settings.json` (what was asked for), `subjects/` (what was
-read of each), `corpus/` (the corpus so far) and `done/` (one record for every finished shard, with a key over all that
-went into it). Nothing depends on the number of processes, their order or the clock, so the bytes of a build that was
-killed and continued are those of one that was not.
+read of each), `corpus/` (the corpus so far) and `done/` (one record per finished shard, with a key over all its inputs).
+Nothing depends on the number of processes, their order or the clock, so a build that was killed and continued ends with
+the same bytes as one that was not.
 
-Whoever holds the lock on `.<name>.partial/lock`, and nobody else, changes that folder or the output. It is in one of two
-states:
+Only the holder of the lock on `.<name>.partial/lock` changes that folder or the output. The folder is in one of two states:
 
-    making    `settings.json` and `corpus/` are both there. The build is continued by a command of these settings: it keeps
+    building  `settings.json` and `corpus/` are both there. A command of the same settings continues the build: it keeps
               the shards whose key is still right and writes the others. A command of other settings is refused, or discards
               the build with --overwrite.
-    nothing   One of the two is missing. Whatever else is there is what an ended build left, and is removed.
+    empty     One of the two is missing. Anything else is a leftover of an earlier build and is removed.
 
-    nothing -> making    `settings.json` is written last, when all folders are there
-    making -> nothing    the build is published: `corpus/` is moved away, and is the output in one rename or exchange
+    empty -> building    `settings.json` is written last, when all folders exist
+    building -> empty    the build is published: `corpus/` is moved away and becomes the output in one rename or exchange
                          the build is discarded, or failed before anything was finished: `settings.json` is removed first
 
-So the output is always the whole corpus of one command. An output that is there is refused or, with --overwrite, replaced
-by a build of its own, never taken for the result: what went into it is not known.
+So the output is always the whole corpus of one command. An existing output is refused or, with --overwrite, replaced by a
+new build. It is never taken for the result, because its inputs are unknown.
 """
 
 import contextlib
@@ -31,18 +30,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Features
+
 from gaussian_tokenizer.corpus.card import write_card
 from gaussian_tokenizer.corpus.corpus import (
     CARD_NAME,
-    CONFIGURATIONS,
     FORMAT,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     sha256_of,
     staging_folder,
 )
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.corpus.planning import (
-    BuildSettings,
     check_tokenizer,
     make_manifest,
     make_tokenizer,
@@ -51,17 +51,18 @@ from gaussian_tokenizer.corpus.planning import (
     split_subjects,
     versions,
 )
+from gaussian_tokenizer.corpus.schema import CONFIGURATIONS, corpus_features
 from gaussian_tokenizer.corpus.shards import ShardPlan, write_shard
-from gaussian_tokenizer.corpus.sources import FolderSource, SubjectSource, SubjectSummary, read_subject
+from gaussian_tokenizer.corpus.sources import FolderSource, SubjectSource, read_subject
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file, exchange_names
-from gaussian_tokenizer.utils.json_files import read_json
+from gaussian_tokenizer.utils.json_files import read_json, to_json
 from gaussian_tokenizer.utils.locks import exclusive
 from gaussian_tokenizer.utils.parallel import runner
 
 HEAD_NAME, SETTINGS_NAME, LOCK_NAME = "head.safetensors", "settings.json", "lock"
-PRELOADED = ("gaussian_tokenizer.corpus.shards",)  # what each of the processes needs
+PRELOADED = ("gaussian_tokenizer.corpus.shards",)  # imported once for all processes
 
 
 def build(
@@ -76,9 +77,9 @@ def build(
 ) -> dict[str, Any]:
     """Build the corpus folder `output` from the subject folders in `avatars`; returns the content of `corpus.json`.
 
-    `avatars` may also be another source of subjects, such as `synthesize.SyntheticSource`.
-    With `tokenizer` its bins and bounds are used; those of `settings` are not. A build of the same settings that was
-    interrupted is continued. Raises FileNotFoundError or ValueError with one clear line for every reason not to build.
+    `avatars` may also be another source of subjects, such as `synthetic.SyntheticSource`. With `tokenizer`, the bins and
+    bounds of `settings` are not used. An interrupted build of the same settings is continued. Raises FileNotFoundError or
+    ValueError that says why there is nothing to build.
     """
     settings = settings or BuildSettings()
     output = Path(os.path.abspath(output))
@@ -89,7 +90,7 @@ def build(
     names = source.names()
     with _lock(staging):
         _check_output(output, overwrite)
-        _open_staging(staging, settings, head, tokenizer, source, overwrite)
+        _open_staging(staging, settings, head, tokenizer, source.recipe, overwrite)
         with runner(num_proc, partial(HeadModel.load, staging / HEAD_NAME), PRELOADED) as run:
             jobs = [(number, name, source, staging / "subjects") for number, name in enumerate(names)]
             summaries = run(read_subject, jobs, "reading subjects", progress)
@@ -97,22 +98,26 @@ def build(
             good, bad = sort_out(summaries, settings, source.where, max_points)
             split = split_subjects(good, settings)
             tokenizer = tokenizer or make_tokenizer(good, head, settings)
-            static_offset = any(summary.static_offset for summary in good)
-            plans = plan_shards(split, tokenizer, settings, head, static_offset)
+            features = corpus_features(tokenizer, head, any(summary.static_offset for summary in good))
+            plans = plan_shards(split, tokenizer, head, features, settings.shard_size)
             records = _finished(staging, plans)
-            missing = [plan for plan in plans if plan.file not in records]
-            work = partial(_write_and_record, staging, tokenizer=tokenizer, static_offset=static_offset)
+            missing = [(staging, plan, tokenizer, features) for plan in plans if plan.file not in records]
             done = len(plans) - len(missing)
-            for record in run(work, [(plan,) for plan in missing], "writing shards", progress, done):
+            for record in run(_write_and_record, missing, "writing shards", progress, done):
                 records[record["file"]] = record
-        manifest = make_manifest(split, [records[plan.file] for plan in plans], bad, tokenizer, head, settings)
-        _complete(staging / "corpus", plans, manifest, tokenizer, head, good, static_offset)
-        _check_output(output, overwrite)  # once more: that took its time
+        manifest = make_manifest(split, [records[plan.file] for plan in plans], bad, tokenizer, head, settings.seed)
+        _remove_unplanned(staging / "corpus", plans)
+        for configuration in features.keys() - {plan.configuration for plan in plans}:
+            (staging / "corpus" / configuration).rmdir()
+        tokenizer.save_pretrained(staging / "corpus" / TOKENIZER_FOLDER)
+        write_card(staging / "corpus" / CARD_NAME, manifest, good, features, tokenizer.axis_order)
+        _write_json(staging / "corpus" / MANIFEST_NAME, manifest)
+        _check_output(output, overwrite)  # again, because building took its time
         _publish(staging, output)
     return manifest
 
 
-# ---- the folder in the making
+# ---- the build folder
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -128,7 +133,7 @@ def _is_occupied(output: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(staging: Path) -> Iterator[None]:
-    """One build at a time. If it fails, what the next one cannot go on from is removed."""
+    """One build at a time. If it fails without progress that the next one can continue from, its folder is removed."""
     with exclusive(staging / LOCK_NAME) as mine:
         if not mine:
             raise ValueError(f"{staging}: another process is building this corpus; wait for it to end")
@@ -141,7 +146,7 @@ def _lock(staging: Path) -> Iterator[None]:
 
 
 def _settings_in(staging: Path) -> dict[str, Any]:
-    """What the build in the making was asked for; {} if there is none."""
+    """The settings of the unfinished build; {} if there is none."""
     if not (staging / "corpus").is_dir():
         return {}
     try:
@@ -151,10 +156,10 @@ def _settings_in(staging: Path) -> dict[str, Any]:
 
 
 def _has_progress(staging: Path) -> bool:
-    """Whether a build is in the making that has finished a shard, or a subject that was made and not found."""
+    """Whether an unfinished build has completed a shard, or a generated subject."""
     settings = _settings_in(staging)
-    made = settings.get("recipe") is not None and any(staging.glob("subjects/*.safetensors"))
-    return made or (bool(settings) and any(staging.glob("done/*.json")))
+    generated = settings.get("recipe") is not None and any(staging.glob("subjects/*.safetensors"))
+    return generated or (bool(settings) and any(staging.glob("done/*.json")))
 
 
 def _open_staging(
@@ -162,14 +167,13 @@ def _open_staging(
     settings: BuildSettings,
     head: HeadModel,
     tokenizer: GaussianTokenizer | None,
-    source: SubjectSource,
+    recipe: Any,
     overwrite: bool,
 ) -> None:
     """Start a new build, or continue one of the same settings."""
     wanted: dict[str, Any] = {"format": FORMAT, "head_hash": head.hash, **asdict(settings), "versions": versions()}
-    wanted["recipe"] = source.recipe
     wanted["tokenizer"] = None if tokenizer is None else json.loads(tokenizer.to_json_string())
-    wanted = json.loads(json.dumps(wanted))
+    wanted = json.loads(json.dumps(wanted | {"recipe": recipe}))
     found = _settings_in(staging)
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different and _has_progress(staging) and not overwrite:
@@ -198,15 +202,15 @@ def _clear(staging: Path) -> None:
 
 
 def _remove(staging: Path) -> None:
-    """Remove the folder, the lock last: until then nobody else makes anything in it."""
+    """Remove the folder, the lock last: until then no other build changes it."""
     _clear(staging)
-    with contextlib.suppress(OSError):  # the folder may be that of the next build already
+    with contextlib.suppress(OSError):  # the folder may already belong to the next build
         (staging / LOCK_NAME).unlink()
         staging.rmdir()
 
 
 def _finished(staging: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]]:
-    """The records of the planned shards that are there already. What is not planned is removed."""
+    """The records of the planned shards that are written already; other files are removed."""
     records = {}
     for plan in plans:
         try:
@@ -218,45 +222,28 @@ def _finished(staging: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]
                     records[plan.file] = record
         except (FileNotFoundError, ValueError, KeyError):
             continue
-    kept = {staging / "corpus" / file for file in records}
-    for configuration in CONFIGURATIONS:
-        for path in (staging / "corpus" / configuration).iterdir():
-            if path not in kept:
-                path.unlink()
+    _remove_unplanned(staging / "corpus", [plan for plan in plans if plan.file in records])
     return records
 
 
+def _remove_unplanned(corpus: Path, plans: list[ShardPlan]) -> None:
+    """Remove the files that are not those of `plans`, such as temporary ones of a killed build."""
+    planned = {corpus / plan.file for plan in plans}
+    for path in [path for path in corpus.rglob("*") if path.is_file() and path not in planned]:
+        path.unlink()
+
+
 def _write_and_record(
-    staging: Path, plan: ShardPlan, head: HeadModel, tokenizer: GaussianTokenizer, static_offset: bool
+    staging: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, features: dict[str, Features], head: HeadModel
 ) -> dict[str, Any]:
-    record = write_shard(staging / "corpus", staging / "subjects", plan, tokenizer, head, static_offset)
+    """One job; `head` is what the runner gives to every job."""
+    record = write_shard(staging / "corpus", staging / "subjects", plan, tokenizer, features[plan.configuration])
     _write_json(_record_path(staging, plan.file), {**record, "key": plan.key})
     return record
 
 
 def _record_path(staging: Path, file: str) -> Path:
     return staging / "done" / (file.replace("/", "-") + ".json")
-
-
-def _complete(
-    corpus: Path,
-    plans: list[ShardPlan],
-    manifest: dict[str, Any],
-    tokenizer: GaussianTokenizer,
-    head: HeadModel,
-    subjects: list[SubjectSummary],
-    static_offset: bool,
-) -> None:
-    planned = {corpus / plan.file for plan in plans}
-    # A build that was killed just here, or a process that outlived one for a moment, may have left temporary files.
-    for path in [path for path in corpus.rglob("*") if path.is_file() and path not in planned]:
-        path.unlink()
-    for configuration in CONFIGURATIONS:
-        if not any((corpus / configuration).iterdir()):
-            (corpus / configuration).rmdir()
-    tokenizer.save_pretrained(corpus / TOKENIZER_FOLDER)
-    write_card(corpus / CARD_NAME, manifest, subjects, tokenizer, head, static_offset)
-    _write_json(corpus / MANIFEST_NAME, manifest)
 
 
 def _publish(staging: Path, output: Path) -> None:
@@ -274,4 +261,4 @@ def _publish(staging: Path, output: Path) -> None:
 
 def _write_json(path: Path, content: Any) -> None:
     with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(to_json(content).encode())

@@ -6,9 +6,9 @@
     <corpus>/corpus.json                              head model, tokenizer, rows and checksum of every shard
     <corpus>/README.md                                the dataset card
 
-`load_corpus` checks that the folder is whole and of one tokenizer before anything is read from it. The folder may be the
-URL of one in an object store, for whatever scheme fsspec knows. It is made by `corpus_builder`
-(`python -m gaussian_tokenizer.build_corpus`) and checked in depth by `corpus_checks`.
+`load_corpus` checks that the folder is whole and of one tokenizer before anything is read from it. The folder may also be
+the URL of one in an object store, of any scheme that fsspec knows. `building` makes it
+(`python -m gaussian_tokenizer.build_corpus`), `validation` checks every byte of it.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.dirfs import DirFileSystem
 
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.utils.hub import one_line
 from gaussian_tokenizer.utils.json_files import parse_json
 
 FORMAT = "avatar-pointillist corpus 1"
 MANIFEST_NAME, TOKENIZER_FOLDER, CARD_NAME = "corpus.json", "tokenizer", "README.md"
-CONFIGURATIONS = ("avatars", "frames")
 SPLITS = ("train", "validation", "test")
 # What readers of corpus.json rely on; every split, skipped subject and shard has these.
 ENTRIES: dict[str, dict[str, type]] = {
@@ -42,23 +42,22 @@ ENTRIES: dict[str, dict[str, type]] = {
     "skipped": {"folder": str, "reason": str},
     "shards": {"file": str, "configuration": str, "split": str, "rows": int, "bytes": int, "sha256": str},
 }
-# In the schema of every shard, so that a shard of another corpus is noticed.
 BATCH_ROWS = 16
-FINGERPRINT_KEY = b"gaussian_tokenizer"
+FINGERPRINT_KEY = b"gaussian_tokenizer"  # in the schema of every shard, so that a shard of another corpus is noticed
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A whole corpus folder; `load_corpus` makes it."""
+    """A whole corpus folder, as `load_corpus` returns it."""
 
     location: str  # the folder, or its URL
     manifest: dict[str, Any]  # the content of corpus.json
     tokenizer: GaussianTokenizer
-    files: DirFileSystem  # those of the folder
+    files: DirFileSystem  # of the folder
 
     @property
     def path(self) -> Path:
-        """The folder; of a URL only its name makes sense."""
+        """The folder; for a URL only its name is meaningful."""
         return Path(self.location)
 
     @property
@@ -74,7 +73,7 @@ class Corpus:
         return self._load("frames", split, streaming)
 
     def frame_rows(self, split: str = "train") -> dict[str, range]:
-        """avatar_id -> its rows in `frames(split)`; every avatar of the split is a key, also one without images."""
+        """avatar_id -> its rows in `frames(split)`; avatars without images have an empty range."""
         ids = self._avatar_ids("frames", split)
         rows = {avatar_id: range(0) for avatar_id in self._avatar_ids("avatars", split)}
         starts = [0, *(row for row in range(1, len(ids)) if ids[row] != ids[row - 1])] if ids else []
@@ -99,19 +98,19 @@ class Corpus:
                 with self.files.open(shard["file"]) as file:
                     ids += pq.read_table(file, columns=["avatar_id"])["avatar_id"].to_pylist()
             except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{self.location}/{shard['file']}: corrupted shard ({_one_line(error)})") from None
+                raise ValueError(f"{self.location}/{shard['file']}: corrupted shard ({one_line(error)})") from None
         return ids
 
 
 def load_corpus(path: str | os.PathLike, tokenizer: GaussianTokenizer | None = None) -> Corpus:
-    """Open a corpus folder or the URL of one; `tokenizer` is the one it must have been made with, where that matters.
+    """Open a corpus folder or the URL of one; with `tokenizer`, check that the corpus was made with it.
 
     Raises FileNotFoundError or ValueError, naming the file, for a folder that is half-built or not a corpus, a shard
     that is missing or has other rows, another size or another schema than recorded, and ids of another tokenizer.
     """
     location = os.fspath(path).rstrip("/") or "/"
     files = open_files(location)
-    manifest = _read_manifest_at(location, files) if is_url(location) else read_manifest(Path(location))
+    manifest = read_manifest(location, files)
     if is_url(location):
         with TemporaryDirectory() as folder:
             for name in files.ls(TOKENIZER_FOLDER, detail=False):
@@ -144,54 +143,30 @@ def open_files(location: str) -> DirFileSystem:
     try:
         filesystem, root = url_to_fs(location)
     except (ImportError, ValueError) as error:  # the package for this scheme is not installed, or there is none
-        raise ValueError(f"{location}: {_one_line(error)}") from None
+        raise ValueError(f"{location}: {one_line(error)}") from None
     return DirFileSystem(root, filesystem)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(location: str, files: DirFileSystem) -> dict[str, Any]:
     """The content of `corpus.json`; FileNotFoundError that says what the folder is instead."""
-    file = path / MANIFEST_NAME
-    if not file.is_file():
-        staging = staging_folder(path)
-        if path.name.startswith(".") and path.name.endswith(".partial"):
-            problem = "a corpus in the making, not a whole one"
-        elif staging.exists():
-            problem = f"no whole corpus; {staging.name} beside it is half-built"
-        elif path.is_dir():
-            raise FileNotFoundError(f"{path}: not a corpus, it has no {MANIFEST_NAME}; make one with build_corpus")
-        else:
-            raise FileNotFoundError(f"{path}: no such corpus folder; make one with build_corpus")
-        raise FileNotFoundError(f"{path}: {problem}; run build_corpus again with the same arguments to finish it")
-    return _parse_manifest(str(file), file.read_bytes())
-
-
-def _read_manifest_at(url: str, files: DirFileSystem) -> dict[str, Any]:
+    where = f"{location}/{MANIFEST_NAME}"
     try:
         content = files.cat_file(MANIFEST_NAME)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{url}: no {MANIFEST_NAME} there; expected the URL of a folder that build_corpus has made"
-        ) from None
-    return _parse_manifest(f"{url}/{MANIFEST_NAME}", content)
-
-
-def _parse_manifest(where: str, content: bytes) -> dict[str, Any]:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise FileNotFoundError(f"{location}: {_what_else(location)}") from None
     manifest = parse_json(content, where)
     if manifest.get("format") != FORMAT:
         found = manifest.get("format")
         raise ValueError(f"{where}: format {found!r}, expected {FORMAT!r}; build the corpus again with this version")
-    tables = {"head": [manifest.get("head")], "tokenizer": [manifest.get("tokenizer")]}
-    splits = manifest.get("splits")
-    tables["splits"] = list(splits.values()) if isinstance(splits, dict) else [splits]
-    for name in ("skipped", "shards"):
-        tables[name] = manifest[name] if isinstance(manifest.get(name), list) else [manifest.get(name)]
-    for name, rows in tables.items():
+    for name, kinds in ENTRIES.items():
+        rows = [manifest.get(name)]
+        if name == "splits" and isinstance(rows[0], dict):
+            rows = list(rows[0].values())
+        elif name in ("skipped", "shards") and isinstance(rows[0], list):
+            rows = rows[0]
         for row in rows:
-            wrong = [
-                key
-                for key, kind in ENTRIES[name].items()
-                if not isinstance(row, dict) or type(row.get(key)) is not kind
-            ]
+            entry = row if isinstance(row, dict) else {}
+            wrong = [key for key, kind in kinds.items() if type(entry.get(key)) is not kind]
             if wrong:
                 raise ValueError(
                     f"{where}: {name} lacks {', '.join(wrong)}, or has something else there; copy it again, or build the "
@@ -201,6 +176,22 @@ def _parse_manifest(where: str, content: bytes) -> dict[str, Any]:
         if not re.fullmatch(r"[\w-]+/[\w.-]+\.parquet", shard["file"]):
             raise ValueError(f"{where}: names the shard {shard['file']!r}, expected <configuration>/<name>.parquet")
     return manifest
+
+
+def _what_else(location: str) -> str:
+    """What is at the location of a corpus that has no `corpus.json`."""
+    path = Path(location)
+    staging = staging_folder(path)
+    again = "run build_corpus again with the same arguments to finish it"
+    if is_url(location):
+        return f"no {MANIFEST_NAME} there; expected the URL of a folder that build_corpus has made"
+    if path.name.startswith(".") and path.name.endswith(".partial"):
+        return f"an unfinished corpus; {again}"
+    if staging.exists():
+        return f"no whole corpus; {staging.name} beside it is half-built; {again}"
+    if path.is_dir():
+        return f"not a corpus, it has no {MANIFEST_NAME}; make one with build_corpus"
+    return "no such corpus folder; make one with build_corpus"
 
 
 def check_shard(location: str, files: DirFileSystem, shard: Mapping[str, Any], fingerprint: str) -> None:
@@ -215,7 +206,7 @@ def check_shard(location: str, files: DirFileSystem, shard: Mapping[str, Any], f
         with files.open(shard["file"]) as file:
             footer = pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{where}: corrupted shard, not a readable Parquet file ({_one_line(error)})") from None
+        raise ValueError(f"{where}: corrupted shard, not a readable Parquet file ({one_line(error)})") from None
     if footer.num_rows != shard["rows"]:
         raise ValueError(f"{where}: {footer.num_rows} rows, expected {shard['rows']}; copy or build it again")
     found = (footer.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
@@ -224,7 +215,7 @@ def check_shard(location: str, files: DirFileSystem, shard: Mapping[str, Any], f
 
 
 def read_rows(corpus: Corpus, configuration: str, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """These columns of every row, of all splits, a few rows in memory at a time; see `read_shard`."""
+    """The given columns of all rows of all splits, a few rows in memory at a time; see `read_shard`."""
     for shard in corpus.manifest["shards"]:
         if shard["configuration"] == configuration:
             with corpus.files.open(shard["file"]) as file:
@@ -232,7 +223,7 @@ def read_rows(corpus: Corpus, configuration: str, columns: list[str]) -> Iterato
 
 
 def read_shard(file: Path | BinaryIO, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file; lists of numbers, of any depth, as one flat array."""
+    """Rows of a Parquet file; nested lists of numbers become one flat array."""
     with pq.ParquetFile(file) as parquet:
         for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
             for number in range(len(batch)):
@@ -251,13 +242,13 @@ def shards_of(manifest: Mapping[str, Any], configuration: str, split: str) -> li
 
 
 def tokenizer_fingerprint(tokenizer: GaussianTokenizer) -> str:
-    """16 hex digits over all that decides which ids a cloud gets."""
+    """16 hex digits over all settings that decide the ids of a cloud."""
     settings = [tokenizer.n_bins, tokenizer.n_faces, tokenizer.bounds, tokenizer.axis_order, tokenizer.vocab_size]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """Hex digest of what is left to read of an open file."""
+    """Hex digest of the rest of an open file."""
     digest = hashlib.sha256()
     while block := file.read(2**20):
         digest.update(block)
@@ -277,7 +268,3 @@ def _plain(value: pa.Scalar) -> Any:
 
 def _describe(tokenizer: GaussianTokenizer) -> str:
     return f"{tokenizer.n_bins} bins, {tokenizer.n_faces} faces, bounds {tokenizer.bounds}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

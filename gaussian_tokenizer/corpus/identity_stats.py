@@ -22,7 +22,7 @@ SAMPLE_SIZE = 512
 
 
 @dataclass(frozen=True)
-class IdentityStatistics:
+class IdentityStats:
     """Of the shape vectors of `num_subjects`; distances are (smallest, median) over the pairs of `num_sampled`."""
 
     num_subjects: int
@@ -45,9 +45,7 @@ class IdentityStatistics:
         )
 
 
-def identity_statistics(
-    head: HeadModel, shapes: Iterable[np.ndarray], sample_size: int = SAMPLE_SIZE
-) -> IdentityStatistics:
+def identity_stats(head: HeadModel, shapes: Iterable[np.ndarray], sample_size: int = SAMPLE_SIZE) -> IdentityStats:
     """Statistics of shape vectors (S,), read once, one after the other; the sample is the same for the same vectors."""
     rng = np.random.default_rng(0)
     seen: set[bytes] = set()
@@ -63,7 +61,7 @@ def identity_statistics(
     points = np.stack(sample) if sample else np.zeros((0, head.n_shape), np.float32)
     neutral = HeadParameters.zeros(head.n_shape, head.n_expression)
     meshes = [head.canonical_vertices(replace(neutral, shape=torch.from_numpy(shape))).flatten() for shape in points]
-    return IdentityStatistics(
+    return IdentityStats(
         num_subjects=count,
         num_duplicates=count - len(seen),
         num_sampled=len(points),

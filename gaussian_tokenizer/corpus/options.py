@@ -1,41 +1,19 @@
-"""Options of every command that writes a corpus, and what it prints at its end."""
+"""The settings of a build, which are the options of the commands that build one, and the counts they print at the end."""
 
 import argparse
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from gaussian_tokenizer.utils.options import option
+
 SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
-
-
-def print_counts(manifest: Mapping[str, Any]) -> None:
-    """What a corpus holds, a line a split, and who was left out of it."""
-    for name, counts in manifest["splits"].items():
-        print(
-            f"{name}: {counts['subjects']:,} subjects, {counts['frames']:,} frames, {counts['num_points']:,} points, "
-            f"{counts['num_tokens']:,} tokens, {counts['num_out_of_bounds']:,} points out of bounds"
-        )
-    for entry in manifest["skipped"]:
-        print(f"left out {entry['folder']}: {entry['reason']}", file=sys.stderr)
-
-
-def add_corpus_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Options of every command that writes a corpus."""
-    add = parser.add_argument
-    add("--shard_size", type=_size, default="256MB", help="size of a Parquet file before compression, about")
-    add("--n_bins", type=int, default=1024, help="levels an axis")
-    add(
-        "--bounds",
-        type=_bounds,
-        default="fit",
-        help="fit: the box around all points and 5 %% more; default: the tokenizer's own; or lo_x,lo_y,lo_z,hi_x,hi_y,"
-        "hi_z in meters (write --bounds=-0.3,...)",
-    )
-    add("--val_fraction", type=float, default=0.05, help="part of the subjects for validation, at least one of two")
-    add("--num_validation", type=int, help="subjects for validation, instead of --val_fraction")
-    add("--num_test", type=int, default=0, help="subjects for a test split")
-    add("--overwrite", action="store_true", help="replace a corpus, or one in the making with other settings")
+BOUNDS = (
+    "fit: the box around all points plus a margin of 5 %%; default: the tokenizer's own; or lo_x,lo_y,lo_z,hi_x,hi_y,hi_z in "
+    "meters (write --bounds=-0.3,...)"
+)
 
 
 def _size(text: str) -> int:
@@ -55,3 +33,46 @@ def _bounds(text: str) -> str | list[list[float]]:
     if len(numbers) != 6:
         raise argparse.ArgumentTypeError(f"{text!r} is not fit, default or six numbers lo_x,lo_y,lo_z,hi_x,hi_y,hi_z")
     return [numbers[:3], numbers[3:]]
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What decides the bytes of a corpus, besides the subjects and the head model.
+
+    `bounds` are "fit", "default" or [[lo x, y, z], [hi x, y, z]] in meters.
+    """
+
+    n_bins: int = option(1024, "levels per axis")
+    bounds: str | Sequence[Sequence[float]] = option("fit", BOUNDS, type=_bounds)
+    image_size: int = option(224, "side of the images that the tokenizer prepares, pixels")
+    val_fraction: float = option(0.05, "share of the subjects for validation, at least one of two")
+    num_validation: int | None = option(None, "subjects for validation, instead of --val_fraction", type=int)
+    num_test: int = option(0, "subjects for a test split")
+    seed: int = option(0, "of the split")
+    shard_size: int = option(
+        256 * 10**6, "approximate bytes of a Parquet file before compression, or 256MB", type=_size
+    )
+    skip_bad: bool = option(False, "leave out subjects that cannot be used, and record them")
+    allow_unknown_license: bool = option(False, "accept subjects without license or consent; the card names them")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bounds, str) and self.bounds not in ("fit", "default"):
+            raise ValueError(f"bounds are {self.bounds!r}; expected fit, default or two corners of x, y, z in meters")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction is {self.val_fraction}; expected a share of the subjects in [0, 1)")
+        if self.shard_size < 1 or min(self.num_validation or 0, self.num_test) < 0:
+            raise ValueError(
+                f"shard_size={self.shard_size}, num_validation={self.num_validation}, num_test={self.num_test}: "
+                "expected a size of at least 1 byte and counts of 0 or more"
+            )
+
+
+def print_counts(manifest: Mapping[str, Any]) -> None:
+    """What a corpus holds, a line per split, and the subjects that were left out."""
+    for name, counts in manifest["splits"].items():
+        print(
+            f"{name}: {counts['subjects']:,} subjects, {counts['frames']:,} frames, {counts['num_points']:,} points, "
+            f"{counts['num_tokens']:,} tokens, {counts['num_out_of_bounds']:,} points out of bounds"
+        )
+    for entry in manifest["skipped"]:
+        print(f"left out {entry['folder']}: {entry['reason']}", file=sys.stderr)

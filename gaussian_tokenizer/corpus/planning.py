@@ -1,81 +1,52 @@
 """What goes where in a corpus: usable subjects, tokenizer, split, shards and the manifest. No file is written here.
 
-All of it follows from the summaries, the head model and the settings; ids are ranked by a seeded hash, so neither the
+Everything follows from the summaries, the head model and the settings. Ids are ranked by a seeded hash, so neither the
 order of folders nor that of processes matters.
 """
 
 import hashlib
 import json
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow
 import torch
+from datasets import Features
 
-from gaussian_tokenizer.corpus.corpus import CONFIGURATIONS, FORMAT, SPLITS, tokenizer_fingerprint
+from gaussian_tokenizer.captures.subject import shared_ids
+from gaussian_tokenizer.corpus.corpus import ENTRIES, FORMAT, SPLITS, tokenizer_fingerprint
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.corpus.shards import Rows, ShardPlan
-from gaussian_tokenizer.corpus.sources import ABOUT, UNKNOWN, SubjectSummary
+from gaussian_tokenizer.corpus.sources import SubjectSummary
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import DEFAULT_BOUNDS, GaussianTokenizer
 
 FIT_MARGIN = 0.05  # of the longest edge of the box around all points
-REQUIRED = ("license", "consent")  # of a subject's metadata
-LISTED_SUBJECTS = 5  # of those that lack them
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """What decides the bytes of a corpus, besides the subjects and the head model."""
-
-    n_bins: int = 1024
-    bounds: str | Sequence[Sequence[float]] = "fit"  # "fit", "default" or [[lo x, y, z], [hi x, y, z]] in meters
-    image_size: int = 224  # of the tokenizer's pixel_values
-    val_fraction: float = 0.05
-    num_validation: int | None = None  # overrides val_fraction
-    num_test: int = 0
-    seed: int = 0
-    shard_size: int = 256 * 10**6  # bytes before compression, about
-    skip_bad: bool = False
-    allow_unknown_license: bool = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.bounds, str) and self.bounds not in ("fit", "default"):
-            raise ValueError(f"bounds are {self.bounds!r}; expected fit, default or two corners of x, y, z in meters")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}; expected a part of the subjects, 0 <= it < 1")
-        if self.shard_size < 1 or min(self.num_validation or 0, self.num_test) < 0:
-            raise ValueError(
-                f"shard_size={self.shard_size}, num_validation={self.num_validation}, num_test={self.num_test}: "
-                "expected a size of at least 1 byte and counts of 0 or more"
-            )
+LISTED_SUBJECTS = 5  # without license or consent
 
 
 def sort_out(
     summaries: list[SubjectSummary], settings: BuildSettings, where: str, max_points: int | None = None
 ) -> tuple[list[SubjectSummary], list[dict[str, str]]]:
     """Usable subjects, and the others with their reasons; ValueError that lists those unless they may be skipped."""
-    named = defaultdict(list)
-    for summary in summaries:
-        named[summary.avatar_id].append(summary.name)
+    twins = shared_ids((summary.avatar_id, summary.name) for summary in summaries)
     good, bad, unlicensed, lines = [], [], [], []
     for summary in summaries:
         problem = summary.problem
-        others = [name for name in named[summary.avatar_id] if name != summary.name]
+        others = [name for name in twins.get(summary.avatar_id, []) if name != summary.name]
         if problem is None and others:
             problem = f"has the avatar_id {summary.avatar_id!r}, like {', '.join(others)}; give each its own"
         if problem is None and max_points is not None and summary.num_points > max_points:
             problem = f"{summary.num_points} points, the tokenizer's max_points is {max_points}"
         if problem is not None:
-            # Where the subjects lie is no business of a corpus.
+            # Reasons go into the corpus, the location of the subjects does not.
             problem = problem.replace(f"{where}{os.sep}", "")
             lines.append(f"  {summary.name}: {problem}")
-        elif not settings.allow_unknown_license and unknown(summary):
-            problem = f"{' and '.join(unknown(summary))} unknown"
+        elif not settings.allow_unknown_license and summary.about.missing:
+            problem = f"{' and '.join(summary.about.missing)} unknown"
             unlicensed.append(summary.name)
         if problem is None:
             good.append(summary)
@@ -97,18 +68,11 @@ def sort_out(
     return good, bad
 
 
-def unknown(summary: SubjectSummary) -> list[str]:
-    """Which of license and consent the subject's metadata do not say."""
-    return [name for name in REQUIRED if summary.about[ABOUT.index(name)] == UNKNOWN]
-
-
 def split_subjects(subjects: list[SubjectSummary], settings: BuildSettings) -> dict[str, list[SubjectSummary]]:
-    """Subjects by split, in the order of a seeded hash of their ids: few change sides when subjects are added."""
-
-    def rank(summary: SubjectSummary) -> bytes:
-        return hashlib.sha256(f"{settings.seed}:{summary.avatar_id}".encode()).digest()
-
-    ordered = sorted(subjects, key=rank)
+    """Subjects by split, in the order of a seeded hash of their ids: few change their split when subjects are added."""
+    ordered = sorted(
+        subjects, key=lambda subject: hashlib.sha256(f"{settings.seed}:{subject.avatar_id}".encode()).digest()
+    )
     validation = settings.num_validation
     if validation is None:
         enough = settings.val_fraction > 0 and len(ordered) > settings.num_test + 1
@@ -124,24 +88,21 @@ def split_subjects(subjects: list[SubjectSummary], settings: BuildSettings) -> d
 
 
 def check_tokenizer(tokenizer: GaussianTokenizer, head: HeadModel) -> None:
+    problem = None
     if tokenizer.n_faces != head.n_faces:
-        raise ValueError(
-            f"the tokenizer is of {tokenizer.n_faces} faces, head model {head.name!r} has {head.n_faces}; give the "
-            "tokenizer and the head model that belong together"
-        )
-    if tokenizer.head_hash not in (None, head.hash):
-        raise ValueError(
-            f"the tokenizer is of head model {tokenizer.head_name!r} (hash {tokenizer.head_hash}), not of "
-            f"{head.name!r} (hash {head.hash}); give the tokenizer and the head model that belong together"
-        )
+        problem = f"of {tokenizer.n_faces} faces, head model {head.name!r} has {head.n_faces}"
+    elif tokenizer.head_hash not in (None, head.hash):
+        made_for = f"of head model {tokenizer.head_name!r} (hash {tokenizer.head_hash})"
+        problem = f"{made_for}, not of {head.name!r} (hash {head.hash})"
+    if problem is not None:
+        raise ValueError(f"the tokenizer is {problem}; give a tokenizer and a head model that belong together")
 
 
 def make_tokenizer(subjects: list[SubjectSummary], head: HeadModel, settings: BuildSettings) -> GaussianTokenizer:
-    bounds = DEFAULT_BOUNDS if isinstance(settings.bounds, str) else settings.bounds
     tokenizer = GaussianTokenizer(
         n_bins=settings.n_bins,
         n_faces=head.n_faces,
-        bounds=bounds,
+        bounds=DEFAULT_BOUNDS if isinstance(settings.bounds, str) else settings.bounds,
         image_size=settings.image_size,
         head_name=head.name,
         head_hash=head.hash,
@@ -155,16 +116,17 @@ def make_tokenizer(subjects: list[SubjectSummary], head: HeadModel, settings: Bu
 def plan_shards(
     split: dict[str, list[SubjectSummary]],
     tokenizer: GaussianTokenizer,
-    settings: BuildSettings,
     head: HeadModel,
-    static_offset: bool,
+    features: dict[str, Features],
+    shard_size: int,
 ) -> list[ShardPlan]:
-    basis = [FORMAT, versions(), tokenizer_fingerprint(tokenizer), head.hash, static_offset]
+    """The shards of each configuration (keys of `features`) and split, of about `shard_size` bytes."""
+    basis = [FORMAT, versions(), tokenizer_fingerprint(tokenizer), head.hash, "static_offset" in features["avatars"]]
     digests = {summary.number: summary.digest.hex() for subjects in split.values() for summary in subjects}
     plans = []
-    for configuration in CONFIGURATIONS:
+    for configuration in features:
         for name, subjects in split.items():
-            shards = list(_group(subjects, configuration, settings.shard_size, head.n_vertices))
+            shards = list(_group(subjects, configuration, shard_size, head.n_vertices))
             for number, rows in enumerate(shards):
                 file = f"{configuration}/{name}-{number:05d}-of-{len(shards):05d}.parquet"
                 content = [*basis, file, [(digests[row.number], row.start, row.stop) for row in rows]]
@@ -178,9 +140,9 @@ def _group(subjects: list[SubjectSummary], configuration: str, limit: int, n_ver
     shard: list[Rows] = []
     size = 0
     for summary in subjects:
-        costs = (
-            [8 * summary.num_points + 18 * n_vertices] if configuration == "avatars" else summary.image_sizes.tolist()
-        )
+        costs = summary.image_sizes.tolist()
+        if configuration == "avatars":
+            costs = [8 * summary.num_points + 18 * n_vertices]
         start = 0
         for row, cost in enumerate(costs):
             if size + cost > limit and size > 0:
@@ -201,8 +163,9 @@ def make_manifest(
     bad: list[dict[str, str]],
     tokenizer: GaussianTokenizer,
     head: HeadModel,
-    settings: BuildSettings,
+    seed: int,
 ) -> dict[str, Any]:
+    """The content of `corpus.json`; `shards` are what `write_shard` returned, `bad` from `sort_out`."""
     splits = {}
     for name, subjects in split.items():
         own = [shard for shard in shards if shard["split"] == name]
@@ -214,7 +177,6 @@ def make_manifest(
             "num_tokens": 4 * points + 2 * len(subjects),
             "num_out_of_bounds": sum(shard["num_out_of_bounds"] for shard in own),
         }
-    entry = ("file", "configuration", "split", "rows", "bytes", "sha256")
     return {
         "format": FORMAT,
         "versions": versions(),
@@ -225,13 +187,13 @@ def make_manifest(
             "vocab_size": tokenizer.vocab_size,
             "bounds": tokenizer.bounds,
         },
-        "seed": settings.seed,
+        "seed": seed,
         "splits": splits,
         "skipped": bad,
-        "shards": [{name: shard[name] for name in entry} for shard in shards],
+        "shards": [{name: shard[name] for name in ENTRIES["shards"]} for shard in shards],
     }
 
 
 def versions() -> dict[str, str]:
-    """What besides our own code writes the bytes."""
+    """Versions of the packages that write the bytes."""
     return {"datasets": datasets.__version__, "pyarrow": pyarrow.__version__}

@@ -1,60 +1,51 @@
-"""The columns of a corpus: one row an avatar in `avatars`, one row an image in `frames`."""
+"""The columns of a corpus: one row per subject in `avatars`, one row per image in `frames`.
 
-import numpy as np
+Lengths are in meters, rotations axis-angle in radians, pixels counted from the upper left corner of the image; cameras are
+world-to-camera with OpenCV axes (x right, y down, z forward).
+"""
+
 from datasets import Array2D, Features, Image, List, Value
 
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
+CONFIGURATIONS = ("avatars", "frames")
 POSE_SIZES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
 
 
-def points_per_face(faces: np.ndarray, n_faces: int) -> np.ndarray:
-    """Face of every point (N,) -> histogram (max + 1,) int32: entry k counts the faces that have k points."""
-    return np.bincount(np.bincount(faces, minlength=n_faces)).astype(np.int32)
+def corpus_features(tokenizer: GaussianTokenizer, head: HeadModel, static_offset: bool) -> dict[str, Features]:
+    """Columns of both configurations; `avatars` has `static_offset` if any subject has one.
 
-
-def avatars_features(tokenizer: GaussianTokenizer, head: HeadModel, static_offset: bool) -> Features:
-    """Columns of `avatars`; `static_offset` is there if any subject has one. Head parameters are of the first frame."""
+    Head parameters in `avatars` are those of the first frame; shape and static offset are there only.
+    """
     mesh = (head.n_vertices, 3)
-    columns = {
+    pose_sizes = {"expr": head.n_expression, **POSE_SIZES}
+    pose = {name: List(Value("float32"), length=size) for name, size in pose_sizes.items()}
+    avatars = {
         "avatar_id": Value("string"),
         "input_ids": List(Value("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")),
         "num_points": Value("int32"),
         "num_out_of_bounds": Value("int32"),  # points clamped to the border of the bounds
-        "points_per_face": List(Value("int32")),  # entry k: how many faces have k points
+        "points_per_face": List(Value("int32")),  # entry k: number of faces with k points
         "shape": List(Value("float32"), length=head.n_shape),
-        **_pose_features(head),
-        "static_offset": Array2D(mesh, "float32"),
-        "head_vertices": Array2D(mesh, "float32"),  # meters, own shape, no expression, no pose
+        **pose,
+        **({"static_offset": Array2D(mesh, "float32")} if static_offset else {}),
+        "head_vertices": Array2D(mesh, "float32"),  # own shape, no expression, no pose
         "head_normals": Array2D(mesh, "float16"),
         "license": Value("string"),
         "consent": Value("string"),
         "metadata": Value("string"),  # the subject's metadata.json
         "split": Value("string"),
     }
-    if not static_offset:
-        del columns["static_offset"]
-    return Features(columns)
-
-
-def frames_features(head: HeadModel) -> Features:
-    """Columns of `frames`. Shape and static offset are the subject's: they stand in `avatars`."""
-    return Features(
-        {
-            "avatar_id": Value("string"),
-            "timestep": Value("int32"),
-            "camera": Value("int32"),
-            "image": Image(),  # the bytes of the file, as they were
-            **{name: Value("float32") for name in ("fx", "fy", "cx", "cy")},  # pixels from the upper left corner
-            "width": Value("int32"),
-            "height": Value("int32"),
-            "viewmat": Array2D((4, 4), "float32"),  # world-to-camera, OpenCV axes, meters
-            **_pose_features(head),
-        }
-    )
-
-
-def _pose_features(head: HeadModel) -> dict[str, List]:
-    sizes = {"expr": head.n_expression, **POSE_SIZES}
-    return {name: List(Value("float32"), length=size) for name, size in sizes.items()}
+    frames = {
+        "avatar_id": Value("string"),
+        "timestep": Value("int32"),
+        "camera": Value("int32"),
+        "image": Image(),  # the bytes of the file, unchanged
+        **{name: Value("float32") for name in ("fx", "fy", "cx", "cy")},
+        "width": Value("int32"),
+        "height": Value("int32"),
+        "viewmat": Array2D((4, 4), "float32"),
+        **pose,
+    }
+    return {"avatars": Features(avatars), "frames": Features(frames)}

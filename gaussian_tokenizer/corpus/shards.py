@@ -1,8 +1,8 @@
-"""One Parquet file of a corpus, from the files that `corpus_subjects` left of each subject.
+"""One Parquet file of a corpus, from the files that `sources.read_subject` wrote for each subject.
 
-Only the ids are made here, because they need the bounds of all subjects. A shard depends on nothing but the files and the
-arguments, so it has the same bytes whichever process writes it and however often the build was interrupted. Memory is
-that of one row group.
+Only the ids are made here, because they need the bounds of all subjects. A shard depends only on the files and the
+arguments, so its bytes are the same whichever process writes it and however often the build was interrupted. One row
+group is in memory at a time.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from datasets import Features
 from safetensors import safe_open
 
+from gaussian_tokenizer.avatars.anchoring import points_per_face
+from gaussian_tokenizer.captures.subject import About
 from gaussian_tokenizer.corpus.corpus import FINGERPRINT_KEY, tokenizer_fingerprint
-from gaussian_tokenizer.corpus.schema import avatars_features, frames_features, points_per_face
-from gaussian_tokenizer.corpus.sources import CAMERA, POSE, about_of, subject_file
-from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.corpus.sources import FRAME_SCALARS, POSE, subject_file
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
 
@@ -52,33 +52,24 @@ class ShardPlan:
 
 
 def write_shard(
-    folder: Path,
-    subjects: Path,
-    plan: ShardPlan,
-    tokenizer: GaussianTokenizer,
-    head: HeadModel,
-    static_offset: bool,
+    folder: Path, subjects: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, features: Features
 ) -> dict[str, Any]:
-    """Write `folder / plan.file` atomically from the files in `subjects`.
+    """Write `folder / plan.file` atomically from the files in `subjects`; `features` are its columns.
 
     Returns its entry for `corpus.json`, and the counts behind its totals.
     """
+    rows = _frame_rows(subjects, plan)
     if plan.configuration == "avatars":
-        features = avatars_features(tokenizer, head, static_offset)
-        rows = _avatar_rows(subjects, plan, tokenizer, head, static_offset)
-    else:
-        features = frames_features(head)
-        rows = _frame_rows(subjects, plan)
+        rows = _avatar_rows(subjects, plan, tokenizer, features)
     schema = features.arrow_schema
     schema = schema.with_metadata({**schema.metadata, FINGERPRINT_KEY: tokenizer_fingerprint(tokenizer)})
-    entry: dict[str, Any] = {"file": plan.file, "configuration": plan.configuration, "split": plan.split}
     totals = {"rows": 0, "num_points": 0, "num_out_of_bounds": 0}
     with atomic_file(folder / plan.file) as file, ThreadPoolExecutor(1) as background:
         written = _Written(file.fileno())
         settled = []
         with pq.ParquetWriter(file, schema, **_encoding(schema)) as writer:
             for group in _row_groups(rows):
-                writer.write_table(_to_table(group, features, schema))
+                writer.write_table(_to_table(group, schema))
                 settled.append(background.submit(written.settle))
                 totals["rows"] += len(group)
                 for name in ("num_points", "num_out_of_bounds"):
@@ -86,13 +77,13 @@ def write_shard(
         file.flush()
         settled.append(background.submit(written.settle))
         for future in settled:
-            future.result()  # an error of the disk is told once
-        entry |= {"bytes": written.size, "sha256": written.digest.hexdigest()}
-    return {**entry, **totals}
+            future.result()  # raises an error of the disk once
+    entry = {"file": plan.file, "configuration": plan.configuration, "split": plan.split}
+    return {**entry, "bytes": written.size, "sha256": written.digest.hexdigest(), **totals}
 
 
 class _Written:
-    """What of a growing file is on the disk, and the checksum of it; settled while the next rows are prepared."""
+    """Flushes a growing file to the disk and computes its checksum, while the next rows are prepared."""
 
     def __init__(self, descriptor: int):
         self.descriptor, self.digest, self.size = descriptor, hashlib.sha256(), 0
@@ -108,62 +99,56 @@ class _Written:
 
 
 def _avatar_rows(
-    folder: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, head: HeadModel, static_offset: bool
+    folder: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, features: Features
 ) -> Iterator[dict[str, Any]]:
     for chosen in plan.rows:
         with safe_open(subject_file(folder, chosen.number), framework="np") as file:
-            about = json.loads(file.metadata()["subject"])
+            others = json.loads(file.metadata()["subject"])
             positions, faces = file.get_tensor("positions"), file.get_tensor("faces")
             row = {name: file.get_tensor(name) for name in ("shape", *POSE, "head_vertices", "head_normals")}
-            if static_offset:
+            if "static_offset" in features:
                 own = "static_offset" in file.keys()  # noqa: SIM118 (not a mapping)
-                row["static_offset"] = (
-                    file.get_tensor("static_offset") if own else np.zeros((head.n_vertices, 3), np.float32)
-                )
+                row["static_offset"] = file.get_tensor("static_offset") if own else np.zeros_like(row["head_vertices"])
         encoded = tokenizer({"positions": positions, "faces": faces}, on_out_of_bounds="ignore")
-        license, consent, _ = about_of(about["metadata"])
+        about = About.of(others["metadata"])
         yield row | {
-            "avatar_id": about["avatar_id"],
+            "avatar_id": others["avatar_id"],
             "input_ids": encoded["input_ids"],
             "num_points": len(positions),
             "num_out_of_bounds": encoded["num_out_of_bounds"],
-            "points_per_face": points_per_face(faces, head.n_faces),
-            "license": license,
-            "consent": consent,
-            "metadata": json.dumps(about["metadata"], sort_keys=True, ensure_ascii=False),
+            "points_per_face": points_per_face(faces, tokenizer.n_faces).astype(np.int32),
+            "license": about.license,
+            "consent": about.consent,
+            "metadata": json.dumps(others["metadata"], sort_keys=True, ensure_ascii=False),
             "split": plan.split,
         }
 
 
 def _frame_rows(folder: Path, plan: ShardPlan) -> Iterator[dict[str, Any]]:
-    scalars = ("timestep", "camera", *CAMERA, "width", "height")
     for chosen in plan.rows:
         with safe_open(subject_file(folder, chosen.number), framework="np") as file:
-            about = json.loads(file.metadata()["subject"])
-            columns = {
-                name: file.get_tensor(f"frames.{name}").tolist()
-                if name in scalars
-                else file.get_tensor(f"frames.{name}")
-                for name in (*scalars, "viewmat", *POSE)
-            }
-            drawn = None
+            others = json.loads(file.metadata()["subject"])
+            columns = {name: file.get_tensor(f"frames.{name}") for name in ("viewmat", *POSE)}
+            columns |= {name: file.get_tensor(f"frames.{name}").tolist() for name in FRAME_SCALARS}
+            rendered = None
             if "frames.images" in file.keys():  # noqa: SIM118 (not a mapping)
-                drawn = np.split(file.get_tensor("frames.images"), np.cumsum(file.get_tensor("frames.image_size"))[:-1])
+                ends = np.cumsum(file.get_tensor("frames.image_size"))
+                rendered = np.split(file.get_tensor("frames.images"), ends[:-1])
         for number in range(chosen.start, chosen.stop):
-            path = Path(about["images"][number])
-            data = path.read_bytes() if drawn is None else drawn[number].tobytes()
-            image = {"bytes": data, "path": f"{about['avatar_id']}_{path.name}"}
+            path = Path(others["images"][number])
+            data = path.read_bytes() if rendered is None else rendered[number].tobytes()
+            image = {"bytes": data, "path": f"{others['avatar_id']}_{path.name}"}
             row = {name: column[number] for name, column in columns.items()}
-            yield {"avatar_id": about["avatar_id"], "image": image, **row}
+            yield {"avatar_id": others["avatar_id"], "image": image, **row}
 
 
 # ---- Parquet
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
-    """Everything is compressed but images, which are already: twice as fast, and no larger.
+    """Compress everything but images, which are compressed already: twice as fast, and no larger.
 
-    No statistics of them either: those are a smallest and a largest image once more.
+    Column statistics of images are left out too: they would store a smallest and a largest image once more.
     """
     sink = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), sink)
@@ -188,13 +173,13 @@ def _row_groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
         yield group
 
 
-def _to_table(rows: list[dict[str, Any]], features: Features, schema: pa.Schema) -> pa.Table:
-    columns = [_to_column([row[name] for row in rows], schema.field(name).type) for name in features]
+def _to_table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    columns = [_to_column([row[field.name] for row in rows], field.type) for field in schema]
     return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _to_column(values: list, kind: pa.DataType) -> pa.Array:
-    """Python scalars, or arrays of one, two or no fixed sizes, to a column of the given type, without Python lists."""
+    """A column of the given type from Python scalars or from arrays, without making Python lists of the arrays."""
     if not isinstance(values[0], np.ndarray):
         return pa.array(values, type=kind)
     flat = pa.array(np.concatenate([value.reshape(-1) for value in values]))

@@ -1,8 +1,8 @@
 """The deep check of a corpus: `validate` reads every byte.
 
-`load_corpus` looks at names, sizes and footers only, which is quick; here every checksum is computed, every sequence
-decoded and every image opened, and, where the subjects are at hand, each is compared with what it was made from. The
-Parquet files are streamed, one batch of rows in memory at a time.
+`load_corpus` looks at names, sizes and footers only, which is quick. Here every checksum is computed, every sequence
+decoded and every image opened; where the subject folders are given, each subject is compared with what it was made from.
+The Parquet files are streamed, one batch of rows in memory at a time.
 """
 
 import functools
@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from gaussian_tokenizer.captures.subject import Frame, Subject, find_subject_folders
+from gaussian_tokenizer.avatars.anchoring import points_per_face
+from gaussian_tokenizer.captures.frame import Frame
+from gaussian_tokenizer.captures.subject import Subject, find_subject_folders
 from gaussian_tokenizer.corpus.corpus import (
     CARD_NAME,
     MANIFEST_NAME,
@@ -29,22 +31,21 @@ from gaussian_tokenizer.corpus.corpus import (
     sha256_of,
     tokenizer_fingerprint,
 )
-from gaussian_tokenizer.corpus.schema import points_per_face
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
-SHOWN_PROBLEMS = 5  # of one file
-ROUNDING = 1e-6  # meters: what float32 costs on the way
+SHOWN_PROBLEMS = 5  # per file
+ROUNDING = 1e-6  # meters, of float32
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `validate` says of one file; no problems: good."""
+    """What `validate` says of one file; without problems it is good."""
 
     file: str
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
 
 
 def validate(
@@ -53,51 +54,19 @@ def validate(
     head: HeadModel | None = None,
     progress: bool = False,
 ) -> list[Verdict]:
-    """Check every file of a corpus in depth; one verdict a file. Raises only where there is no corpus to check.
+    """Check every file of a corpus in depth; one verdict per file. Raises only where there is no corpus to check.
 
     With `avatars`, the folder of subject folders the corpus was built from, and their `head` model, every sequence is also
     compared with its avatar, and every image with its file.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    fingerprint = manifest["tokenizer"]["fingerprint"]
-    originals = None if avatars is None else Originals.of(avatars, head, manifest)
-    verdicts = []
-    tokenizer: GaussianTokenizer | None = None
-    problems: list[str]
-    try:
-        tokenizer = GaussianTokenizer.from_pretrained(path / TOKENIZER_FOLDER)
-        found = tokenizer_fingerprint(tokenizer)
-        problems = [] if found == fingerprint else [f"fingerprint {found}, {MANIFEST_NAME} says {fingerprint}"]
-    except (ValueError, OSError) as error:
-        problems = [_one_line(error)]
-    verdicts.append(Verdict(TOKENIZER_FOLDER, problems))
-    met = _Met()
+    manifest = read_manifest(str(path), open_files(str(path)))
+    originals = None if avatars is None else Originals.of(avatars, head, manifest["head"])
+    check = _Check(path, manifest, originals)
+    verdicts = [Verdict(TOKENIZER_FOLDER, check.load_tokenizer())]
     for shard in tqdm(manifest["shards"], "checking shards", disable=not progress):
-        problems = []
-        try:
-            check_shard(str(path), open_files(str(path)), shard, fingerprint)
-            with open(path / shard["file"], "rb") as file:
-                if sha256_of(file) != shard["sha256"]:
-                    problems.append("corrupted shard: its bytes are not those that were written (sha256)")
-            for number, row in enumerate(read_shard(path / shard["file"])):
-                if shard["configuration"] == "avatars":
-                    wrong = _avatar_problems(
-                        row, shard["split"], tokenizer, manifest["head"]["n_faces"], met, originals
-                    )
-                else:
-                    wrong = _frame_problems(row, shard["split"], met, originals)
-                problems += [f"row {number} ({row['avatar_id']}): {problem}" for problem in wrong]
-        except Exception as error:  # what a damaged Parquet file raises depends on where the damage is
-            problems.append(_one_line(error).removeprefix(f"{path / shard['file']}: "))
-        verdicts.append(Verdict(shard["file"], _shorten(problems)))
-    problems = _manifest_problems(path, manifest, met)
-    if originals is not None:
-        skipped = {entry["folder"] for entry in manifest["skipped"]}
-        left = [id for id, folder in originals.folders.items() if id not in met.split_of and folder.name not in skipped]
-        problems += [f"{originals.where} holds {avatar_id}, the corpus does not" for avatar_id in left]
-    verdicts.append(Verdict(MANIFEST_NAME, _shorten(problems)))
-    return verdicts
+        verdicts.append(Verdict(shard["file"], _shorten(check.shard(shard))))
+    return [*verdicts, Verdict(MANIFEST_NAME, _shorten(list(check.totals())))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +78,7 @@ class Originals:
     head: HeadModel
 
     @classmethod
-    def of(cls, avatars: str | os.PathLike, head: HeadModel | None, manifest: dict[str, Any]) -> "Originals":
-        made_on = manifest["head"]
+    def of(cls, avatars: str | os.PathLike, head: HeadModel | None, made_on: dict[str, Any]) -> "Originals":
         if head is None or head.hash != made_on["hash"]:
             found = "none was given" if head is None else f"given is {head.name!r} (hash {head.hash})"
             raise ValueError(
@@ -130,64 +98,126 @@ class Originals:
         return Subject.open(self.folders[avatar_id])
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (an avatar's frames lie together, and one object lives as long as a check)
-    def images(self, avatar_id: str) -> dict[tuple[int, int], Frame]:
+    def frames(self, avatar_id: str) -> dict[tuple[int, int], Frame]:
         """By timestep and camera."""
         return {(frame.timestep, frame.camera): frame for frame in self.subject(avatar_id).frames()}
 
 
 @dataclass
-class _Met:
-    """What has been seen so far."""
+class _Check:
+    """A check of one corpus, and what it has seen so far."""
 
+    path: Path
+    manifest: dict[str, Any]
+    originals: Originals | None
+    tokenizer: GaussianTokenizer | None = None
     split_of: dict[str, str] = field(default_factory=dict)  # of every avatar
     framed: set[str] = field(default_factory=set)  # avatars whose frames have begun
     avatar_id: str = ""  # of the last frame
-    moments: set[tuple[int, int]] = field(default_factory=set)  # its timesteps and cameras
+    frames: set[tuple[int, int]] = field(default_factory=set)  # its timesteps and cameras
 
-
-# ---- problems
-
-
-def _avatar_problems(
-    row: dict[str, Any],
-    split: str,
-    tokenizer: GaussianTokenizer | None,
-    n_faces: int,
-    met: _Met,
-    originals: Originals | None,
-) -> Iterator[str]:
-    avatar_id = row["avatar_id"]
-    if avatar_id in met.split_of:
-        yield f"avatar_id is there twice, first in {met.split_of[avatar_id]}"
-    met.split_of.setdefault(avatar_id, split)
-    if row["split"] != split:
-        yield f"says it is of the split {row['split']!r}, stands in {split!r}"
-    if not np.isfinite(row["head_vertices"]).all():
-        yield "head_vertices hold NaN or Inf"
-    if tokenizer is None:
-        return
-    ids = row["input_ids"]
-    if len(ids) < 6 or (ids[0], ids[-1]) != (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        yield f"{len(ids)} ids that do not go from bos to eos"
-        return
-    try:
-        points = tokenizer.decode(ids)
-    except ValueError as error:
-        yield _one_line(error)
-        return
-    body = ids[1:-1].reshape(-1, 4)
-    if len(body) != row["num_points"]:
-        yield f"num_points is {row['num_points']}, the ids hold {len(body)}"
-    order = [body[:, 3], *(body[:, "xyz".index(axis)] for axis in reversed(tokenizer.axis_order))]
-    if (np.lexsort(order, axis=0) != np.arange(len(body))).any():
-        yield f"the points are not sorted by {tokenizer.axis_order}, face"
-    if points_per_face(points["faces"], n_faces).tolist() != row["points_per_face"].tolist():
-        yield "points_per_face is not that of the ids"
-    if originals is not None:
+    def load_tokenizer(self) -> list[str]:
+        expected = self.manifest["tokenizer"]["fingerprint"]
         try:
-            yield from _differences(row, points, tokenizer, originals.subject(avatar_id), originals.head)
+            self.tokenizer = GaussianTokenizer.from_pretrained(self.path / TOKENIZER_FOLDER)
         except (ValueError, OSError) as error:
-            yield _one_line(error)
+            return [_one_line(error)]
+        found = tokenizer_fingerprint(self.tokenizer)
+        return [] if found == expected else [f"fingerprint {found}, {MANIFEST_NAME} says {expected}"]
+
+    def shard(self, shard: dict[str, Any]) -> list[str]:
+        file, problems = self.path / shard["file"], []
+        try:
+            check_shard(str(self.path), open_files(str(self.path)), shard, self.manifest["tokenizer"]["fingerprint"])
+            with open(file, "rb") as stream:
+                if sha256_of(stream) != shard["sha256"]:
+                    problems.append("corrupted shard: its bytes are not those that were written (sha256)")
+            problems_of = self._avatar if shard["configuration"] == "avatars" else self._frame
+            for number, row in enumerate(read_shard(file)):
+                try:
+                    for problem in problems_of(row, shard["split"]):
+                        problems.append(f"row {number} ({row['avatar_id']}): {problem}")
+                except (ValueError, OSError) as error:
+                    problems.append(f"row {number} ({row['avatar_id']}): {_one_line(error)}")
+        except Exception as error:  # the type depends on where a Parquet file is damaged
+            problems.append(_one_line(error).removeprefix(f"{file}: "))
+        return problems
+
+    def totals(self) -> Iterator[str]:
+        """Problems of the manifest, which the rows of all shards show."""
+        found = Counter(self.split_of.values())
+        for name, counts in self.manifest["splits"].items():
+            if found[name] != counts["subjects"]:
+                yield f"{counts['subjects']} subjects in {name}, found {found[name]}"
+        files = sorted(str(file.relative_to(self.path)) for file in self.path.glob("*/*.parquet"))
+        known = {shard["file"] for shard in self.manifest["shards"]}
+        yield from (f"does not know {file}" for file in files if file not in known)
+        if not (self.path / CARD_NAME).is_file():
+            yield f"{CARD_NAME} is missing: load_dataset cannot tell the configurations apart"
+        if self.originals is not None:
+            skipped = {entry["folder"] for entry in self.manifest["skipped"]}
+            for avatar_id, folder in self.originals.folders.items():
+                if avatar_id not in self.split_of and folder.name not in skipped:
+                    yield f"{self.originals.where} holds {avatar_id}, the corpus does not"
+
+    def _avatar(self, row: dict[str, Any], split: str) -> Iterator[str]:
+        """Problems of a row of `avatars`; ValueError for one that makes the rest of the check impossible."""
+        tokenizer, avatar_id = self.tokenizer, row["avatar_id"]
+        if avatar_id in self.split_of:
+            yield f"avatar_id is there twice, first in {self.split_of[avatar_id]}"
+        self.split_of.setdefault(avatar_id, split)
+        if row["split"] != split:
+            yield f"says it is of the split {row['split']!r}, stands in {split!r}"
+        if not np.isfinite(row["head_vertices"]).all():
+            yield "head_vertices hold NaN or Inf"
+        if tokenizer is None:
+            return
+        ids = row["input_ids"]
+        if len(ids) < 6 or (ids[0], ids[-1]) != (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            yield f"{len(ids)} ids that do not go from bos to eos"
+            return
+        points = tokenizer.decode(ids)
+        body = ids[1:-1].reshape(-1, 4)
+        if len(body) != row["num_points"]:
+            yield f"num_points is {row['num_points']}, the ids hold {len(body)}"
+        order = [body[:, 3], *(body[:, "xyz".index(axis)] for axis in reversed(tokenizer.axis_order))]
+        if (np.lexsort(order, axis=0) != np.arange(len(body))).any():
+            yield f"the points are not sorted by {tokenizer.axis_order}, face"
+        histogram = points_per_face(points["faces"], self.manifest["head"]["n_faces"])
+        if histogram.tolist() != row["points_per_face"].tolist():
+            yield "points_per_face is not that of the ids"
+        if self.originals is not None:
+            subject = self.originals.subject(avatar_id)
+            yield from _differences(row, points, tokenizer, subject, self.originals.head)
+
+    def _frame(self, row: dict[str, Any], split: str) -> Iterator[str]:
+        """Problems of a row of `frames`; ValueError or OSError if its original cannot be read."""
+        avatar_id, key = row["avatar_id"], (row["timestep"], row["camera"])
+        if avatar_id != self.avatar_id:
+            if avatar_id in self.framed:
+                yield "its frames do not lie together"
+            self.framed.add(avatar_id)
+            self.avatar_id = avatar_id
+            self.frames.clear()
+        if key in self.frames:
+            yield f"timestep {row['timestep']}, camera {row['camera']} is there twice"
+        self.frames.add(key)
+        own = self.split_of.get(avatar_id)
+        if own != split:
+            yield "no such avatar" if own is None else f"frame in {split!r}, its avatar in {own!r}"
+        data = row["image"]["bytes"]
+        try:
+            size = open_image(data).size
+            if size != (row["width"], row["height"]):
+                yield f"image of {size} pixels, its camera has {row['width'], row['height']}"
+        except ValueError as error:
+            yield f"image does not open ({_one_line(error)})"
+        if self.originals is not None:
+            frame = self.originals.frames(avatar_id).get(key)
+            if frame is None:
+                yield f"no frame of timestep {key[0]} and camera {key[1]} in {self.originals.folders[avatar_id]}"
+            elif frame.image_bytes() != data:
+                yield f"image is not that of {self.originals.folders[avatar_id]}"
 
 
 def _differences(
@@ -206,63 +236,15 @@ def _differences(
         face = int(np.argmax(counts[0] != counts[1]))
         yield f"{counts[0][face]} points on face {face}, {counts[1][face]} in {subject.path}"
         return
-    # Any pairing within the faces that stays within half a bin will do; the tokenizer's order has it if there is one.
+    # Any pairing within the faces that stays within half a bin will do; the tokenizer's order is one if there is any.
     order = tokenizer(avatar, return_order=True, on_out_of_bounds="ignore")["order"]
     order = order[np.argsort(avatar.faces.numpy()[order], kind="stable")]
     lo, hi = np.array(tokenizer.bounds)
-    positions = avatar.canonical_points()["positions"].numpy()[order].clip(lo, hi)  # those outside are moved there
+    positions = avatar.canonical_points()["positions"].numpy()[order].clip(lo, hi)  # as the tokenizer moves them
     errors = np.abs(points["positions"][np.argsort(points["faces"], kind="stable")] - positions)
     wrong = (errors > (hi - lo) / tokenizer.n_bins / 2 + ROUNDING).any(axis=1)
     if wrong.any():
         yield f"{wrong.sum()} points are not where they are in {subject.path}, by up to {1000 * errors.max():.3g} mm"
-
-
-def _frame_problems(row: dict[str, Any], split: str, met: _Met, originals: Originals | None) -> Iterator[str]:
-    avatar_id, moment = row["avatar_id"], (row["timestep"], row["camera"])
-    if avatar_id != met.avatar_id:
-        if avatar_id in met.framed:
-            yield "its frames do not lie together"
-        met.framed.add(avatar_id)
-        met.avatar_id = avatar_id
-        met.moments.clear()
-    if moment in met.moments:
-        yield f"timestep {row['timestep']}, camera {row['camera']} is there twice"
-    met.moments.add(moment)
-    own = met.split_of.get(avatar_id)
-    if own != split:
-        yield "no such avatar" if own is None else f"frame in {split!r}, its avatar in {own!r}"
-    data = row["image"]["bytes"]
-    try:
-        image = open_image(data)
-        if image.size != (row["width"], row["height"]):
-            yield f"image of {image.size} pixels, its camera has {row['width'], row['height']}"
-    except ValueError as error:
-        yield f"image does not open ({_one_line(error)})"
-    if originals is not None:
-        try:
-            if originals.images(avatar_id)[moment].image_bytes() != data:
-                yield f"image is not that of {originals.folders[avatar_id]}"
-        except (ValueError, OSError) as error:
-            yield _one_line(error)
-        except KeyError:
-            yield f"no frame of timestep {row['timestep']} and camera {row['camera']} in {originals.folders[avatar_id]}"
-
-
-def _manifest_problems(path: Path, manifest: dict[str, Any], met: _Met) -> list[str]:
-    problems = []
-    found = Counter(met.split_of.values())
-    for name, counts in manifest["splits"].items():
-        if found[name] != counts["subjects"]:
-            problems.append(f"{counts['subjects']} subjects in {name}, found {found[name]}")
-    known = {shard["file"] for shard in manifest["shards"]}
-    strangers = sorted(str(file.relative_to(path)) for file in path.glob("*/*.parquet"))
-    problems += [f"does not know {file}" for file in strangers if file not in known]
-    if not (path / CARD_NAME).is_file():
-        problems.append(f"{CARD_NAME} is missing: load_dataset cannot tell the configurations apart")
-    return problems
-
-
-# ---- small things
 
 
 def _shorten(problems: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
-"""What `inspect` knows: how a file or folder is recognized, and what is said about each kind.
+"""The kinds of files and folders that `inspect` knows: how each is recognized and described.
 
-A kind is a function that fills a `Report` with facts (plain JSON values) and problems; what it raises is a problem too.
+A kind has a function that fills a `Report` with facts (plain JSON values) and problems; an error it raises is one more.
 """
 
 from collections import Counter
@@ -13,13 +13,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gaussian_tokenizer.avatars.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
-from gaussian_tokenizer.captures.checks import Problem, find_problems
+from gaussian_tokenizer.captures.checks import Problem, find_problems, warning
 from gaussian_tokenizer.captures.frame import has_alpha, load_image
 from gaussian_tokenizer.captures.loading import EXPECTED, read_tracking, recognize
-from gaussian_tokenizer.captures.subject import Subject
+from gaussian_tokenizer.captures.subject import Subject, shared_ids
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.captures.transforms_json import CANONICAL_NAME
-from gaussian_tokenizer.corpus.corpus import CONFIGURATIONS, MANIFEST_NAME, load_corpus
+from gaussian_tokenizer.corpus.corpus import MANIFEST_NAME, load_corpus, shards_of
+from gaussian_tokenizer.corpus.schema import CONFIGURATIONS
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.ict import NEUTRAL
@@ -41,8 +42,6 @@ TRACKINGS = {
     "vhap_raw": "VHAP's raw tracking",
     "pixel3dmm": "a Pixel3DMM tracking",
 }
-
-
 VIEWERS = "open it in a splat viewer; docs/animation.md says which open what"
 
 
@@ -52,9 +51,9 @@ class Report:
 
     path: Path
     what: str
-    facts: dict[str, Any] = field(default_factory=dict)  # of plain JSON values
+    facts: dict[str, Any] = field(default_factory=dict)  # plain JSON values
     problems: list[Problem] = field(default_factory=list)
-    next: list[str] = field(default_factory=list)  # commands that look or go further
+    next: list[str] = field(default_factory=list)  # commands that show more, or use it
     tracking: Tracking | None = None
     head: HeadModel | None = None
 
@@ -74,49 +73,42 @@ class Report:
         return "\n".join([*lines, *(f"  next: {each}" for each in self.next)])
 
 
-Kind = tuple[Callable[[Report, HeadModel | None], None], str, list[str]]
+Describe = Callable[[Report, HeadModel | None], None]  # fills the report; the head model is what the user gave
+Kind = tuple[Describe, str, list[str]]  # with the name of the kind, and commands that show more
 
 
 def kind_of(path: Path) -> Kind:
-    """What describes it, what to call it, and the commands that look further."""
     if recognize(path) is not None:
         return _tracking, "a tracking", []
     if path.is_file():
         return _kind_of_file(path)
+    ict = "a head model, ICT-FaceKit"
+    kinds: tuple[tuple[str, Describe, str, str, str], ...] = (
+        ("pipeline.json", _pipeline, "an avatar pipeline", "AvatarPipeline.from_pretrained", "docs/pipeline.md"),
+        ("config.json", _model, "a model", "AutoModel.from_pretrained", "docs/model.md and docs/decoder.md"),
+        ("processor_config.json", _tokenizer, "a tokenizer", "GaussianTokenizer.from_pretrained", "docs/tokenizer.md"),
+        (NEUTRAL, _head, ict, "load_head", "docs/heads.md"),
+        (f"FaceXModel/{NEUTRAL}", _head, ict, "load_head", "docs/heads.md"),
+    )
     if (path / MANIFEST_NAME).is_file():
         return _corpus, "a corpus", [f"python -m gaussian_tokenizer.build_corpus validate {path}"]
-    if (path / "pipeline.json").is_file():
-        return _pipeline, "an avatar pipeline", [f"AvatarPipeline.from_pretrained('{path}'), see docs/pipeline.md"]
-    if (path / "config.json").is_file():
-        return _model, "a model", [f"AutoModel.from_pretrained('{path}'), see docs/model.md and docs/decoder.md"]
-    if (path / "processor_config.json").is_file():
-        return _tokenizer, "a tokenizer", [f"GaussianTokenizer.from_pretrained('{path}'), see docs/tokenizer.md"]
-    if any((folder / NEUTRAL).is_file() for folder in (path, path / "FaceXModel")):
-        return _head, "a head model, ICT-FaceKit", [f"load_head('{path}'), see docs/heads.md"]
+    for name, describe, what, function, page in kinds:
+        if (path / name).is_file():
+            return describe, what, [f"{function}('{path}'), see {page}"]
     if _has_avatar(path):
-        return (
-            _avatar,
-            "a GaussianAvatars result folder",
-            [f"python -m gaussian_tokenizer.animate --avatar {path} --help"],
-        )
+        return _avatar, "a GaussianAvatars result folder", [_animate(path)]
     if _subjects_in(path):
-        commands = (
-            f"gaussian_tokenizer.inspect {path}/<one>",
-            f"gaussian_tokenizer.build_corpus --avatars {path} --help",
-        )
-        return _many, "a folder of subjects", [f"python -m {command}" for command in commands]
+        commands = (f"inspect {path}/<one>", f"build_corpus --avatars {path} --help")
+        return _many, "a folder of subjects", [f"python -m gaussian_tokenizer.{command}" for command in commands]
     return _unknown, "a folder", []
 
 
 def _kind_of_file(path: Path) -> Kind:
-    animate, head = (
-        f"python -m gaussian_tokenizer.animate --avatar {path} --help",
-        f"load_head('{path}'), see docs/heads.md",
-    )
+    head = f"load_head('{path}'), see docs/heads.md"
     if path.suffix == ".npz":
         return _motion, "head parameters", [f"python -m gaussian_tokenizer.animate --motion {path} --help"]
     if path.suffix == ".ply":
-        return _kind_of_ply(path, animate)
+        return _kind_of_ply(path)
     if path.suffix == ".splat":
         return _splats(splat_facts), "world-space Gaussians in antimatter15's .splat", [VIEWERS]
     if path.suffix == ".pkl":
@@ -131,24 +123,25 @@ def _kind_of_file(path: Path) -> Kind:
     if "head_model" in keys:
         return _head, "a head model", [head]
     if "gaussian_avatar" in keys:
-        return _avatar, "an avatar", [animate]
+        return _avatar, "an avatar", [_animate(path)]
     return _weights, "weights of a model", [f"python -m gaussian_tokenizer.inspect {path.parent}"]
 
 
-def _kind_of_ply(path: Path, animate: str) -> Kind:
+def _kind_of_ply(path: Path) -> Kind:
     header = ply_header(path)
     if is_compressed_ply(header):
         return _splats(compressed_ply_facts), "world-space Gaussians in SuperSplat's compressed PLY", [VIEWERS]
     if is_bound_ply(header):
-        return _avatar, "a PLY of Gaussians", [animate]
+        return _avatar, "a PLY of Gaussians", [_animate(path)]
     return _splats(world_ply_facts), "a PLY of world-space Gaussians, for splat viewers", [VIEWERS]
 
 
-def _splats(facts: Callable[[Path], dict[str, Any]]) -> Callable[[Report, HeadModel | None], None]:
-    def describe(report: Report, head: HeadModel | None) -> None:
-        report.facts.update(facts(report.path))
+def _animate(path: Path) -> str:
+    return f"python -m gaussian_tokenizer.animate --avatar {path} --help"
 
-    return describe
+
+def _splats(facts: Callable[[Path], dict[str, Any]]) -> Describe:
+    return lambda report, head: report.facts.update(facts(report.path))
 
 
 def _subjects_in(path: Path) -> list[Path]:
@@ -156,52 +149,34 @@ def _subjects_in(path: Path) -> list[Path]:
     return [each for each in folders if recognize(each) is not None or _has_avatar(each)]
 
 
-# ---- what is in it
+# ---- descriptions
 
 
 def _tracking(report: Report, head: HeadModel | None) -> None:
-    path = report.path
+    path, facts = report.path, report.facts
     metadata = read_json(path / METADATA_NAME) if (path / METADATA_NAME).is_file() else {}
     made_on = str(metadata.get("head_name", ""))
     head = report.head = head or built_in_head(made_on)
     tracking = report.tracking = read_tracking(path, head)
-    frames, params = tracking.frames, tracking.params
+    params, timesteps = tracking.params, tracking.timesteps
     report.what = TRACKINGS[tracking.kind]
-    facts = report.facts
-    facts["subject"] = {
-        "id": tracking.subject_id,
-        **{key: metadata.get(key, "unknown") for key in ("license", "consent")},
-    }
-    if frames:
-        sizes = Counter(f"{frame.width}x{frame.height}" for frame in frames)
-        alpha = has_alpha(load_image(frames[0].image))
-        masks = sum(frame.mask is not None for frame in frames)
-        facts["images"] = {"count": len(frames), "size": list(sizes), "alpha": alpha, "masks": masks}
-        heads = [params.translation[tracking.row(frame)].double().numpy() for frame in frames]
-        positions = [np.linalg.inv(frame.viewmat)[:3, 3] for frame in frames]
-        facts["cameras"] = {
-            "count": len({frame.camera for frame in frames}),
-            "focal_pixels": _range([frame.fx for frame in frames]),
-            "meters_from_the_head": _range([float(np.linalg.norm(a - b)) for a, b in zip(positions, heads)]),
-        }
-    facts["timesteps"] = {
-        "count": len(tracking.timesteps),
-        "first": tracking.timesteps[0],
-        "last": tracking.timesteps[-1],
-    }
+    terms = {key: metadata.get(key, "unknown") for key in ("license", "consent")}
+    facts["subject"] = {"id": tracking.subject_id, **terms}
+    if tracking.frames:
+        facts |= _facts_of_frames(tracking)
+    facts["timesteps"] = {"count": len(timesteps), "first": timesteps[0], "last": timesteps[-1]}
     if tracking.kind == "union":
         facts["sequences"] = tracking.metadata["sequences"]
     facts["splits"] = {name: len(rows) for name, rows in tracking.splits.items()}
     facts["head"] = {"name": made_on or (head.name if head else "unknown"), **_sizes(params)}
     if head is None:
         text = "no head model given, so cameras and masks were not compared with the head; give --head"
-        report.problems.append(Problem(text, is_error=False))
+        report.problems.append(warning(text))
     else:
         report.problems += find_problems(tracking, head)
-    vhap = tracking.kind in ("vhap", "monocular", "union")
-    if vhap and not (path / CANONICAL_NAME).is_file():
+    if tracking.kind in ("vhap", "monocular", "union") and not (path / CANONICAL_NAME).is_file():
         text = f"has no {CANONICAL_NAME}, by which GaussianAvatars recognizes such a folder"
-        report.problems.append(Problem(text, is_error=False))
+        report.problems.append(warning(text))
     if not report.has_errors:
         script = "accelerate launch training/fit_avatars.py training/configs/fit_demo.yaml"
         spec = made_on if made_on.startswith("procedural") else "HEAD"
@@ -210,9 +185,28 @@ def _tracking(report: Report, head: HeadModel | None) -> None:
         facts["avatar"] = {"gaussians": len(GaussianAvatar.load(path, head=head))}
 
 
+def _facts_of_frames(tracking: Tracking) -> dict[str, Any]:
+    frames = tracking.frames
+    heads = [tracking.params.translation[tracking.row(frame)].double().numpy() for frame in frames]
+    positions = [np.linalg.inv(frame.viewmat)[:3, 3] for frame in frames]
+    return {
+        "images": {
+            "count": len(frames),
+            "size": list(dict.fromkeys(f"{frame.width}x{frame.height}" for frame in frames)),
+            "alpha": has_alpha(load_image(frames[0].image)),
+            "masks": sum(frame.mask is not None for frame in frames),
+        },
+        "cameras": {
+            "count": len({frame.camera for frame in frames}),
+            "focal_pixels": _range([frame.fx for frame in frames]),
+            "meters_from_the_head": _range([float(np.linalg.norm(a - b)) for a, b in zip(positions, heads)]),
+        },
+    }
+
+
 def _avatar(report: Report, head: HeadModel | None) -> None:
     avatar = GaussianAvatar.load(report.path, head=head)
-    _, occupied = avatar.faces.unique(return_counts=True)  # bincount would count up to the last face, which may be any
+    _, occupied = avatar.faces.unique(return_counts=True)  # bincount needs memory up to the largest index
     report.facts["gaussians"] = {"count": len(avatar), "sh_degree": avatar.sh_degree}
     if avatar.folder_sh_degree is not None:
         report.facts["gaussians"]["sh_degree_of_the_file"] = avatar.folder_sh_degree
@@ -224,21 +218,20 @@ def _avatar(report: Report, head: HeadModel | None) -> None:
     if avatar.params is not None:
         report.facts["frames"] = avatar.params.num_frames
     elif report.path.is_dir():
-        report.problems.append(Problem(f"has no {PARAMETERS_NAME}: whose head it is, is not known", is_error=False))
+        report.problems.append(warning(f"has no {PARAMETERS_NAME}, so the shape of the head is unknown"))
 
 
 def _many(report: Report, head: HeadModel | None) -> None:
     folders = _subjects_in(report.path)
-    by_id: dict[str, list[str]] = {}
+    ids = []
     for folder in folders:
         try:
-            by_id.setdefault(Subject.open(folder).avatar_id, []).append(folder.name)
+            ids.append((Subject.open(folder).avatar_id, folder.name))
         except ValueError as error:
             report.problems.append(Problem(str(error)))
-    for avatar_id, names in by_id.items():
-        if len(names) > 1:
-            text = f"{', '.join(names)} have one id, {avatar_id!r}; give each its own in {METADATA_NAME}"
-            report.problems.append(Problem(text))
+    for avatar_id, names in shared_ids(ids).items():
+        text = f"{', '.join(names)} have one id, {avatar_id!r}; give each its own in {METADATA_NAME}"
+        report.problems.append(Problem(text))
     forms = Counter(form for folder in folders if (form := recognize(folder)) is not None)
     report.facts["folders"] = len(folders)
     report.facts["avatars"] = sum(_has_avatar(folder) for folder in folders)
@@ -264,11 +257,9 @@ def _head(report: Report, head: HeadModel | None) -> None:
 def _corpus(report: Report, head: HeadModel | None) -> None:
     corpus = load_corpus(report.path)
     for configuration in CONFIGURATIONS:
-        shards = [shard for shard in corpus.manifest["shards"] if shard["configuration"] == configuration]
-        rows: Counter[str] = Counter()
-        for shard in shards:
-            rows[shard["split"]] += shard["rows"]
-        report.facts[configuration] = {"shards": len(shards), **rows}
+        shards = {split: shards_of(corpus.manifest, configuration, split) for split in corpus.splits}
+        rows = {split: sum(shard["rows"] for shard in own) for split, own in shards.items() if own}
+        report.facts[configuration] = {"shards": sum(map(len, shards.values())), **rows}
     tokenizer = corpus.tokenizer
     report.facts["tokenizer"] = {"n_bins": tokenizer.n_bins, "n_faces": tokenizer.n_faces}
 
@@ -285,10 +276,8 @@ def _model(report: Report, head: HeadModel | None) -> None:
     config = read_json(report.path / "config.json")
     report.facts["model_type"] = config.get("model_type", "unknown")
     weights = sorted(report.path.glob("*.safetensors"))
-    report.facts["weights"] = {
-        "files": len(weights),
-        "megabytes": round(sum(each.stat().st_size for each in weights) / 1e6, 1),
-    }
+    size = sum(each.stat().st_size for each in weights)
+    report.facts["weights"] = {"files": len(weights), "megabytes": round(size / 1e6, 1)}
     if not weights:
         report.problems.append(Problem("has a config.json, but no weights (*.safetensors)"))
 

@@ -1,8 +1,7 @@
-"""What `inspect` says of files of world-space Gaussians, as this toolkit exports them and splat viewers open them.
+"""What `inspect` says of files of world-space Gaussians, which this toolkit exports for splat viewers.
 
-PLY of 3D Gaussian Splatting, SuperSplat's compressed PLY and antimatter15's `.splat`: how many Gaussians, of which SH
-degree, and the box that holds their centers, in meters. A file that is cut short, or that holds what is no number, is a
-ValueError.
+PLY of 3D Gaussian Splatting, SuperSplat's compressed PLY and antimatter15's `.splat`: the number of Gaussians, their SH
+degree, and the box around their centers, in meters. ValueError for a file that is cut short or holds NaN or Inf.
 """
 
 import re
@@ -20,7 +19,7 @@ CHUNK_NAMES = [f"{end}_{axis}" for end in ("min", "max") for axis in "xyz"]
 
 
 def ply_header(path: Path) -> str:
-    """The header of a PLY up to its `end_header`; what there is if it has none."""
+    """The header of a PLY up to its `end_header`, or its first bytes if it has none."""
     with open(path, "rb") as file:
         start = file.read(MAX_HEADER_BYTES)
     return start.split(b"end_header")[0].decode("ascii", "replace")

@@ -1,6 +1,6 @@
-"""Appearance of synthetic subjects: which hair, beard and colors a person has, and what color each point of it gets.
+"""Appearance of synthetic subjects: hair, beard and colors of a subject, and the color of each of its points.
 
-Drawn from a random generator, in proportions that look like a crowd. Colors come with light baked in (Lambert's law
+Drawn from a random generator with natural frequencies. Colors come with light baked in (Lambert's law
 and darker depths of hair), as a fit with spherical harmonics of degree 0 would have them.
 """
 
@@ -29,7 +29,7 @@ LIGHT = np.array((0.30, 0.55, 0.78)) / np.linalg.norm((0.30, 0.55, 0.78))
 
 @dataclass(frozen=True, eq=False)
 class Appearance:
-    """What a subject looks like, besides its shape; colors are RGB in 0..1, lengths meters."""
+    """What a subject looks like, apart from its shape; colors are RGB in 0..1, lengths meters."""
 
     hair_style: str
     beard_style: str
@@ -48,7 +48,7 @@ class Appearance:
 
 
 def draw_appearance(rng: np.random.Generator) -> Appearance:
-    """Random looks; always the same number of draws."""
+    """A random appearance; the number of draws is always the same."""
     hair_style = str(rng.choice(list(HAIR_STYLES), p=list(HAIR_STYLES.values())))
     beard_style = str(rng.choice(list(BEARD_STYLES), p=list(BEARD_STYLES.values())))
     tone = rng.uniform(0, len(SKINS) - 1)
@@ -107,7 +107,7 @@ def colors_of(
     light = 0.62 + 0.45 * np.maximum(normal @ LIGHT, 0) - 0.12 * weights["neck"]
     if "mouth_depth" in weights:
         inside = _mix(_mix(CAVITY, TONGUE, weights["tongue"]), TEETH, weights["teeth"])
-        # Little light comes in, and less the deeper.
+        # The deeper, the darker.
         colors = _mix(colors, inside * (1 - 0.6 * weights["mouth_depth"])[:, None], weights["mouth_interior"])
     colors = colors * light[:, None]
     eyes = np.broadcast_to(SCLERA, normal.shape)

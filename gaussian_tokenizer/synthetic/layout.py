@@ -1,10 +1,10 @@
-"""Which faces of a head carry points, and how many: the part of a synthetic subject that is the same for everybody.
+"""Which faces of a head carry points, and how many: the part of a synthetic subject that is the same for all subjects.
 
-Every face belongs to one zone (skin, nose, lips, hair, ...), found from the regions of the head model; a zone that a
-head does not have is absent. Points are dense where detail is. A face carries none, or 4 to 15 (the bounds of the
-paper's fit); the occupied faces of a zone are the first of a farthest-point order, evenly spread for any number of
-them. Nothing here is random or depends on the person, besides which hair and beard there is: two subjects have their
-points on the same faces at the same barycentric coordinates, and differ in where those faces are.
+Every face belongs to one zone (skin, nose, lips, hair, ...), found from the regions of the head model; zones that a head
+lacks are empty. Points are dense where detail is. A face carries none, or 4 to 15 (the bounds of the paper's fit); the
+occupied faces of a zone are the first of a farthest-point order, evenly spread for any number of them. Nothing here is
+random or depends on the subject, except on the styles of hair and beard: subjects have their points on the same faces at
+the same barycentric coordinates, and differ in where those faces are.
 """
 
 import functools
@@ -35,16 +35,16 @@ ZONES = {
 }
 HAIR = {"bald": ZONES["scalp"], "short": (1.45, 8), "curly": (1.6, 11), "long": (1.75, 13)}
 BEARD = {"none": ZONES["beard"], "stubble": (2.0, 6), "short": (2.5, 8), "full": (3.0, 11)}
-# The subject that has exactly the number of points asked for: between the extremes, not a person of its own.
+# Relative density of the average subject, which has exactly the number of points asked for.
 REFERENCE = {"scalp": 1.43, "beard": 2.3}
 # How much denser than plain skin, where every face carries points.
 DENSER = {"brows": 3, "eyelids": 3, "lips": 4, "eyes": 4, "iris": 9, "beard": 1.5, "teeth": 2}
 DENSER_HAIR = {"bald": 1, "short": 1.5, "curly": 2.5, "long": 3}
-# Skin hides what is behind it, so it must have no holes: next to faces without points its points are wider, by so many
-# meters at most. What is in the mouth must not show through the lips: it is no wider than so.
+# Skin hides what is behind it, so it must have no holes: next to faces without points its points are wider, by up to
+# CLOSING meters. Points in the mouth must not show through the lips: they are at most WIDEST_INSIDE meters wide.
 CLOSED, CLOSING = ("skin", "neck", "nose", "beard"), 0.002
 INSIDE, WIDEST_INSIDE = ("mouth_interior", "teeth", "tongue"), 0.006
-JAW_OPENING = 0.3  # radians, as far as a random timestep opens the jaw and as far as closed zones stay closed
+JAW_OPENING = 0.3  # radians: the most a random timestep opens the jaw, and up to which closed zones stay closed
 LOOKING_FORWARD = 0.35  # faces of an eyeball whose normal has a smaller z are behind the lids
 FULL_HEAD_POINTS = 26_000
 
@@ -71,8 +71,8 @@ class FaceLayout:
 def face_layout(head: HeadModel) -> FaceLayout:
     """The zones of `head`.
 
-    The region `eyes` hides faces (turned away). `mouth_interior` hides all that touch it on a head that does not say
-    which of it are `teeth`: nobody could color them.
+    Faces of `eyes` that look backwards never carry points. Nor do those that touch `mouth_interior` on a head without
+    `teeth`, because their colors are unknown.
     """
     faces, template = head.faces.cpu().numpy(), head.template.cpu().numpy().astype(np.float64)
     corners = template[faces]
@@ -124,7 +124,7 @@ def sparse_counts(
         mean = max(per_face * min_points_per_face / MIN_POINTS_PER_FACE, wanted / len(faces))
         relative = np.sqrt(layout.areas[faces] / layout.areas[faces].mean())
         on_face = np.clip(np.round(mean * relative), min_points_per_face, MAX_POINTS_PER_FACE).astype(np.int64)
-        # Whole faces, as near to the wanted number as they come; at least two where there is a left and a right to see.
+        # Whole faces, as close to the wanted number as possible; at least two where left and right are visible.
         fewest = 1 if zone in INSIDE else 2
         occupied = max(fewest, int(np.searchsorted(np.cumsum(on_face) - on_face / 2, wanted)))
         counts[faces[:occupied]] = on_face[:occupied]
@@ -142,9 +142,8 @@ def dense_counts(layout: FaceLayout, spacing: float, hair: str) -> np.ndarray:
 def spacings(layout: FaceLayout, counts: np.ndarray) -> np.ndarray:
     """(F,) meters that each point of a face with `counts` (F,) points has to fill, 0 on a face without points.
 
-    It is the distance of the points if those of a zone lay evenly on all of it, or at least on their face. They do not,
-    as a face has none or several: on skin the points nearest to a face without any fill this too, at rest and with the
-    jaw open.
+    The distance between points that are spread evenly over their zone, or at least over their face. As a face has either
+    none or several points, on skin those nearest to a face without points fill that face too, at rest and with the jaw open.
     """
     result = np.zeros(layout.n_faces)
     for zone, faces in layout.order.items():
@@ -184,7 +183,7 @@ def _faces_of(mask: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 
 def _farthest_point_order(points: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """`chosen` indices, from the middle-most on always the one farthest from those before (Gonzalez 1985)."""
+    """`chosen` indices from the most central on, each the farthest from those before (Gonzalez 1985)."""
     if len(chosen) == 0:
         return chosen
     points = points[chosen]

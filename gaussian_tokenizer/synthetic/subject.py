@@ -1,14 +1,14 @@
-"""Synthetic subjects: complete avatars of subjects who do not exist, a function of a head model and a seed.
+"""Synthetic subjects: complete avatars of people who do not exist, a function of a head model and a seed.
 
-A seed gives an identity (the head's shape directions, normally distributed) and looks (skin, hair, beard, brows, eyes,
-lips). Gaussians are laid on the canonical head where `synthetic_layout` says; hair and beard are lifted off the skin
-into a smooth volume, long hair falls. The same recipe with more points is what an image shows, at rest or in another
-moment. There is no noise per point: whoever sees shape, hair and beard can know where every point is. Light is baked
-into the colors.
+A seed gives an identity (normally distributed coefficients of the shape basis) and an appearance (skin, hair, beard, brows,
+eyes, lips). Gaussians are placed on the canonical head where `layout` says; hair and beard are lifted off the skin into a
+smooth volume, long hair falls. Portraits show the same subject with more points, at rest or at another timestep. There is no
+noise per point: shape, hair and beard determine where every point is. Light is baked into the colors.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ from gaussian_tokenizer.synthetic.layout import (
 SHAPE_LIMIT = 2.5  # standard deviations
 ROUNDING = 0.7  # of Phong tessellation: 0 keeps the flat faces, 1 the full tangent planes
 OPACITY = 0.98
-WIDTH, DENSE_WIDTH = 0.85, 0.75  # of a Gaussian (one standard deviation), relative to the distance of the points
-# How far a random moment goes at most: axis-angle of the neck (nod, turn, tilt) and of the eyes, radians.
+WIDTH, DENSE_WIDTH = 0.85, 0.75  # standard deviation of a Gaussian, relative to the distance of the points
+# Largest turns of a random timestep: axis-angle of the neck (nod, turn, tilt) and of the eyes, radians.
 NECK_TURN, GAZE = np.array((0.15, 0.3, 0.08)), np.array((0.15, 0.3, 0.0))
 EXPRESSIONS_AT_ONCE = 3
 COLORED_REGIONS = (
@@ -53,7 +53,7 @@ FLAT = 0.25  # thickness of a Gaussian on the skin, relative to its width
 
 @dataclass(frozen=True, eq=False)
 class SyntheticSubject:
-    """A person who does not exist: `avatar` has its head model attached and parameters of one neutral frame."""
+    """`avatar` has the head model attached and the parameters of one neutral frame."""
 
     appearance: Appearance
     head: HeadModel
@@ -72,131 +72,136 @@ def synthesize_subject(
 
     `num_points` is the number of Gaussians of a subject with average hair and beard (None: by the number of faces of
     the head, see `default_num_points`); the subject's own is up to a sixth more or less. Regions that the head lacks
-    (no `scalp`: no hair) are left out. `identity_scale` multiplies the identity: 1 is a crowd, 2 a crowd of caricatures.
+    (no `scalp`: no hair) are left out. `identity_scale` multiplies the identity: 1 gives natural heads, 2 caricatures.
     An occupied face has at least `min_points_per_face` points.
     """
     if num_points is not None and num_points < 1:
         raise ValueError(f"{num_points} points asked for; expected at least 1")
     rng = np.random.default_rng(seed)
     appearance = draw_appearance(rng)
-    # After the appearance, so that one seed looks alike on head models with any number of shape directions.
+    # After the appearance, so that a seed has the same appearance on head models with any number of shape directions.
     shape = identity_scale * np.clip(rng.standard_normal(head.n_shape), -SHAPE_LIMIT, SHAPE_LIMIT)
     params = HeadParameters.zeros(head.n_shape, head.n_expression)
     params.shape.copy_(torch.from_numpy(shape))
-    layout = face_layout(head)
     num_points = default_num_points(head.n_faces) if num_points is None else num_points
-    counts = sparse_counts(layout, num_points, appearance.hair_style, appearance.beard_style, min_points_per_face)
-    return SyntheticSubject(appearance, head, params, _anchored(head, params, appearance, layout, counts, WIDTH))
+    counts = sparse_counts(
+        face_layout(head), num_points, appearance.hair_style, appearance.beard_style, min_points_per_face
+    )
+    return SyntheticSubject(appearance, head, params, _build_avatar(head, params, appearance, counts, WIDTH))
 
 
 def portrait_avatar(subject: SyntheticSubject, spacing: float) -> GaussianAvatar:
-    """The subject with a point every `spacing` meters or closer, a closed surface: what a portrait shows."""
-    layout = face_layout(subject.head)
-    counts = dense_counts(layout, spacing, subject.appearance.hair_style)
-    return _anchored(subject.head, subject.params, subject.appearance, layout, counts, DENSE_WIDTH)
+    """The subject as portraits show it: a closed surface with a point at least every `spacing` meters."""
+    counts = dense_counts(face_layout(subject.head), spacing, subject.appearance.hair_style)
+    return _build_avatar(subject.head, subject.params, subject.appearance, counts, DENSE_WIDTH)
 
 
 def draw_timesteps(subject: SyntheticSubject, num_timesteps: int, seed: int | Sequence[int]) -> HeadParameters:
-    """Head parameters of so many timesteps: at rest first, then random expressions and small turns of neck, jaw and eyes."""
+    """Head parameters: at rest first, then random expressions and small turns of neck, jaw and eyes."""
     rng = np.random.default_rng(seed)
     n_expression = subject.head.n_expression
-    moments = replace(
+    motion = replace(
         HeadParameters.zeros(subject.head.n_shape, n_expression, num_timesteps), shape=subject.params.shape.clone()
     )
     for timestep in range(1, num_timesteps):
         chosen = rng.choice(n_expression, min(EXPRESSIONS_AT_ONCE, n_expression), replace=False)
-        moments.expr[timestep, chosen] = torch.from_numpy(rng.uniform(0.3, 1.0, len(chosen))).float()
+        motion.expr[timestep, chosen] = torch.from_numpy(rng.uniform(0.3, 1.0, len(chosen))).float()
         turns = rng.uniform(-1, 1, 3) * NECK_TURN, (max(0.0, rng.uniform(-1, 1)) * JAW_OPENING, 0.0, 0.0)
         gaze = rng.uniform(-1, 1, 3) * GAZE
-        for pose, turn in zip((moments.neck_pose, moments.jaw_pose, moments.eyes_pose), (*turns, (*gaze, *gaze))):
+        for pose, turn in zip((motion.neck_pose, motion.jaw_pose, motion.eyes_pose), (*turns, (*gaze, *gaze))):
             pose[timestep] = torch.tensor(np.asarray(turn), dtype=torch.float32)
-    return moments
+    return motion
 
 
-def _anchored(
-    head: HeadModel,
-    params: HeadParameters,
-    appearance: Appearance,
-    layout: FaceLayout,
-    counts: np.ndarray,
-    width: float,
+class _Points(NamedTuple):
+    """N points on the skin of a canonical head; arrays of length N."""
+
+    faces: np.ndarray
+    skin: np.ndarray  # (N, 3) meters
+    normals: np.ndarray  # (N, 3)
+    weights: dict[str, np.ndarray]  # by region, see `appearance.colors_of`
+    waves: np.ndarray  # slow variation of hair and beard, -1..1
+    depth: np.ndarray  # in the volume of hair or beard, 0..1
+    along: np.ndarray  # position along the strand, 0..1
+
+
+def _build_avatar(
+    head: HeadModel, params: HeadParameters, appearance: Appearance, counts: np.ndarray, width: float
 ) -> GaussianAvatar:
-    """The avatar with `counts` (F,) points on every face."""
-    faces, gaussians = _dress(head, params, appearance, layout, counts, width)
-    frames = face_frames(head.canonical_vertices(params), head.faces)
+    """The avatar with `counts` (F,) points on the faces, Gaussians `width` times as wide as the points are apart."""
+    layout, vertices = face_layout(head), head.canonical_vertices(params)
+    points = _points_on_skin(head, vertices, appearance, layout, counts)
+    offsets = np.zeros_like(points.skin)
+    for name, thickness, lift in (
+        ("scalp", appearance.hair_thickness, _hair_offsets),
+        ("beard", appearance.beard_thickness, _beard_offsets),
+    ):
+        region = head.regions.get(name)
+        if thickness and region is not None and region.any():
+            offsets += lift(appearance, points, vertices[region].double().numpy())
+    length = np.linalg.norm(offsets, axis=1)
+    lifted, hanging = smoothstep(length / 0.006), smoothstep((length - 0.03) / 0.05)
+    relative = np.stack((1 + 0.5 * lifted + 0.8 * hanging, FLAT + (0.8 - FLAT) * lifted, 1 + 0.2 * lifted), 1)
+    widths = width * spacings(layout, counts)[points.faces]
+    colors = colors_of(appearance, points.weights, points.normals, points.waves, points.depth)
+    faces, frames = torch.from_numpy(points.faces), face_frames(vertices, head.faces)
+    scales = torch.from_numpy(widths[:, None] * relative).float()
+    quats = matrix_to_quaternion(torch.from_numpy(_axes(points.normals))).float()
     return GaussianAvatar(
-        positions=world_to_local(gaussians["positions"], faces, frames),
+        positions=world_to_local(torch.from_numpy(points.skin + offsets).float(), faces, frames),
         faces=faces,
-        sh=((gaussians["colors"] - 0.5) / SH_DC)[:, None],
-        opacities=gaussians["opacities"].logit(),
-        scales=world_to_local_log_scales(gaussians["scales"].log(), faces, frames),
-        quats=world_to_local_quats(gaussians["quats"], faces, frames),
+        sh=((torch.from_numpy(colors).float() - 0.5) / SH_DC)[:, None],
+        opacities=torch.full((len(faces),), OPACITY).logit(),
+        scales=world_to_local_log_scales(scales.log(), faces, frames),
+        quats=world_to_local_quats(quats, faces, frames),
         params=params,
     ).with_head(head)
 
 
-def _dress(
-    head: HeadModel,
-    params: HeadParameters,
-    appearance: Appearance,
-    layout: FaceLayout,
-    counts: np.ndarray,
-    width: float,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Faces (N,) and world-space Gaussians on the canonical head, `counts` (F,) on every face; float32."""
+def _points_on_skin(
+    head: HeadModel, canonical: torch.Tensor, appearance: Appearance, layout: FaceLayout, counts: np.ndarray
+) -> _Points:
+    """`counts` (F,) points on the faces of a head with vertices `canonical` (V, 3)."""
     faces, index, barycentrics = points_of_faces(counts)
     corners = head.faces.numpy()[faces]  # (N, 3)
-    on_head = head.canonical_vertices(params)
-    vertices, vertex_normals = on_head.double().numpy(), head.normals(on_head).double().numpy()
-    masks = {name: mask.numpy() for name, mask in head.regions.items()}
+    vertices, vertex_normals = canonical.double().numpy(), head.normals(canonical).double().numpy()
 
     def at_points(per_vertex: np.ndarray) -> np.ndarray:
         return np.einsum("nc,nc...->n...", barycentrics, per_vertex[corners])
 
-    def region(name: str) -> np.ndarray:
-        """(N,) 1 inside a region, 0 outside or where the head has none, a soft border between."""
-        return (
-            smoothstep((at_points(masks[name].astype(float)) - 0.25) / 0.5) if name in masks else np.zeros(len(faces))
-        )
-
-    weights = {name: region(name) for name in COLORED_REGIONS}
-    weights["brows"] = smoothstep(2 * weights["brows"] - 1)  # a thin thing, also where the triangles are large
-    weights["beard"] *= 1 - weights["lips"]
-    if "iris" in masks:
-        weights["iris_distance"] = _iris_distance(head.template.double().numpy(), masks["iris"], at_points)
-    if "mouth_interior" in masks:
-        forward = head.template[:, 2].double().numpy()
-        low, high = (bound(forward[masks["mouth_interior"]]) for bound in (np.min, np.max))
-        weights["mouth_depth"] = np.clip((high - at_points(forward)) / (high - low), 0, 1)
-    normal = _normalized(at_points(vertex_normals))
     # The walls of the mouth stay on their triangles: at the lips their normals are those of the skin.
     rounding = ROUNDING * (layout.zone[faces] != layout.zones.index("mouth_interior"))
     skin = _rounded_surface(vertices, vertex_normals, corners, barycentrics, rounding)
-    # Position in the volume of hair or beard: how deep, and how far along the strand. Even over the points of a face
-    # and over the faces, and like all else the same for everybody.
-    depth = (0.5 + index * 0.6180339887498949 + faces * 0.7548776662466927) % 1
-    along = (0.5 + index * 0.8191725133961645 + faces * 0.5698402909980532) % 1
-    waves = np.sin(skin @ appearance.wave_vectors.T + appearance.wave_phases).mean(1)
-    offsets = np.zeros_like(skin)
-    if appearance.hair_thickness and masks.get("scalp", np.zeros(1)).any():
-        offsets += _hair_offsets(
-            appearance, skin, normal, weights["scalp"], vertices[masks["scalp"]], waves, depth, along
-        )
-    if appearance.beard_thickness and masks.get("beard", np.zeros(1)).any():
-        offsets += _beard_offsets(appearance, skin, normal, weights["beard"], vertices[masks["beard"]], waves, depth)
+    return _Points(
+        faces=faces,
+        skin=skin,
+        normals=_normalized(at_points(vertex_normals)),
+        weights=_region_weights(head, at_points, len(faces)),
+        waves=np.sin(skin @ appearance.wave_vectors.T + appearance.wave_phases).mean(1),
+        # Even over the points of a face and over the faces, and the same for all subjects.
+        depth=(0.5 + index * 0.6180339887498949 + faces * 0.7548776662466927) % 1,
+        along=(0.5 + index * 0.8191725133961645 + faces * 0.5698402909980532) % 1,
+    )
 
-    lift = np.linalg.norm(offsets, axis=1)
-    lifted, hanging = smoothstep(lift / 0.006), smoothstep((lift - 0.03) / 0.05)
-    widths = width * spacings(layout, counts)[faces]
-    relative = np.stack((1 + 0.5 * lifted + 0.8 * hanging, FLAT + (0.8 - FLAT) * lifted, 1 + 0.2 * lifted), 1)
-    arrays = {
-        "positions": skin + offsets,
-        "scales": widths[:, None] * relative,
-        "quats": matrix_to_quaternion(torch.from_numpy(_axes(normal))).numpy(),
-        "opacities": np.full(len(faces), OPACITY),
-        "colors": colors_of(appearance, weights, normal, waves, depth),
-    }
-    return torch.from_numpy(faces), {name: torch.from_numpy(array).float() for name, array in arrays.items()}
+
+def _region_weights(
+    head: HeadModel, at_points: Callable[[np.ndarray], np.ndarray], num_points: int
+) -> dict[str, np.ndarray]:
+    """(N,) by region: 1 inside, 0 outside or if the head lacks the region, with a soft border."""
+    masks = {name: mask.numpy() for name, mask in head.regions.items()}
+    weights = {name: np.zeros(num_points) for name in COLORED_REGIONS}
+    for name in masks.keys() & weights.keys():
+        weights[name] = smoothstep((at_points(masks[name].astype(float)) - 0.25) / 0.5)
+    weights["brows"] = smoothstep(2 * weights["brows"] - 1)  # thin, even where the triangles are large
+    weights["beard"] *= 1 - weights["lips"]
+    template = head.template.double().numpy()
+    if "iris" in masks:
+        weights["iris_distance"] = _iris_distance(template, masks["iris"], at_points)
+    if "mouth_interior" in masks:
+        forward = template[:, 2]
+        low, high = (bound(forward[masks["mouth_interior"]]) for bound in (np.min, np.max))
+        weights["mouth_depth"] = np.clip((high - at_points(forward)) / (high - low), 0, 1)
+    return weights
 
 
 def _rounded_surface(
@@ -209,28 +214,20 @@ def _rounded_surface(
     return flat + rounding[:, None] * np.einsum("nc,nc,nci->ni", barycentrics, heights, n)
 
 
-def _hair_offsets(
-    appearance: Appearance,
-    roots: np.ndarray,
-    normal: np.ndarray,
-    scalp: np.ndarray,
-    scalp_vertices: np.ndarray,
-    waves: np.ndarray,
-    depth: np.ndarray,
-    along: np.ndarray,
-) -> np.ndarray:
-    """(N, 3) from the root of each point to where it is in the hair."""
+def _hair_offsets(appearance: Appearance, points: _Points, scalp: np.ndarray) -> np.ndarray:
+    """(N, 3) from the root of each point to its place in the hair; `scalp` (K, 3) are the vertices of the scalp."""
+    roots, weight = points.skin, points.weights["scalp"]
     roughness = 0.7 if appearance.hair_style == "curly" else 0.35
-    lift = appearance.hair_thickness * scalp * (1 + roughness * waves) * (0.3 + 0.7 * depth)
-    offsets = lift[:, None] * _normalized(normal + np.array((0, 0.35, 0)))
+    lift = appearance.hair_thickness * weight * (1 + roughness * points.waves) * (0.3 + 0.7 * points.depth)
+    offsets = lift[:, None] * _normalized(points.normals + np.array((0, 0.35, 0)))
     if appearance.hair_style != "long":
         return offsets
     # The lower a root and the farther from the forehead, the farther its hair falls.
-    low, high = scalp_vertices.min(0), scalp_vertices.max(0)
+    low, high = scalp.min(0), scalp.max(0)
     middle, radius = (low + high) / 2, (high - low) / 2
     from_front = np.arctan2(np.abs(roots[:, 0]), roots[:, 2] - middle[2])
-    falls = smoothstep((from_front - 0.75) / 0.7) * smoothstep((high[1] - roots[:, 1]) / (1.4 * radius[1])) * scalp
-    drop = appearance.hair_length * along * falls
+    falls = smoothstep((from_front - 0.75) / 0.7) * smoothstep((high[1] - roots[:, 1]) / (1.4 * radius[1])) * weight
+    drop = appearance.hair_length * points.along * falls
     offsets[:, 1] -= drop
     # Outside the neck: what has fallen hangs from the widest outline of the skull.
     sideways = (roots + offsets - middle)[:, [0, 2]] / (radius[[0, 2]] + 0.5 * appearance.hair_thickness)
@@ -239,20 +236,13 @@ def _hair_offsets(
     return offsets
 
 
-def _beard_offsets(
-    appearance: Appearance,
-    roots: np.ndarray,
-    normal: np.ndarray,
-    beard: np.ndarray,
-    beard_vertices: np.ndarray,
-    waves: np.ndarray,
-    depth: np.ndarray,
-) -> np.ndarray:
-    """(N, 3) from the skin into the beard, longest at the chin."""
-    low, high = beard_vertices[:, 1].min(), beard_vertices[:, 1].max()
-    length = 0.5 + 0.9 * smoothstep((high - roots[:, 1]) / max(high - low, 1e-6))
-    lift = appearance.beard_thickness * beard * length * (1 + 0.35 * waves) * (0.3 + 0.7 * depth)
-    return lift[:, None] * _normalized(normal + np.array((0, -0.5, 0.15)))
+def _beard_offsets(appearance: Appearance, points: _Points, beard: np.ndarray) -> np.ndarray:
+    """(N, 3) from the skin into the beard, longest at the chin; `beard` (K, 3) are the vertices of the beard."""
+    low, high = beard[:, 1].min(), beard[:, 1].max()
+    length = 0.5 + 0.9 * smoothstep((high - points.skin[:, 1]) / max(high - low, 1e-6))
+    lift = appearance.beard_thickness * points.weights["beard"] * length
+    lift = lift * (1 + 0.35 * points.waves) * (0.3 + 0.7 * points.depth)
+    return lift[:, None] * _normalized(points.normals + np.array((0, -0.5, 0.15)))
 
 
 def _iris_distance(template: np.ndarray, iris: np.ndarray, at_points: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

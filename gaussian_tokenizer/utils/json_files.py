@@ -1,4 +1,4 @@
-"""JSON objects from anywhere: whatever is wrong with a file is one ValueError that names it."""
+"""JSON objects in files. Files are untrusted: whatever is wrong with one is a ValueError that names it."""
 
 import json
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError that names the file if it is none, or nested too deep to be read."""
+    """The JSON object in a file; ValueError that names the file if it is not one, or too deeply nested to parse."""
     return parse_json(path.read_bytes(), path)
 
 
 def parse_json(content: str | bytes, where: object) -> dict[str, Any]:
-    """As `read_json`, of what is already read from `where`."""
+    """As `read_json`, for the content of the file `where`."""
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -23,4 +23,9 @@ def parse_json(content: str | bytes, where: object) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(content), encoding="utf-8")
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """Indented JSON with a final line break, in UTF-8."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

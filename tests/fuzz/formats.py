@@ -19,7 +19,7 @@ from gaussian_tokenizer.captures.subject import Subject
 from gaussian_tokenizer.corpus import validation
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.heads import flame
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

@@ -25,7 +25,7 @@ HEAD = build_procedural_head(600)
 
 @pytest.fixture(scope="module")
 def avatar_path(tmp_path_factory):
-    """A person with short hair, 400 points."""
+    """A subject with short hair, 400 points."""
     path = tmp_path_factory.mktemp("subject") / "avatar.safetensors"
     synthesize_subject(HEAD, (0, 5)).avatar.save(path)
     return path

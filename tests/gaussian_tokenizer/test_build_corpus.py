@@ -20,10 +20,11 @@ from PIL import Image
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.build_corpus import main
-from gaussian_tokenizer.captures.subject import Frame, Subject, write_subject
+from gaussian_tokenizer.captures.frame import Frame
+from gaussian_tokenizer.captures.subject import Subject, write_subject
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus, staging_folder, tokenizer_fingerprint
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.corpus.validation import validate
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
@@ -408,7 +409,7 @@ def test_only_words_say_license_and_consent(tmp_path, said):
     folder = make_subjects(tmp_path / "subjects", 4)
     make_subject(folder / "s3", 3, **said)
     [name] = said
-    assert getattr(Subject.open(folder / "s3"), name) == "unknown"
+    assert getattr(Subject.open(folder / "s3").about, name) == "unknown"
     with pytest.raises(
         ValueError, match=r"1 without license or consent in metadata.json: s3; .*--allow_unknown_license"
     ):
@@ -445,7 +446,7 @@ def test_the_command_builds_counts_and_checks(subjects, tmp_path, capsys):
     output = tmp_path / "corpus"
     assert main(command(subjects, output)) == 0
     assert "train: 7 subjects, 14 frames, 350 points, 1,414 tokens, 0 points out of bounds" in capsys.readouterr().out
-    assert main(["stats", str(output), "--image", str(tmp_path / "h.png")]) == 0
+    assert main(["stats", str(output), "--plot", str(tmp_path / "h.png")]) == 0
     assert "points a subject         min 50, median 50, max 50" in capsys.readouterr().out
     assert Image.open(tmp_path / "h.png").format == "PNG"
     assert main(["validate", str(output)]) == 0
@@ -504,7 +505,7 @@ def test_a_failed_upload_is_one_line_and_the_corpus_stays(subjects, tmp_path, ca
 def test_help_names_options_and_commands(capsys):
     for words, names in (
         (["--help"], ("--num_proc", "validate CORPUS")),
-        (["stats", "--help"], ("--page", "--image")),
+        (["stats", "--help"], ("--page", "--plot")),
     ):
         with pytest.raises(SystemExit):
             main(words)

@@ -17,12 +17,12 @@ from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.captures.subject import find_subjects
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import staging_folder
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
-from gaussian_tokenizer.synthesize import LOCK_NAME, RECIPE, main, synthesize
-from gaussian_tokenizer.synthetic.source import SyntheticSource
+from gaussian_tokenizer.synthesize import LOCK_NAME, main, synthesize
+from gaussian_tokenizer.synthetic.source import SyntheticSettings, SyntheticSource
 from gaussian_tokenizer.synthetic.subject import synthesize_subject
 from gaussian_tokenizer.utils.locks import exclusive
 
@@ -55,12 +55,12 @@ def test_what_is_written_reads_as_the_same_avatars(written, head):
         for name, tensor in expected.tensors().items():
             assert torch.equal(avatar.tensors()[name], tensor), name
         assert torch.equal(avatar.params.shape, expected.params.shape)
-        assert subject.license == "CC0-1.0"
-        assert subject.consent == "synthetic, no person"
+        assert subject.about.license == "CC0-1.0"
+        assert subject.about.consent == "synthetic, no person"
         assert subject.metadata["head_hash"] == head.hash
 
 
-def test_frames_hold_images_of_every_moment_from_every_camera(written, head):
+def test_frames_hold_images_of_every_timestep_from_every_camera(written, head):
     subject = find_subjects(written)[1]
     frames = subject.frames()
     assert [(frame.timestep, frame.camera) for frame in frames] == [(t, c) for t in (0, 1) for c in (0, 1, 2)]
@@ -164,8 +164,8 @@ SETTINGS = BuildSettings(n_bins=64, num_validation=2, shard_size=4_000, seed=5)
 
 
 def source(count, **changes):
-    recipe = dict(zip(RECIPE, (5, 16, 2, 2, 60, 1.0, 4))) | changes
-    return SyntheticSource(count, recipe)
+    settings = {"seed": 5, "image_size": 16, "views": 2, "timesteps": 2, "num_points": 60} | changes
+    return SyntheticSource(count, SyntheticSettings(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_a_corpus_killed_at_random_moments_keeps_its_subjects_and_ends_with_the_
     assert hashes(output) == hashes(corpus)
 
 
-def test_a_half_made_corpus_of_other_people_is_not_continued(head, tiny_corpus, tmp_path, monkeypatch):
+def test_a_half_made_corpus_of_other_subjects_is_not_continued(head, tiny_corpus, tmp_path, monkeypatch):
     from gaussian_tokenizer.corpus import building
 
     def full(*arguments, **keywords):
@@ -238,7 +238,7 @@ def test_a_half_made_corpus_of_other_people_is_not_continued(head, tiny_corpus, 
 
 
 @pytest.mark.distributed
-def test_the_command_makes_a_corpus_and_says_how_different_its_people_are(corpus, tmp_path, capsys):
+def test_the_command_makes_a_corpus_and_says_how_different_its_subjects_are(corpus, tmp_path, capsys):
     options = ["--views", "2", "--timesteps", "2", "--seed", "5", "--image_size", "16", "--num_points", "60"]
     options += ["--n_bins", "64", "--num_validation", "2", "--shard_size", "4000", "--num_proc", "2"]
     main(["--num_subjects", "6", "--corpus", str(tmp_path / "corpus"), *options])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from gaussian_tokenizer.corpus.building import build
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from training import pretrain
 from training.common.arguments import exit_on_user_error

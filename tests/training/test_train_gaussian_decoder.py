@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from gaussian_tokenizer.corpus.building import build
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from modeling import GaussianDecoder
 from training import train_gaussian_decoder

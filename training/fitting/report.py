@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaussian_tokenizer.avatars.anchoring import points_per_face
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from gaussian_tokenizer.rendering.splatting import render
@@ -53,7 +54,7 @@ def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_images: in
         **figures,
         "n_bins": N_BINS,
         "num_points": len(avatar),
-        "points_per_face": points_per_face(avatar.faces, fit.head.n_faces),
+        "points_per_face": face_stats(avatar.faces, fit.head.n_faces),
         "iterations": state.iteration,
         "scene_extent": fit.extent,
         "num_images": {split: len(indices) for split, indices in fit.tracking.splits.items()},
@@ -65,16 +66,16 @@ def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_images: in
     }
 
 
-def points_per_face(faces: Tensor, n_faces: int) -> dict[str, Any]:
+def face_stats(faces: Tensor, n_faces: int) -> dict[str, Any]:
     """Minimum, median and maximum over the occupied faces, share of empty faces, and faces by their number of points."""
-    counts = faces.bincount(minlength=n_faces).cpu()
-    occupied = counts[counts > 0]
+    histogram = points_per_face(faces.cpu().numpy(), n_faces)
+    occupied = np.repeat(np.arange(len(histogram)), histogram)[histogram[0] :]
     return {
         "min": int(occupied.min()),
         "median": float(np.median(occupied)),
         "max": int(occupied.max()),
         "share_empty": 1 - len(occupied) / n_faces,
-        "histogram": counts.bincount().tolist(),
+        "histogram": histogram.tolist(),
     }
 
 

@@ -41,7 +41,7 @@ def test_another_camera_convention_is_recognized_and_named(
     change_matrices(change_frames, copy_of_tracked, change)
     message = (
         rf"the cameras do not see the head: \d+% of it is in the images; 9\d% would be, were transform_matrix {convention}; "
-        rf"expected is camera-to-world with OpenGL axes .*: {remedy}"
+        rf"expected camera-to-world with OpenGL axes .*: {remedy}"
     )
     with pytest.raises(ValueError, match=message):
         load_tracking(copy_of_tracked, small_head)
@@ -90,7 +90,7 @@ def test_cameras_inside_the_head_are_refused(copy_of_tracked, small_head, change
         return matrix
 
     change_matrices(change_frames, copy_of_tracked, inside)
-    with pytest.raises(ValueError, match=r"16 of 16 cameras looked at stand inside the head, the first is camera 0 at"):
+    with pytest.raises(ValueError, match=r"16 of 16 sampled cameras are inside the head, the first is camera 0 at"):
         load_tracking(copy_of_tracked, small_head)
 
 
@@ -115,7 +115,7 @@ def change_images(folder, change):
 def test_inverted_masks_are_recognized(copy_of_tracked, small_head):
     change_images(copy_of_tracked / "fg_masks", lambda mask: 255 - mask)
     message = (
-        r"the masks \(fg_masks\) are inverted: mean 0.\d\d on the projected head, 0.\d\d around it; expected is white"
+        r"the masks \(fg_masks\) are inverted: mean 0.\d\d on the projected head, 0.\d\d around it; expected white"
     )
     with pytest.raises(ValueError, match=message):
         load_tracking(copy_of_tracked, small_head)
@@ -153,7 +153,7 @@ def test_masks_of_some_images_only_are_refused(copy_of_tracked, small_head, chan
     change_images(copy_of_tracked / "images", lambda image: image[..., :3])
     change_frames(copy_of_tracked, lambda entry: entry.pop("fg_mask_path") if entry["camera_index"] == 1 else None)
     with pytest.raises(
-        ValueError, match=r"masks are missing of \d of 16 images looked at, the first of timestep 0 from"
+        ValueError, match=r"masks are missing for \d of 16 sampled images, the first of timestep 0 from"
     ):
         load_tracking(copy_of_tracked, small_head)
 

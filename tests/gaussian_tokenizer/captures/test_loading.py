@@ -31,14 +31,14 @@ def test_a_synthetic_subject_is_read_as_it_was_made(tracked, small_head):
     assert tracking.timesteps == (0, 1, 2, 3)
     assert [(each.timestep, each.camera) for each in tracking.frames] == [(t, c) for t in range(4) for c in range(6)]
     subject = synthesize_subject(small_head, (3, 0), 60)
-    moments = draw_timesteps(subject, 4, (3, 0, 1))
-    for name, tensor in moments.tensors().items():
+    motion = draw_timesteps(subject, 4, (3, 0, 1))
+    for name, tensor in motion.tensors().items():
         assert torch.equal(tracking.params.tensors()[name], tensor), name
     made = portrait_cameras(small_head, 40, [0, 30, -30, 60, -60, 90])
     read = tracking.cameras(range(6))
     assert (read.width, read.height) == (40, 40)
     assert (read.viewmats - made.viewmats).abs().max() <= 1e-12 and (read.Ks - made.Ks).abs().max() <= 1e-12
-    # The image of a moment, drawn again from what was read, is the image that was read.
+    # The image of a timestep, rendered again from what was read, is the image that was read.
     index = 4 * 3 + 1
     frame = tracking.frames[index]
     avatar = portrait_avatar(subject, PIXELS_BETWEEN_POINTS / float(made.Ks[0, 0, 0]))
@@ -50,13 +50,13 @@ def test_a_synthetic_subject_is_read_as_it_was_made(tracked, small_head):
 
 def test_splits_are_those_of_the_files(copy_of_tracked, small_head):
     tracking = load_tracking(copy_of_tracked, small_head)
-    moments = {
+    keys = {
         name: {(tracking.frames[index].timestep, tracking.frames[index].camera) for index in indices}
         for name, indices in tracking.splits.items()
     }
-    assert moments["train"] == {(t, c) for t in range(3) for c in range(5)}
-    assert moments["val"] == {(t, 5) for t in range(3)}
-    assert moments["test"] == {(3, c) for c in range(6)}
+    assert keys["train"] == {(t, c) for t in range(3) for c in range(5)}
+    assert keys["val"] == {(t, 5) for t in range(3)}
+    assert keys["test"] == {(3, c) for c in range(6)}
     # Whoever splits otherwise is followed; who says nothing gets VHAP's rule.
     path = copy_of_tracked / "transforms_test.json"
     content = json.loads(path.read_text())
@@ -139,7 +139,7 @@ def test_nan_in_a_parameter_is_named(copy_of_tracked, small_head):
         load_tracking(copy_of_tracked, small_head)
 
 
-def test_a_moment_has_one_head(copy_of_tracked, small_head, change_frames):
+def test_a_timestep_has_one_head(copy_of_tracked, small_head, change_frames):
     change_frames(copy_of_tracked, lambda entry: entry.update(flame_param_path="flame_param/00001.npz"), row=2)
     with pytest.raises(ValueError, match=r"timestep 0 has two flame_param files, 00000.npz and 00001.npz"):
         load_tracking(copy_of_tracked, small_head)
@@ -173,12 +173,12 @@ def test_cameras_of_different_images_are_not_one_set(copy_of_tracked, small_head
 def test_trackings_are_found_by_name_and_have_different_ids(tracked, tmp_path, small_head):
     for name in ("b", "a"):
         shutil.copytree(tracked, tmp_path / name)
-        (tmp_path / name / "metadata.json").write_text(json.dumps({"avatar_id": f"person {name}"}))
+        (tmp_path / name / "metadata.json").write_text(json.dumps({"avatar_id": f"subject {name}"}))
     (tmp_path / "notes").mkdir()
     assert find_trackings(tmp_path) == [tmp_path / "a", tmp_path / "b"]
     assert find_trackings(tmp_path / "a") == [tmp_path / "a"]
-    (tmp_path / "b" / "metadata.json").write_text(json.dumps({"avatar_id": "person a"}))
-    with pytest.raises(ValueError, match=r"a, b have one subject id, 'person a'; give each its own in metadata.json"):
+    (tmp_path / "b" / "metadata.json").write_text(json.dumps({"avatar_id": "subject a"}))
+    with pytest.raises(ValueError, match=r"a, b have one subject id, 'subject a'; give each its own in metadata.json"):
         find_trackings(tmp_path)
     with pytest.raises(FileNotFoundError, match="none of its 0 folders is a tracking; expected a VHAP dataset folder"):
         find_trackings(tmp_path / "notes")

@@ -96,7 +96,7 @@ def test_only_the_right_convention_sees_the_head(tracking, small_head, conventio
 
 
 @pytest.mark.parametrize(("count", "cameras", "timesteps"), [(1, 1, 1), (3, 3, 3), (6, 6, 4), (12, 6, 4), (99, 6, 4)])
-def test_a_sample_is_of_many_cameras_and_moments(tracking, small_head, count, cameras, timesteps):
+def test_a_sample_is_of_many_cameras_and_timesteps(tracking, small_head, count, cameras, timesteps):
     samples = sample_frames(tracking, small_head, count)
     assert len(samples) == len({each.frame_index for each in samples}) == min(count, 24)
     assert len({each.frame.camera for each in samples}) == cameras

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.captures.subject import Frame, Subject, find_subjects, write_subject
+from gaussian_tokenizer.captures.frame import Frame
+from gaussian_tokenizer.captures.subject import Subject, find_subjects, write_subject
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
@@ -81,7 +82,7 @@ def test_a_written_subject_is_read_back(tmp_path):
     frames = frames_of(avatar)
     write_subject(tmp_path / "ada", avatar, frames, {"license": "CC0-1.0", "consent": "synthetic", "seed": 3})
     subject = Subject.open(tmp_path / "ada")
-    assert (subject.avatar_id, subject.license, subject.consent) == ("ada", "CC0-1.0", "synthetic")
+    assert (subject.avatar_id, *subject.about[:2]) == ("ada", "CC0-1.0", "synthetic")
     assert subject.metadata["seed"] == 3 and subject.metadata["head_hash"] == HEAD.hash
     loaded = subject.load_avatar(HEAD)
     assert torch.equal(loaded.positions, avatar.positions) and torch.equal(loaded.faces, avatar.faces)
@@ -152,7 +153,7 @@ def test_a_plain_gaussianavatars_folder_is_a_subject_without_frames(tmp_path):
     (tmp_path / "306" / "point_cloud" / "iteration_30" / "metadata.json").unlink()
     (tmp_path / "notes").mkdir()
     [subject] = find_subjects(tmp_path)
-    assert (subject.avatar_id, subject.license, subject.frames()) == ("306", "unknown", [])
+    assert (subject.avatar_id, subject.about.license, subject.frames()) == ("306", "unknown", [])
     assert len(subject.load_avatar(HEAD)) == 12
 
 

@@ -91,7 +91,7 @@ def test_a_image_of_another_size_than_its_camera_is_not_written(tmp_path):
         write_frames(tmp_path, [replace(frame, width=8)])
 
 
-def test_head_parameters_of_several_frames_are_no_moment(tmp_path):
+def test_head_parameters_of_several_frames_are_not_one_timestep(tmp_path):
     [frame] = random_frames(1, 1)
     with pytest.raises(ValueError, match="timestep 0 has head parameters of 3 frames, expected its own 1"):
         write_frames(tmp_path, [replace(frame, params=HeadParameters.zeros(4, 3, 3))])
@@ -99,11 +99,11 @@ def test_head_parameters_of_several_frames_are_no_moment(tmp_path):
 
 @pytest.mark.parametrize(("cameras", "held_out"), [(1, None), (3, 2), (16, 8)])
 def test_the_last_third_of_the_time_is_the_test_and_one_camera_validates(cameras, held_out):
-    moments = [(timestep, camera) for timestep in range(10) for camera in range(cameras)]
-    split = {name: {moments[row] for row in rows} for name, rows in vhap_split(moments).items()}
+    keys = [(timestep, camera) for timestep in range(10) for camera in range(cameras)]
+    split = {name: {keys[row] for row in rows} for name, rows in vhap_split(keys).items()}
     assert split["test"] == {(t, c) for t in (7, 8, 9) for c in range(cameras)}
     assert split["val"] == {(t, c) for t in range(7) for c in range(cameras) if c == held_out}
-    assert split["train"] == set(moments) - split["test"] - split["val"]
+    assert split["train"] == set(keys) - split["test"] - split["val"]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_sequences_with_heads_far_apart_are_a_warning(tracked, tmp_path, small_h
     assert not problem.is_error and "far from the first one's on average (EMO-2" in problem.text
 
 
-def test_a_sequence_of_another_person_does_not_belong_into_a_union(tracked, tmp_path, small_head):
+def test_a_sequence_of_another_subject_does_not_belong_in_a_union(tracked, tmp_path, small_head):
     union = make_union(tmp_path, tracked, shape_offset=3.0)
     with pytest.raises(
         ValueError, match=r"the head of sequence EMO-2 is \d+.\d mm from that of EMO-1 .* another subject"
@@ -146,7 +146,7 @@ def test_a_raw_tracking_sees_the_head_where_the_tracker_did(tmp_path, small_head
             {"focal_length": None},
             "has no focal_length, so its cameras are calibrated .* export a dataset folder with VHAP",
         ),
-        ({"focal_length": np.array([-1.0])}, "focal_length is -1.0, expected more than 0"),
+        ({"focal_length": np.array([-1.0])}, "focal_length is -1.0, expected a number above 0"),
         ({"focal_length": np.zeros(0)}, r"focal_length is float64 \(0,\), expected a number"),
         ({"focal_length": np.array(["2.0"])}, r"focal_length is <U3 \(1,\), expected a number"),
         ({"timestep_id": np.array(["a", "b"])}, "timestep_id names 2 timesteps, expected 4 different plain names"),

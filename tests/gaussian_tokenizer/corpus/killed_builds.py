@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 
 from gaussian_tokenizer.corpus import building
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.synthesize import RECIPE
-from gaussian_tokenizer.synthetic.source import SyntheticSource
+from gaussian_tokenizer.synthetic.source import SyntheticSettings, SyntheticSource
 from gaussian_tokenizer.utils import atomic
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -51,7 +50,7 @@ def build(job: dict) -> dict:
     sys.addaudithook(count)
     source = job["subjects"]
     if isinstance(source, int):
-        source = SyntheticSource(source, dict(zip(RECIPE, (0, 16, 1, 1, 20, 1.0, 4))))
+        source = SyntheticSource(source, SyntheticSettings(image_size=16, num_points=20))
     try:
         settings = BuildSettings(**job["settings"])
         building.build(

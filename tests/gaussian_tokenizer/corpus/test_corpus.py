@@ -15,12 +15,13 @@ from datasets import load_dataset
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
+from gaussian_tokenizer.avatars.anchoring import points_per_face
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.captures.subject import Frame, Subject, write_subject
+from gaussian_tokenizer.captures.frame import Frame
+from gaussian_tokenizer.captures.subject import Subject, write_subject
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
-from gaussian_tokenizer.corpus.planning import BuildSettings
-from gaussian_tokenizer.corpus.schema import points_per_face
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.corpus.validation import validate
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
@@ -251,7 +252,7 @@ def test_folders_that_are_no_corpus_say_what_they_are(tmp_path):
     (tmp_path / ".corpus.partial").mkdir()
     with pytest.raises(FileNotFoundError, match=r"\.corpus\.partial beside it is half-built; run build_corpus again"):
         load_corpus(tmp_path / "corpus")
-    with pytest.raises(FileNotFoundError, match="a corpus in the making"):
+    with pytest.raises(FileNotFoundError, match="an unfinished corpus; run build_corpus again"):
         load_corpus(tmp_path / ".corpus.partial")
     with pytest.raises(FileNotFoundError, match=r"not a corpus, it has no corpus\.json"):
         load_corpus(tmp_path)

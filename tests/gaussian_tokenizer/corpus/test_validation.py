@@ -12,7 +12,7 @@ import pytest
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.build_corpus import main
 from gaussian_tokenizer.corpus.building import build
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.corpus.validation import validate
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 

@@ -229,7 +229,7 @@ def test_no_hair_shows_through_the_cheek_of_a_turned_head(n_faces):
             assert showing(subject, subject.avatar, scalp, cameras, **pose).max() < 0.2, (seed, azimuth, pose)
 
 
-def test_portraits_of_different_people_differ(crowd):
+def test_portraits_of_different_subjects_differ(crowd):
     images = [portrait(subject) for subject in crowd[:8]]
     distances = [np.abs(a - b).mean() for i, a in enumerate(images) for b in images[:i]]
     assert min(distances) > 0.01
@@ -241,15 +241,15 @@ def test_the_camera_turns_to_the_subjects_left(head):
     assert center[2] > 0.7
 
 
-def test_moments_begin_at_rest_and_move_expression_neck_jaw_and_eyes_within_limits(head, crowd):
-    moments = draw_timesteps(crowd[0], 40, seed=1)
-    assert torch.equal(moments.shape, crowd[0].params.shape)
-    for name, value in moments.tensors().items():
+def test_timesteps_begin_at_rest_and_move_expression_neck_jaw_and_eyes_within_limits(head, crowd):
+    motion = draw_timesteps(crowd[0], 40, seed=1)
+    assert torch.equal(motion.shape, crowd[0].params.shape)
+    for name, value in motion.tensors().items():
         if name != "shape":
             assert not value[0].any(), name
-    assert (moments.expr[1:] > 0).sum(1).tolist() == [3] * 39 and moments.expr.max() <= 1
-    assert moments.neck_pose.abs().amax(0).max() <= 0.3 and moments.neck_pose[1:].abs().min() > 0
-    assert 0.1 < moments.jaw_pose[:, 0].max() <= 0.3 and moments.jaw_pose.min() >= 0
-    assert torch.equal(moments.eyes_pose[:, :3], moments.eyes_pose[:, 3:])
+    assert (motion.expr[1:] > 0).sum(1).tolist() == [3] * 39 and motion.expr.max() <= 1
+    assert motion.neck_pose.abs().amax(0).max() <= 0.3 and motion.neck_pose[1:].abs().min() > 0
+    assert 0.1 < motion.jaw_pose[:, 0].max() <= 0.3 and motion.jaw_pose.min() >= 0
+    assert torch.equal(motion.eyes_pose[:, :3], motion.eyes_pose[:, 3:])
     again, other = draw_timesteps(crowd[0], 40, seed=1), draw_timesteps(crowd[0], 40, seed=2)
-    assert torch.equal(moments.expr, again.expr) and not torch.equal(moments.expr, other.expr)
+    assert torch.equal(motion.expr, again.expr) and not torch.equal(motion.expr, other.expr)

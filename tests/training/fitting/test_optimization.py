@@ -23,7 +23,7 @@ from training.fitting.optimization import (
     optimize,
     scene_extent,
 )
-from training.fitting.report import image_metrics, points_per_face, tokenized
+from training.fitting.report import face_stats, image_metrics, tokenized
 
 CPU = torch.device("cpu")
 QUICK = FitSettings(
@@ -114,8 +114,8 @@ def test_what_the_tokenizer_rounds_is_hardly_seen(fitted, tracking):
     assert abs(exact - image_metrics(fit, rounded, tracking.splits["val"])[0]) < 0.3
 
 
-def test_points_per_face_are_counted_over_occupied_faces():
-    counts = points_per_face(torch.tensor([0, 0, 0, 2, 2, 2, 2, 3]), 5)
+def test_face_stats_are_over_occupied_faces():
+    counts = face_stats(torch.tensor([0, 0, 0, 2, 2, 2, 2, 3]), 5)
     assert counts == {
         "min": 1,
         "median": 3.0,

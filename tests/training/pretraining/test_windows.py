@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
-from gaussian_tokenizer.corpus.planning import BuildSettings
+from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic.subject import synthesize_subject
 from training.common.rows import AvatarRows
