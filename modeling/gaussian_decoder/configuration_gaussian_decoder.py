@@ -25,22 +25,33 @@ LIMITS = {
 MODES = ("full", "ar_feature", "position", "flame_position")
 
 
-# As in configuration_pointillist.py: a checkpoint of one travels without the files of the other.
+# These two are also in configuration_pointillist.py: a checkpoint of one model travels without the files of the other.
 def check_fields(config: PreTrainedConfig, limits: Mapping[str, tuple[float, float]]) -> None:
-    """Raise `ValueError` for a field outside its limits (NaN is outside of all), a center that is no point, or no dtype."""
+    """Raise `ValueError` for an unknown dtype, a field outside its limits (NaN is outside of all), or a center that is no point."""
     if isinstance(config.dtype, str) and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
         raise ValueError(f"dtype is {config.dtype!r}, expected one of torch's, such as float32; correct config.json")
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} is {value}, expected {low} to {high}; correct config.json")
-    vision = config.vision_config
-    depth = vision.get("num_hidden_layers", 1) if isinstance(vision, dict) else 1
-    if isinstance(depth, int) and not LAYERS[0] <= depth <= LAYERS[1]:
-        raise ValueError(f"vision_config has num_hidden_layers {depth}, expected {LAYERS[0]} to {LAYERS[1]}")
     center = config.point_center
     if center is not None and (len(center) != 3 or not all(map(math.isfinite, center))):
         raise ValueError(f"point_center is {center}, expected x, y and z in meters")
+
+
+def dinov2_config(settings: dict | Dinov2Config | None) -> Dinov2Config:
+    """The configuration of the portrait encoder; default ViT-L/14. Raises `ValueError` for a dict that describes none."""
+    if settings is None:
+        return Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518)
+    if not isinstance(settings, dict):
+        return settings
+    depth = settings.get("num_hidden_layers", 1)
+    if isinstance(depth, int) and not LAYERS[0] <= depth <= LAYERS[1]:
+        raise ValueError(f"vision_config has num_hidden_layers {depth}, expected {LAYERS[0]} to {LAYERS[1]}")
+    try:
+        return Dinov2Config(**settings)
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"vision_config is no configuration of DINOv2 ({error!r})") from None
 
 
 @strict
@@ -83,7 +94,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
     point_center: list[float] | None = None
     read_anchors: bool = False
 
-    vision_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | Dinov2Config | None = None
     vision_layers: list[int] | None = None
     freeze_vision_encoder: bool = True
 
@@ -99,15 +110,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.point_center is None:
             self.point_center = [0.0, 0.0, 0.0]
-        if self.vision_config is None:
-            self.vision_config = Dinov2Config(
-                hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518
-            )
-        elif isinstance(self.vision_config, dict):
-            try:
-                self.vision_config = Dinov2Config(**self.vision_config)
-            except (TypeError, KeyError, IndexError, AttributeError) as error:
-                raise ValueError(f"vision_config is no configuration of DINOv2 ({error!r})") from None
+        self.vision_config = dinov2_config(self.vision_config)
         if self.vision_layers is None:
             self.vision_layers = spread_layers(self.vision_config.num_hidden_layers)
         super().__post_init__(**kwargs)
