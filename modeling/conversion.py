@@ -1,7 +1,6 @@
-"""Around the Gaussian decoder: from a head to points it can read, and from what it returns to what a splatter draws.
+"""Input and output of the Gaussian decoder: head vertices as points, and its batched, padded output as `Gaussians` of one avatar.
 
-`GaussianDecoder` travels with its checkpoint and therefore knows nothing of this toolkit; here its batched, padded output becomes
-the `Gaussians` of one avatar. Canonical space: still unposed, one frame.
+`GaussianDecoder` travels with its checkpoint and therefore knows nothing of this toolkit. Everything here is in canonical space.
 """
 
 import torch
@@ -28,25 +27,25 @@ def to_gaussians(output: GaussianDecoderOutput, row: int = 0, num_points: int | 
     Raises:
         ValueError: there is no such row, or it has fewer points.
     """
-    batch, longest, _ = output.positions.shape
+    positions, _, scales, quats, opacities, sh = output.values()
+    batch, longest, _ = positions.shape
     count = longest if num_points is None else num_points
     if not 0 <= row < batch or not 0 <= count <= longest:
         raise ValueError(f"row {row} with {count} points of an output of {batch} rows with {longest} points")
     return Gaussians(
-        positions=output.positions[row, None, :count],
-        scales=output.scales[row, None, :count],
-        quats=output.quats[row, None, :count],
-        opacities=output.opacities[row, :count],
-        sh=output.sh[row, :count],
+        positions=positions[row, None, :count],
+        scales=scales[row, None, :count],
+        quats=quats[row, None, :count],
+        opacities=opacities[row, :count],
+        sh=sh[row, :count],
     )
 
 
 def vertex_points(head: HeadModel, params: HeadParameters) -> tuple[Tensor, Tensor]:
-    """What a decoder of mode "flame_position" reads in the place of a generated cloud.
+    """What a decoder of mode "flame_position" reads instead of a generated cloud.
 
     Returns:
-        The vertices (V, 3) of a person's head, meters in canonical space, and for each a face (V,) it is a corner of; which of
-        them does not matter, the vertex lies on all.
+        The vertices (V, 3) of a subject's head, meters in canonical space, and for each one of the faces (V,) that meet there.
     """
     faces = torch.zeros(head.n_vertices, dtype=torch.int64, device=head.device)
     faces[head.faces.flatten()] = torch.arange(head.n_faces, device=head.device).repeat_interleave(3)

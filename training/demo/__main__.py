@@ -170,14 +170,14 @@ def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, ou
     torch.set_num_threads(1)  # matrices this small are multiplied faster by one thread than by two
     begin = time.perf_counter()
     inputs = pipeline.inputs(portraits, params)
-    written = pipeline.write(inputs, seed=seed, max_points=2 * longest, max_points_per_face=15, progress=True)
+    written = pipeline.generate(inputs, seed=seed, max_points=2 * longest, max_points_per_face=15, progress=True)
     tokens = int((written.sequences < config.bos_token_id).sum())
     print(f"{tokens:,} tokens in {time.perf_counter() - begin:.1f} s", flush=True)
 
     truth = [tokenizer.decode(subjects.rows.sequence(row)) for row in range(len(subjects))]
     means = mean_images(SubjectRows(corpus, "train", use_heads=False))
     results, clouds, avatars = [], [], []
-    for row, features in enumerate(pipeline.points(written)[1]):
+    for row, features in enumerate(pipeline.decode_points(written)[1]):
         points, invalid = judge(tokenizer, written.sequences[row].numpy())
         distances = np.array([chamfer(points["positions"], other["positions"]) for other in truth])
         avatar = pipeline.decode_attributes(points, features, inputs["pixel_values"][row], params[row])
@@ -230,12 +230,7 @@ def shape_parameters(pipeline: AvatarPipeline, person: dict) -> HeadParameters:
 def reencoded(pipeline: AvatarPipeline, person: dict, inputs: dict, row: int, params: HeadParameters):
     """The avatar that the decoder makes of a subject's true points."""
     ids = torch.from_numpy(person["input_ids"])[None]
-    config = pipeline.point_model.config
-    condition = {
-        name: value[row : row + 1]
-        for name, value in inputs.items()
-        if (config.use_vision_encoder if name == "pixel_values" else config.use_point_encoder)
-    }
+    condition = pipeline.point_model.select_inputs({name: value[row : row + 1] for name, value in inputs.items()})
     features = point_features(pipeline.point_model, ids, **condition)[0]
     return pipeline.decode_attributes(pipeline.tokenizer.decode(ids[0]), features, inputs["pixel_values"][row], params)
 
