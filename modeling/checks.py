@@ -30,9 +30,7 @@ def check_head(tokenizer: GaussianTokenizer, head: HeadModel, name: str) -> None
         )
 
 
-def check_feature_size(
-    decoder: GaussianDecoderConfig, config: PointillistConfig, name: str = "the Gaussian decoder"
-) -> None:
+def check_width(decoder: GaussianDecoderConfig, config: PointillistConfig, name: str = "the Gaussian decoder") -> None:
     """Raise `ValueError` unless the decoder reads no point features, or those of the point model's width."""
     if decoder.reads_point_features and decoder.point_feature_size != config.hidden_size:
         raise ValueError(

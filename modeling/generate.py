@@ -30,11 +30,9 @@ from .pointillist.modeling_pointillist import PointillistForCausalLM
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a point model with its tokenizer")
     parser.add_argument(
-        "--model", required=True, help="folder or Hub id of a PointillistForCausalLM with its tokenizer"
-    )
-    parser.add_argument(
-        "--head", required=True, help="head model: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder"
+        "--head", required=True, help="head model: procedural:600, .safetensors, FLAME .pkl, ICT folder"
     )
     parser.add_argument("--portrait", type=Path, help="image of the subject, face in the center")
     parser.add_argument("--params", type=Path, help="flame_param.npz with the subject's shape (default: the mean head)")
@@ -60,8 +58,6 @@ def generate(arguments: argparse.Namespace) -> None:
     head = load_head(arguments.head)
     check_head(tokenizer, head, f"--head {arguments.head}")
     params = HeadParameters.load(arguments.params) if arguments.params else None
-    if arguments.portrait and not arguments.portrait.is_file():
-        raise FileNotFoundError(f"{arguments.portrait}: no such image")
     portrait = open_image(arguments.portrait) if arguments.portrait else None
 
     set_seed(arguments.seed)

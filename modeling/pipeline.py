@@ -35,7 +35,7 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianT
 from gaussian_tokenizer.utils.atomic import atomic_folder
 from gaussian_tokenizer.utils.json_files import read_json
 
-from .checks import check_feature_size, check_head, check_vocabulary
+from .checks import check_head, check_vocabulary, check_width
 from .conversion import to_gaussians
 from .gaussian_decoder.modeling_gaussian_decoder import GaussianDecoder
 from .pointillist.generation_pointillist import PointillistGenerateOutput
@@ -67,7 +67,7 @@ class AvatarPipeline:
                 "the Gaussian decoder has mode flame_position, which decodes head vertices instead of generated points; "
                 "a pipeline needs full, position or ar_feature"
             )
-        check_feature_size(gaussian_decoder.config, point_model.config)
+        check_width(gaussian_decoder.config, point_model.config)
         self.tokenizer, self.head = tokenizer, head
         self.point_model, self.gaussian_decoder = point_model.eval(), gaussian_decoder.eval()
         self.to(point_model.device)
@@ -127,9 +127,7 @@ class AvatarPipeline:
         for own in params:
             self.head.check(own)
         vertices = torch.stack([self.head.canonical_vertices(own.to(self.device)) for own in params])
-        inputs = self.tokenizer(
-            images=list(images), head_vertices=vertices, head_faces=self.head.faces, return_tensors="pt"
-        )
+        inputs = self.tokenizer(None, list(images), vertices, self.head.faces, return_tensors="pt")
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     @torch.no_grad()
@@ -141,7 +139,7 @@ class AvatarPipeline:
         candidates: int = CANDIDATES,
         **options: Any,
     ) -> PointillistGenerateOutput:
-        """Token sequences of B subjects, each the likeliest of its candidates, and the hidden states that predicted their points."""
+        """Sequences of B subjects, each the likeliest of its candidates, and the hidden states that predicted the points."""
         if candidates < 1:
             raise ValueError(f"candidates must be at least 1, found {candidates}")
         condition = self.point_model.select_inputs(inputs)
@@ -159,7 +157,7 @@ class AvatarPipeline:
         counts = [len(own["faces"]) for own in points]
         if 0 in counts:
             raise ValueError(
-                f"the point model ended sequence {counts.index(0)} before its first point: give min_points, or another seed"
+                f"sequence {counts.index(0)} ended before its first point: give min_points, or another seed"
             )
         assert output.point_features is not None
         return points, [features[:count] for features, count in zip(output.point_features, counts)]
@@ -200,13 +198,8 @@ class AvatarPipeline:
         if not folder.is_dir():
             folder = _downloaded(str(name))
         if not (folder / INDEX_NAME).is_file():
-            raise FileNotFoundError(
-                f"{name}: not a pipeline, it has no {INDEX_NAME}; save one with AvatarPipeline(...).save_pretrained"
-            )
-        try:
-            found = read_json(folder / INDEX_NAME)["format"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{folder / INDEX_NAME}: not the index of a pipeline ({error})") from None
+            raise FileNotFoundError(f"{name}: has no {INDEX_NAME}; save a pipeline with AvatarPipeline.save_pretrained")
+        found = read_json(folder / INDEX_NAME).get("format")
         if found != FORMAT:
             raise ValueError(f"{folder / INDEX_NAME}: format {found!r}, expected {FORMAT!r}")
         missing = [component for component in COMPONENTS if not (folder / component).is_dir()]

@@ -28,7 +28,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from modeling import GaussianDecoder, PointillistForCausalLM
-from modeling.checks import check_feature_size, check_vocabulary
+from modeling.checks import check_vocabulary, check_width
 from modeling.point_features import FeatureCache
 from training.common.arguments import exit_on_user_error, flag_named, parse_arguments
 from training.common.exact_trainer import checkpoint_to_resume, going_on_from
@@ -171,7 +171,7 @@ def build_decoder(arguments: DecoderArguments, point_model: PointillistForCausal
         decoder = GaussianDecoder.from_pretrained(
             arguments.decoder, attn_implementation=arguments.attn_implementation, dtype=torch.float32
         )
-    check_feature_size(decoder.config, point_model.config, f"--decoder {arguments.decoder}")
+    check_width(decoder.config, point_model.config, f"--decoder {arguments.decoder}")
     return decoder
 
 

@@ -60,19 +60,19 @@ class GaussianDecoderConfig(PreTrainedConfig):
 
     Args:
         mode: "full" reads positions and the point model's hidden states; "ar_feature" the hidden states only; "position" the
-            positions only; "flame_position" is "position" for vertices of the head model instead of generated points.
+            positions only; "flame_position" the same, for vertices of the head model instead of generated points.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: the joint-attention blocks;
             `intermediate_size` defaults to four widths.
         point_feature_size: width of the point model whose hidden states are read.
         point_frequencies: octaves of the positional encoding; point_extent: meters mapped to [-1, 1];
             point_center: meters, subtracted before.
-        read_anchors: also tell each point where the nearest point of its face is on the subject's own head, and learn how far
-            to pull it there (not in the paper). What the point model placed beside the head can then be put right.
+        read_anchors: also read the nearest point on each point's face, on the subject's own head, and learn how far to pull it
+            there (not in the paper). This corrects points that were generated beside the head.
         vision_config: a `Dinov2Config` (or dict) of the portrait encoder; default ViT-L/14, as in `PointillistConfig`.
         vision_layers: 0-based layers whose patch tokens are fused; default LAM's [4, 11, 17, 23] for 24 layers, else four
             evenly spread ones that end with the last.
-        freeze_vision_encoder: whether the portrait encoder stays as it is.
-        sh_degree: degree of the spherical harmonics of the color, 0 to 3; 0 is a color that no view changes.
+        freeze_vision_encoder: whether the portrait encoder is kept as it is.
+        sh_degree: degree of the spherical harmonics of the color, 0 to 3; 0 is the same from every view.
         init_scale, max_scale: meters, the standard deviation of a new decoder's Gaussians and its upper limit.
         max_offset: meters, how far a Gaussian may move from its point along each axis.
         init_opacity: opacity of a new decoder's Gaussians.
@@ -118,6 +118,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
     @property
     def image_embed_size(self) -> int:
         """Width of `image_embeds`: one portrait token of every layer read."""
+        assert isinstance(self.vision_config, Dinov2Config) and self.vision_layers is not None
         return len(self.vision_layers) * self.vision_config.hidden_size
 
     @property
@@ -135,7 +136,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
             raise ValueError(f"mode must be one of {', '.join(MODES)}; found {self.mode!r}")
         if self.read_anchors and self.mode not in ("full", "position"):
             raise ValueError(
-                f"read_anchors is for the modes full and position, whose points have faces; found {self.mode!r}"
+                f"read_anchors is for modes whose points have faces, full and position; found {self.mode!r}"
             )
         if self.hidden_size % self.num_attention_heads or self.hidden_size % 2:
             raise ValueError(

@@ -156,7 +156,7 @@ class PointillistConfig(PreTrainedConfig):
         check_fields(self, LIMITS)
         if self.sliding_window < 4 or self.sliding_window % 4:
             raise ValueError(
-                f"sliding_window must be a positive multiple of 4 (whole points of x, y, z, face), found {self.sliding_window}"
+                f"sliding_window {self.sliding_window} is not a positive multiple of 4, the tokens of a point"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

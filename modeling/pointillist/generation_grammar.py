@@ -35,9 +35,7 @@ class PointGrammar(LogitsProcessor):
         max_points_per_face: int | None = None,
     ):
         if min_points < 0 or (max_points is not None and max_points < max(min_points, 1)):
-            raise ValueError(
-                f"need 0 <= min_points <= max_points and max_points >= 1, found {min_points} and {max_points}"
-            )
+            raise ValueError(f"need 0 <= min_points <= max_points >= 1, found {min_points} and {max_points}")
         if max_points_per_face is not None and max_points_per_face < 1:
             raise ValueError(f"max_points_per_face must be at least 1, found {max_points_per_face}")
         self.n_bins, self.n_faces = config.n_bins, config.n_faces

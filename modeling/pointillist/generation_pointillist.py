@@ -10,14 +10,13 @@ Axes: B batch, L tokens, N points, D width.
 
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -103,19 +102,19 @@ class PointillistGenerationMixin(GenerationMixin):
             with torch.no_grad():
                 condition_embeds = self.condition_encoder(pixel_values, head_vertices, head_normals)
         inputs, condition_embeds = self._prompts(inputs, condition_embeds, kwargs)
-        limits = (min_points, max_points, max_points_per_face)
-        processors = self._grammar(inputs, grammar, sorted_points, limits, kwargs) + list(logits_processor or [])
-        options = dict(
-            guidance_scale=None if guidance_scale in (None, 1) else float(guidance_scale),
-            output_point_features=output_point_features,
-            window_policy=window_policy,
-        )
-        shown = dict(progress=progress, max_points=max_points, sorted_points=grammar and sorted_points)
-        self._choose_loop(generation_config, kwargs, options, shown)
+        limits = PointGrammar(self.config, sorted_points, min_points, max_points, max_points_per_face)
+        if grammar:
+            logits_processor = LogitsProcessorList([limits, *(logits_processor or [])])
+            self._set_length(limits, inputs, kwargs)
+        elif (min_points, max_points, max_points_per_face) != (1, None, None):
+            raise ValueError("min_points, max_points and max_points_per_face need the grammar: leave grammar=True")
+        scale = None if guidance_scale in (None, 1) else float(guidance_scale)
+        loop = PointLoop(scale, output_point_features, window_policy, progress, max_points, grammar and sorted_points)
+        self._choose_loop(loop, generation_config or self.generation_config, kwargs)
         return super().generate(  # type: ignore[misc]  # declared for models, not for their mixins
             inputs,
             generation_config=generation_config,
-            logits_processor=LogitsProcessorList(processors),
+            logits_processor=logits_processor,
             condition_embeds=condition_embeds,
             **kwargs,
         )
@@ -132,77 +131,53 @@ class PointillistGenerationMixin(GenerationMixin):
         elif inputs.ndim != 2 or not (inputs == bos).any(1).all():
             raise ValueError(f"a prompt must be (B, L) ids that begin with bos ({bos}); found {inputs}")
         if ((inputs == bos).cumsum(1).bool() & (inputs > bos)).any():
-            raise ValueError(
-                "a prompt must not hold eos or padding after bos: cut the end token off, and pad on the left"
-            )
+            raise ValueError("a prompt must not hold eos or padding after bos: cut the end token off, pad on the left")
         if condition is None:
             condition = self.condition_encoder.or_empty(None, len(inputs), None)
         if len(condition) != len(inputs):
             raise ValueError(f"{len(inputs)} prompts but conditions for {len(condition)}")
-        kwargs.setdefault("attention_mask", (inputs != self.config.pad_token_id).long())
+        kwargs.setdefault("attention_mask", (inputs != bos + 2).long())  # padding
         return inputs, condition
 
-    def _grammar(
-        self,
-        inputs: Tensor,
-        grammar: bool,
-        sorted_points: bool,
-        limits: tuple[int, int | None, int | None],
-        kwargs: dict,
-    ) -> list[LogitsProcessor]:
-        """The processor that keeps the grammar, if wanted; with `max_points` the longest sequence goes into `kwargs`."""
-        if not grammar:
-            if limits != (1, None, None):
-                raise ValueError(
-                    "min_points, max_points and max_points_per_face are kept by the grammar: leave grammar=True"
-                )
-            return []
+    @staticmethod
+    def _set_length(limits: PointGrammar, inputs: Tensor, kwargs: dict) -> None:
+        """Set the length of the longest sequence that `max_points` admits, unless `kwargs` gives a length."""
         if {"min_length", "min_new_tokens"} & kwargs.keys():
-            raise ValueError(
-                "with the grammar a length is a number of points: give min_points instead of min_new_tokens"
-            )
-        processor = PointGrammar(self.config, sorted_points, *limits)
-        if processor.max_points is not None:
-            prompted = -(-int((inputs < processor.bos).sum(1).max()) // 4)
-            if prompted > processor.max_points:
+            raise ValueError("the grammar limits the number of points: give min_points instead of min_new_tokens")
+        if limits.max_points is not None:
+            prompted = -(-int((inputs < limits.bos).sum(1).max()) // 4)
+            if prompted > limits.max_points:
                 raise ValueError(
-                    f"found a prompt of {prompted} points, but max_points={processor.max_points} counts the prompt's points "
-                    f"too: give max_points of {prompted} or more, or a shorter prompt"
+                    f"found a prompt of {prompted} points, but max_points={limits.max_points} counts the prompt's points too: "
+                    f"give max_points of {prompted} or more, or a shorter prompt"
                 )
             if not {"max_new_tokens", "max_length"} & kwargs.keys():
-                padding = int((inputs != processor.bos).long().argmin(1).max())
-                kwargs |= {"max_length": padding + 4 * processor.max_points + 2, "max_new_tokens": None}
-        return [processor]
+                padding = int((inputs != limits.bos).long().argmin(1).max())
+                kwargs |= {"max_length": padding + 4 * limits.max_points + 2, "max_new_tokens": None}
 
-    def _choose_loop(
-        self, generation_config: GenerationConfig | None, kwargs: dict, options: dict[str, Any], shown: dict[str, Any]
-    ) -> None:
-        """Make `sample_points` the loop, with `options` and what its bar shows, unless only transformers' own loops will do."""
-        if options["window_policy"] not in ("rolling", "reprefill"):
-            raise ValueError(f'window_policy must be "rolling" or "reprefill", found {options["window_policy"]!r}')
-        if options["output_point_features"]:
+    def _choose_loop(self, loop: "PointLoop", config: GenerationConfig, kwargs: dict) -> None:
+        """Let `GenerationMixin.generate` use `loop`, except for what only its own loops do."""
+        if loop.window_policy not in ("rolling", "reprefill"):
+            raise ValueError(f'window_policy must be "rolling" or "reprefill", found {loop.window_policy!r}')
+        if loop.output_point_features:
             kwargs["return_dict_in_generate"] = True
-        config = generation_config or self.generation_config
         per_step = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         if (
-            kwargs.get("custom_generate") is not None
-            or kwargs.get("assistant_model") is not None
-            or (kwargs.get("num_beams", config.num_beams) or 1) > 1
-            or any(kwargs.get(name, getattr(config, name)) for name in per_step)
+            kwargs.get("custom_generate") is None
+            and kwargs.get("assistant_model") is None
+            and (kwargs.get("num_beams", config.num_beams) or 1) == 1
+            and not any(kwargs.get(name, getattr(config, name)) for name in per_step)
         ):
-            if options != dict(guidance_scale=None, output_point_features=False, window_policy="rolling"):
-                raise ValueError(
-                    "guidance_scale, output_point_features and window_policy do not combine with beams, custom_generate or "
-                    "the per-step outputs (scores, logits, attentions, hidden states); leave one of the two out"
-                )
-            return
-        # `GenerationMixin.generate` does not pass these two to a custom loop.
-        streamer, synced_gpus = kwargs.get("streamer"), kwargs.get("synced_gpus")
-        synced_gpus = synchronizes_ranks(self) if synced_gpus is None else synced_gpus
-        ring = CACHE_NAME not in kwargs
-        kwargs["custom_generate"] = partial(
-            sample_points, streamer=streamer, synced_gpus=synced_gpus, ring=ring, **options, **shown
-        )
+            # transformers does not pass these two to a custom loop
+            loop.streamer, synced_gpus = kwargs.get("streamer"), kwargs.get("synced_gpus")
+            loop.synced_gpus = synchronizes_ranks(self) if synced_gpus is None else synced_gpus
+            loop.ring = CACHE_NAME not in kwargs
+            kwargs["custom_generate"] = loop
+        elif loop.guidance_scale is not None or loop.output_point_features or loop.window_policy != "rolling":
+            raise ValueError(
+                "guidance_scale, output_point_features and window_policy do not combine with beams, custom_generate or "
+                "the per-step outputs (scores, logits, attentions, hidden states); leave one of the two out"
+            )
 
     @staticmethod
     @takes_cache
@@ -214,146 +189,117 @@ class PointillistGenerationMixin(GenerationMixin):
         return self_attention_mask(config, inputs_embeds, attention_mask, own, position_ids)
 
 
-def sample_points(
-    model,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria,
-    generation_config: GenerationConfig,
-    synced_gpus: bool = False,
-    streamer=None,
-    guidance_scale: float | None = None,
-    output_point_features: bool = False,
-    window_policy: str = "rolling",
-    ring: bool = True,
-    progress: bool | None = None,
-    max_points: int | None = None,
-    sorted_points: bool = True,
-    **model_kwargs: Any,
-) -> Tensor | PointillistGenerateOutput:
+@dataclass
+class PointLoop:
     """The decoding loop behind `generate()`: greedy or sampled, one token a step for every row.
 
-    It receives what `GenerationMixin` gives a custom loop, the options of `PointillistGenerationMixin.generate`, and `ring`:
-    whether the cache is ours to choose.
-    """
-    batch, prompt = input_ids.shape
-    limit, device, config = generation_config.max_length, input_ids.device, model.config
-    if (output_point_features or window_policy == "reprefill") and ((input_ids < config.bos_token_id).sum(1) % 4).any():
-        raise ValueError("point features and reprefill need prompts of whole points (a multiple of 4 tokens after bos)")
-    ids = torch.full((batch, limit), config.pad_token_id, device=device)
-    ids[:, :prompt] = input_ids
-    features = model.lm_head.weight.new_zeros(batch, (limit - prompt) * output_point_features, config.hidden_size)
-    unfinished = torch.ones(batch, dtype=torch.bool, device=device)
-    ends = torch.full((batch,), prompt, device=device)
-    sample = TokenSampler(logits_processor, config, input_ids, generation_config.do_sample)
-    steps = DecodingSteps(model, generation_config, model_kwargs, ring, guidance_scale, window_policy)
-    logits, hidden = steps.first(input_ids)
-    shown = limit - prompt > PROGRESS_FROM if progress is None else progress
-    finished = False
-    with closing(GenerationProgress(config, input_ids, max_points, sorted_points, shown)) as bar:
-        for column in range(prompt, limit):
-            if not finished:
-                token = sample(ids[:, :column], logits)
-                ids[:, column] = torch.where(unfinished, token, config.pad_token_id)
-                if output_point_features:
-                    features[:, column - prompt] = hidden * unfinished[:, None]
-                ends = torch.where(unfinished, column + 1, ends)
-                unfinished = unfinished & ~stopping_criteria(ids[:, : column + 1], None)
-                if streamer is not None:
-                    streamer.put(ids[:, column].cpu())
-            if device.type == "cpu" or streamer is not None or (column - prompt) % STOP_CHECK_EVERY == 0:
-                bar.update(ids[:, : column + 1], unfinished)
-                finished = finished or not bool(unfinished.any())
-            if column + 1 == limit or every_rank_finished(finished, synced_gpus, device):
-                break
-            logits, hidden = steps.next(ids, column + 1)
-        bar.finish(ids)
-    if streamer is not None:
-        streamer.end()
-    ids = ids[:, : int(ends.max())]
-    if not generation_config.return_dict_in_generate:
-        return ids
-    num_points = (ids[:, prompt:] < config.bos_token_id).sum(1) // 4
-    return PointillistGenerateOutput(
-        sequences=ids,  # type: ignore[arg-type]  # declared as LongTensor
-        point_features=whole_points(features, num_points) if output_point_features else None,
-        num_points=num_points,
-        **cache_argument(steps.cache),
-    )
-
-
-def whole_points(features: Tensor, num_points: Tensor) -> Tensor:
-    """(B, L, D) -> (B, N, 4, D), zero beyond a row's `num_points` (B,): at its end may stand an end token or part of a point."""
-    longest = int(num_points.max())
-    features = rearrange(features[:, : 4 * longest], "b (n t) d -> b n t d", t=4)
-    return features * (torch.arange(longest, device=features.device) < num_points[:, None])[:, :, None, None]
-
-
-def every_rank_finished(finished: bool, synced_gpus: bool, device: torch.device) -> bool:
-    """Whether nothing is left to do on this rank or, where all must keep running together (`synced_gpus`), on any rank."""
-    if not synced_gpus:
-        return finished
-    unfinished_ranks = torch.tensor(0 if finished else 1, device=device)
-    torch.distributed.all_reduce(unfinished_ranks)
-    return int(unfinished_ranks) == 0
-
-
-class DecodingSteps:
-    """The forward passes of one generation: the prompt, then a token at a time, whatever the cache.
-
-    Each returns logits (B, vocabulary) in float32 and the hidden states (B, D) behind them. With guidance every row runs twice, the
-    second time under the empty condition.
+    Its forward passes read the prompt, then a token at a time, whatever the cache. With guidance every row runs twice, the second
+    time under the empty condition. The options are those of `generate`, and `ring`: whether the cache is ours to choose.
     """
 
-    def __init__(
+    guidance_scale: float | None
+    output_point_features: bool
+    window_policy: str
+    progress: bool | None
+    max_points: int | None
+    sorted_points: bool
+    streamer: Any = None
+    synced_gpus: bool = False
+    ring: bool = True
+
+    def __call__(
         self,
         model,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria,
         generation_config: GenerationConfig,
-        model_kwargs: dict,
-        ring: bool,
-        guidance_scale: float | None,
-        window_policy: str,
-    ):
-        self.model, self.generation_config, self.guidance_scale = model, generation_config, guidance_scale
-        self.cache = cache_of_generation(model, generation_config, model_kwargs, ring)
-        self.reprefill = window_policy == "reprefill"
-        if self.reprefill and self.cache is None:
-            raise ValueError('window_policy="reprefill" refills a cache: leave use_cache=True')
-        self.first_column = 0  # column of the oldest token the cache has seen
-        names = ("condition_embeds", "condition_mask", "attention_mask", "position_ids")
-        given = {name: model_kwargs.get(name) for name in names}
-        if guidance_scale is not None:
-            empty = model.condition_encoder.or_empty(None, 1, None).expand_as(given["condition_embeds"])
-            both = {name: torch.cat((value, value)) for name, value in given.items() if value is not None}
-            given |= both | {"condition_embeds": torch.cat((given["condition_embeds"], empty))}
-        self.positions, self.mask = given.pop("position_ids"), given.pop("attention_mask")  # (B, prompt)
-        self.condition = given
+        **model_kwargs: Any,
+    ) -> Tensor | PointillistGenerateOutput:
+        """Sequences for prompts (B, L); called by `GenerationMixin.generate`."""
+        batch, prompt = input_ids.shape
+        limit, device, config = generation_config.max_length, input_ids.device, model.config
+        whole_points_only = self.output_point_features or self.window_policy == "reprefill"
+        if whole_points_only and ((input_ids < config.bos_token_id).sum(1) % 4).any():
+            raise ValueError("point features and reprefill need prompts of whole points (4 tokens each, after bos)")
+        ids = torch.full((batch, limit), config.pad_token_id, device=device)
+        ids[:, :prompt] = input_ids
+        kept = (limit - prompt) * self.output_point_features
+        features = model.lm_head.weight.new_zeros(batch, kept, config.hidden_size)
+        unfinished = torch.ones(batch, dtype=torch.bool, device=device)
+        ends = torch.full((batch,), prompt, device=device)
+        sample = TokenSampler(logits_processor, config, input_ids, generation_config.do_sample)
+        logits, hidden = self.first(model, input_ids, generation_config, model_kwargs)
+        shown = limit - prompt > PROGRESS_FROM if self.progress is None else self.progress
+        finished = False
+        with closing(GenerationProgress(config, input_ids, self.max_points, self.sorted_points, shown)) as bar:
+            for column in range(prompt, limit):
+                if not finished:
+                    token = sample(ids[:, :column], logits)
+                    ids[:, column] = torch.where(unfinished, token, config.pad_token_id)
+                    if self.output_point_features:
+                        features[:, column - prompt] = hidden * unfinished[:, None]
+                    ends = torch.where(unfinished, column + 1, ends)
+                    unfinished = unfinished & ~stopping_criteria(ids[:, : column + 1], None)
+                    if self.streamer is not None:
+                        self.streamer.put(ids[:, column].cpu())
+                if device.type == "cpu" or self.streamer is not None or (column - prompt) % STOP_CHECK_EVERY == 0:
+                    bar.update(ids[:, : column + 1], unfinished)
+                    finished = finished or not bool(unfinished.any())
+                if column + 1 == limit or every_rank_finished(finished, self.synced_gpus, device):
+                    break
+                logits, hidden = self.next(ids, column + 1)
+            bar.finish(ids)
+        if self.streamer is not None:
+            self.streamer.end()
+        ids = ids[:, : int(ends.max())]
+        if not generation_config.return_dict_in_generate:
+            return ids
+        num_points = (ids[:, prompt:] < config.bos_token_id).sum(1) // 4
+        return PointillistGenerateOutput(
+            sequences=ids,  # type: ignore[arg-type]  # declared as LongTensor
+            point_features=whole_points(features, num_points) if self.output_point_features else None,
+            num_points=num_points,
+            **cache_argument(self.cache),
+        )
 
-    def first(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompt (B, L) without the tokens that the cache holds, at once or in pieces of `prefill_chunk_size`."""
-        self.prompt = input_ids.shape[1]
+    def first(
+        self, model, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Read the prompt (B, L) without the tokens that the cache holds, at once or in pieces of `prefill_chunk_size`."""
+        self.model, self.prompt = model, input_ids.shape[1]
+        self.cache = cache_of_generation(model, generation_config, model_kwargs, self.ring)
+        if self.window_policy == "reprefill" and self.cache is None:
+            raise ValueError('window_policy="reprefill" refills a cache: leave use_cache=True')
+        names = ("condition_embeds", "condition_mask", "attention_mask", "position_ids")
+        self.condition = {name: model_kwargs[name] for name in names if model_kwargs.get(name) is not None}
+        if self.guidance_scale is not None:
+            embeds = self.condition["condition_embeds"]
+            empty = model.condition_encoder.or_empty(None, 1, None).expand_as(embeds)
+            self.condition = {name: torch.cat((value, value)) for name, value in self.condition.items()}
+            self.condition["condition_embeds"] = torch.cat((embeds, empty))
         # Positions count from bos; a row's are its columns less its padding.
-        self.shift = self.positions[:, -1:] - (self.prompt - 1)
+        self.shift = self.condition.pop("position_ids")[:, -1:] - (self.prompt - 1)
+        self.mask = self.condition.pop("attention_mask", None)
         if self.mask is not None:
-            self.mask = F.pad(self.mask, (0, self.generation_config.max_length - self.prompt), value=1)
+            self.mask = F.pad(self.mask, (0, generation_config.max_length - self.prompt), value=1)
+        self.first_column = 0  # column of the oldest token the cache has seen
         held = 0 if self.cache is None else self.cache.get_seq_length()
         if held >= self.prompt:
-            raise ValueError(
-                f"found a cache of {held} tokens and a prompt of {self.prompt}: a prompt is all tokens so far, the cache's first"
-            )
-        piece = (self.cache is not None and self.generation_config.prefill_chunk_size) or self.prompt
-        self.forward = self.model.__call__
+            raise ValueError(f"found a cache of {held} tokens and a prompt of {self.prompt}, expected a longer prompt")
+        piece = (self.cache is not None and generation_config.prefill_chunk_size) or self.prompt
+        self.forward = model.__call__
         for begin in range(held, self.prompt, piece):
             outputs = self.run(input_ids, begin, min(begin + piece, self.prompt))
-        self.forward = forward_pass(self.model, self.cache, self.generation_config)
+        self.forward = forward_pass(model, self.cache, generation_config)
         return outputs
 
     def next(self, ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The newest token, at column length - 1."""
+        """Read the newest token, at column length - 1."""
         window = self.model.config.sliding_window
         if self.cache is None:
             return self.run(ids, 0, length)
-        if self.reprefill and length - self.first_column > window:
+        if self.window_policy == "reprefill" and length - self.first_column > window:
             begin = length - window // 2
             self.first_column = begin - (begin - self.prompt + 1) % 4  # a face, as the windows of training begin
             self.cache.self_attention_cache.reset()
@@ -361,7 +307,7 @@ class DecodingSteps:
         return self.run(ids, length - 1, length)
 
     def run(self, ids: Tensor, begin: int, length: int) -> tuple[Tensor, Tensor]:
-        """Columns [begin, length), with the mask that the cache needs for them."""
+        """Read columns [begin, length); next logits (B, vocabulary) in float32 and the hidden states (B, D) behind them."""
         tokens = ids[:, begin:length].contiguous()
         tokens = tokens if self.guidance_scale is None else torch.cat((tokens, tokens))
         mask = None if self.mask is None else self.mask[:, self.first_column : length]
@@ -384,6 +330,22 @@ class DecodingSteps:
             guided, empty = logits.chunk(2)
             logits = empty + self.guidance_scale * (guided - empty)
         return logits, hidden
+
+
+def whole_points(features: Tensor, num_points: Tensor) -> Tensor:
+    """(B, L, D) -> (B, N, 4, D), zero beyond a row's `num_points` (B,): at its end may stand an end token or part of a point."""
+    longest = int(num_points.max())
+    features = rearrange(features[:, : 4 * longest], "b (n t) d -> b n t d", t=4)
+    return features * (torch.arange(longest, device=features.device) < num_points[:, None])[:, :, None, None]
+
+
+def every_rank_finished(finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+    """Whether nothing is left to do on this rank or, where all must keep running together (`synced_gpus`), on any rank."""
+    if not synced_gpus:
+        return finished
+    unfinished_ranks = torch.tensor(0 if finished else 1, device=device)
+    torch.distributed.all_reduce(unfinished_ranks)
+    return int(unfinished_ranks) == 0
 
 
 def cache_of_generation(

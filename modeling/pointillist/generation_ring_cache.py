@@ -36,9 +36,8 @@ class RingLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (
-            x.new_zeros(*x.shape[:2], self.capacity, x.shape[-1]) for x in (key_states, value_states)
-        )
+        states = (key_states, value_states)
+        self.keys, self.values = (x.new_zeros(*x.shape[:2], self.capacity, x.shape[-1]) for x in states)
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         if not torch.compiler.is_compiling():
             for buffer in (self.keys, self.values, self.position):

@@ -30,9 +30,7 @@ class PointStreamer(BaseStreamer):
         """Token ids, (1, L) of the prompt or (1,) of a step."""
         value = value.reshape(-1, value.shape[-1]) if value.ndim > 1 else value[:, None]
         if len(value) != 1:
-            raise ValueError(
-                f"PointStreamer follows one sequence, found a batch of {len(value)}: stream them one by one"
-            )
+            raise ValueError(f"PointStreamer follows one sequence, found a batch of {len(value)}: stream one by one")
         for token in value[0].tolist():
             if token < self.tokenizer.bos_token_id:
                 self.pending.append(token)

@@ -14,7 +14,7 @@ Axes: B batch, L tokens, M condition tokens, H heads, D width, W window.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -75,17 +76,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((rotated.to(x.dtype), passed), dim=-1)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(q k^T * scaling + mask) v, written out: (B, H, L, d) -> (B, L, H, d) and the weights."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    weights = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = F.dropout(weights.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
 class PointillistAttention(nn.Module):
     """Self-attention (rotary, causal, windowed) or, with `is_cross`, attention to the condition tokens."""
 
@@ -127,7 +117,7 @@ class PointillistAttention(nn.Module):
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query,
@@ -146,7 +136,7 @@ class PointillistAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of the condition; with a cache they are computed once for a sequence."""
         if cache is not None and cache.is_updated.get(self.layer_idx):
-            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
         if condition is None:
             raise ValueError("the decoder reads a condition: give `condition` (B, M, D), or use PointillistForCausalLM")
@@ -185,9 +175,8 @@ class PointillistLayer(GradientCheckpointingLayer):
         self_cache = None if cache is None else cache.self_attention_cache
         x, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, rotary, cache=self_cache, **kwargs)
         hidden_states = hidden_states + x
-        x, _ = self.cross_attn(
-            self.cross_attn_norm(hidden_states), condition_mask, condition=condition, cache=cache, **kwargs
-        )
+        x = self.cross_attn_norm(hidden_states)
+        x, _ = self.cross_attn(x, condition_mask, condition=condition, cache=cache, **kwargs)
         hidden_states = hidden_states + x
         return hidden_states + self.fc2(self.act(self.fc1(self.mlp_norm(hidden_states))))
 
@@ -394,10 +383,11 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         )
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         outputs["last_hidden_state"] = hidden = outputs.last_hidden_state[:, kept]
+        loss = None
         if labels is not None and self.config.loss_within_slot:
             loss = self.loss_within_slot(hidden, labels, kwargs.get("num_items_in_batch"))
             return PointillistOutput(loss=loss, **outputs)
-        loss, logits = None, self.lm_head(hidden)
+        logits = self.lm_head(hidden)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return PointillistOutput(loss=loss, logits=logits, **outputs)
