@@ -14,18 +14,10 @@ from .gaussian_decoder.modeling_gaussian_decoder import GaussianDecoderOutput
 
 
 def to_gaussians(output: GaussianDecoderOutput, row: int = 0, num_points: int | None = None) -> Gaussians:
-    """The Gaussians of one row of a batch, without its padding; gradients pass.
+    """The Gaussians of one `row` of a decoder's output (B, N, ..), its first `num_points` (default: all N); gradients pass.
 
-    Args:
-        output: of `GaussianDecoder`, (B, N, ..).
-        row: which avatar, 0 to B - 1.
-        num_points: how many leading points are real; default all N.
-
-    Returns:
-        `Gaussians` of one frame (T = 1), float32, canonical space in meters.
-
-    Raises:
-        ValueError: there is no such row, or it has fewer points.
+    Returns `Gaussians` of one frame (T = 1), float32, canonical space in meters. Raises `ValueError` if there is no such row, or
+    it has fewer points.
     """
     positions, _, scales, quats, opacities, sh = output.values()
     batch, longest, _ = positions.shape
@@ -42,10 +34,8 @@ def to_gaussians(output: GaussianDecoderOutput, row: int = 0, num_points: int | 
 
 
 def vertex_points(head: HeadModel, params: HeadParameters) -> tuple[Tensor, Tensor]:
-    """What a decoder of mode "flame_position" reads instead of a generated cloud.
-
-    Returns:
-        The vertices (V, 3) of a subject's head, meters in canonical space, and for each one of the faces (V,) that meet there.
+    """The points of a decoder of mode "flame_position": the vertices (V, 3) of a subject's head, meters in canonical space, and for
+    each one of the faces (V,) that meet there.
     """
     faces = torch.zeros(head.n_vertices, dtype=torch.int64, device=head.device)
     faces[head.faces.flatten()] = torch.arange(head.n_faces, device=head.device).repeat_interleave(3)

@@ -34,16 +34,12 @@ ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 
 
 def convert_state_dict(
-    weights: dict[str, Tensor], config: PointillistConfig, unit_offset: bool = True
+    weights: dict[str, Tensor], config: PointillistConfig, norm_unit_offset: bool = True
 ) -> dict[str, Tensor]:
-    """x-transformers' names -> ours, without the condition encoders, which x-transformers does not have.
+    """The state dict of a `TransformerWrapper`, or of an `AutoregressiveWrapper` around one, under our names.
 
-    Args:
-        weights: state dict of a `TransformerWrapper`, or of an `AutoregressiveWrapper` around one.
-        unit_offset: its norms store gain - 1 (x-transformers' default, `norm_add_unit_offset=True`).
-
-    Raises:
-        ValueError: a weight is missing, left over or of another shape.
+    The condition encoders have no counterpart there. `norm_unit_offset`: its norms store gain - 1 (x-transformers' default,
+    `norm_add_unit_offset=True`). Raises `ValueError` for a weight that is missing or left over.
     """
     weights = {name.removeprefix("net."): w for name, w in weights.items()}
     names = weight_names(config.num_hidden_layers)
@@ -68,7 +64,7 @@ def convert_state_dict(
     for theirs, ours in names.items():
         weight = weights[theirs]
         if theirs.endswith(".g"):
-            weight = weight + float(unit_offset)
+            weight = weight + float(norm_unit_offset)
         elif ours.endswith(ROTATED):
             weight = weight.unflatten(0, (-1, config.head_dim))[:, channels].flatten(0, 1)
         converted[ours] = weight
@@ -86,9 +82,11 @@ def weight_names(num_layers: int) -> dict[str, str]:
     return names
 
 
-def load_x_transformers(model: PointillistForCausalLM, weights: dict[str, Tensor], unit_offset: bool = True) -> None:
+def load_x_transformers(
+    model: PointillistForCausalLM, weights: dict[str, Tensor], norm_unit_offset: bool = True
+) -> None:
     """Copy x-transformers weights into the decoder of `model`; its condition encoders stay as they are."""
-    converted = convert_state_dict(weights, model.config, unit_offset)
+    converted = convert_state_dict(weights, model.config, norm_unit_offset)
     for name, parameter in model.named_parameters():
         found, expected = tuple(converted.get(name, parameter).shape), tuple(parameter.shape)
         if found != expected:

@@ -45,12 +45,11 @@ def point_features(
     head_vertices: Tensor | None = None,
     head_normals: Tensor | None = None,
     condition_embeds: Tensor | None = None,
-    chunk: int | None = None,
+    chunk: int = CHUNK,
 ) -> Tensor:
-    """Hidden states that predict the tokens of each point, by teacher forcing.
+    """Hidden states that predict the tokens of each point, by teacher forcing, in evaluation mode.
 
     Args:
-        model: the point model; runs in evaluation mode, then returns to its own.
         input_ids: (B, L) whole sequences, bos first, then four tokens a point, then eos (which may be missing), then padding.
         pixel_values, head_vertices, head_normals, condition_embeds: the condition, see `PointillistForCausalLM.forward`.
         chunk: tokens a pass, default 2,048. The result does not depend on it.
@@ -62,7 +61,6 @@ def point_features(
         ValueError: a row is not a sequence, or `chunk` is not positive.
     """
     counts = num_points(input_ids, model)
-    chunk = CHUNK if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, found {chunk}")
     input_ids = input_ids.to(model.device)

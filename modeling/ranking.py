@@ -17,7 +17,7 @@ from .pointillist.modeling_pointillist import PointillistForCausalLM
 def mean_log_likelihood(model: PointillistForCausalLM, generated: PointillistGenerateOutput) -> Tensor:
     """(B * C,) nats a token of the points, each token among those of its slot; -inf for a sequence without points.
 
-    `generated` comes from `generate(..., output_point_features=True, return_dict_in_generate=True)` without a prompt.
+    `generated` comes from `generate(..., output_point_features=True)` without a prompt.
     """
     assert generated.point_features is not None and generated.num_points is not None
     count, config = generated.point_features.shape[1], model.config

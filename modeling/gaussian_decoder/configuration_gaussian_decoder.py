@@ -135,9 +135,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; found {self.mode!r}")
         if self.read_anchors and self.mode not in ("full", "position"):
-            raise ValueError(
-                f"read_anchors is for modes whose points have faces, full and position; found {self.mode!r}"
-            )
+            raise ValueError(f"read_anchors is for the modes full and position, which have faces; found {self.mode!r}")
         if self.hidden_size % self.num_attention_heads or self.hidden_size % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be even and a multiple of "

@@ -17,13 +17,8 @@ from .configuration_pointillist import PointillistConfig
 
 
 class PointGrammar(LogitsProcessor):
-    """Masks every token that the sequence so far does not allow.
-
-    Args:
-        config: the vocabulary.
-        sorted_points: enforce the order (y, z, x, face).
-        min_points, max_points: limits on the number of points.
-        max_points_per_face: a face with this many points is closed.
+    """Masks every token that the sequence so far does not allow: a wrong slot, a point before its predecessor (with
+    `sorted_points`), an end before `min_points`, or a point beyond `max_points` or `max_points_per_face`.
     """
 
     def __init__(

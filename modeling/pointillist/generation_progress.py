@@ -17,14 +17,10 @@ WITH_TOTAL = "{l_bar}{bar}| {n_fmt}/{total_fmt} points [{elapsed}<{remaining}, {
 
 
 class GenerationProgress:
-    """A bar for a batch: the most points of a row, prompt included, and the height of the lowest unfinished row.
+    """A bar for a batch: the most points of a row, prompt (B, L) included, and the height of the lowest unfinished row.
 
-    Args:
-        config: the vocabulary.
-        prompt: (B, L) ids that generation begins with, padded on the left.
-        max_points: the total, or None.
-        sorted_points: whether points come in order, so that there is a height.
-        shown: False: nothing is shown, and `update` does not wait for the device.
+    `max_points` is the total, if there is one. Only `sorted_points` have a height. If not `shown`, `update` does not wait for the
+    device.
     """
 
     def __init__(

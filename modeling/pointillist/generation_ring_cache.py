@@ -95,13 +95,10 @@ class RingLayer(CacheLayerMixin):
 
 
 class RingCache(Cache):
-    """A ring for each layer.
+    """A ring for each layer of the decoder.
 
-    Args:
-        num_layers: layers of the decoder.
-        window: tokens a query attends to, itself included (`config.sliding_window`).
-        max_length: the longest sequence to come, prompt included; a ring holds no more than it needs.
-        static: fixed shapes for `torch.compile`.
+    A query attends to `window` tokens, itself included (`config.sliding_window`). No sequence may exceed `max_length`, if given,
+    which limits the memory. `static`: fixed shapes for `torch.compile`.
     """
 
     def __init__(self, num_layers: int, window: int, max_length: int | None = None, static: bool = False):
@@ -163,4 +160,9 @@ def ring_mask(
     visible = (column >= 0)[None]
     if attention_mask is not None:
         visible = visible & attention_mask[:, column.clamp(min=0)].bool()
-    return torch.zeros((), dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]
+    return additive_mask(visible, dtype)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, keys) bool -> (B, 1, 1, keys), zero where True and the least finite number elsewhere."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]

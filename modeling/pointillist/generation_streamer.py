@@ -11,12 +11,10 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class PointStreamer(BaseStreamer):
-    """Collects four tokens, decodes them, and hands over `{"positions": (1, 3), "faces": (1,)}`.
+    """Decodes every four tokens with a `GaussianTokenizer` into a point `{"positions": (1, 3), "faces": (1,)}`.
 
-    Args:
-        tokenizer: the `GaussianTokenizer` that decodes.
-        callback: called with each point; without it, iterate over the streamer.
-        timeout: seconds the iterator waits for the next point before `queue.Empty`; None: without limit.
+    Each point is passed to `callback` or, without one, returned by the iterator, which waits `timeout` seconds for the next point
+    before it raises `queue.Empty` (None: without limit).
     """
 
     def __init__(self, tokenizer, callback: Callable[[dict], None] | None = None, timeout: float | None = None):

@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_pointillist import PointillistConfig
 from .generation_pointillist import PointillistGenerationMixin
-from .generation_ring_cache import self_attention_mask
+from .generation_ring_cache import additive_mask, self_attention_mask
 from .modeling_compatibility import CACHE_NAMES, cache_argument, holds_cache, takes_cache
 from .modeling_condition import ConditionEncoder
 
@@ -278,11 +278,7 @@ class PointillistModel(PointillistPreTrainedModel):
         if condition_mask is not None:
             if "flash" in str(self.config._attn_implementation):
                 raise ValueError('condition_mask does not work with flash attention: use attn_implementation="sdpa"')
-            condition_mask = (
-                torch.zeros_like(condition_mask, dtype=x.dtype)
-                .masked_fill(~condition_mask.bool(), torch.finfo(x.dtype).min)[:, None, None]
-                .expand(-1, 1, x.shape[1], -1)
-            )
+            condition_mask = additive_mask(condition_mask.bool(), x.dtype).expand(-1, 1, x.shape[1], -1)
 
         rotary = rotary_embedding(self.config, position_ids)
         for layer in self.layers:
