@@ -14,7 +14,7 @@ MINUTES ?= 10
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast newest fuzz chaos check format clean
+.PHONY: help install demo test test-fast newest fuzz chaos check format wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -64,5 +64,9 @@ format: $(INSTALLED) ## rewrite to the house format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+wheel: $(INSTALLED) ## a wheel of the toolkit, in dist
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 clean: ## remove the environment and outputs
-	rm -rf .venv .venv-newest outputs build *.egg-info
+	rm -rf .venv .venv-newest outputs build dist *.egg-info

@@ -108,8 +108,8 @@ def judge(arguments: argparse.Namespace) -> tuple[dict, list[list[np.ndarray]]]:
     portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in rows]
     inputs = pipeline.inputs(portraits, params)
     longest = 2 * int(subjects.rows.lengths.max()) // 4
-    written = pipeline.write(inputs, seed=0, max_points=longest, max_points_per_face=15, progress=True)
-    clouds = list(zip(*pipeline.points(written), inputs["pixel_values"], params))
+    written = pipeline.generate(inputs, seed=0, max_points=longest, max_points_per_face=15, progress=True)
+    clouds = list(zip(*pipeline.decode_points(written), inputs["pixel_values"], params))
     means = mean_images(SubjectRows(corpus, "train", use_heads=False))
     baseline = np.mean([mean_image_metrics(means, subjects, row) for row in rows], axis=0)
     judged: dict = {"mean image": {"psnr": [float(baseline[0])], "ssim": [float(baseline[1])]}}

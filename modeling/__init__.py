@@ -18,17 +18,15 @@ from .pointillist import (
     RingCache,
 )
 
-AutoConfig.register(PointillistConfig.model_type, PointillistConfig, exist_ok=True)
-AutoModel.register(PointillistConfig, PointillistModel, exist_ok=True)
-AutoModelForCausalLM.register(PointillistConfig, PointillistForCausalLM, exist_ok=True)
-PointillistConfig.register_for_auto_class()
-PointillistModel.register_for_auto_class("AutoModel")
-PointillistForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-
-AutoConfig.register(GaussianDecoderConfig.model_type, GaussianDecoderConfig, exist_ok=True)
-AutoModel.register(GaussianDecoderConfig, GaussianDecoder, exist_ok=True)
-GaussianDecoderConfig.register_for_auto_class()
-GaussianDecoder.register_for_auto_class("AutoModel")
+for _auto, _config, _model in (
+    (AutoModel, PointillistConfig, PointillistModel),
+    (AutoModelForCausalLM, PointillistConfig, PointillistForCausalLM),
+    (AutoModel, GaussianDecoderConfig, GaussianDecoder),
+):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    _auto.register(_config, _model, exist_ok=True)
+    _config.register_for_auto_class()
+    _model.register_for_auto_class(_auto.__name__)
 
 __all__ = [
     "AvatarPipeline",

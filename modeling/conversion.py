@@ -1,7 +1,6 @@
-"""Around the Gaussian decoder: from a head to points it can read, and from what it returns to what a splatter draws.
+"""Input and output of the Gaussian decoder: head vertices as points, and its batched, padded output as `Gaussians` of one avatar.
 
-`GaussianDecoder` travels with its checkpoint and therefore knows nothing of this toolkit; here its batched, padded output becomes
-the `Gaussians` of one avatar. Canonical space: still unposed, one frame.
+`GaussianDecoder` travels with its checkpoint and therefore knows nothing of this toolkit. Everything here is in canonical space.
 """
 
 import torch
@@ -15,38 +14,28 @@ from .gaussian_decoder.modeling_gaussian_decoder import GaussianDecoderOutput
 
 
 def to_gaussians(output: GaussianDecoderOutput, row: int = 0, num_points: int | None = None) -> Gaussians:
-    """The Gaussians of one row of a batch, without its padding; gradients pass.
+    """The Gaussians of one `row` of a decoder's output (B, N, ..), its first `num_points` (default: all N); gradients pass.
 
-    Args:
-        output: of `GaussianDecoder`, (B, N, ..).
-        row: which avatar, 0 to B - 1.
-        num_points: how many leading points are real; default all N.
-
-    Returns:
-        `Gaussians` of one frame (T = 1), float32, canonical space in meters.
-
-    Raises:
-        ValueError: there is no such row, or it has fewer points.
+    Returns `Gaussians` of one frame (T = 1), float32, canonical space in meters. Raises `ValueError` if there is no such row, or
+    it has fewer points.
     """
-    batch, longest, _ = output.positions.shape
+    positions, _, scales, quats, opacities, sh = output.values()
+    batch, longest, _ = positions.shape
     count = longest if num_points is None else num_points
     if not 0 <= row < batch or not 0 <= count <= longest:
         raise ValueError(f"row {row} with {count} points of an output of {batch} rows with {longest} points")
     return Gaussians(
-        positions=output.positions[row, None, :count],
-        scales=output.scales[row, None, :count],
-        quats=output.quats[row, None, :count],
-        opacities=output.opacities[row, :count],
-        sh=output.sh[row, :count],
+        positions=positions[row, None, :count],
+        scales=scales[row, None, :count],
+        quats=quats[row, None, :count],
+        opacities=opacities[row, :count],
+        sh=sh[row, :count],
     )
 
 
 def vertex_points(head: HeadModel, params: HeadParameters) -> tuple[Tensor, Tensor]:
-    """What a decoder of mode "flame_position" reads in the place of a generated cloud.
-
-    Returns:
-        The vertices (V, 3) of a person's head, meters in canonical space, and for each a face (V,) it is a corner of; which of
-        them does not matter, the vertex lies on all.
+    """The points of a decoder of mode "flame_position": the vertices (V, 3) of a subject's head, meters in canonical space, and for
+    each one of the faces (V,) that meet there.
     """
     faces = torch.zeros(head.n_vertices, dtype=torch.int64, device=head.device)
     faces[head.faces.flatten()] = torch.arange(head.n_faces, device=head.device).repeat_interleave(3)

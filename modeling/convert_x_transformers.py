@@ -18,74 +18,68 @@ from torch import Tensor
 from .pointillist.configuration_pointillist import PointillistConfig
 from .pointillist.modeling_pointillist import PointillistForCausalLM
 
+OUTSIDE = {
+    "token_emb.emb.weight": "model.embed_tokens.weight",
+    "to_logits.weight": "lm_head.weight",
+    "attn_layers.final_norm.g": "model.norm.weight",
+}
 ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "o_proj"}
-SUB_BLOCKS = ("self_attn", "cross_attn", "mlp")
+FEED_FORWARD = {"ff.0.0": "fc1", "ff.2": "fc2"}
+BLOCKS = {  # names within each of a layer's three blocks
+    "self_attn": {f"{theirs}.weight": f"self_attn.{ours}.weight" for theirs, ours in ATTENTION.items()},
+    "cross_attn": {f"{theirs}.weight": f"cross_attn.{ours}.weight" for theirs, ours in ATTENTION.items()},
+    "mlp": {f"{a}.{kind}": f"{b}.{kind}" for a, b in FEED_FORWARD.items() for kind in ("weight", "bias")},
+}
+ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 
 
 def convert_state_dict(
     weights: dict[str, Tensor], config: PointillistConfig, norm_unit_offset: bool = True
 ) -> dict[str, Tensor]:
-    """x-transformers' names -> ours (without the condition encoders, which x-transformers has not).
+    """The state dict of a `TransformerWrapper`, or of an `AutoregressiveWrapper` around one, under our names.
 
-    Args:
-        weights: state dict of a `TransformerWrapper`, or of an `AutoregressiveWrapper` around one.
-        norm_unit_offset: its norms store gain - 1 (x-transformers' default, `norm_add_unit_offset=True`).
-
-    Raises:
-        ValueError: a weight is missing, left over or of another shape.
+    The condition encoders have no counterpart there. `norm_unit_offset`: its norms store gain - 1 (x-transformers' default,
+    `norm_add_unit_offset=True`). Raises `ValueError` for a weight that is missing or left over.
     """
     weights = {name.removeprefix("net."): w for name, w in weights.items()}
-    order = rotary_channel_order(config)
-    converted, used = {}, set()
-
-    def take(theirs: str, ours: str, channels: Tensor | None = None, offset: float = 0.0) -> None:
-        if theirs not in weights:
-            raise ValueError(
-                f"the x-transformers weights lack {theirs!r}, expected those of a Decoder(dim={config.hidden_size}, "
-                f"depth={config.num_hidden_layers}, heads={config.num_attention_heads}, attn_dim_head={config.head_dim}, "
-                "cross_attend=True); give the --config of the model they are of"
-            )
-        used.add(theirs)
-        converted[ours] = (weights[theirs] if channels is None else weights[theirs][channels]) + offset
-
-    gain = float(norm_unit_offset)
-    one_head = config.num_attention_heads == 1 and config.head_dim == config.hidden_size
-    take("token_emb.emb.weight", "model.embed_tokens.weight")
-    take("to_logits.weight", "lm_head.weight")
-    take("attn_layers.final_norm.g", "model.norm.weight", offset=gain)
-    for layer in range(config.num_hidden_layers):
-        for i, block in enumerate(SUB_BLOCKS):
-            theirs, ours = f"attn_layers.layers.{3 * layer + i}", f"model.layers.{layer}"
-            take(f"{theirs}.0.0.g", f"{ours}.{block}_norm.weight", offset=gain)
-            if block == "mlp":
-                for their_name, our_name in (("0.0", "fc1"), ("2", "fc2")):
-                    for kind in ("weight", "bias"):
-                        take(f"{theirs}.1.ff.{their_name}.{kind}", f"{ours}.{our_name}.{kind}")
-            else:
-                for their_name, our_name in ATTENTION.items():
-                    rotated = block == "self_attn" and their_name in ("to_q", "to_k")
-                    heads = config.num_attention_heads if their_name == "to_q" else config.num_key_value_heads
-                    channels = head_channels(order, heads) if rotated else None
-                    if their_name == "to_out" and one_head and f"{theirs}.1.to_out.weight" not in weights:
-                        # What a single head reads, x-transformers adds as it is.
-                        converted[f"{ours}.{block}.{our_name}.weight"] = torch.eye(config.hidden_size)
-                        continue
-                    take(f"{theirs}.1.{their_name}.weight", f"{ours}.{block}.{our_name}.weight", channels)
-    left = sorted(n for n in weights.keys() - used if not n.endswith("inv_freq") and "rotary" not in n)
+    names = weight_names(config.num_hidden_layers)
+    if config.num_attention_heads == 1 and config.head_dim == config.hidden_size:
+        # x-transformers adds the output of a single head without a projection.
+        identity = torch.eye(config.hidden_size)
+        weights = {theirs: identity for theirs in names if theirs.endswith("to_out.weight")} | weights
+    missing = [theirs for theirs in names if theirs not in weights]
+    if missing:
+        raise ValueError(
+            f"the x-transformers weights lack {missing[0]!r}, expected those of a Decoder(dim={config.hidden_size}, "
+            f"depth={config.num_hidden_layers}, heads={config.num_attention_heads}, attn_dim_head={config.head_dim}, "
+            "cross_attend=True); give the --config of the model they are of"
+        )
+    left = sorted(n for n in weights.keys() - names.keys() if not n.endswith("inv_freq") and "rotary" not in n)
     if left:
         raise ValueError(f"{len(left)} x-transformers weights have no counterpart here, first {left[0]!r}")
+    rotated = int(config.head_dim * config.partial_rotary_factor)
+    channels = torch.arange(config.head_dim)
+    channels[:rotated] = torch.cat((channels[:rotated:2], channels[1:rotated:2]))
+    converted = {}
+    for theirs, ours in names.items():
+        weight = weights[theirs]
+        if theirs.endswith(".g"):
+            weight = weight + float(norm_unit_offset)
+        elif ours.endswith(ROTATED):
+            weight = weight.unflatten(0, (-1, config.head_dim))[:, channels].flatten(0, 1)
+        converted[ours] = weight
     return converted
 
 
-def rotary_channel_order(config: PointillistConfig) -> Tensor:
-    """Order of one head's channels that turns pairs (2i, 2i + 1) into pairs (i, i + half)."""
-    rotated = int(config.head_dim * config.partial_rotary_factor)
-    return torch.cat((torch.arange(0, rotated, 2), torch.arange(1, rotated, 2), torch.arange(rotated, config.head_dim)))
-
-
-def head_channels(order: Tensor, heads: int) -> Tensor:
-    """The same order for all heads of a projection, as row indices."""
-    return (torch.arange(heads)[:, None] * len(order) + order).flatten()
+def weight_names(num_layers: int) -> dict[str, str]:
+    """x-transformers' name -> ours, of every weight."""
+    names = dict(OUTSIDE)
+    for layer in range(num_layers):
+        for i, (block, parts) in enumerate(BLOCKS.items()):
+            theirs, ours = f"attn_layers.layers.{3 * layer + i}", f"model.layers.{layer}"
+            names[f"{theirs}.0.0.g"] = f"{ours}.{block}_norm.weight"
+            names |= {f"{theirs}.1.{name}": f"{ours}.{own}" for name, own in parts.items()}
+    return names
 
 
 def load_x_transformers(
@@ -93,12 +87,10 @@ def load_x_transformers(
 ) -> None:
     """Copy x-transformers weights into the decoder of `model`; its condition encoders stay as they are."""
     converted = convert_state_dict(weights, model.config, norm_unit_offset)
-    own = model.state_dict()
-    for name, weight in converted.items():
-        if own[name].shape != weight.shape:
-            raise ValueError(
-                f"{name}: the config expects {tuple(own[name].shape)}, the weights have {tuple(weight.shape)}"
-            )
+    for name, parameter in model.named_parameters():
+        found, expected = tuple(converted.get(name, parameter).shape), tuple(parameter.shape)
+        if found != expected:
+            raise ValueError(f"{name}: the config expects {expected}, the weights have {found}")
     model.load_state_dict(converted, strict=False)
 
 
@@ -116,7 +108,7 @@ def main() -> None:
 
 
 def convert_file(weights: Path, config: Path | None, output_dir: Path) -> None:
-    """Write the checkpoint; ValueError or FileNotFoundError that names a file which is not what it should be."""
+    """Write the checkpoint; `ValueError` or `FileNotFoundError` name a file that is missing or damaged."""
     if not weights.is_file():
         raise FileNotFoundError(f"{weights}: no such file; expected the safetensors of an x-transformers state dict")
     try:

@@ -1,9 +1,9 @@
-"""Write the point cloud of a portrait from the command line.
+"""Generate the point cloud of a portrait from the command line.
 
     python -m modeling.generate --model outputs/demo/model --head procedural:600 --portrait portrait.png --output_dir outputs/me
 
-A portrait photograph and a head mesh go in; `points.safetensors` (positions, faces, ids), a world-space `points.ply` that any
-viewer opens, and `points.png` come out. The head's shape is its mean unless `--params flame_param.npz` gives it.
+Input: a portrait and a head model, with its mean shape unless `--params flame_param.npz` gives another. Output:
+`points.safetensors` (positions, faces, ids), `points.ply` for any viewer of point clouds, and `points.png`.
 """
 
 import argparse
@@ -24,44 +24,41 @@ from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
 
+from .checks import check_head
 from .pointillist.modeling_pointillist import PointillistForCausalLM
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a point model with its tokenizer")
     parser.add_argument(
-        "--model", required=True, help="folder or Hub id of a PointillistForCausalLM with its tokenizer"
+        "--head", required=True, help="head model: procedural:600, .safetensors, FLAME .pkl, ICT folder"
     )
-    parser.add_argument(
-        "--head", required=True, help="head model: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder"
-    )
-    parser.add_argument("--portrait", type=Path, help="image of the person, face in the middle")
-    parser.add_argument("--params", type=Path, help="flame_param.npz with the person's shape (default: the mean head)")
+    parser.add_argument("--portrait", type=Path, help="image of the subject, face in the center")
+    parser.add_argument("--params", type=Path, help="flame_param.npz with the subject's shape (default: the mean head)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for points.safetensors, .ply and .png")
-    parser.add_argument("--max_points", type=int, help="write no more points than this (default: 32,768)")
-    parser.add_argument("--max_points_per_face", type=int, help="close a face that carries so many")
-    parser.add_argument("--temperature", type=float, default=0.9, help="below 1: likelier tokens are preferred more")
-    parser.add_argument(
-        "--top_p", type=float, default=0.95, help="choose among the likeliest tokens of this total probability"
-    )
+    parser.add_argument("--max_points", type=int, help="generate no more points than this (default: 32,768)")
+    parser.add_argument("--max_points_per_face", type=int, help="the most points of a face")
+    parser.add_argument("--temperature", type=float, default=0.9, help="below 1: prefer likely tokens")
+    parser.add_argument("--top_p", type=float, default=0.95, help="sample from the likeliest tokens of this total mass")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="above 1: follow the condition more closely")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another cloud")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     arguments = parser.parse_args()
     try:
-        write_cloud(arguments)
+        generate(arguments)
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {' '.join(str(error).split())}\n")
 
 
-def write_cloud(arguments: argparse.Namespace) -> None:
-    """Everything between the command line and the files."""
+def generate(arguments: argparse.Namespace) -> None:
+    """Generate the points of the portrait and write the files."""
     model, tokenizer = open_model(arguments.model)
     model = model.to(arguments.device)
     head = load_head(arguments.head)
-    check_head(tokenizer, head, arguments.head)
+    check_head(tokenizer, head, f"--head {arguments.head}")
     params = HeadParameters.load(arguments.params) if arguments.params else None
-    portrait = open_portrait(arguments.portrait) if arguments.portrait else None
+    portrait = open_image(arguments.portrait) if arguments.portrait else None
 
     set_seed(arguments.seed)
     ids = model.generate(
@@ -86,25 +83,9 @@ def open_model(name: str) -> tuple[PointillistForCausalLM, GaussianTokenizer]:
         return PointillistForCausalLM.from_pretrained(name).eval(), GaussianTokenizer.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(
-            f"--model {name}: no model with its tokenizer here, neither as a folder with config.json, model.safetensors and "
+            f"--model {name}: no model with its tokenizer, neither in a folder with config.json, model.safetensors and "
             f"processor_config.json nor in the cache of the Hub ({error})"
         ) from error
-
-
-def check_head(tokenizer: GaussianTokenizer, head: HeadModel, name: str) -> None:
-    """Raise `ValueError` unless the tokenizer's faces are this head's."""
-    if tokenizer.n_faces != head.n_faces or tokenizer.head_hash not in (None, head.hash):
-        raise ValueError(
-            f"the model writes points on the faces of head model {tokenizer.head_name!r} ({tokenizer.n_faces} faces, hash "
-            f"{tokenizer.head_hash}), but --head {name} has {head.n_faces} faces and hash {head.hash}; give that head model"
-        )
-
-
-def open_portrait(path: Path) -> Image.Image:
-    """An image file, whole."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image")
-    return open_image(path)
 
 
 def condition(
@@ -114,33 +95,24 @@ def condition(
     portrait: Image.Image | None,
     params: HeadParameters | None,
 ) -> dict[str, torch.Tensor]:
-    """What `generate` reads of a portrait and a head, as far as this model has encoders for it."""
+    """The inputs of `generate` for a portrait and a head, as far as this model has encoders for them."""
     if portrait is None and model.config.use_vision_encoder:
-        print(
-            "note: without --portrait the model reads the head mesh alone, which it was not trained for",
-            file=sys.stderr,
-        )
+        print("note: without --portrait the model reads only the head, which it was not trained for", file=sys.stderr)
     if portrait is not None and not model.config.use_vision_encoder:
         raise ValueError("this model reads no portrait (use_vision_encoder is false): leave --portrait out")
     if params is not None and not model.config.use_point_encoder:
         raise ValueError("this model reads no head mesh (use_point_encoder is false): leave --params out")
-    inputs: dict[str, torch.Tensor] = {}
-    if portrait is not None and model.config.use_vision_encoder:
-        inputs.update(tokenizer(images=portrait, return_tensors="pt"))
-    if model.config.use_point_encoder:
-        vertices = head.template if params is None else head.canonical_vertices(params)
-        inputs.update(tokenizer(head_vertices=vertices, head_faces=head.faces, return_tensors="pt"))
-    return {name: value.to(model.device) for name, value in inputs.items()}
+    vertices = head.template if params is None else head.canonical_vertices(params)
+    inputs = tokenizer(images=portrait, head_vertices=vertices, head_faces=head.faces, return_tensors="pt")
+    return {name: value.to(model.device) for name, value in model.select_inputs(inputs).items()}
 
 
 def save_points(folder: Path, points: dict[str, np.ndarray], ids: np.ndarray) -> None:
-    """`points.safetensors` and `points.ply` (x, y, z, face; ASCII-free, for viewers of point clouds)."""
+    """`points.safetensors` and a binary `points.ply` with x, y, z and face."""
     with atomic_file(folder / "points.safetensors") as file:
         file.write(safetensors_bytes({**points, "input_ids": ids}))
-    rows = np.zeros(len(points["faces"]), dtype=[("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("face", "<i4")])
-    rows["x"], rows["y"], rows["z"] = points["positions"].T
-    rows["face"] = points["faces"]
-    fields = "".join(f"property {'int' if name == 'face' else 'float'} {name}\n" for name in rows.dtype.names)
+    rows = np.rec.fromarrays([*points["positions"].T, points["faces"]], dtype=np.dtype("<f4, <f4, <f4, <i4"))
+    fields = "property float x\nproperty float y\nproperty float z\nproperty int face\n"
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{fields}end_header\n"
     with atomic_file(folder / "points.ply") as file:
         file.write(header.encode() + rows.tobytes())

@@ -1,17 +1,17 @@
-"""One call from a portrait to a drivable avatar: the four components that belong together.
+"""One call from a portrait to an animatable avatar, by four components that belong together.
 
     portrait, head parameters -> GaussianTokenizer -> PointillistForCausalLM.generate -> points and their features
                               -> GaussianDecoder -> canonical Gaussians -> GaussianAvatar (anchored to the head model)
 
 A pipeline is a folder, or a repository of the Hub, with a normal subfolder for each component:
 
-    pipeline.json        which components, and what this file is
+    pipeline.json        format and components
     tokenizer/           GaussianTokenizer
     point_model/         PointillistForCausalLM
     gaussian_decoder/    GaussianDecoder
     head/                head.safetensors, a HeadModel
     README.md, images/   the model card and its images
-    *.py                 the code of the components once more: transformers looks for it here, whatever the subfolder
+    *.py                 a copy of the components' code: transformers looks for it here, whatever the subfolder
 """
 
 import json
@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData, create_repo, snapshot_download, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
@@ -35,6 +35,7 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianT
 from gaussian_tokenizer.utils.atomic import atomic_folder
 from gaussian_tokenizer.utils.json_files import read_json
 
+from .checks import check_head, check_vocabulary, check_width
 from .conversion import to_gaussians
 from .gaussian_decoder.modeling_gaussian_decoder import GaussianDecoder
 from .pointillist.generation_pointillist import PointillistGenerateOutput
@@ -44,17 +45,13 @@ from .ranking import likeliest
 FORMAT = "avatar-pointillist pipeline 1"
 INDEX_NAME, HEAD_NAME = "pipeline.json", "head.safetensors"
 COMPONENTS = ("tokenizer", "point_model", "gaussian_decoder", "head")
-# A point sampled too high skips all that would have come before it, and the sorted order never goes back: prefer likely tokens.
+# A point sampled too high skips all that would have come before it, because the sorted order never goes back: prefer likely tokens.
 SAMPLING = {"temperature": 0.9, "top_p": 0.95}
-# Of the demo's model one cloud in eight falls apart; of four hardly ever all.
-CANDIDATES = 4
+CANDIDATES = 4  # one cloud in eight of the demo's model falls apart, all of four hardly ever
 
 
 class AvatarPipeline:
-    """Tokenizer, point model, Gaussian decoder and head model of one vocabulary.
-
-    Raises `ValueError` at construction if they do not belong together, naming the two that disagree.
-    """
+    """Tokenizer, point model, Gaussian decoder and head model of one vocabulary; `ValueError` names two that disagree."""
 
     def __init__(
         self,
@@ -63,27 +60,14 @@ class AvatarPipeline:
         gaussian_decoder: GaussianDecoder,
         head: HeadModel,
     ):
-        point_config, decoder_config = point_model.config, gaussian_decoder.config
-        if (point_config.n_bins, point_config.n_faces) != (tokenizer.n_bins, tokenizer.n_faces):
+        check_vocabulary(point_model.config, tokenizer)
+        check_head(tokenizer, head, f"the head model {head.name!r}")
+        if gaussian_decoder.config.mode == "flame_position":
             raise ValueError(
-                f"the point model has {point_config.n_bins} levels and {point_config.n_faces} faces, the tokenizer "
-                f"{tokenizer.n_bins} and {tokenizer.n_faces}; take both from one training"
-            )
-        if head.n_faces != tokenizer.n_faces or tokenizer.head_hash not in (None, head.hash):
-            raise ValueError(
-                f"the tokenizer is for head model {tokenizer.head_name!r} ({tokenizer.n_faces} faces, hash "
-                f"{tokenizer.head_hash}), not for {head.name!r} ({head.n_faces} faces, hash {head.hash})"
-            )
-        if decoder_config.mode == "flame_position":
-            raise ValueError(
-                "the Gaussian decoder is of mode flame_position, which decodes head vertices and no generated points; "
+                "the Gaussian decoder has mode flame_position, which decodes head vertices instead of generated points; "
                 "a pipeline needs full, position or ar_feature"
             )
-        if decoder_config.reads_point_features and decoder_config.point_feature_size != point_config.hidden_size:
-            raise ValueError(
-                f"the Gaussian decoder reads point features of width {decoder_config.point_feature_size}, the point model has "
-                f"{point_config.hidden_size}; take the decoder that was trained behind this point model"
-            )
+        check_width(gaussian_decoder.config, point_model.config)
         self.tokenizer, self.head = tokenizer, head
         self.point_model, self.gaussian_decoder = point_model.eval(), gaussian_decoder.eval()
         self.to(point_model.device)
@@ -102,91 +86,89 @@ class AvatarPipeline:
     def __call__(
         self,
         image: Any,
-        head_params: HeadParameters | Sequence[HeadParameters] | None = None,
+        head_params: HeadParameters | Sequence[HeadParameters | None] | None = None,
         *,
         seed: int | None = None,
         candidates: int = CANDIDATES,
-        **generate: Any,
+        **options: Any,
     ) -> GaussianAvatar | list[GaussianAvatar]:
-        """The avatar of one person, or of each person of a list.
+        """The avatar of one subject, or of each subject of a list.
 
         Args:
             image: the portrait, as the tokenizer takes it (PIL image, array, tensor or file), or a list of portraits.
-            head_params: the person's head parameters, of which shape and static offset are used (None: the mean head); for a
-                list of portraits a list of them.
-            seed: makes the same avatar again; None samples from torch's generator as it stands.
-            candidates: how many clouds are written of each person, side by side; the likeliest is decoder_config.
-            generate: options of `PointillistForCausalLM.generate` (max_points, temperature, guidance_scale, ...).
+            head_params: the subject's head parameters, of which shape and static offset are used (None: the mean head), or a list
+                of them for a list of portraits.
+            seed: makes the same avatar again; None: torch's generator in its current state.
+            candidates: how many clouds are generated for each subject, side by side; the likeliest is decoded.
+            options: of `PointillistForCausalLM.generate` (max_points, temperature, guidance_scale, ...).
 
         Returns:
-            `GaussianAvatar` in canonical pose with the head model attached: `avatar.posed(motion)` moves it.
+            `GaussianAvatar` in canonical pose with the head model attached: `avatar.posed(motion)` animates it.
 
         Raises:
             ValueError: an image that cannot be read, parameters of another head model.
         """
         many = isinstance(image, (list, tuple))
         images = list(image) if many else [image]
-        given = [None] * len(images) if head_params is None else head_params if many else [head_params]
-        if len(given) != len(images):
-            raise ValueError(f"{len(images)} portraits but head parameters of {len(given)} persons")
-        zeros = HeadParameters.zeros(self.head.n_shape, self.head.n_expression)
-        params = [zeros if own is None else own for own in given]
+        if head_params is None or isinstance(head_params, HeadParameters):
+            head_params = [head_params] * (len(images) if head_params is None else 1)
+        if len(head_params) != len(images):
+            raise ValueError(f"{len(images)} portraits but head parameters of {len(head_params)} subjects")
+        mean = HeadParameters.zeros(self.head.n_shape, self.head.n_expression)
+        params = [mean if own is None else own for own in head_params]
         inputs = self.inputs(images, params)
-        written = self.write(inputs, seed=seed, candidates=candidates, **generate)
-        avatars = [self.decode_attributes(*item) for item in zip(*self.points(written), inputs["pixel_values"], params)]
+        output = self.generate(inputs, seed=seed, candidates=candidates, **options)
+        clouds = zip(*self.decode_points(output), inputs["pixel_values"], params)
+        avatars = [self.decode_attributes(*cloud) for cloud in clouds]
         return avatars if many else avatars[0]
 
     def inputs(self, images: Sequence[Any], params: Sequence[HeadParameters]) -> dict[str, Tensor]:
-        """Portraits and heads as the networks read them: pixel_values, head_vertices and head_normals of B persons."""
+        """Inputs of the networks: pixel_values, head_vertices and head_normals of B portraits and heads."""
         for own in params:
             self.head.check(own)
         vertices = torch.stack([self.head.canonical_vertices(own.to(self.device)) for own in params])
-        inputs = self.tokenizer(
-            images=list(images), head_vertices=vertices, head_faces=self.head.faces, return_tensors="pt"
-        )
+        inputs = self.tokenizer(None, list(images), vertices, self.head.faces, return_tensors="pt")
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     @torch.no_grad()
-    def write(
+    def generate(
         self,
         inputs: Mapping[str, Tensor],
         *,
         seed: int | None = None,
         candidates: int = CANDIDATES,
-        **generate: Any,
+        **options: Any,
     ) -> PointillistGenerateOutput:
-        """Sequences of B persons with the hidden states that predicted their points, the likeliest of the candidates each."""
+        """Sequences of B subjects, each the likeliest of its candidates, and the hidden states that predicted the points."""
         if candidates < 1:
             raise ValueError(f"candidates must be at least 1, found {candidates}")
-        config = self.point_model.config
-        condition = {
-            name: value.repeat_interleave(candidates, 0)
-            for name, value in inputs.items()
-            if (config.use_vision_encoder if name == "pixel_values" else config.use_point_encoder)
-        }
+        condition = self.point_model.select_inputs(inputs)
         if seed is not None:
             torch.manual_seed(seed)
-        options = SAMPLING | generate | {"output_point_features": True, "return_dict_in_generate": True}
-        written = self.point_model.generate(**condition, **options)
-        return written if candidates == 1 else likeliest(self.point_model, written, candidates)
+        output = self.point_model.generate(
+            **{name: value.repeat_interleave(candidates, 0) for name, value in condition.items()},
+            **SAMPLING | options | {"output_point_features": True, "return_dict_in_generate": True},
+        )
+        return output if candidates == 1 else likeliest(self.point_model, output, candidates)
 
-    def points(self, written: PointillistGenerateOutput) -> tuple[list[dict], list[Tensor]]:
-        """Of each sequence its points (positions (N, 3), faces (N,)) and their features (N, 4, D)."""
-        points = [self.tokenizer.decode(ids.cpu(), errors="truncate") for ids in written.sequences]
-        empty = [row for row, own in enumerate(points) if len(own["faces"]) == 0]
-        if empty:
+    def decode_points(self, output: PointillistGenerateOutput) -> tuple[list[dict], list[Tensor]]:
+        """The points of each sequence (positions (N, 3), faces (N,)) and their features (N, 4, D)."""
+        points = [self.tokenizer.decode(ids.cpu(), errors="truncate") for ids in output.sequences]
+        counts = [len(own["faces"]) for own in points]
+        if 0 in counts:
             raise ValueError(
-                f"the point model ended sequence {empty[0]} before its first point: give min_points, or another seed"
+                f"sequence {counts.index(0)} ended before its first point: give min_points, or another seed"
             )
-        return points, [features[: len(own["faces"])] for features, own in zip(written.point_features, points)]
+        assert output.point_features is not None
+        return points, [features[:count] for features, count in zip(output.point_features, counts)]
 
     @torch.no_grad()
     def decode_attributes(
         self, points: Mapping[str, Any], features: Tensor | None, pixel_values: Tensor, params: HeadParameters
     ) -> GaussianAvatar:
-        """The avatar of one person's points: their looks from the decoder, anchored to the head.
+        """The avatar of one subject: points with their attributes from the decoder, anchored to the head.
 
-        `points` with positions (N, 3) and faces (N,), `features` (N, 4, D), `pixel_values` (3, S, S).
+        `points` has positions (N, 3) and faces (N,); `features` (N, 4, D); `pixel_values` (3, S, S).
         """
         config = self.gaussian_decoder.config
         own = params.canonical().to(self.device)
@@ -194,12 +176,12 @@ class AvatarPipeline:
         positions = torch.as_tensor(points["positions"], device=self.device)
         anchors = None
         if config.read_anchors:
-            anchors = nearest_on_faces(positions, faces, self.head.canonical_vertices(own), self.head.faces)
+            anchors = nearest_on_faces(positions, faces, self.head.canonical_vertices(own), self.head.faces)[None]
         decoded = self.gaussian_decoder(
             positions=positions[None],
             point_features=features[None] if config.reads_point_features and features is not None else None,
             pixel_values=pixel_values[None],
-            anchors=None if anchors is None else anchors[None],
+            anchors=anchors,
         )
         return GaussianAvatar.from_gaussians(to_gaussians(decoded), faces, own, self.head)
 
@@ -216,13 +198,8 @@ class AvatarPipeline:
         if not folder.is_dir():
             folder = _downloaded(str(name))
         if not (folder / INDEX_NAME).is_file():
-            raise FileNotFoundError(
-                f"{name}: not a pipeline, it has no {INDEX_NAME}; save one with AvatarPipeline(...).save_pretrained"
-            )
-        try:
-            found = read_json(folder / INDEX_NAME)["format"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{folder / INDEX_NAME}: not the index of a pipeline ({error})") from None
+            raise FileNotFoundError(f"{name}: has no {INDEX_NAME}; save a pipeline with AvatarPipeline.save_pretrained")
+        found = read_json(folder / INDEX_NAME).get("format")
         if found != FORMAT:
             raise ValueError(f"{folder / INDEX_NAME}: format {found!r}, expected {FORMAT!r}")
         missing = [component for component in COMPONENTS if not (folder / component).is_dir()]
@@ -252,7 +229,7 @@ class AvatarPipeline:
         """Write the folder described above; it appears whole, or what was there before stays.
 
         `images` are copied to `images/` and shown by the model card; `card` adds a paragraph to it. `license` is the Hub's
-        name of the license of these weights ("apache-2.0", "cc-by-nc-4.0", ...), which their training data decide.
+        name for the license of these weights ("apache-2.0", "cc-by-nc-4.0", ...), which depends on their training data.
         """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -288,45 +265,21 @@ class AvatarPipeline:
             return str(address)
 
     def _card(self, images: Sequence[str], paragraph: str | None, license: str) -> str:
-        header = ModelCardData(
-            license=license,
-            library_name="avatar-pointillist",
-            tags=["avatar-pointillist", "gaussian-splatting", "3d", "avatars"],
-            pipeline_tag="image-to-3d",
-        ).to_yaml()
-        shown = "\n\n".join(f"![{Path(image).stem}](images/{image})" for image in images)
-        points, decoder = self.point_model.config, self.gaussian_decoder.config
-        parts = [
-            f"---\n{header}\n---\n\n# Avatar pipeline",
-            "One portrait in, an animatable head of 3D Gaussians out: an open implementation of AvatarPointillist (CVPR 2026).",
-            shown,
-            paragraph or "",
-            f"""| component | what |
-|---|---|
-| `tokenizer/` | {points.n_bins} levels an axis, {points.n_faces} faces |
-| `point_model/` | {points.num_hidden_layers} layers, width {points.hidden_size}: writes the points |
-| `gaussian_decoder/` | {decoder.num_hidden_layers} blocks, width {decoder.hidden_size}, mode {decoder.mode}: gives them looks |
-| `head/` | head model {self.head.name!r}, {self.head.n_vertices} vertices |""",
-            """```python
-from modeling import AvatarPipeline
-
-pipeline = AvatarPipeline.from_pretrained("THIS_FOLDER_OR_ID")
-avatar = pipeline("portrait.png", seed=0)
-avatar.save("avatar")                      # a GaussianAvatars folder; python -m gaussian_tokenizer.animate moves it
-```""",
-            """Where this toolkit is not installed, the networks and the tokenizer load one by one:
-
-```python
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
-
-where = "THIS_FOLDER_OR_ID"
-tokenizer = AutoProcessor.from_pretrained(where, subfolder="tokenizer", trust_remote_code=True)
-point_model = AutoModelForCausalLM.from_pretrained(where, subfolder="point_model", trust_remote_code=True)
-gaussian_decoder = AutoModel.from_pretrained(where, subfolder="gaussian_decoder", trust_remote_code=True)
-```""",
-            "A generated head shows no real person unless it was asked to: do not make one of somebody who has not agreed to it.",
-        ]
-        return "\n\n".join(part for part in parts if part) + "\n"
+        card = ModelCard.from_template(
+            ModelCardData(
+                license=license,
+                library_name="avatar-pointillist",
+                tags=["avatar-pointillist", "gaussian-splatting", "3d", "avatars"],
+                pipeline_tag="image-to-3d",
+            ),
+            template_path=str(Path(__file__).with_name("pipeline_card.md.j2")),
+            images=images,
+            paragraph=paragraph,
+            points=self.point_model.config,
+            decoder=self.gaussian_decoder.config,
+            head=self.head,
+        )
+        return str(card) + "\n"
 
 
 def _downloaded(name: str) -> Path:

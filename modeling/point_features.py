@@ -1,11 +1,11 @@
-"""What the point model thought of each point: its hidden states over whole sequences, for training the Gaussian decoder.
+"""Point features: the point model's hidden states over whole sequences, for training the Gaussian decoder.
 
 In: token ids of `GaussianTokenizer` (B, L) and the condition of the point model. Out: (B, N, 4, D), for every point the last
-hidden states at the positions that *predict* its x, y, z and face (AvatarPointillist, method figure). They are those of
-`generate(..., output_point_features=True)` on the same ids: attention is banded by the window, however long the sequence. It
-is read piece by piece, so that memory grows with the window and the piece, not with the square of the length.
+hidden states at the positions that *predict* its x, y, z and face (AvatarPointillist, method figure). They equal those of
+`generate(..., output_point_features=True)` on the same ids, because attention is limited to the window. Sequences are read in
+chunks, so that memory grows with the window and the chunk, not with the square of the length.
 
-The point model is frozen while the decoder learns: `FeatureCache` keeps its features on disk.
+The point model is frozen while the decoder is trained: `FeatureCache` keeps its features on disk.
 
 Axes: B batch, L tokens, N points, D width, W window.
 """
@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,12 +45,11 @@ def point_features(
     head_vertices: Tensor | None = None,
     head_normals: Tensor | None = None,
     condition_embeds: Tensor | None = None,
-    chunk: int | None = None,
+    chunk: int = CHUNK,
 ) -> Tensor:
-    """Hidden states that predict the tokens of each point, by teacher forcing.
+    """Hidden states that predict the tokens of each point, by teacher forcing, in evaluation mode.
 
     Args:
-        model: the point model; runs in evaluation mode and is left in the mode it was in.
         input_ids: (B, L) whole sequences, bos first, then four tokens a point, then eos (which may be missing), then padding.
         pixel_values, head_vertices, head_normals, condition_embeds: the condition, see `PointillistForCausalLM.forward`.
         chunk: tokens a pass, default 2,048. The result does not depend on it.
@@ -61,11 +61,10 @@ def point_features(
         ValueError: a row is not a sequence, or `chunk` is not positive.
     """
     counts = num_points(input_ids, model)
-    chunk = CHUNK if chunk is None else chunk
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, found {chunk}")
     input_ids = input_ids.to(model.device)
-    length = 4 * int(counts.max())  # the last face predicts the end, which is no point's
+    length = 4 * int(counts.max())  # the last face predicts the end, which belongs to no point
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -77,7 +76,7 @@ def point_features(
         cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())
         pieces = []
         for begin in range(0, length, chunk):
-            # Padding is on the right, where no token of a sequence appearance: it needs no mask.
+            # Padding is on the right, where no token of a sequence attends: it needs no mask.
             piece = input_ids[:, begin : min(begin + chunk, length)]
             outputs = model.model(piece, condition=condition, cache=cache, use_cache=True)
             pieces.append(outputs.last_hidden_state)
@@ -95,12 +94,12 @@ class FeatureCache:
     """Features of one point model in a folder, a file for each sequence under each condition.
 
     A file's name is a hash of the model's weights and configuration, the ids and the condition: another checkpoint or another
-    portrait never finds it. Values are rounded to `dtype`, when computed as when read, so a second epoch sees what the first
-    saw. A damaged file is computed again; files appear whole or not at all, so processes may share the folder.
+    portrait never finds it. Values are rounded to `dtype` when computed as well as when read, so every epoch sees the same. A
+    damaged file is computed again; files appear whole or not at all, so processes may share the folder.
 
     Args:
-        folder: where the files are; made if it is not there. A point takes 8 D bytes: 30,000 points of the paper 246 MB.
-        model: the point model, frozen: its weights are read here, once. Make another cache after they have changed.
+        folder: where the files are; created if missing. A point takes 8 D bytes: 30,000 points of the paper 246 MB.
+        model: the point model, frozen: its weights are hashed here, once. Make another cache after they have changed.
         dtype: float16 (default) or bfloat16.
     """
 
@@ -114,10 +113,10 @@ class FeatureCache:
         self.fingerprint = fingerprint(model)
 
     def features(self, model: PointillistForCausalLM, input_ids: Tensor, **condition: Tensor | None) -> Tensor:
-        """`point_features(model, input_ids, **condition)` for a batch, row by row from the disk where it is there.
+        """`point_features(model, input_ids, **condition)` for a batch, each row from its file if there is one.
 
         Raises:
-            ValueError: another model than the cache's, what `point_features` refuses, or a feature too large for `dtype`.
+            ValueError: a model other than the cache's, what `point_features` refuses, or a feature too large for `dtype`.
         """
         if model is not self.model:
             raise ValueError("this cache holds features of another model: make a FeatureCache for this one")
@@ -127,21 +126,24 @@ class FeatureCache:
                 raise ValueError(f"{name} for {len(value)} sequences, but {len(input_ids)} sequences of tokens")
         rows = []
         for row, count in enumerate(num_points(input_ids, model).tolist()):
-            sequence = input_ids[row, : 1 + 4 * count]  # how far the batch was padded must not matter
-            own = {name: value[row] for name, value in given.items()}
-            rows.append(self.get(sequence, own, partial(_features_of_one, model, sequence, own)))
+            sequence = input_ids[row : row + 1, : 1 + 4 * count]  # the padding of the batch must not matter
+            own: dict[str, Any] = {name: value[row : row + 1] for name, value in given.items()}
+            rows.append(self.get(sequence, own, partial(point_features, model, sequence, **own)))
         return pad_sequence(rows, batch_first=True).to(model.device, model.dtype)
 
     def get(self, sequence: Tensor, condition: dict[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
-        """Features (N, 4, D) of one sequence (L,) under its condition (no batch axis), in `dtype` on the CPU.
+        """Features (N, 4, D) of one sequence (1, L) under its condition, in `dtype` on the CPU.
 
-        Read from the disk, or made by `compute()` and written.
+        Read from the disk, or computed by `compute()` (1, N, 4, D) and written.
         """
-        path = self.folder / f"{self.key(sequence, condition)}.safetensors"
+        digest = hashlib.sha256(f"{self.fingerprint} {self.dtype}".encode())
+        inputs = {"input_ids": sequence.long(), **condition}
+        _hash_tensors(digest, {name: value[0] for name, value in inputs.items()})
+        path = self.folder / f"{digest.hexdigest()}.safetensors"
         stored = _read(path)
         if stored is not None:
             return stored
-        computed = compute()
+        computed = compute()[0]
         features = computed.detach().to("cpu", self.dtype).contiguous()
         if not torch.isfinite(features).all():
             raise ValueError(
@@ -153,22 +155,16 @@ class FeatureCache:
             file.write(data)
         return features
 
-    def key(self, sequence: Tensor, condition: dict[str, Tensor]) -> str:
-        """Hexadecimal hash of everything that the features depend on."""
-        digest = hashlib.sha256(f"{self.fingerprint} {self.dtype}".encode())
-        _hash_tensors(digest, {"input_ids": sequence.long(), **condition})
-        return digest.hexdigest()
-
 
 def fingerprint(model: PointillistForCausalLM) -> str:
-    """Hexadecimal hash of a model's weights and of what its configuration says about the computation."""
+    """Hexadecimal hash of a model's weights and of the configuration that its computation depends on."""
     digest = hashlib.sha256(json.dumps(_lasting(model.config.to_dict()), sort_keys=True).encode())
     _hash_tensors(digest, model.state_dict())
     return digest.hexdigest()
 
 
 def _lasting(config: dict) -> dict:
-    """A configuration without what saving and loading adds to it."""
+    """A configuration without what saving and loading add to it."""
     passing = {"architectures", "auto_map", "dtype", "transformers_version", "_name_or_path"}
     kept = {name: value for name, value in config.items() if name not in passing}
     return {name: _lasting(value) if isinstance(value, dict) else value for name, value in kept.items()}
@@ -189,29 +185,25 @@ def _checksum(tensor: Tensor) -> str:
 
 
 def _read(path: Path) -> Tensor | None:
-    """The features of a file, or None where it is missing or damaged."""
+    """The features of a file, or None if it is missing or damaged."""
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as file:
             features = file.get_tensor("features")
-            whole = (file.metadata() or {}).get("crc32") == _checksum(features)
-    except (SafetensorError, OSError) as error:
-        logger.warning("%s is damaged and will be computed again: %s", path, error)
-        return None
-    if not whole:
-        logger.warning("%s is damaged and will be computed again: its checksum does not match", path)
-        return None
-    return features
-
-
-def _features_of_one(model: PointillistForCausalLM, sequence: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    return point_features(model, sequence[None], **{name: value[None] for name, value in condition.items()})[0]
+            if (file.metadata() or {}).get("crc32") == _checksum(features):
+                return features
+            error: Exception | str = "its checksum does not match"
+    except (SafetensorError, OSError) as failure:
+        error = failure
+    logger.warning("%s is damaged and will be computed again: %s", path, error)
+    return None
 
 
 def num_points(input_ids: Tensor, model: PointillistForCausalLM) -> Tensor:
     """Points (B,) in each sequence of (B, L); `ValueError` that names the row if it is not bos, points, eos, padding."""
-    bos, eos, pad = model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id
+    bos = model.config.first_special
+    eos, pad = bos + 1, bos + 2
     if input_ids.ndim != 2 or not input_ids.shape[1]:
         raise ValueError(f"input_ids must be (B, L) sequences, found {tuple(input_ids.shape)}")
     lengths = (input_ids < bos).sum(1)

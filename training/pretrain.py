@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from modeling import PointillistForCausalLM
+from modeling.checks import check_vocabulary
 from training.common.arguments import PretrainArguments, exit_on_user_error, flag_named, parse_arguments
 from training.common.exact_trainer import checkpoint_to_resume, going_on_from
 from training.common.model_card import model_card
@@ -104,11 +105,7 @@ def build_model(arguments: ModelArguments, corpus: Corpus) -> PointillistForCaus
         model = PointillistForCausalLM.from_pretrained(
             arguments.model, attn_implementation=arguments.attn_implementation, dtype=torch.float32
         )
-    if (model.config.n_bins, model.config.n_faces) != (tokenizer.n_bins, tokenizer.n_faces):
-        raise ValueError(
-            f"{arguments.model} spells points with {model.config.n_bins} levels and {model.config.n_faces} faces, the corpus "
-            f"{corpus.path} with {tokenizer.n_bins} and {tokenizer.n_faces}; build the corpus with the model's tokenizer"
-        )
+    check_vocabulary(model.config, tokenizer, f"--model {arguments.model}", f"the corpus {corpus.path}")
     return model
 
 

@@ -28,6 +28,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from modeling import GaussianDecoder, PointillistForCausalLM
+from modeling.checks import check_vocabulary, check_width
 from modeling.point_features import FeatureCache
 from training.common.arguments import exit_on_user_error, flag_named, parse_arguments
 from training.common.exact_trainer import checkpoint_to_resume, going_on_from
@@ -140,12 +141,7 @@ def open_point_model(name: str, corpus: Corpus) -> PointillistForCausalLM:
     """The frozen point model; `ValueError` if it spells points otherwise than the corpus."""
     with flag_named("--point_model", name):
         point_model = PointillistForCausalLM.from_pretrained(name)
-    point_config, tokenizer = point_model.config, corpus.tokenizer
-    if (point_config.n_bins, point_config.n_faces) != (tokenizer.n_bins, tokenizer.n_faces):
-        raise ValueError(
-            f"--point_model {name} spells points with {point_config.n_bins} levels and {point_config.n_faces} faces, the corpus "
-            f"{corpus.path} with {tokenizer.n_bins} and {tokenizer.n_faces}; build the corpus with the model's tokenizer"
-        )
+    check_vocabulary(point_model.config, corpus.tokenizer, f"--point_model {name}", f"the corpus {corpus.path}")
     return point_model
 
 
@@ -175,12 +171,7 @@ def build_decoder(arguments: DecoderArguments, point_model: PointillistForCausal
         decoder = GaussianDecoder.from_pretrained(
             arguments.decoder, attn_implementation=arguments.attn_implementation, dtype=torch.float32
         )
-    width = point_model.config.hidden_size
-    if decoder.config.reads_point_features and decoder.config.point_feature_size != width:
-        raise ValueError(
-            f"--decoder {arguments.decoder} reads point features of width {decoder.config.point_feature_size}, the point model "
-            f"has width {width}; give the point model it was trained with"
-        )
+    check_width(decoder.config, point_model.config, f"--decoder {arguments.decoder}")
     return decoder
 
 

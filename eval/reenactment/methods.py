@@ -135,8 +135,8 @@ def ours_maker(pipeline: AvatarPipeline, seed: int, **generate: Any) -> Maker:
     def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
         params = [clip.params.frame(0) for clip in clips]
         inputs = pipeline.inputs([clip.portrait() for clip in clips], params)
-        written = pipeline.write(inputs, seed=seed, **generate)
-        parts = zip(*pipeline.points(written), inputs["pixel_values"], params)
+        written = pipeline.generate(inputs, seed=seed, **generate)
+        parts = zip(*pipeline.decode_points(written), inputs["pixel_values"], params)
         tokens = (written.sequences < pipeline.point_model.config.bos_token_id).sum(1).tolist()
         return [(pipeline.decode_attributes(*part), count) for part, count in zip(parts, tokens)]
 

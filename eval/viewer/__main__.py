@@ -87,10 +87,10 @@ def name_of(path: Path) -> str:
 
 def make_avatar(options: argparse.Namespace) -> GaussianAvatar:
     """What the pipeline makes of the portrait."""
-    from modeling.generate import open_portrait
+    from gaussian_tokenizer.tokenizer.image_files import open_image
     from modeling.pipeline import AvatarPipeline
 
-    portrait = open_portrait(options.image)
+    portrait = open_image(options.image)
     pipeline = AvatarPipeline.from_pretrained(options.model)
     avatar = pipeline(portrait, seed=options.seed, progress=True)
     assert isinstance(avatar, GaussianAvatar)

@@ -25,22 +25,33 @@ LIMITS = {
 MODES = ("full", "ar_feature", "position", "flame_position")
 
 
-# As in configuration_pointillist.py: a checkpoint of one travels without the files of the other.
+# These two are also in configuration_pointillist.py: a checkpoint of one model travels without the files of the other.
 def check_fields(config: PreTrainedConfig, limits: Mapping[str, tuple[float, float]]) -> None:
-    """Raise `ValueError` for a field outside its limits (NaN is outside of all), a center that is no point, or no dtype."""
+    """Raise `ValueError` for an unknown dtype, a field outside its limits (NaN is outside of all), or a center that is no point."""
     if isinstance(config.dtype, str) and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
         raise ValueError(f"dtype is {config.dtype!r}, expected one of torch's, such as float32; correct config.json")
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} is {value}, expected {low} to {high}; correct config.json")
-    vision = config.vision_config
-    depth = vision.get("num_hidden_layers", 1) if isinstance(vision, dict) else 1
-    if isinstance(depth, int) and not LAYERS[0] <= depth <= LAYERS[1]:
-        raise ValueError(f"vision_config has num_hidden_layers {depth}, expected {LAYERS[0]} to {LAYERS[1]}")
     center = config.point_center
     if center is not None and (len(center) != 3 or not all(map(math.isfinite, center))):
         raise ValueError(f"point_center is {center}, expected x, y and z in meters")
+
+
+def dinov2_config(settings: dict | Dinov2Config | None) -> Dinov2Config:
+    """The configuration of the portrait encoder; default ViT-L/14. Raises `ValueError` for a dict that describes none."""
+    if settings is None:
+        return Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518)
+    if not isinstance(settings, dict):
+        return settings
+    depth = settings.get("num_hidden_layers", 1)
+    if isinstance(depth, int) and not LAYERS[0] <= depth <= LAYERS[1]:
+        raise ValueError(f"vision_config has num_hidden_layers {depth}, expected {LAYERS[0]} to {LAYERS[1]}")
+    try:
+        return Dinov2Config(**settings)
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"vision_config is no configuration of DINOv2 ({error!r})") from None
 
 
 @strict
@@ -49,19 +60,19 @@ class GaussianDecoderConfig(PreTrainedConfig):
 
     Args:
         mode: "full" reads positions and the point model's hidden states; "ar_feature" the hidden states only; "position" the
-            positions only; "flame_position" is "position" for vertices of the head model instead of generated points.
+            positions only; "flame_position" the same, for vertices of the head model instead of generated points.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: the joint-attention blocks;
             `intermediate_size` defaults to four widths.
         point_feature_size: width of the point model whose hidden states are read.
         point_frequencies: octaves of the positional encoding; point_extent: meters mapped to [-1, 1];
             point_center: meters, subtracted before.
-        read_anchors: also tell each point where the nearest point of its face is on the subject's own head, and learn how far
-            to pull it there (not in the paper). What the point model placed beside the head can then be put right.
+        read_anchors: also read the nearest point on each point's face, on the subject's own head, and learn how far to pull it
+            there (not in the paper). This corrects points that were generated beside the head.
         vision_config: a `Dinov2Config` (or dict) of the portrait encoder; default ViT-L/14, as in `PointillistConfig`.
         vision_layers: 0-based layers whose patch tokens are fused; default LAM's [4, 11, 17, 23] for 24 layers, else four
             evenly spread ones that end with the last.
-        freeze_vision_encoder: whether the portrait encoder stays as it is.
-        sh_degree: degree of the spherical harmonics of the color, 0 to 3; 0 is a color that no view changes.
+        freeze_vision_encoder: whether the portrait encoder is kept as it is.
+        sh_degree: degree of the spherical harmonics of the color, 0 to 3; 0 is the same from every view.
         init_scale, max_scale: meters, the standard deviation of a new decoder's Gaussians and its upper limit.
         max_offset: meters, how far a Gaussian may move from its point along each axis.
         init_opacity: opacity of a new decoder's Gaussians.
@@ -83,7 +94,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
     point_center: list[float] | None = None
     read_anchors: bool = False
 
-    vision_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | Dinov2Config | None = None
     vision_layers: list[int] | None = None
     freeze_vision_encoder: bool = True
 
@@ -99,15 +110,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.point_center is None:
             self.point_center = [0.0, 0.0, 0.0]
-        if self.vision_config is None:
-            self.vision_config = Dinov2Config(
-                hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518
-            )
-        elif isinstance(self.vision_config, dict):
-            try:
-                self.vision_config = Dinov2Config(**self.vision_config)
-            except (TypeError, KeyError, IndexError, AttributeError) as error:
-                raise ValueError(f"vision_config is no configuration of DINOv2 ({error!r})") from None
+        self.vision_config = dinov2_config(self.vision_config)
         if self.vision_layers is None:
             self.vision_layers = spread_layers(self.vision_config.num_hidden_layers)
         super().__post_init__(**kwargs)
@@ -115,6 +118,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
     @property
     def image_embed_size(self) -> int:
         """Width of `image_embeds`: one portrait token of every layer read."""
+        assert isinstance(self.vision_config, Dinov2Config) and self.vision_layers is not None
         return len(self.vision_layers) * self.vision_config.hidden_size
 
     @property
@@ -131,9 +135,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; found {self.mode!r}")
         if self.read_anchors and self.mode not in ("full", "position"):
-            raise ValueError(
-                f"read_anchors is for the modes full and position, whose points have faces; found {self.mode!r}"
-            )
+            raise ValueError(f"read_anchors is for the modes full and position, which have faces; found {self.mode!r}")
         if self.hidden_size % self.num_attention_heads or self.hidden_size % 2:
             raise ValueError(
                 f"hidden_size {self.hidden_size} must be even and a multiple of "

@@ -1,25 +1,27 @@
-"""The Gaussian decoder: the points of an avatar and a portrait become the color, size, turn and opacity of its Gaussians.
+"""The Gaussian decoder: from the points of an avatar and a portrait to the color, scale, rotation and opacity of its Gaussians.
 
 In: canonical positions (B, N, 3), the point model's hidden states that predicted each point's four tokens (B, N, 4, D_ar) and
 a portrait. Out: `GaussianDecoderOutput`. Points and portrait tokens pass through joint-attention blocks (SD3's MM-DiT without
-a time step, as LAM uses it: every stream has its own weights, attention is over both); one linear layer an attribute reads
-the points. Sizes: AvatarPointillist supplementary, section D; block and activations: LAM.
+a timestep, as in LAM: each stream has its own weights, attention is over both); one linear layer for each attribute reads the
+points. Sizes: AvatarPointillist supplementary, section D; block and activations: LAM.
 
 Axes: B batch, N points, M portrait tokens, S = N + M, H heads, D width, K SH coefficients.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import Dinov2Model
+from transformers import Dinov2Config, Dinov2Model
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_gaussian_decoder import GaussianDecoderConfig
@@ -51,7 +53,7 @@ class GaussianDecoderOutput(ModelOutput):
 class GaussianDecoderPreTrainedModel(PreTrainedModel):
     config: GaussianDecoderConfig
     main_input_name = "positions"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["JointBlock", "Dinov2Layer"]
     _supports_sdpa = True
@@ -61,7 +63,7 @@ class GaussianDecoderPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        # On the layers, not on the head: of custom code, transformers skips modules without parameters of their own.
+        # On the layers, not on the head: in custom code, transformers skips modules without parameters of their own.
         if isinstance(module, AttributeLinear):
             module.init_weights()
 
@@ -71,55 +73,55 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
 
     def __init__(self, config: GaussianDecoderConfig):
         super().__init__(config)
+        vision, layers = config.vision_config, range(config.num_hidden_layers)
+        assert isinstance(vision, Dinov2Config) and config.vision_layers is not None
+        self.vision_layers = config.vision_layers
         self.embed = PointEmbedding(config)
-        vision_width = config.vision_config.hidden_size
-        self.layer_proj = nn.ModuleList(nn.Linear(vision_width, vision_width) for _ in config.vision_layers)
+        self.layer_proj = nn.ModuleList(nn.Linear(vision.hidden_size, vision.hidden_size) for _ in self.vision_layers)
         self.image_proj = nn.Linear(config.image_embed_size, config.hidden_size)
-        last = config.num_hidden_layers - 1
-        self.blocks = nn.ModuleList(
-            JointBlock(config, i, context_pre_only=i == last) for i in range(config.num_hidden_layers)
-        )
+        self.blocks = nn.ModuleList(JointBlock(config, i, context_pre_only=i == layers[-1]) for i in layers)
         self.norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
         self.head = GaussianHead(config)
-        self.use_vision(Dinov2Model(config.vision_config))
+        self.use_vision(Dinov2Model(vision))
         self.gradient_checkpointing = False
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)  # with new parameters, all of them trainable
+        loaded = super().from_pretrained(*args, **kwargs)  # replaces the parameters by trainable ones
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
         return loaded
 
     def use_vision(self, vision: Dinov2Model) -> None:
-        """Take this portrait encoder, frozen if the configuration says so."""
+        """Use this portrait encoder, frozen if so configured."""
         self.vision = vision.requires_grad_(True)
         self.freeze()
 
     def freeze(self) -> None:
-        """Take gradients from the portrait encoder, if the configuration says so, and from what no loss reaches.
+        """Freeze the portrait encoder, if so configured, and the parameters that no loss reaches.
 
-        A trainable parameter without a gradient would stall distributed training: portraits are never masked, and what the
-        last block's context asks for is thrown away. Done already by the constructor, `use_vision` and `from_pretrained`.
+        A trainable parameter without a gradient would stall distributed training: portraits are never masked, and the queries of
+        the last block's context are not used. The constructor, `use_vision` and `from_pretrained` have already done this.
         """
         if self.config.freeze_vision_encoder:
             self.vision.requires_grad_(False)
-        self.vision.embeddings.mask_token.requires_grad_(False)
-        self.blocks[-1].attn.q_proj_context.requires_grad_(False)
-        self.blocks[-1].attn.q_norm_context.requires_grad_(False)
+        vision: Any = self.vision
+        last: Any = self.blocks[-1]
+        for unused in (vision.embeddings.mask_token, last.attn.q_proj_context, last.attn.q_norm_context):
+            unused.requires_grad_(False)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Portraits (B, 3, h, w), ImageNet-normalized -> `image_embeds` (B, M, layers read * D_vision), M patches.
 
-        What the frozen part of the way makes of a portrait: the patch tokens of each layer of `vision_layers`, normalized by the
-        encoder's last norm (DINOv2's `get_intermediate_layers`), side by side. Make it once to use a portrait many times.
+        The patch tokens of each layer of `vision_layers`, normalized by the encoder's last norm (DINOv2's
+        `get_intermediate_layers`), side by side. Compute it once to use a portrait many times.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must be (B, 3, h, w), found {tuple(pixel_values.shape)}")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision_encoder):
             pixel_values = pixel_values.to(self.image_proj.weight.dtype)
             states = self.vision(pixel_values, output_hidden_states=True).hidden_states
-            layers = [self.vision.layernorm(states[i + 1])[:, 1:] for i in self.config.vision_layers]
+            layers = [self.vision.layernorm(states[i + 1])[:, 1:] for i in self.vision_layers]
             return torch.cat(layers, dim=-1)
 
     @can_return_tuple
@@ -139,28 +141,28 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
             point_features: (B, N, 4, D_ar) last hidden states of the point model that predicted x, y, z and face of each
                 point; needed by the modes "full" and "ar_feature", not read by the others.
             pixel_values: (B, 3, h, w) portrait, ImageNet-normalized, or `image_embeds` (B, M, E) from `encode_image`.
-            point_mask: (B, N) bool, False on padding. Real points come out as they would without the padding.
+            point_mask: (B, N) bool, False on padding, which does not affect the other points.
             anchors: (B, N, 3) meters, canonical space: the nearest point on the face of each point, on the subject's own head;
-                needed if the configuration says `read_anchors`, else not read.
+                needed with `read_anchors`, else not read.
 
         Raises:
             ValueError: an input is missing, or its shape does not fit the configuration or the other inputs.
         """
         self._check(positions, point_features, pixel_values, image_embeds, point_mask, anchors)
-        if image_embeds is None:
+        if pixel_values is not None:
             image_embeds = self.encode_image(pixel_values)
+        assert image_embeds is not None
         layers = image_embeds.to(self.image_proj.weight.dtype).chunk(len(self.layer_proj), dim=-1)
         context = self.image_proj(torch.cat([project(x) for project, x in zip(self.layer_proj, layers)], dim=-1))
 
-        # Where nothing is padded there is no mask at all, so that every attention kernel applies.
+        # Without padding there is no mask, so that every attention kernel applies.
         point_mask = None if point_mask is None or point_mask.all() else point_mask.bool()
         if point_mask is not None:
-            # At the entrance: whatever stands in the padding, even NaN, then reaches neither values nor gradients.
-            positions = positions.masked_fill(~point_mask[..., None], 0)
-            if point_features is not None:
-                point_features = point_features.masked_fill(~point_mask[..., None, None], 0)
-            if anchors is not None:
-                anchors = anchors.masked_fill(~point_mask[..., None], 0)
+            # Here, so that the content of the padding, even NaN, reaches neither values nor gradients.
+            padding = ~point_mask[..., None]
+            positions = positions.masked_fill(padding, 0)
+            point_features = None if point_features is None else point_features.masked_fill(padding[..., None], 0)
+            anchors = None if anchors is None else anchors.masked_fill(padding, 0)
         points = self.embed(positions, point_features, anchors)
 
         mask = self._attention_mask(point_mask, context)
@@ -169,32 +171,35 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
         return self.head(self.norm(points), positions.float(), anchors, point_mask)
 
     def _attention_mask(self, point_mask: Tensor | None, context: Tensor) -> Tensor | None:
-        """What the attention function takes."""
+        """The mask as the attention function reads it."""
         if point_mask is None:
             return None
         visible = torch.cat((point_mask, point_mask.new_ones(context.shape[:2])), dim=1)
         if "flash" in self.config._attn_implementation:  # flash attention removes the padding itself
             return visible.long()
         # The same for every query, hence (B, 1, 1, S): an S x S mask of 31,000 tokens would be a gigabyte a row.
-        return visible[:, None, None]
+        visible, dtype = visible[:, None, None], context.dtype
+        if self.config._attn_implementation != "eager":
+            return visible
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
     def _check(self, positions, point_features, pixel_values, image_embeds, point_mask, anchors) -> None:
         config = self.config
         if positions.ndim != 3 or positions.shape[-1] != 3:
             raise ValueError(f"positions must be (B, N, 3), found {tuple(positions.shape)}")
         batch, count, _ = positions.shape
+        shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {}
         if config.reads_point_features:
-            expected = (batch, count, 4, config.point_feature_size)
-            found = None if point_features is None else tuple(point_features.shape)
+            name = f'mode "{config.mode}" needs point_features (B, N, 4, point_feature_size)'
+            shapes[name] = point_features, (batch, count, 4, config.point_feature_size)
+        if config.read_anchors:
+            shapes["read_anchors needs anchors (B, N, 3)"] = anchors, (batch, count, 3)
+        if point_mask is not None:
+            shapes["point_mask must be (B, N)"] = point_mask, (batch, count)
+        for name, (value, expected) in shapes.items():
+            found = None if value is None else tuple(value.shape)
             if found != expected:
-                raise ValueError(
-                    f'mode "{config.mode}" needs point_features {expected} (B, N, 4, point_feature_size), found {found}'
-                )
-        if config.read_anchors and (anchors is None or anchors.shape != positions.shape):
-            found = None if anchors is None else tuple(anchors.shape)
-            raise ValueError(f"read_anchors needs anchors {tuple(positions.shape)} (B, N, 3), found {found}")
-        if point_mask is not None and tuple(point_mask.shape) != (batch, count):
-            raise ValueError(f"point_mask must be (B, N) = {(batch, count)}, found {tuple(point_mask.shape)}")
+                raise ValueError(f"{name} = {expected}, found {found}")
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("give exactly one of pixel_values and image_embeds")
         if image_embeds is not None and (image_embeds.ndim != 3 or image_embeds.shape[-1] != config.image_embed_size):
@@ -208,21 +213,19 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
 
 
 class PointEmbedding(nn.Module):
-    """Positions (B, N, 3), point features (B, N, 4, D_ar), anchors (B, N, 3) -> (B, N, D); which of them, the mode says."""
+    """Positions (B, N, 3), point features (B, N, 4, D_ar), anchors (B, N, 3), as the mode reads them -> (B, N, D)."""
 
     def __init__(self, config: GaussianDecoderConfig):
         super().__init__()
         self.config = config
-        width, branches = config.hidden_size, 0
+        width, encoded = config.hidden_size, 3 * 2 * config.point_frequencies + 3
         if config.reads_positions:
-            self.position_mlp = branch(3 * 2 * config.point_frequencies + 3, width)
-            branches += 1
+            self.position_mlp = branch(encoded, width)
         if config.reads_point_features:
             self.feature_mlp = branch(4 * config.point_feature_size, width)
-            branches += 1
         if config.read_anchors:
-            self.anchor_mlp = branch(2 * (3 * 2 * config.point_frequencies + 3), width)
-            branches += 1
+            self.anchor_mlp = branch(2 * encoded, width)
+        branches = config.reads_positions + config.reads_point_features + config.read_anchors
         self.proj = nn.Linear(branches * width, width)
 
     def forward(self, positions: Tensor, point_features: Tensor | None, anchors: Tensor | None) -> Tensor:
@@ -231,9 +234,9 @@ class PointEmbedding(nn.Module):
         parts = []
         if self.config.reads_positions:
             parts.append(self.position_mlp(self.encode(positions - center).to(dtype)))
-        if self.config.reads_point_features:
+        if self.config.reads_point_features and point_features is not None:
             parts.append(self.feature_mlp(point_features.to(dtype).flatten(-2)))
-        if self.config.read_anchors:
+        if self.config.read_anchors and anchors is not None:
             both = torch.cat((self.encode(anchors - center), self.encode(positions.float() - anchors.float())), dim=-1)
             parts.append(self.anchor_mlp(both.to(dtype)))
         return self.proj(torch.cat(parts, dim=-1))
@@ -243,9 +246,7 @@ class PointEmbedding(nn.Module):
 
 
 def branch(inputs: int, width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, width), nn.GELU(approximate="tanh"), nn.Linear(width, width), nn.LayerNorm(width)
-    )
+    return nn.Sequential(*feed_forward(inputs, width, width), nn.LayerNorm(width))
 
 
 def positional_encoding(unit: Tensor, octaves: int) -> Tensor:
@@ -258,21 +259,21 @@ def positional_encoding(unit: Tensor, octaves: int) -> Tensor:
 class JointBlock(GradientCheckpointingLayer):
     """Attention over points and context together, then a feed-forward for each; every stream has its own weights.
 
-    After the last block (`context_pre_only`) the context is not needed: it is only attended to, and comes back as None.
+    After the last block (`context_pre_only`) the context is not needed: it is attended to and returned as None.
     """
 
     def __init__(self, config: GaussianDecoderConfig, layer_idx: int, context_pre_only: bool):
         super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
+        width, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
         self.context_pre_only = context_pre_only
         self.norm1 = nn.LayerNorm(width, eps=1e-5)
         self.norm1_context = nn.LayerNorm(width, eps=1e-5)
         self.attn = JointAttention(config, layer_idx, context_pre_only)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.ff = feed_forward(width, inner)
+        self.ff = feed_forward(width, inner, width)
         if not context_pre_only:
             self.norm2_context = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-            self.ff_context = feed_forward(width, inner)
+            self.ff_context = feed_forward(width, inner, width)
 
     def forward(self, points: Tensor, context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         x, c = self.attn(self.norm1(points), self.norm1_context(context), mask)
@@ -284,12 +285,12 @@ class JointBlock(GradientCheckpointingLayer):
         return points, context + self.ff_context(self.norm2_context(context))
 
 
-def feed_forward(width: int, inner: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+def feed_forward(inputs: int, inner: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, outputs))
 
 
 class JointAttention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V over points followed by context, queries and keys normalized head by head."""
+    """softmax(Q K^T / sqrt(d)) V over points followed by context; queries and keys normalized within each head."""
 
     is_causal = False
     num_key_value_groups = 1
@@ -313,53 +314,38 @@ class JointAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, points: Tensor, context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Normalized points (B, N, D) and context (B, M, D) -> what is added to each (None for a context that ends here)."""
-        queries = (
-            self.q_norm(self.heads(self.q_proj(points))),
-            self.q_norm_context(self.heads(self.q_proj_context(context))),
-        )
-        keys = (
-            self.k_norm(self.heads(self.k_proj(points))),
-            self.k_norm_context(self.heads(self.k_proj_context(context))),
-        )
-        values = (self.heads(self.v_proj(points)), self.heads(self.v_proj_context(context)))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, _ = attend(
-            self, *(torch.cat(x, dim=2) for x in (queries, keys, values)), mask, dropout=0.0, scaling=self.scaling
-        )
+        """Normalized points (B, N, D) and context (B, M, D) -> updates of both (None for the context of the last block)."""
+        q, k, v = (self.heads(project(points)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        own = (self.q_proj_context, self.k_proj_context, self.v_proj_context)
+        q_context, k_context, v_context = (self.heads(project(context)) for project in own)
+        query = torch.cat((self.q_norm(q), self.q_norm_context(q_context)), dim=2)
+        key = torch.cat((self.k_norm(k), self.k_norm_context(k_context)), dim=2)
+        value = torch.cat((v, v_context), dim=2)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)
         x, c = output.flatten(-2).split((points.shape[1], context.shape[1]), dim=1)
         return self.o_proj(x), None if self.o_proj_context is None else self.o_proj_context(c)
 
 
 class HeadRMSNorm(nn.RMSNorm):
-    """RMSNorm that stays in the precision of its input under autocast: mixed with float32 gains, torch has no fused kernel."""
+    """RMSNorm in the precision of its input, also under autocast: with float32 gains torch has no fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention written out: (B, H, S, d) -> (B, S, H, d) and the weights; `attention_mask` True where visible."""
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
-
-
 class GaussianHead(nn.Module):
     """Normalized points (B, N, D) and their positions (B, N, 3) -> Gaussians.
 
-    Everything but the color starts equal for all points: small, faint, unturned Gaussians on their points.
+    A new one gives all points the same attributes but the color: small, faint, unrotated Gaussians on their points.
     """
 
     def __init__(self, config: GaussianDecoderConfig):
         super().__init__()
         self.config = config
         width, half = config.hidden_size, config.hidden_size // 2
-        self.mlp = nn.Sequential(
-            nn.Linear(width, half), nn.SiLU(), nn.Linear(half, half), nn.SiLU(), nn.Linear(half, width)
-        )
+        layers = nn.Linear(width, half), nn.SiLU(), nn.Linear(half, half), nn.SiLU(), nn.Linear(half, width)
+        self.mlp = nn.Sequential(*layers)
         faint = math.log(config.init_opacity / (1 - config.init_opacity))
         self.color = AttributeLinear(width, 3, initial=None)
         self.scale = AttributeLinear(width, 3, initial=[math.log(config.init_scale)] * 3)
@@ -377,12 +363,12 @@ class GaussianHead(nn.Module):
     ) -> GaussianDecoderOutput:
         config = self.config
         x = self.mlp(points)
-        # Half precision would round a position of 0.2 m to 0.1-1 mm: no autocast from here on.
+        # No autocast here: half precision would round a position of 0.2 m to 0.1-1 mm.
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             offsets = (self.offset(x).sigmoid() - 0.5) * (2 * config.max_offset)
             opacities = self.opacity(x).sigmoid()[..., 0]
-            if config.read_anchors:  # at first half way
+            if config.read_anchors and anchors is not None:  # initially half way
                 positions = positions + self.pull(x).sigmoid() * (anchors.float() - positions)
             if point_mask is not None:
                 offsets = offsets * point_mask[..., None]
@@ -401,9 +387,9 @@ class GaussianHead(nn.Module):
 
 
 class AttributeLinear(nn.Linear):
-    """A linear layer that computes in float32 whatever its weights are stored in.
+    """A linear layer that computes in float32, whatever the precision of its weights.
 
-    A new one returns `initial` (LAM's values) for every point; without it, it starts as torch's linear layers do.
+    A new one returns `initial` (LAM's values) for every point, or is initialized like torch's linear layers without it.
     """
 
     def __init__(self, inputs: int, outputs: int, initial: list[float] | None):
@@ -424,7 +410,7 @@ class AttributeLinear(nn.Linear):
 
 
 class HeldExp(torch.autograd.Function):
-    """exp(x), with the gradient of exp(min(x, EXPONENT_LIMIT)): the clamp behind it sends 0 back, and 0 * inf is NaN."""
+    """exp(x) with the gradient of exp(min(x, EXPONENT_LIMIT)): the clamp that follows returns 0, and 0 * inf is NaN."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

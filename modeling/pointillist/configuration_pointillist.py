@@ -1,9 +1,8 @@
 """Configuration of the autoregressive point model: the paper's decoder by default.
 
-A `PointillistConfig` says how a canonical point cloud is spelled (`n_bins` levels an axis, `n_faces` faces), how large the
-decoder is, how far it looks back (`sliding_window`), and which frozen or trainable encoders turn a portrait and a head mesh
-into the tokens that cross-attention reads. Sizes: AvatarPointillist supplementary, section D; 1,024 levels, 10,144 faces and
-the 12,000-token window: paper.
+A `PointillistConfig` gives the vocabulary (`n_bins` levels an axis, `n_faces` faces), the size of the decoder, its attention
+window, and the encoders that turn a portrait and a head mesh into the tokens that cross-attention reads. Sizes: AvatarPointillist
+supplementary, section D; 1,024 levels, 10,144 faces and the window of 12,000 tokens: paper.
 """
 
 import math
@@ -28,20 +27,31 @@ LIMITS = {
 
 
 def check_fields(config: PreTrainedConfig, limits: Mapping[str, tuple[float, float]]) -> None:
-    """Raise `ValueError` for a field outside its limits (NaN is outside of all), a center that is no point, or no dtype."""
+    """Raise `ValueError` for an unknown dtype, a field outside its limits (NaN is outside of all), or a center that is no point."""
     if isinstance(config.dtype, str) and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
         raise ValueError(f"dtype is {config.dtype!r}, expected one of torch's, such as float32; correct config.json")
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} is {value}, expected {low} to {high}; correct config.json")
-    vision = config.vision_config
-    depth = vision.get("num_hidden_layers", 1) if isinstance(vision, dict) else 1
-    if isinstance(depth, int) and not LAYERS[0] <= depth <= LAYERS[1]:
-        raise ValueError(f"vision_config has num_hidden_layers {depth}, expected {LAYERS[0]} to {LAYERS[1]}")
     center = config.point_center
     if center is not None and (len(center) != 3 or not all(map(math.isfinite, center))):
         raise ValueError(f"point_center is {center}, expected x, y and z in meters")
+
+
+def dinov2_config(settings: dict | Dinov2Config | None) -> Dinov2Config:
+    """The configuration of the portrait encoder; default ViT-L/14. Raises `ValueError` for a dict that describes none."""
+    if settings is None:
+        return Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518)
+    if not isinstance(settings, dict):
+        return settings
+    depth = settings.get("num_hidden_layers", 1)
+    if isinstance(depth, int) and not LAYERS[0] <= depth <= LAYERS[1]:
+        raise ValueError(f"vision_config has num_hidden_layers {depth}, expected {LAYERS[0]} to {LAYERS[1]}")
+    try:
+        return Dinov2Config(**settings)
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"vision_config is no configuration of DINOv2 ({error!r})") from None
 
 
 @strict
@@ -57,15 +67,15 @@ class PointillistConfig(PreTrainedConfig):
         partial_rotary_factor: share of each head that RoPE rotates (0.5 is x-transformers' default, hence the paper's).
         rope_theta: base wavelength of RoPE.
         rms_norm_eps: added to the mean square; tiny, because x-transformers' RMSNorm has none.
-        sliding_window: how many tokens, itself included, a token attends to; a multiple of 4.
+        sliding_window: how many tokens a token attends to, itself included; a multiple of 4.
         attention_dropout: dropout on attention weights while training.
-        loss_within_slot: train to tell faces from faces and coordinates from coordinates only, as generation under the grammar
-            does; saves most of a large vocabulary's logits (default: over the whole vocabulary).
+        loss_within_slot: normalize the loss over faces for a face, over the other tokens for all else, as generation under the
+            grammar does; saves most logits of a large vocabulary (default: over the whole vocabulary).
         vision_config: a `Dinov2Config` (or dict) for the portrait encoder; default ViT-L/14 as in the paper.
-        use_vision_encoder / freeze_vision_encoder: whether there is a portrait encoder, and whether it is trained.
+        use_vision_encoder, freeze_vision_encoder: whether there is a portrait encoder, and whether it is kept as it is.
         use_point_encoder: whether there is a Perceiver-style encoder of the head mesh.
         point_latents, point_hidden_size, point_layers, point_attention_heads: its learned queries and size.
-        point_samples: vertices that are read of a finer mesh, evenly spaced in its order (default: all).
+        point_samples: how many vertices of a finer mesh are read, evenly spaced in its order (default: all).
         point_frequencies: octaves of the Fourier embedding; point_extent: meters mapped to [-1, 1].
         point_center: meters, subtracted from head vertices before the Fourier embedding.
     """
@@ -98,7 +108,7 @@ class PointillistConfig(PreTrainedConfig):
 
     use_vision_encoder: bool = True
     freeze_vision_encoder: bool = True
-    vision_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | Dinov2Config | None = None
     use_point_encoder: bool = True
     point_latents: int = 256
     point_hidden_size: int = 768
@@ -117,7 +127,7 @@ class PointillistConfig(PreTrainedConfig):
         check_fields(self, LIMITS)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        expected = self.n_bins + self.n_faces + 3
+        expected = self.first_special + 3
         if self.vocab_size not in (None, expected):
             raise ValueError(
                 f"vocab_size {self.vocab_size} is not n_bins + n_faces + 3 = {expected} "
@@ -128,31 +138,25 @@ class PointillistConfig(PreTrainedConfig):
         self.layer_types = ["sliding_attention"] * self.num_hidden_layers
         if self.point_center is None:
             self.point_center = [0.0, 0.0, 0.0]
-        if self.use_vision_encoder:
-            if self.vision_config is None:
-                self.vision_config = Dinov2Config(
-                    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518
-                )
-            elif isinstance(self.vision_config, dict):
-                try:
-                    self.vision_config = Dinov2Config(**self.vision_config)
-                except (TypeError, KeyError, IndexError, AttributeError) as error:
-                    raise ValueError(f"vision_config is no configuration of DINOv2 ({error!r})") from None
-        else:
-            self.vision_config = None
+        self.vision_config = dinov2_config(self.vision_config) if self.use_vision_encoder else None
         super().__post_init__(**kwargs)
+
+    @property
+    def first_special(self) -> int:
+        """The id of bos, the first of the special tokens: all smaller ids are coordinates and faces."""
+        return self.n_bins + self.n_faces
 
     def slot_tokens(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Ids of the faces, and of everything else: coordinates, then special tokens."""
-        last = self.n_bins + self.n_faces
-        return (slice(self.n_bins, last),), (slice(0, self.n_bins), slice(last, self.vocab_size))
+        bos = self.first_special
+        return (slice(self.n_bins, bos),), (slice(0, self.n_bins), slice(bos, bos + 3))
 
     def validate_architecture(self):
-        """Raise `ValueError` where two fields contradict each other."""
+        """Raise `ValueError` for fields out of range or in contradiction."""
         check_fields(self, LIMITS)
         if self.sliding_window < 4 or self.sliding_window % 4:
             raise ValueError(
-                f"sliding_window must be a positive multiple of 4 (whole points of x, y, z, face), found {self.sliding_window}"
+                f"sliding_window {self.sliding_window} is not a positive multiple of 4, the tokens of a point"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

@@ -2,11 +2,11 @@
 
 A sequence is `bos, (x, y, z, face)*, eos`, and its points are sorted by (y, z, x, face). `PointGrammar` gives every token that
 would break this a score of minus infinity: coordinates in coordinate slots, faces in face slots, the end only between points,
-each point not before the one written last (Meshtron's order-enforced sampling, for points), and the optional limits on the
-number of points, in total and on a face. It never leads into a dead end: a coordinate is allowed only if the point can still be
-completed, and where no further point fits the sequence must end.
+no point before its predecessor (Meshtron's order-enforced sampling, for points), and the optional limits on the number of
+points, in total and on a face. It never leads into a dead end: a coordinate is allowed only if the point can still be completed,
+and where no further point fits the sequence must end.
 
-Everything is tensor arithmetic on the last eight ids: no host synchronisation, any batch, prompts padded on the left.
+Everything is tensor arithmetic on the last eight ids: no host synchronization, any batch, prompts padded on the left.
 """
 
 import torch
@@ -17,13 +17,8 @@ from .configuration_pointillist import PointillistConfig
 
 
 class PointGrammar(LogitsProcessor):
-    """Masks every token that the sequence so far does not allow.
-
-    Args:
-        config: ids of the vocabulary.
-        sorted_points: enforce the order (y, z, x, face).
-        min_points, max_points: no end before, no point after so many points.
-        max_points_per_face: a face that carries so many points is closed.
+    """Masks every token that the sequence so far does not allow: a wrong slot, a point before its predecessor (with
+    `sorted_points`), an end before `min_points`, or a point beyond `max_points` or `max_points_per_face`.
     """
 
     def __init__(
@@ -35,13 +30,11 @@ class PointGrammar(LogitsProcessor):
         max_points_per_face: int | None = None,
     ):
         if min_points < 0 or (max_points is not None and max_points < max(min_points, 1)):
-            raise ValueError(
-                f"need 0 <= min_points <= max_points and max_points >= 1, found {min_points} and {max_points}"
-            )
+            raise ValueError(f"need 0 <= min_points <= max_points >= 1, found {min_points} and {max_points}")
         if max_points_per_face is not None and max_points_per_face < 1:
             raise ValueError(f"max_points_per_face must be at least 1, found {max_points_per_face}")
         self.n_bins, self.n_faces = config.n_bins, config.n_faces
-        self.bos, self.eos = config.bos_token_id, config.eos_token_id
+        self.bos, self.eos = config.first_special, config.first_special + 1
         self.sorted_points = sorted_points
         self.min_points, self.max_points = min_points, max_points
         self.max_points_per_face = max_points_per_face
@@ -59,22 +52,15 @@ class PointGrammar(LogitsProcessor):
         recent = input_ids.gather(1, columns.clamp(0, length - 1))
         (px, py, pz, pface), (x, y) = recent[:, :4].unbind(1), recent[:, 4:6].unbind(1)
         z = recent[:, 6]
-        last, faces_end = self.n_bins - 1, self.n_bins + self.n_faces
-        has_previous = points > 0
-        if not self.sorted_points:
-            has_previous = torch.zeros_like(has_previous)
+        last = self.n_bins - 1
+        has_previous = (points > 0) & self.sorted_points
 
         # Which faces are open, and from which face on: same place as the last point -> not before its face.
-        open_faces = self.open_faces(input_ids, start, points)  # (B, F) or None
+        open_faces = self.open_faces(input_ids, start, points)  # (B or 1, F)
         face_ids = torch.arange(self.n_faces, device=device) + self.n_bins
         same_place = has_previous & (x == px) & (y == py) & (z == pz)
         face_from = torch.where(same_place, pface, self.n_bins)
-        if open_faces is None:
-            tie_possible = torch.ones_like(has_previous)
-            any_open = torch.ones_like(has_previous)
-        else:
-            tie_possible = (open_faces & (face_ids >= pface[:, None])).any(1)
-            any_open = open_faces.any(1)
+        tie_possible = (open_faces & (face_ids >= pface[:, None])).any(1)
 
         # The least x, z, y that still allow a completion (see the module docstring): ties reach down the order y, z, x, face.
         tie_x = px + (~tie_possible).long()  # least x on the last point's y and z
@@ -86,30 +72,28 @@ class PointGrammar(LogitsProcessor):
         z_from = torch.where(has_previous & (y == py), tie_z, zero)
 
         low = torch.stack((x_from, y_from, z_from, face_from)).gather(0, slot[None])[0]
-        high = torch.where(slot == 3, faces_end, self.n_bins)
+        high = torch.where(slot == 3, self.bos, self.n_bins)
         ids = torch.arange(scores.shape[1], device=device)
         allowed = (ids >= low[:, None]) & (ids < high[:, None])
-        if open_faces is not None:
-            closed = (slot == 3)[:, None] & ~open_faces
-            allowed[:, self.n_bins : faces_end] &= ~closed
+        allowed[:, self.n_bins : self.bos] &= (slot != 3)[:, None] | open_faces
 
         # The end: between points only; the only way out when no further point is allowed.
         between = slot == 0
-        room = any_open & (x_from <= last)
+        room = open_faces.any(1) & (x_from <= last)
         if self.max_points is not None:
             room &= points < self.max_points
         allowed &= (~between | room)[:, None]
         may_end = between & ((points >= self.min_points) | ~room)
         allowed[:, self.eos] = may_end
-        # A finished row is padded by the caller whatever its scores are; leave it one finite score.
-        finished = (input_ids[:, -1] >= faces_end) & (input_ids[:, -1] != self.bos)
+        # A finished row is padded by the caller whatever its scores are; keep one of them finite.
+        finished = input_ids[:, -1] > self.bos
         allowed[:, self.eos] |= finished
         return scores.masked_fill(~allowed, -torch.inf)
 
-    def open_faces(self, input_ids: Tensor, start: Tensor, points: Tensor) -> Tensor | None:
-        """(B, F) True where a face may take another point, or None where faces have no limit."""
+    def open_faces(self, input_ids: Tensor, start: Tensor, points: Tensor) -> Tensor:
+        """(B, F) True where a face may take another point, or (1, F) where faces have no limit."""
         if self.max_points_per_face is None:
-            return None
+            return torch.ones(1, self.n_faces, dtype=torch.bool, device=input_ids.device)
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         offset = columns - start[:, None]
         is_face = (offset >= 0) & (offset % 4 == 3) & (offset < 4 * points[:, None])

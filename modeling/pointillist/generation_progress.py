@@ -1,9 +1,9 @@
-"""The progress bar of generation: points written, points a second, and how high the cloud has grown.
+"""The progress bar of generation: points generated, points a second, and how high the cloud has grown.
 
     generating: 512 points [00:12, 41.3 points/s, height 37 %]
 
-How many points there will be nobody knows before the end token, so there is a total only where `max_points` was given. Points are
-sorted by y first, from the neck to the crown: the share of the y bins that is passed only rises and tells how far a cloud is.
+The number of points is unknown before the end token, so there is a total only where `max_points` is given. Points are sorted by
+y first, from the neck to the crown: the share of the y bins already passed only rises and shows how far a cloud is.
 """
 
 import torch
@@ -17,34 +17,30 @@ WITH_TOTAL = "{l_bar}{bar}| {n_fmt}/{total_fmt} points [{elapsed}<{remaining}, {
 
 
 class GenerationProgress:
-    """A bar for a batch: the most points of a row, prompt included, and the height of the row that is furthest behind.
+    """A bar for a batch: the most points of a row, prompt (B, L) included, and the height of the lowest unfinished row.
 
-    Args:
-        config: ids of the vocabulary.
-        prompt: (B, L) ids that generation begins with, padded on the left.
-        max_points: the total, or None.
-        sorted_points: whether points come in order, so that there is a height.
-        shown: False: nothing is shown and nothing computed.
+    `max_points` is the total, if there is one. Only `sorted_points` have a height. If not `shown`, `update` does not wait for the
+    device.
     """
 
     def __init__(
         self, config: PointillistConfig, prompt: Tensor, max_points: int | None, sorted_points: bool, shown: bool
     ):
-        self.config, self.sorted_points, self.shown = config, sorted_points, shown
-        if not shown:
-            return
-        self.starts = (prompt == config.bos_token_id).int().argmax(1) + 1  # column after bos
+        self.config, self.sorted_points = config, sorted_points
+        self.starts = (prompt == config.first_special).int().argmax(1) + 1  # column after bos
         self.bar = tqdm(
             total=max_points,
-            initial=self.most_points(prompt),
+            initial=self.most_points(prompt) if shown else 0,
             unit=" points",
             desc="generating: ",
             bar_format=WITHOUT_TOTAL if max_points is None else WITH_TOTAL,
+            disable=not shown,
         )
+        self.close = self.bar.close
 
     def update(self, ids: Tensor, unfinished: Tensor) -> None:
-        """ids (B, L) so far, unfinished (B,) bool. Waits for the device, where something is shown."""
-        if not self.shown:
+        """ids (B, L) so far, unfinished (B,) bool."""
+        if self.bar.disable:
             return
         points = (ids.shape[1] - self.starts) // 4
         y = ids.gather(1, (self.starts + 4 * points - 3).clamp(min=0)[:, None])[:, 0].where(points > 0, 0)
@@ -58,16 +54,9 @@ class GenerationProgress:
         self.bar.update(most - self.bar.n)
 
     def finish(self, ids: Tensor) -> None:
-        """ids (B, L) at the end: no point is left out, however rarely `update` was called."""
-        if self.shown:
+        """Count the points of the final ids (B, L) that `update` was not called for."""
+        if not self.bar.disable:
             self.bar.update(self.most_points(ids) - self.bar.n)
 
-    def __enter__(self) -> "GenerationProgress":
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.shown:
-            self.bar.close()
-
     def most_points(self, ids: Tensor) -> int:
-        return int((ids < self.config.bos_token_id).sum(1).max()) // 4
+        return int((ids < self.config.first_special).sum(1).max()) // 4

@@ -1,15 +1,22 @@
-"""A key/value cache for sliding windows that never moves what it holds.
+"""A key/value cache for sliding windows that never moves what it holds, and the masks of self-attention.
 
 Keys are rotated when written, so attention depends on relative positions alone and their order in memory does not matter:
 token p lives in slot p mod W, and each new token overwrites the one that just left the window. A decoding step writes one row
-and reads W, the least any exact cache can do (`transformers`' own sliding caches copy all W rows every step).
+and reads W, the least any exact cache can do (transformers' own sliding caches copy all W rows every step).
 
-`RingCache` is for one prompt and then one token a step; it serves both `generate()`'s default cache (buffers sliced to what is
-filled) and its static cache (full buffers plus a mask: fixed shapes for `torch.compile`). Window and rolling: Meshtron.
+`RingCache` is for one prompt and then one token a step. It serves both `generate()`'s default cache (buffers sliced to what is
+filled) and its static cache (full buffers and a mask: fixed shapes for `torch.compile`). Window and rolling: Meshtron.
 """
 
+from typing import Any
+
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+from transformers.masking_utils import create_sliding_window_causal_mask
+
+from .modeling_compatibility import cache_argument
 
 
 class RingLayer(CacheLayerMixin):
@@ -17,26 +24,27 @@ class RingLayer(CacheLayerMixin):
 
     is_compileable = True
     is_sliding = True
+    keys: Tensor
+    values: Tensor
+    position: Tensor  # (1,) tokens seen, on the device: what a compiled step reads
 
     def __init__(self, capacity: int, static: bool):
         super().__init__()
         self.capacity = capacity
         self.static = static
-        self.length = 0  # tokens seen, for the host
-        self.position: torch.Tensor | None = None  # the same, (1,) on the device: what a compiled step reads
+        self.length = 0  # tokens seen, on the host
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        batch, heads, _, _ = key_states.shape
-        self.keys = key_states.new_zeros(batch, heads, self.capacity, key_states.shape[-1])
-        self.values = value_states.new_zeros(batch, heads, self.capacity, value_states.shape[-1])
+        states = (key_states, value_states)
+        self.keys, self.values = (x.new_zeros(*x.shape[:2], self.capacity, x.shape[-1]) for x in states)
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
         if not torch.compiler.is_compiling():
             for buffer in (self.keys, self.values, self.position):
                 torch._dynamo.mark_static_address(buffer)
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Store new keys and values (B, H, L, D); return those the new tokens may attend to.
 
         For L = 1 the slots come in ring order; for L > 1 (a prompt) the kept tokens come in time order, then the new ones.
@@ -45,7 +53,7 @@ class RingLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[-2]
         if new == 1:
-            slot = self.position % self.capacity
+            slot = torch.remainder(self.position, self.capacity)
             self.keys.index_copy_(2, slot, key_states)
             self.values.index_copy_(2, slot, value_states)
             self.position.add_(1)
@@ -55,7 +63,7 @@ class RingLayer(CacheLayerMixin):
             filled = min(self.length, self.capacity)
             return self.keys[:, :, :filled], self.values[:, :, :filled]
 
-        # A prompt: attend to the previous W - 1 tokens in time order, then overwrite the slots of those that left.
+        # A prompt: attend to the previous W - 1 tokens in time order; overwrite the slots of those that left the window.
         kept = min(self.length, self.capacity - 1)
         old = torch.arange(self.length - kept, self.length, device=self.device) % self.capacity
         keys = torch.cat((self.keys[:, :, old], key_states), dim=2) if kept else key_states
@@ -82,18 +90,15 @@ class RingLayer(CacheLayerMixin):
     def reset(self) -> None:
         super().reset()
         self.length = 0
-        if self.position is not None:
+        if self.is_initialized:
             self.position.zero_()
 
 
 class RingCache(Cache):
-    """A ring for each layer.
+    """A ring for each layer of the decoder.
 
-    Args:
-        num_layers: layers of the decoder.
-        window: tokens a query attends to, itself included (`config.sliding_window`).
-        max_length: longest sequence that will be written, prompt included; a ring never holds more than it needs.
-        static: fixed shapes for `torch.compile`.
+    A query attends to `window` tokens, itself included (`config.sliding_window`). No sequence may exceed `max_length`, if given,
+    which limits the memory. `static`: fixed shapes for `torch.compile`.
     """
 
     def __init__(self, num_layers: int, window: int, max_length: int | None = None, static: bool = False):
@@ -107,14 +112,40 @@ class RingCache(Cache):
         return self.static
 
 
-def ring_mask(
-    cache: RingCache, attention_mask: torch.Tensor | None, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor | None:
-    """Additive mask (B or 1, 1, 1, slots) for the single token that is about to be written, or None where all slots count.
+def self_attention_mask(
+    config: PreTrainedConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+    position_ids: Tensor | None,
+) -> Any:
+    """The mask of new tokens (B, L, D) before `cache`, as the configured attention function takes it; None: no mask needed.
 
-    attention_mask (B, L) marks padding by column, L including the new token.
+    attention_mask (B, columns) is 0 on padding, the new tokens included; one of four axes is a finished mask and returned.
     """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if not isinstance(cache, RingCache) or inputs_embeds.shape[1] > 1:
+        return create_sliding_window_causal_mask(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **cache_argument(cache),
+        )
+    mask = ring_mask(cache, attention_mask, inputs_embeds.dtype, inputs_embeds.device)
+    if mask is None or "flash" not in str(config._attn_implementation):
+        return mask
+    return (mask[:, 0, 0] == 0).expand(len(inputs_embeds), -1)  # flash attention reads (B, slots), true where visible
+
+
+def ring_mask(
+    cache: RingCache, attention_mask: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """Additive mask (B or 1, 1, 1, slots) of the single token that is about to be stored, or None where all slots count."""
     layer = cache.layers[0]
+    assert isinstance(layer, RingLayer)
     if layer.capacity < cache.window and layer.length >= layer.capacity and not torch.compiler.is_compiling():
         raise ValueError(
             f"this cache was made for {layer.capacity} tokens and is full, but the window is {cache.window}: "
@@ -129,4 +160,9 @@ def ring_mask(
     visible = (column >= 0)[None]
     if attention_mask is not None:
         visible = visible & attention_mask[:, column.clamp(min=0)].bool()
-    return torch.zeros((), dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]
+    return additive_mask(visible, dtype)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, keys) bool -> (B, 1, 1, keys), zero where True and the least finite number elsewhere."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None, None]

@@ -1,9 +1,11 @@
-"""Drawing the next token of every row, from as few tokens as can be drawn.
+"""Drawing the next token of every row from the tokens that its slot allows.
 
-The grammar leaves a coordinate slot the coordinates and the end, a face slot the faces. Where every row of a batch is in the same
-slot, temperature, top-k, top-p and the draw itself look at those tokens alone: sorting 34,332 faces for each coordinate would cost
+The grammar allows coordinates and the end in a coordinate slot, faces in a face slot. Where every row of a batch is in the same
+slot, temperature, top-k, top-p and the draw itself read those tokens alone: sorting 34,332 faces for each coordinate would cost
 more than the decoder.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,27 +20,24 @@ from transformers import (
 from .configuration_pointillist import PointillistConfig
 from .generation_grammar import PointGrammar
 
-# These look at nothing but the scores of one row, and a score of minus infinity changes nothing for the others.
+# These depend on the scores of one row only, and a score of minus infinity does not affect the others.
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
 
 class TokenSampler:
-    """Scores (B, vocabulary) of a step -> tokens (B,), greedy or drawn.
+    """Logits (B, vocabulary) of a step -> tokens (B,), drawn if `do_sample`, else greedy.
 
-    Args:
-        processors: of `generate`, in their order.
-        config: ids of the vocabulary.
-        prompt: (B, L) ids.
-        do_sample: draw, instead of taking the likeliest.
+    `processors` are those of `generate`, in their order, `prompt` (B, L) the ids it begins with.
     """
 
     def __init__(self, processors: LogitsProcessorList, config: PointillistConfig, prompt: Tensor, do_sample: bool):
         first = len(processors)
         while first and isinstance(processors[first - 1], WARPERS):
             first -= 1
-        self.processors, self.warpers = LogitsProcessorList(processors[:first]), LogitsProcessorList(processors[first:])
+        self.processors: Callable[..., Tensor] = LogitsProcessorList(processors[:first])
+        self.warpers: Callable[..., Tensor] = LogitsProcessorList(processors[first:])
         self.config, self.do_sample = config, do_sample
-        starts = (prompt == config.bos_token_id).int().argmax(1) + 1
+        starts = (prompt == config.first_special).int().argmax(1) + 1
         in_step = any(isinstance(each, PointGrammar) for each in processors) and bool((starts == starts[0]).all())
         self.start = int(starts[0]) if in_step else None
 
@@ -51,15 +50,13 @@ class TokenSampler:
         at_face = (ids.shape[1] - self.start) % 4 == 3
         scores = torch.cat([scores[:, part] for part in (faces if at_face else others)], dim=1)
         token = self.choose(self.warpers(ids, scores))
-        return (
-            token + faces[0].start
-            if at_face
-            else torch.where(token < faces[0].start, token, token + self.config.n_faces)
-        )
+        if at_face:
+            return token + self.config.n_bins
+        return torch.where(token < self.config.n_bins, token, token + self.config.n_faces)
 
     def choose(self, scores: Tensor) -> Tensor:
         if not self.do_sample:
             return scores.argmax(-1)
-        # The index of the least of exponential clocks with these rates is a sample, without a host round trip.
+        # The index of the least of exponential variables with these rates is a sample, without a host round trip.
         clocks = torch.empty_like(scores).exponential_().clamp_min(torch.finfo(scores.dtype).tiny)
         return (scores.softmax(-1) / clocks).argmax(-1)

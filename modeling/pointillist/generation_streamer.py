@@ -1,6 +1,6 @@
-"""Points as they are written: a streamer that turns tokens of `generate()` into points, one at a time.
+"""Points as they are generated: a streamer that turns the tokens of `generate()` into points, one at a time.
 
-`for point in streamer` in one thread while `model.generate(..., streamer=streamer)` runs in another, or give a callback.
+Iterate over it in one thread while `model.generate(..., streamer=streamer)` runs in another, or give a callback.
 """
 
 from collections.abc import Callable
@@ -11,45 +11,34 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class PointStreamer(BaseStreamer):
-    """Collects four tokens, decodes them, and hands over `{"positions": (1, 3), "faces": (1,)}`.
+    """Decodes every four tokens with a `GaussianTokenizer` into a point `{"positions": (1, 3), "faces": (1,)}`.
 
-    Args:
-        tokenizer: the `GaussianTokenizer` that decodes.
-        callback: called with each point; without it, iterate over the streamer.
-        timeout: seconds the iterator waits for the next point before `queue.Empty`; None waits for ever.
+    Each point is passed to `callback` or, without one, returned by the iterator, which waits `timeout` seconds for the next point
+    before it raises `queue.Empty` (None: without limit).
     """
 
     def __init__(self, tokenizer, callback: Callable[[dict], None] | None = None, timeout: float | None = None):
         self.tokenizer = tokenizer
-        self.callback = callback
         self.timeout = timeout
         self.queue: Queue[dict | None] = Queue()
+        self.emit = self.queue.put if callback is None else callback
         self.pending: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
+        """Token ids, (1, L) of the prompt or (1,) of a step."""
         value = value.reshape(-1, value.shape[-1]) if value.ndim > 1 else value[:, None]
         if len(value) != 1:
-            raise ValueError(
-                f"PointStreamer follows one sequence, found a batch of {len(value)}: stream them one by one"
-            )
+            raise ValueError(f"PointStreamer follows one sequence, found a batch of {len(value)}: stream one by one")
         for token in value[0].tolist():
-            if token >= self.tokenizer.bos_token_id:
-                continue
-            self.pending.append(token)
+            if token < self.tokenizer.bos_token_id:
+                self.pending.append(token)
             if len(self.pending) == 4:
                 self.emit(self.tokenizer.decode(self.pending))
                 self.pending = []
 
     def end(self) -> None:
         self.pending = []
-        if self.callback is None:
-            self.queue.put(None)
-
-    def emit(self, point: dict) -> None:
-        if self.callback is None:
-            self.queue.put(point)
-        else:
-            self.callback(point)
+        self.queue.put(None)
 
     def __iter__(self):
         return self

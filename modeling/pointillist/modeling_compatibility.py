@@ -1,15 +1,16 @@
-"""What depends on the version of transformers, and the internals of transformers that are used; nothing else of ours does either.
+"""Everything that depends on the version of transformers or uses its internals.
 
-Since 5.24 transformers calls the key/value cache `cache` where it was `past_key_values`: as an argument of `forward` and
-`generate`, as a field of outputs, and as a name in its own layers. Our code says `cache`; both names are taken as an argument and
-can be read from our outputs, and `CACHE_NAME` is the one to pass to transformers. Once 5.24 is the oldest version supported, all
-of this but `forward_pass` and `synchronises_ranks` can go.
+Since 5.24 transformers calls the key/value cache `cache`, before that `past_key_values`: as an argument of `forward` and
+`generate`, as a field of outputs, and in its own layers. Our code says `cache`; both names are accepted as an argument and can be
+read from our outputs. `CACHE_NAME` is the one to pass to transformers. Once 5.24 is the oldest version supported, everything here
+but `forward_pass` and `synchronizes_ranks` can go.
 """
 
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 from inspect import get_annotations
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -20,11 +21,13 @@ CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(GenerateDecoderOnlyOutput)})
 
 
-def named_as_here(arguments: dict, name: str = "cache") -> dict:
-    """Keyword arguments with the cache, under whichever name, as `name`.
+def cache_argument(cache: Cache | None) -> dict[str, Any]:
+    """The cache as a keyword argument of transformers' functions and outputs."""
+    return {CACHE_NAME: cache}
 
-    Raises `ValueError` where both names are given.
-    """
+
+def rename_cache(arguments: dict, name: str = "cache") -> dict:
+    """Keyword arguments with the cache called `name`, whichever name it had. Raises `ValueError` if both are given."""
     given = [one for one in CACHE_NAMES if arguments.get(one) is not None]
     if len(given) > 1:
         raise ValueError("found cache and past_key_values, two names of one argument: give one of them")
@@ -33,42 +36,40 @@ def named_as_here(arguments: dict, name: str = "cache") -> dict:
 
 
 def takes_cache(function: Callable) -> Callable:
-    """Decorator of a function with an argument `cache`: it may be called `past_key_values` too."""
+    """Decorator of a function whose argument `cache` may also be given as `past_key_values`."""
 
     @wraps(function)
     def renamed(*args, **kwargs):
-        return function(*args, **named_as_here(kwargs))
+        return function(*args, **rename_cache(kwargs))
 
     return renamed
 
 
 def holds_cache(output: type) -> type:
-    """Decorator, below `@dataclass`, of a `ModelOutput` with a field `cache`: transformers finds it, whatever its name for it."""
+    """Decorator, below `@dataclass`, of a `ModelOutput` with a field `cache`, which gets transformers' name for it as well."""
     if CACHE_NAME != "cache":
         annotations = get_annotations(output)
-        output.__annotations__ = {
-            CACHE_NAME if name == "cache" else name: annotation for name, annotation in annotations.items()
-        }
+        output.__annotations__ = {CACHE_NAME if name == "cache" else name: type_ for name, type_ in annotations.items()}
         if "cache" in annotations:
             setattr(output, CACHE_NAME, None)
-        output.cache = property(lambda self: getattr(self, CACHE_NAME))
+        setattr(output, "cache", property(lambda self: getattr(self, CACHE_NAME)))  # noqa: B010  (unknown to type checkers)
     return output
 
 
 def forward_pass(model, cache: Cache | None, generation_config) -> Callable:
-    """The call that decodes a token: compiled where the cache has fixed shapes and transformers finds the hardware fit for it.
+    """The call that decodes a token: compiled where the cache has fixed shapes and transformers deems the hardware fit for it.
 
-    `_valid_auto_compile_criteria` is private, but what it knows of quantizers, offloading and devices would have to be copied, and
-    `cache_implementation="static"` is to compile where it does in every other model.
+    `_valid_auto_compile_criteria` is private, but a copy of what it knows about quantizers, offloading and devices would age, and
+    `cache_implementation="static"` should compile where it does in every other model.
     """
     if cache is not None and model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
         return model.get_compiled_call(generation_config.compile_config)
     return model.__call__
 
 
-def synchronises_ranks(model) -> bool:
-    """Whether every rank must take part in each forward pass, because weights are spread over ranks (ZeRO-3, FSDP).
+def synchronizes_ranks(model) -> bool:
+    """Whether every rank must take part in each forward pass, because weights are sharded (ZeRO-3, FSDP).
 
-    `GenerationMixin.generate` finds this out too, but does not hand it on to a decoding loop of one's own.
+    `GenerationMixin.generate` determines this too, but does not pass it to a custom decoding loop.
     """
     return torch.distributed.is_initialized() and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))

@@ -1,25 +1,26 @@
-"""The condition of the point model: a portrait and a head mesh become tokens that cross-attention reads.
+"""The condition of the point model: the tokens of a portrait and a head mesh that cross-attention reads.
 
 The portrait goes through DINOv2 (transformers' `Dinov2Model`), the head mesh through a Perceiver-style encoder: learned queries
 attend to Fourier-embedded vertices and normals, then to each other. Both are projected to the decoder's width and
-concatenated along the token axis (method figure of AvatarPointillist). A learned single token stands for "no condition".
+concatenated along the token axis (method figure of AvatarPointillist). One learned token stands for "no condition".
 
 Axes: B batch, V vertices, M condition tokens, D width.
 """
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import Dinov2Model
+from transformers import Dinov2Config, Dinov2Model
 from transformers import initialization as init
 
 from .configuration_pointillist import PointillistConfig
 
 
 def evenly_spaced(count: int, total: int, device: torch.device) -> Tensor:
-    """Indices (count,) of as many of `total` things, in order."""
+    """Ascending indices (count,) below `total`."""
     return torch.arange(count, device=device) * total // count
 
 
@@ -34,31 +35,29 @@ class PointEncoder(nn.Module):
         self.embed = nn.Linear(3 * 2 * config.point_frequencies + 6, width)
         self.point_norm = nn.LayerNorm(width)
         self.read = nn.MultiheadAttention(width, heads, batch_first=True)
+        options: dict[str, Any] = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(config.point_layers)
+            nn.TransformerEncoderLayer(width, heads, 4 * width, **options) for _ in range(config.point_layers)
         )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, vertices: Tensor, normals: Tensor) -> Tensor:
-        if vertices.shape != normals.shape or vertices.shape[-1] != 3 or vertices.ndim != 3:
+        shapes = tuple(vertices.shape), tuple(normals.shape)
+        if shapes[0] != shapes[1] or vertices.ndim != 3 or vertices.shape[-1] != 3:
             raise ValueError(
-                f"head_vertices and head_normals must both be (B, V, 3), found {tuple(vertices.shape)} and {tuple(normals.shape)}"
+                f"head_vertices and head_normals must both be (B, V, 3), found {shapes[0]} and {shapes[1]}"
             )
         samples = self.config.point_samples
         if samples is not None and samples < vertices.shape[1]:
             read = evenly_spaced(samples, vertices.shape[1], vertices.device)
             vertices, normals = vertices[:, read], normals[:, read]
-        dtype = self.latents.dtype
         centered = vertices.float() - torch.tensor(self.config.point_center, device=vertices.device)
         unit = centered / self.config.point_extent
         octaves = math.pi * 2.0 ** torch.arange(self.config.point_frequencies, device=vertices.device)
         angles = rearrange(unit[..., None] * octaves, "b v xyz octave -> b v (xyz octave)")
-        points = self.embed(torch.cat((angles.sin(), angles.cos(), unit, normals.float()), dim=-1).to(dtype))
-        points = self.point_norm(points)
-        # Each query starts from a vertex of its own, evenly spaced: a mean over all vertices hardly tells heads apart.
+        points = torch.cat((angles.sin(), angles.cos(), unit, normals.float()), dim=-1)
+        points = self.point_norm(self.embed(points.to(self.latents.dtype)))
+        # Each query starts from its own vertex, evenly spaced: a mean over all vertices hardly differs between heads.
         spread = evenly_spaced(len(self.latents), points.shape[1], vertices.device)
         latents = self.latents + points[:, spread]
         latents = latents + self.read(latents, points, points, need_weights=False)[0]
@@ -76,6 +75,7 @@ class ConditionEncoder(nn.Module):
         self.empty = nn.Parameter(torch.empty(1, config.hidden_size))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.use_vision_encoder:
+            assert isinstance(config.vision_config, Dinov2Config)
             self.use_vision(Dinov2Model(config.vision_config))
             self.vision_proj = nn.Linear(config.vision_config.hidden_size, config.hidden_size)
         if config.use_point_encoder:
@@ -83,27 +83,26 @@ class ConditionEncoder(nn.Module):
             self.point_proj = nn.Linear(config.point_hidden_size, config.hidden_size)
 
     def use_vision(self, vision: Dinov2Model) -> None:
-        """Take this portrait encoder, frozen if the configuration says so."""
+        """Use this portrait encoder, frozen if so configured."""
         self.vision = vision.requires_grad_(True)
         self.freeze()
 
     def freeze(self) -> None:
-        """Take gradients from the portrait encoder, if the configuration says so; of masked portraits there are none ever.
+        """Freeze the portrait encoder, if so configured, and its mask token, since portraits are never masked.
 
-        A trainable parameter that no loss reaches would stall distributed training. Done already by the constructor,
-        `use_vision` and `PointillistForCausalLM.from_pretrained`.
+        A trainable parameter that no loss reaches would stall distributed training. The constructor, `use_vision` and
+        `PointillistForCausalLM.from_pretrained` have already done this.
         """
-        if not self.config.use_vision_encoder:
-            return
-        if self.config.freeze_vision_encoder:
-            self.vision.requires_grad_(False)
-        self.vision.embeddings.mask_token.requires_grad_(False)
+        if self.config.use_vision_encoder:
+            vision: Any = self.vision
+            unused = vision if self.config.freeze_vision_encoder else vision.embeddings.mask_token
+            unused.requires_grad_(False)
 
     def init_weights(self, std: float) -> None:
         """Fill the parameters that belong to no standard layer."""
         init.normal_(self.empty, std=std)
         if self.config.use_point_encoder:
-            init.normal_(self.points.latents)  # the size of the vertices' embeddings they are added to
+            init.normal_(self.points.latents)  # as large as the embeddings of the vertices that are added
 
     def forward(
         self, pixel_values: Tensor | None, head_vertices: Tensor | None, head_normals: Tensor | None
@@ -111,25 +110,21 @@ class ConditionEncoder(nn.Module):
         tokens = []
         if pixel_values is not None:
             if not self.config.use_vision_encoder:
-                raise ValueError(
-                    "this model has no portrait encoder (use_vision_encoder is false): leave pixel_values out"
-                )
+                raise ValueError("this model has no portrait encoder (use_vision_encoder): leave pixel_values out")
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_vision_encoder):
                 features = self.vision(pixel_values.to(self.empty.dtype)).last_hidden_state
             tokens.append(self.vision_proj(features))
         if head_vertices is not None:
             if not self.config.use_point_encoder:
-                raise ValueError("this model has no mesh encoder (use_point_encoder is false): leave head_vertices out")
+                raise ValueError("this model has no mesh encoder (use_point_encoder): leave head_vertices out")
             if head_normals is None:
                 raise ValueError("head_vertices need head_normals of the same shape; the tokenizer makes both")
             tokens.append(self.point_proj(self.points(head_vertices, head_normals)))
         return self.norm(torch.cat(tokens, dim=1)) if tokens else None
 
     def or_empty(self, condition: Tensor | None, batch: int, drop: Tensor | None) -> Tensor:
-        """The condition, or the learned empty token where there is none or `drop` (B,) says so."""
+        """The condition, or the learned empty token where there is none or `drop` (B,) is True."""
         empty = self.empty[None].expand(batch, -1, -1)
-        if condition is None:
-            return empty
-        if drop is None:
-            return condition
+        if condition is None or drop is None:
+            return empty if condition is None else condition
         return torch.where(drop[:, None, None].bool(), empty, condition)

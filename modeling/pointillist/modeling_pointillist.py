@@ -1,18 +1,20 @@
-"""The autoregressive point model: a causal transformer decoder that writes a canonical point cloud token by token.
+"""The autoregressive point model: a causal transformer decoder that generates a canonical point cloud token by token.
 
 In: token ids (B, L) of `GaussianTokenizer` and condition tokens (B, M, D), made once from a portrait and a head mesh.
-Out: logits (B, L, vocabulary) and the last hidden states, of which those that *predict* the four tokens of a point become
-that point's feature in the Gaussian decoder.
+Out: logits (B, L, vocabulary) and the last hidden states; those that *predict* the four tokens of a point become that point's
+feature in the Gaussian decoder.
 
-Each of the blocks is self-attention with rotary positions and a sliding window, cross-attention to the condition, and a GELU
-feed-forward, every one pre-normalized by RMSNorm: x-transformers' `Decoder(cross_attend=True)`, whose weights load through
-`convert_x_transformers` (AvatarPointillist supplementary, section D).
+Each block is self-attention with rotary positions and a sliding window, cross-attention to the condition, and a GELU feed-forward,
+all pre-normalized by RMSNorm: x-transformers' `Decoder(cross_attend=True)`, whose weights load through `convert_x_transformers`
+(AvatarPointillist supplementary, section D).
 
 Axes: B batch, L tokens, M condition tokens, H heads, D width, W window.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +22,20 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_pointillist import PointillistConfig
 from .generation_pointillist import PointillistGenerationMixin
-from .generation_ring_cache import RingCache, ring_mask
-from .modeling_compatibility import CACHE_NAME, CACHE_NAMES, holds_cache, takes_cache
+from .generation_ring_cache import additive_mask, self_attention_mask
+from .modeling_compatibility import CACHE_NAMES, cache_argument, holds_cache, takes_cache
 from .modeling_condition import ConditionEncoder
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,10 +43,10 @@ from .modeling_condition import ConditionEncoder
 class PointillistOutput(ModelOutput):
     """What a forward pass returns.
 
-    loss: mean cross-entropy in nats of the tokens that `labels` names, if it was given.
-    logits: (B, L', vocabulary), L' = L or `logits_to_keep`; None beside a loss that is taken within slots.
+    loss: mean cross-entropy of `labels` in nats, if they were given.
+    logits: (B, L', vocabulary), L' = L or `logits_to_keep`; None beside a loss within slots.
     last_hidden_state: (B, L', D) after the final norm; position t is the feature that predicts token t + 1.
-    cache: keys and values so far, if `use_cache=True`; it can be read as `past_key_values` too.
+    cache: keys and values so far, if `use_cache=True`; also as `past_key_values`.
     """
 
     loss: Tensor | None = None
@@ -72,17 +76,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((rotated.to(x.dtype), passed), dim=-1)
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(q k^T * scaling + mask) v, written out: (B, H, L, d) -> (B, L, H, d) and the weights."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    weights = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = F.dropout(weights.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
 class PointillistAttention(nn.Module):
     """Self-attention (rotary, causal, windowed) or, with `is_cross`, attention to the condition tokens."""
 
@@ -94,7 +87,7 @@ class PointillistAttention(nn.Module):
         self.is_causal = not is_cross
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
-        key_value_heads = config.num_attention_heads if is_cross else config.num_key_value_heads
+        key_value_heads = (not is_cross and config.num_key_value_heads) or config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // key_value_heads
         inner, key_value_inner = config.num_attention_heads * config.head_dim, key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
@@ -116,14 +109,15 @@ class PointillistAttention(nn.Module):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         query = self.heads(self.q_proj(hidden_states))
-        if self.is_cross:
+        if rotary is None:
+            assert cache is None or isinstance(cache, EncoderDecoderCache)
             key, value = self.condition_keys_values(condition, cache)
         else:
             key, value = self.heads(self.k_proj(hidden_states)), self.heads(self.v_proj(hidden_states))
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query,
@@ -137,10 +131,12 @@ class PointillistAttention(nn.Module):
         )
         return self.o_proj(output.flatten(-2)), weights
 
-    def condition_keys_values(self, condition: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the condition, computed once a sequence where there is a cache to keep them."""
+    def condition_keys_values(
+        self, condition: Tensor | None, cache: EncoderDecoderCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the condition; with a cache they are computed once for a sequence."""
         if cache is not None and cache.is_updated.get(self.layer_idx):
-            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
             return layer.keys, layer.values
         if condition is None:
             raise ValueError("the decoder reads a condition: give `condition` (B, M, D), or use PointillistForCausalLM")
@@ -152,7 +148,7 @@ class PointillistAttention(nn.Module):
 
 
 class PointillistLayer(GradientCheckpointingLayer):
-    """Self-attention, cross-attention, feed-forward; each normalized before and added after."""
+    """Pre-normalized self-attention, cross-attention and feed-forward, each with a residual connection."""
 
     def __init__(self, config: PointillistConfig, layer_idx: int):
         super().__init__()
@@ -179,9 +175,8 @@ class PointillistLayer(GradientCheckpointingLayer):
         self_cache = None if cache is None else cache.self_attention_cache
         x, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask, rotary, cache=self_cache, **kwargs)
         hidden_states = hidden_states + x
-        x, _ = self.cross_attn(
-            self.cross_attn_norm(hidden_states), condition_mask, condition=condition, cache=cache, **kwargs
-        )
+        x = self.cross_attn_norm(hidden_states)
+        x, _ = self.cross_attn(x, condition_mask, condition=condition, cache=cache, **kwargs)
         hidden_states = hidden_states + x
         return hidden_states + self.fc2(self.act(self.fc1(self.mlp_norm(hidden_states))))
 
@@ -197,7 +192,7 @@ class VocabularyHead(nn.Linear):
 class PointillistPreTrainedModel(PreTrainedModel):
     config: PointillistConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["PointillistLayer", "Dinov2Layer"]
     _skip_keys_device_placement = [*CACHE_NAMES]
@@ -221,7 +216,7 @@ class PointillistPreTrainedModel(PreTrainedModel):
             init.copy_(module.weight, with_smooth_bins(module.weight, self.config))
 
     def save_pretrained(self, *args, **kwargs):
-        # transformers names the class it saves; AutoModel's is in the same file.
+        # transformers registers the class it saves; the one of AutoModel is in the same file.
         known = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = {"AutoModel": f"{__name__.rpartition('.')[2]}.PointillistModel"} | known
         super().save_pretrained(*args, **kwargs)
@@ -230,8 +225,8 @@ class PointillistPreTrainedModel(PreTrainedModel):
 def with_smooth_bins(weight: Tensor, config: PointillistConfig) -> Tensor:
     """`weight` (vocabulary, D) with other rows for the coordinates, so that neighboring bins start alike.
 
-    Every channel is a wave over the bins, half a period to one in five bins long (random Fourier features): that a bin
-    lies between two others need not be learned.
+    Every channel is a wave over the bins with half a period up to a period in five bins (random Fourier features), so the order of
+    the bins need not be learned.
     """
     channels = torch.rand(2, weight.shape[1], device=weight.device, dtype=torch.float32)
     periods = 0.5 * (0.4 * config.n_bins) ** channels[0]
@@ -241,13 +236,13 @@ def with_smooth_bins(weight: Tensor, config: PointillistConfig) -> Tensor:
 
 
 class PointillistModel(PointillistPreTrainedModel):
-    """The decoder without its head: embeddings, blocks, final norm. It reads a condition (B, M, D) that is already encoded."""
+    """The decoder without its head: embeddings, blocks, final norm. Its condition (B, M, D) is already encoded."""
 
     _keys_to_ignore_on_load_unexpected = [r"^condition_encoder\.", r"^lm_head\."]  # of PointillistForCausalLM
 
     def __init__(self, config: PointillistConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.first_special + 3, config.hidden_size)
         self.layers = nn.ModuleList(PointillistLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -279,52 +274,33 @@ class PointillistModel(PointillistPreTrainedModel):
         if position_ids is None:
             start = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
-        self_cache = None if cache is None else cache.self_attention_cache
-        flash = "flash" in self.config._attn_implementation
-        if attention_mask is not None and attention_mask.ndim == 4:
-            mask = attention_mask
-        elif isinstance(self_cache, RingCache) and x.shape[1] == 1:
-            mask = ring_mask(self_cache, attention_mask, x.dtype, x.device)
-            if flash and mask is not None:  # flash attention reads (B, slots), true where visible
-                mask = (mask[:, 0, 0] == 0).expand(len(x), -1)
-        else:
-            mask = create_sliding_window_causal_mask(
-                config=self.config,
-                inputs_embeds=x,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE_NAME: self_cache},
-            )
+        mask = self_attention_mask(self.config, x, attention_mask, cache, position_ids)
         if condition_mask is not None:
-            if flash:
+            if "flash" in str(self.config._attn_implementation):
                 raise ValueError('condition_mask does not work with flash attention: use attn_implementation="sdpa"')
-            condition_mask = (
-                torch.zeros_like(condition_mask, dtype=x.dtype)
-                .masked_fill(~condition_mask.bool(), torch.finfo(x.dtype).min)[:, None, None]
-                .expand(-1, 1, x.shape[1], -1)
-            )
+            condition_mask = additive_mask(condition_mask.bool(), x.dtype).expand(-1, 1, x.shape[1], -1)
 
         rotary = rotary_embedding(self.config, position_ids)
         for layer in self.layers:
-            x = layer(x, condition, mask, condition_mask, rotary, **{CACHE_NAME: cache}, **kwargs)
-        return PointillistOutput(last_hidden_state=self.norm(x), **{CACHE_NAME: cache})
+            x = layer(x, condition, mask, condition_mask, rotary, **cache_argument(cache), **kwargs)
+        return PointillistOutput(last_hidden_state=self.norm(x), **cache_argument(cache))
 
 
 class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMixin):
     """The decoder, its vocabulary head and the encoders of its condition.
 
-    The condition comes as `pixel_values` and/or `head_vertices` with `head_normals`, or already encoded as `condition_embeds`;
-    with none of them the learned empty condition is read, which is also what `drop_condition` selects row by row.
+    The condition is given as `pixel_values` and/or `head_vertices` with `head_normals`, or already encoded as `condition_embeds`.
+    Without any of them the learned empty condition is read, which `drop_condition` also selects row by row.
     """
 
     def __init__(self, config: PointillistConfig):
         super().__init__(config)
         self.model = PointillistModel(config)
         self.condition_encoder = ConditionEncoder(config)
-        self.lm_head = VocabularyHead(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = VocabularyHead(config.hidden_size, config.first_special + 3, bias=False)
         self.post_init()
         self.generation_config.do_sample = True
-        self.generation_config.top_k = 0  # transformers would keep the 50 likeliest
+        self.generation_config.top_k = 0  # transformers would keep the 50 most likely tokens
         self.generation_config.max_new_tokens = 4 * 32_768 + 1
 
     @classmethod
@@ -332,6 +308,12 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         loaded = super().from_pretrained(*args, **kwargs)  # with new parameters, all of them trainable
         (loaded[0] if isinstance(loaded, tuple) else loaded).condition_encoder.freeze()
         return loaded
+
+    def select_inputs(self, inputs: Mapping[str, T]) -> dict[str, T]:
+        """Those of `inputs` that the encoders of this model read: pixel_values, head_vertices and head_normals, or some of them."""
+        names = ("pixel_values",) * self.config.use_vision_encoder
+        names += ("head_vertices", "head_normals") * self.config.use_point_encoder
+        return {name: inputs[name] for name in names if name in inputs}
 
     def encode_condition(
         self,
@@ -372,9 +354,12 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             condition_embeds: (B, M, D) from `encode_condition`; condition_mask: (B, M), 0 on padding.
             drop_condition: (B,) bool, True for rows that read the empty condition instead (training of guidance).
             cache: keys and values of the tokens before, from the output of the last pass; also as `past_key_values`.
-            logits_to_keep: keep the last so many positions (0: all), or these positions.
+            logits_to_keep: how many last positions to keep (0: all), or which.
         """
-        batch = (input_ids if input_ids is not None else inputs_embeds).shape[0]
+        tokens = inputs_embeds if input_ids is None else input_ids
+        if tokens is None:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        batch = len(tokens)
         if condition_embeds is None:
             condition_embeds = self.encode_condition(pixel_values, head_vertices, head_normals)
         condition_embeds = self.condition_encoder.or_empty(condition_embeds, batch, drop_condition)
@@ -392,32 +377,24 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-        hidden = outputs.last_hidden_state[:, kept if isinstance(logits_to_keep, int) else logits_to_keep]
-        logits = loss = None
+        kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        outputs["last_hidden_state"] = hidden = outputs.last_hidden_state[:, kept]
+        loss = None
         if labels is not None and self.config.loss_within_slot:
             loss = self.loss_within_slot(hidden, labels, kwargs.get("num_items_in_batch"))
-        else:
-            logits = self.lm_head(hidden)
-        if labels is not None and loss is None:
+            return PointillistOutput(loss=loss, **outputs)
+        logits = self.lm_head(hidden)
+        if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return PointillistOutput(
-            loss=loss,
-            logits=logits,
-            last_hidden_state=hidden,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-            **{CACHE_NAME: outputs.cache},
-        )
+        return PointillistOutput(loss=loss, logits=logits, **outputs)
 
     def loss_within_slot(
         self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Cross-entropy of hidden states (B, L, D) and labels (B, L) over the tokens that a label's slot admits.
 
-        A face is told from the other faces, anything else from coordinates and special tokens: what generation under the
-        grammar draws from. Only those logits are computed, so three in four tokens never meet the faces.
+        These are the faces for a face, coordinates and special tokens for all else, as in generation under the grammar. Only their
+        logits are computed, so three in four tokens need none of the faces.
         """
         hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         faces, others = self.config.slot_tokens()
@@ -431,7 +408,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         return total / ((labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def num_decoder_parameters(self) -> int:
-        """Parameters without the encoders of the condition: what the paper's size speaks of."""
+        """Parameters without the encoders of the condition, as the paper counts them."""
         return sum(p.numel() for module in (self.model, self.lm_head) for p in module.parameters())
 
 

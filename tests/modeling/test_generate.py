@@ -118,7 +118,7 @@ def test_the_portrait_and_the_shape_of_the_head_decide(command, image, tmp_path)
 
 
 def test_a_image_that_is_not_there_or_not_one_is_named(command, tmp_path):
-    assert "nobody.png: no such image" in command(portrait=tmp_path / "nobody.png")
+    assert "nobody.png does not exist" in command(portrait=tmp_path / "nobody.png")
     (tmp_path / "text.png").write_text("hello")
     assert "text.png is not a readable image" in command(portrait=tmp_path / "text.png")
     Image.new("RGB", (200, 200), "red").save(tmp_path / "cut.png")

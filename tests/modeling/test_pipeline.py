@@ -118,8 +118,8 @@ def test_several_portraits_give_an_avatar_each(pipeline, head):
 @pytest.mark.newest
 def test_each_gaussian_is_what_the_decoder_says_of_its_point(pipeline, head):
     inputs = pipeline.inputs([portrait()], [HeadParameters.zeros(head.n_shape, head.n_expression)])
-    written = pipeline.write(inputs, seed=1, max_points=9)
-    (points,), (features,) = pipeline.points(written)
+    written = pipeline.generate(inputs, seed=1, max_points=9)
+    (points,), (features,) = pipeline.decode_points(written)
     avatar = pipeline(portrait(), seed=1, max_points=9)
     with torch.no_grad():
         output = pipeline.gaussian_decoder(
@@ -272,7 +272,7 @@ def test_what_is_no_pipeline_is_said(saved, tmp_path, monkeypatch):
     [
         ({"point__n_bins": 32}, "32 levels and 600 faces, the tokenizer 16 and 600"),
         ({"tokenizer__head_hash": "0123456789abcdef"}, "hash 0123456789abcdef"),
-        ({"decoder__point_feature_size": 48}, "width 48, the point model has 32"),
+        ({"decoder__point_feature_size": 48}, "width 48, the point model has width 32"),
         ({"decoder__mode": "flame_position"}, "flame_position"),
     ],
 )

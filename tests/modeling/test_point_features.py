@@ -243,7 +243,7 @@ def test_what_the_cache_cannot_keep_is_refused(tiny_model, condition, tmp_path):
         FeatureCache(tmp_path, tiny_model, dtype=torch.float32)
     cache = FeatureCache(tmp_path, tiny_model)
     with pytest.raises(ValueError, match=r"up to 1e\+05 do not fit torch\.float16"):
-        cache.get(torch.tensor([36]), {}, lambda: torch.full((1, 4, 64), 1e5))
+        cache.get(torch.tensor([[36]]), {}, lambda: torch.full((1, 1, 4, 64), 1e5))
     with pytest.raises(ValueError, match="condition_embeds for 2 sequences, but 1"):
         cache.features(tiny_model, sequences(tiny_model, 1), condition_embeds=condition)
     with pytest.raises(ValueError, match="another model"):

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
+from training.common.configs import find_config
 from training.common.help_text import GroupedParser
 from training.common.process import Interrupted
 
@@ -77,7 +78,7 @@ def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
         "config", nargs="?", help="YAML file of fields; every one can be given again on the command line"
     )
     if argv and not argv[0].startswith("-"):
-        path = Path(argv[0])
+        path = find_config(argv[0])
         known = {action.dest for action in parser._actions} - {"help", "help_all", "config"}
         settings = read_yaml(path)
         for name in settings:

@@ -67,17 +67,16 @@ def _write(
     point_model: PointillistForCausalLM, subjects: SubjectRows, rows: range, longest: int, seed: int
 ) -> list[np.ndarray]:
     items = [subjects.rows.condition(row, None) for row in rows]
-    reads = point_model.config
-    names = [name for name in items[0] if name != "pixel_values" or reads.use_vision_encoder]
     condition = {
-        name: torch.from_numpy(np.stack([item[name] for item in items])).to(point_model.device) for name in names
+        name: torch.from_numpy(np.stack([item[name] for item in items])).to(point_model.device)
+        for name in point_model.select_inputs(items[0])
     }
     with torch.random.fork_rng(devices=[] if point_model.device.type == "cpu" else [point_model.device]):
         torch.manual_seed(seed)
         ids = point_model.generate(
             **condition, **SAMPLING, max_points=longest, max_points_per_face=MAX_POINTS_PER_FACE
         ).cpu()
-    lengths = (ids < reads.bos_token_id).sum(1)  # one cut by the limit lacks its end, which a sequence may
+    lengths = (ids < point_model.config.bos_token_id).sum(1)  # one cut by the limit lacks its end, which a sequence may
     return [row[: 1 + 4 * (int(length) // 4)].numpy() for row, length in zip(ids, lengths)]
 
 

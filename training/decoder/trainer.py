@@ -27,8 +27,6 @@ from training.common.exact_trainer import ExactTrainer
 from training.decoder.losses import PerceptualLoss, offset_regularizer
 from training.decoder.subjects import cameras_of, motion_of, on_background
 
-CONDITION = ("pixel_values", "head_vertices", "head_normals")
-
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -145,9 +143,7 @@ class DecoderTrainer(ExactTrainer):
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, N, 4, D) hidden states of the point model for the sequences that are read."""
         point_model = self.frozen[0]
-        condition = {name: batch[name] for name in CONDITION if name in batch}
-        if not point_model.config.use_vision_encoder:
-            condition.pop("pixel_values", None)
+        condition = point_model.select_inputs(batch)
         if self.cache is None:
             return point_features(point_model, batch["input_ids"], **condition)
         return self.cache.features(point_model, batch["input_ids"], **condition)

@@ -61,10 +61,8 @@ def main() -> None:
     parser.add_argument("--timesteps", type=int, default=2, help="moments of a subject: at rest, then expressions")
     parser.add_argument("--num_heldout", type=int, default=16, help="of them, kept from training")
     parser.add_argument("--num_generated", type=int, default=16, help="held-out subjects to make avatars of")
-    parser.add_argument("--config", default="training/configs/demo.yaml", help="of training/pretrain.py")
-    parser.add_argument(
-        "--decoder_config", default="training/configs/decoder_demo.yaml", help="of training/train_gaussian_decoder.py"
-    )
+    parser.add_argument("--config", default="demo", help="config of the point model's training")
+    parser.add_argument("--decoder_config", default="decoder_demo", help="config of the decoder's training")
     parser.add_argument("--decoder_steps", type=int, help="steps of the decoder's training, if not those of its config")
     parser.add_argument(
         "--num_bench", type=int, default=8, help="subjects of the reenactment bench, 16 frames each; 0: no bench"
@@ -99,11 +97,11 @@ def main() -> None:
         "--num_validation", str(arguments.num_heldout), "--output_dir", str(output / "corpus"),
     ])  # fmt: skip
     run(3, "training of the point model", [
-        *launch, "training/pretrain.py", arguments.config,
+        *launch, "-m", "training.pretrain", arguments.config,
         "--corpus", str(output / "corpus"), "--output_dir", str(output / "model"), "--seed", str(arguments.seed), *training,
     ])  # fmt: skip
     run(4, "training of the Gaussian decoder", [
-        *launch, "training/train_gaussian_decoder.py", arguments.decoder_config, "--point_model", str(output / "model"),
+        *launch, "-m", "training.train_gaussian_decoder", arguments.decoder_config, "--point_model", str(output / "model"),
         "--corpus", str(output / "corpus"), "--head", arguments.head, "--output_dir", str(output / "decoder"),
         "--feature_cache", str(output / "features"), "--seed", str(arguments.seed),
         *(["--max_steps", str(arguments.decoder_steps)] if arguments.decoder_steps else []),
@@ -140,7 +138,7 @@ def main() -> None:
             "--seed", str(arguments.seed + BENCH_SEED), "--output_dir", str(output / "bench_subjects"),
         ])  # fmt: skip
         run(STEPS, "reenactment bench", [
-            sys.executable, "eval/reenactment_bench.py", "--model", str(output / "pipeline"), "--dataset",
+            sys.executable, "-m", "eval.reenactment_bench", "--model", str(output / "pipeline"), "--dataset",
             str(output / "bench_subjects"), "--output_dir", str(output / "bench"), "--max_points", str(4 * arguments.num_points),
         ])  # fmt: skip
     print(f"\nthe whole demo: {(time.perf_counter() - begin) / 60:.1f} minutes")
@@ -172,14 +170,14 @@ def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, ou
     torch.set_num_threads(1)  # matrices this small are multiplied faster by one thread than by two
     begin = time.perf_counter()
     inputs = pipeline.inputs(portraits, params)
-    written = pipeline.write(inputs, seed=seed, max_points=2 * longest, max_points_per_face=15, progress=True)
+    written = pipeline.generate(inputs, seed=seed, max_points=2 * longest, max_points_per_face=15, progress=True)
     tokens = int((written.sequences < config.bos_token_id).sum())
     print(f"{tokens:,} tokens in {time.perf_counter() - begin:.1f} s", flush=True)
 
     truth = [tokenizer.decode(subjects.rows.sequence(row)) for row in range(len(subjects))]
     means = mean_images(SubjectRows(corpus, "train", use_heads=False))
     results, clouds, avatars = [], [], []
-    for row, features in enumerate(pipeline.points(written)[1]):
+    for row, features in enumerate(pipeline.decode_points(written)[1]):
         points, invalid = judge(tokenizer, written.sequences[row].numpy())
         distances = np.array([chamfer(points["positions"], other["positions"]) for other in truth])
         avatar = pipeline.decode_attributes(points, features, inputs["pixel_values"][row], params[row])
@@ -232,12 +230,7 @@ def shape_parameters(pipeline: AvatarPipeline, person: dict) -> HeadParameters:
 def reencoded(pipeline: AvatarPipeline, person: dict, inputs: dict, row: int, params: HeadParameters):
     """The avatar that the decoder makes of a subject's true points."""
     ids = torch.from_numpy(person["input_ids"])[None]
-    config = pipeline.point_model.config
-    condition = {
-        name: value[row : row + 1]
-        for name, value in inputs.items()
-        if (config.use_vision_encoder if name == "pixel_values" else config.use_point_encoder)
-    }
+    condition = pipeline.point_model.select_inputs({name: value[row : row + 1] for name, value in inputs.items()})
     features = point_features(pipeline.point_model, ids, **condition)[0]
     return pipeline.decode_attributes(pipeline.tokenizer.decode(ids[0]), features, inputs["pixel_values"][row], params)
 

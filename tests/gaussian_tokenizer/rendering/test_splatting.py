@@ -115,12 +115,16 @@ def test_planes_and_widening_that_make_no_sense_are_refused():
             render(some_gaussians(), some_cameras(), **options)
 
 
-def test_which_rasterizer_draws_is_said_once(caplog):
+def test_the_rasterizer_that_draws_is_logged_once(caplog, monkeypatch):
     splatting._log_once.cache_clear()
+    drawn = []
+    rasterize = splatting._with_ours
+    monkeypatch.setattr(splatting, "_with_ours", lambda *words: drawn.append(words) or rasterize(*words))
     with caplog.at_level(logging.INFO, logger=splatting.__name__):
         for _ in range(2):
             render(some_gaussians(), some_cameras())
-    assert [record.message for record in caplog.records] == ["the rasterizer in PyTorch draws (CPU)"]
+    (record,) = caplog.records
+    assert len(drawn) == 2 and "PyTorch" in record.message and "gsplat" not in record.message
 
 
 def test_out_of_memory_says_what_to_make_smaller(monkeypatch):

@@ -16,7 +16,6 @@ from gaussian_tokenizer.captures.loading import read_tracking
 from gaussian_tokenizer.corpus.sources import _check_image
 from gaussian_tokenizer.tokenizer.image_files import image_size, open_image, verify_image
 from gaussian_tokenizer.tokenizer.processing_conditions import pixel_values
-from modeling.generate import open_portrait
 
 
 def png(width: int, height: int) -> bytes:
@@ -45,7 +44,6 @@ DOORS = {
     "its bytes": lambda path: open_image(path.read_bytes()),
     "load_image": load_image,
     "size_of_image": size_of_image,
-    "open_portrait": open_portrait,
     "pixel_values": lambda path: pixel_values(str(path), 28),
     "the corpus builder": lambda path: _check_image(
         Frame(0, 0, np.eye(4), 1, 1, 1, 1, 1, 1, path, path), path.read_bytes()

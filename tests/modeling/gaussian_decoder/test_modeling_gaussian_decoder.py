@@ -130,7 +130,7 @@ def test_anchors_move_what_each_point_becomes_and_padding_does_not(mode):
 
 
 def test_missing_anchors_are_named():
-    with pytest.raises(ValueError, match=r"read_anchors needs anchors \(2, 7, 3\) \(B, N, 3\), found None"):
+    with pytest.raises(ValueError, match=r"read_anchors needs anchors \(B, N, 3\) = \(2, 7, 3\), found None"):
         build(read_anchors=True)(**batch_of())
 
 
@@ -456,7 +456,7 @@ with torch.no_grad():
     [
         (dict(positions=torch.zeros(2, 7, 2)), r"positions must be \(B, N, 3\), found \(2, 7, 2\)"),
         (dict(positions=torch.zeros(7, 3)), r"found \(7, 3\)"),
-        (dict(point_features=None), r'mode "full" needs point_features \(2, 7, 4, 20\).*found None'),
+        (dict(point_features=None), r'mode "full" needs point_features .*\(2, 7, 4, 20\), found None'),
         (dict(point_features=torch.zeros(2, 7, 4, 16)), r"found \(2, 7, 4, 16\)"),
         (dict(point_features=torch.zeros(2, 6, 4, 20)), r"found \(2, 6, 4, 20\)"),
         (dict(pixel_values=None), "exactly one of pixel_values and image_embeds"),

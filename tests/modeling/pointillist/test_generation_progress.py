@@ -2,6 +2,7 @@
 
 import io
 import re
+from contextlib import closing
 from itertools import groupby
 
 import pytest
@@ -79,7 +80,7 @@ def test_rare_looks_leave_no_point_out(tiny_model, shown):
     """As on a GPU, where every look waits for the device."""
     config, unfinished = tiny_model.config, torch.ones(1, dtype=torch.bool)
     ids = torch.tensor([[config.bos_token_id, *[3, 8, 3, 20] * 7, config.eos_token_id]])
-    with generation_progress.GenerationProgress(config, ids[:, :1], None, True, True) as bar:
+    with closing(generation_progress.GenerationProgress(config, ids[:, :1], None, True, True)) as bar:
         bar.update(ids[:, :18], unfinished)
         bar.finish(ids)
     assert [state[::2] for state in shown()] == [(0, None), (4, 50), (7, 50)]

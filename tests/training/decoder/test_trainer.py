@@ -27,7 +27,7 @@ from training.decoder.subjects import (
     motion_of,
     on_background,
 )
-from training.decoder.trainer import CONDITION, DecoderTrainer, LossWeights
+from training.decoder.trainer import DecoderTrainer, LossWeights
 
 PAPER = LossWeights()
 MODES = ("full", "ar_feature", "position", "flame_position")
@@ -96,7 +96,7 @@ def test_the_loss_is_the_papers_sum_over_images_drawn_one_subject_at_a_time(make
         ids = batch["input_ids"][row : row + 1]
         ids = ids[:, : int((ids < trainer.tokenizer.bos_token_id).sum()) + 2]
         points = trainer.tokenizer.decode(ids[0])
-        condition = {name: batch[name][row : row + 1] for name in CONDITION}
+        condition = {name: batch[name][row : row + 1] for name in ("pixel_values", "head_vertices", "head_normals")}
         output = trainer.model(
             positions=torch.as_tensor(points["positions"])[None],
             point_features=point_features(trainer.frozen[0], ids, **condition),
