@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from curves import assert_pinned
 from safetensors import SafetensorError
 
 from gaussian_tokenizer.utils.disk import disk_is_full
@@ -134,6 +135,13 @@ def test_speed_is_that_of_learned_tokens(make_trainer, monkeypatch):
     learned = [sum(len(item["labels"]) - 1 for item in items[2 * k : 2 * k + 2]) for k in range(3)]
     found = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
     assert found == pytest.approx(learned, rel=1e-3)
+
+
+def test_twenty_steps_follow_the_pinned_curve(make_trainer):
+    """After an intended change: POINTILLIST_PIN=1 python -m pytest tests/training -k pinned_curve"""
+    trainer = make_trainer(max_steps=20, learning_rate=3e-3, save_strategy="no")
+    trainer.train()
+    assert_pinned("point_model", losses_of(trainer))
 
 
 # ---- checkpoints
