@@ -16,7 +16,9 @@ def kind_of_cpu() -> str:
     """Machine, model name and vector instructions that torch uses, such as `x86_64, Intel(R) Xeon(R) ..., AVX512`."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     return f"{platform.machine()}, {model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -24,7 +26,9 @@ def assert_pinned(name: str, losses: list[float]) -> None:
     """Compare losses with `references/<name>.json`, or write that file where POINTILLIST_PIN is set."""
     path = REFERENCES / f"{name}.json"
     if os.environ.get("POINTILLIST_PIN"):
-        path.write_text(json.dumps({"cpu": kind_of_cpu(), "torch": torch.__version__, "losses": losses}, indent=1) + "\n")
+        path.write_text(
+            json.dumps({"cpu": kind_of_cpu(), "torch": torch.__version__, "losses": losses}, indent=1) + "\n"
+        )
     reference = json.loads(path.read_text())
     tolerance = SAME_CPU if reference["cpu"] == kind_of_cpu() else OTHER_CPU
     assert losses == pytest.approx(reference["losses"], rel=tolerance)

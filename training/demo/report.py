@@ -59,7 +59,7 @@ def nll_of_another(model: PointillistForCausalLM, rows: AvatarRows) -> float:
         batch = collate_windows([item], model.config.pad_token_id)
         labels = batch.pop("labels")
         sums += slot_sums(model(**batch).logits, labels, model.config).sum(0)
-    return slot_metrics(sums, "")["nll"]
+    return slot_metrics(sums)["nll"]
 
 
 def true_frames(subjects: SubjectRows, row: int) -> dict[str, torch.Tensor]:

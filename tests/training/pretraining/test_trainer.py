@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from gaussian_tokenizer.utils.disk import disk_is_full
 from modeling import PointillistConfig, PointillistForCausalLM
 from training.common import exact_trainer
-from training.common.arguments import PretrainArguments, parse_arguments
-from training.common.exact_trainer import COMPLETE, checkpoint_to_resume, going_on_from
+from training.common.arguments import parse_arguments
+from training.common.exact_trainer import COMPLETE, checkpoint_to_resume, steps_ahead
 from training.common.process import Interrupted
 from training.common.rows import AvatarRows
+from training.common.training_arguments import PretrainArguments
 from training.pretraining import trainer as trainer_module
 from training.pretraining.metrics import slot_metrics
 from training.pretraining.trainer import PointillistTrainer
@@ -80,7 +81,7 @@ def full_forward(model, rows) -> dict[str, float]:
             sums[:, (t - 1) % 4] += torch.stack(
                 (-F.log_softmax(scores, -1)[ids[t]], (scores.argmax() == ids[t]).double(), torch.ones(()).double())
             )
-    return slot_metrics(sums, "eval_")
+    return {f"eval_{name}": value for name, value in slot_metrics(sums).items()}
 
 
 @pytest.mark.newest
@@ -178,7 +179,7 @@ def test_a_checkpoint_by_name_must_be_there_and_whole(tmp_path):
     folder = whole(tmp_path / "checkpoint-3")
     assert checkpoint_to_resume(str(folder), "elsewhere") == str(folder)
     (folder / COMPLETE).unlink()
-    with pytest.raises(ValueError, match="checkpoint-3: not a whole checkpoint"):
+    with pytest.raises(ValueError, match="checkpoint-3: not a complete checkpoint"):
         checkpoint_to_resume(str(folder), "elsewhere")
     with pytest.raises(FileNotFoundError, match="checkpoint-4: no such folder"):
         checkpoint_to_resume(str(tmp_path / "checkpoint-4"), "elsewhere")
@@ -329,13 +330,14 @@ def test_a_stop_saves_whatever_the_strategy_of_saving(make_trainer, tmp_path):
     assert Path(checkpoint_to_resume("true", str(tmp_path / "run"))).name == "checkpoint-3"
 
 
-def test_going_on_says_if_nothing_is_left_to_train(make_trainer, tmp_path):
+def test_a_resumed_run_says_if_nothing_is_left_to_train(make_trainer, tmp_path):
     make_trainer(max_steps=2).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
-    assert going_on_from(checkpoint, 3) == f"going on from {checkpoint}"
+    assert steps_ahead(None, 3, "4 windows") == "3 steps of 4 windows"
+    assert steps_ahead(checkpoint, 3, "4 windows") == f"resuming from {checkpoint}"
     for steps in (2, 1):
-        said = going_on_from(checkpoint, steps)
-        assert f"with 2 steps done and --max_steps {steps} nothing is left to train" in said
+        said = steps_ahead(checkpoint, steps, "4 windows")
+        assert f"2 steps are done and --max_steps is {steps}, so nothing is left to train" in said
         assert "raise --max_steps" in said
 
 
