@@ -34,9 +34,9 @@ from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import fingerprint
-from training.decoder.subjects import SubjectRows, mean_images
+from training.decoder.subjects import SubjectRows, mean_image_metrics, mean_images
 from training.demo.__main__ import reencoded, shape_parameters
-from training.demo.report import image_metrics, images_of, mean_image_metrics, on_white, true_frames
+from training.demo.report import image_metrics, images_of, on_white, true_frames
 
 WAYS = {
     "full": ["--mode", "full", "--read_anchors", "false"],

@@ -23,7 +23,6 @@ from transformers.trainer_pt_utils import get_model_param_count
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import FeatureCache
 from training.common.arguments import exit_on_user_error, flag_named, parse_arguments
@@ -39,8 +38,8 @@ from training.decoder.subjects import (
     SubjectRows,
     TrainSubjects,
     collate_subjects,
+    mean_image_metrics,
     mean_images,
-    on_background,
 )
 from training.decoder.trainer import DecoderTrainer, LossWeights
 
@@ -160,21 +159,6 @@ def build_decoder(arguments: DecoderArguments, point_model: PointillistForCausal
     return decoder
 
 
-def mean_image_metrics(train: SubjectRows, heldout: EvaluationSubjects) -> dict[str, float]:
-    """PSNR and SSIM of the mean training image of each camera over the held-out frames of the same cameras."""
-    means = mean_images(train)
-    values = []
-    for row in range(len(heldout)):
-        for frame in heldout.frame_rows(row):
-            mean = means.get(heldout.subjects.frames[frame]["camera"])
-            if mean is not None:
-                truth = on_background(torch.from_numpy(heldout.subjects.targets([frame])["images"]), torch.ones(1))
-                values.append(torch.cat((psnr(mean[None], truth), ssim(mean[None], truth))))
-    if not values:
-        return {}
-    return dict(zip(("psnr_mean_image", "ssim_mean_image"), torch.stack(values).mean(0).tolist()))
-
-
 def summarize(trainer: DecoderTrainer, corpus: Corpus, metrics: dict[str, float]) -> tuple[dict, str]:
     """Report and card of the trained decoder; prints the result."""
     config = trainer.accelerator.unwrap_model(trainer.model).config
@@ -185,8 +169,12 @@ def summarize(trainer: DecoderTrainer, corpus: Corpus, metrics: dict[str, float]
         **trainer.first_and_last_loss(),
         "heldout_psnr": metrics["eval_psnr"],
         "heldout_ssim": metrics["eval_ssim"],
-        **mean_image_metrics(trainer.train_dataset.subjects, trainer.eval_dataset),
     }
+    means, heldout = mean_images(trainer.train_dataset.subjects), trainer.eval_dataset
+    rows = [mean_image_metrics(means, heldout.subjects, heldout.frame_rows(row)) for row in range(len(heldout))]
+    baseline = torch.cat([torch.stack(values, 1) for values in rows])
+    if len(baseline):
+        report |= dict(zip(("psnr_mean_image", "ssim_mean_image"), baseline.mean(0).tolist()))
     print(
         f"held-out frames rendered from true points: PSNR {report['heldout_psnr']:.2f} dB, SSIM {report['heldout_ssim']:.3f} "
         f"(mean image {report.get('psnr_mean_image', float('nan')):.2f} dB); decoder in {trainer.args.output_dir}"

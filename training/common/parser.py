@@ -10,7 +10,7 @@ import argparse
 import shutil
 import textwrap
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields
 from enum import Enum
 from inspect import get_annotations
 from types import NoneType, UnionType
@@ -22,6 +22,11 @@ MOST_USED = (
 )  # fmt: skip
 COLUMN = 32  # where explanations begin
 TYPES = {"int": "INT", "float": "FLOAT", "str": "TEXT", "true_or_false": "true|false"}
+
+
+def option(text: str, default: Any = MISSING) -> Any:
+    """A dataclass field with its help text; required without a default."""
+    return field(default=default, metadata={"help": text})
 
 
 class DataclassParser(argparse.ArgumentParser):
@@ -43,10 +48,10 @@ class DataclassParser(argparse.ArgumentParser):
         self.flags = ["--help"]
         for cls in classes:
             hints = get_type_hints(cls)
-            for field in fields(cls):
-                if field.init:
-                    action = self.add_argument(*_flags(field), **_takes(hints[field.name]), **_default(field, settings))
-                    self.entries[field.name] = _entry(action, explanation(cls, field.name))
+            for f in fields(cls):
+                if f.init:
+                    action = self.add_argument(*_flags(f), **_takes(hints[f.name]), **_default(f, settings))
+                    self.entries[f.name] = _entry(action, explanation(cls, f.name))
                     self.flags += action.option_strings
         if any(inherited_fields(cls) for cls in classes):
             self.add_argument("--help_all", action="help")
@@ -63,7 +68,7 @@ class DataclassParser(argparse.ArgumentParser):
         for cls in self.classes:
             inherited = inherited_fields(cls)
             rest += [name for name in inherited if name not in MOST_USED]
-            own = [field.name for field in fields(cls) if field.init and field.name not in inherited]
+            own = [f.name for f in fields(cls) if f.init and f.name not in inherited]
             lines += ["", str(cls.__doc__).split("\n\n")[0]]
             for name in own + [name for name in MOST_USED if name in inherited]:
                 lines += self.entries[name]
@@ -83,13 +88,13 @@ def inherited_fields(cls: type) -> list[str]:
     package = cls.__module__.partition(".")[0]
     bases = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == package]
     own = {name for base in bases for name in get_annotations(base)}
-    return [field.name for field in fields(cls) if field.init and field.name not in own]
+    return [f.name for f in fields(cls) if f.init and f.name not in own]
 
 
 def explanation(cls: type, name: str) -> str:
     """The help of a field, or that of a base class for a field that only gets another default."""
     declared = [vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__]
-    texts = [field.metadata.get("help", "") for field in declared if field is not None]
+    texts = [f.metadata.get("help", "") for f in declared if f is not None]
     return next((text.replace("%%", "%") for text in texts if text), "")
 
 

@@ -6,28 +6,25 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from training.common.parser import option
+
 
 @dataclass
 class PretrainArguments(TrainingArguments):
     """Training: transformers' TrainingArguments with the paper's defaults (AdamW, 1e-4, 50,000 steps, batch 4, bf16)."""
 
-    output_dir: str = field(
-        default="outputs/pretrain", metadata={"help": "folder for the checkpoints and the trained model"}
-    )
+    output_dir: str = option("folder for the checkpoints and the trained model", "outputs/pretrain")
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 1000
-    max_steps: int = field(default=50_000, metadata={"help": "length of the training in optimizer steps"})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "a checkpoint folder, or true: the newest complete checkpoint of --output_dir, if there is one"
-        },
+    max_steps: int = option("length of the training in optimizer steps", 50_000)
+    resume_from_checkpoint: str | None = option(
+        "a checkpoint folder, or true: the newest complete checkpoint of --output_dir, if there is one", None
     )
-    push_to_hub: bool = field(default=False, metadata={"help": "upload the finished folder to the Hub"})
+    push_to_hub: bool = option("upload the finished folder to the Hub", False)
     per_device_train_batch_size: int = 4
     per_device_eval_batch_size: int = 4
     eval_strategy: str = "steps"
@@ -42,8 +39,8 @@ class PretrainArguments(TrainingArguments):
     # Trainer's arguments, which hold the token.
     train_sampling_strategy: str = field(default="sequential", init=False)
     hub_strategy: str = field(default="end", init=False)
-    num_threads: int | None = field(
-        default=None, metadata={"help": "CPU threads per process; by default the cores are shared among the processes"}
+    num_threads: int | None = option(
+        "CPU threads per process; by default the cores are shared among the processes", None
     )
 
     def __post_init__(self):

@@ -21,6 +21,7 @@ from gaussian_tokenizer.corpus.corpus import Corpus
 from gaussian_tokenizer.corpus.schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from training.common.rows import AvatarRows
 
 POSES = ("expr", *POSE_SIZES)
@@ -187,3 +188,16 @@ def mean_images(train: SubjectRows) -> dict[int, torch.Tensor]:
         total[0] += image
         total[1] += 1
     return {camera: total / count for camera, (total, count) in sums.items()}
+
+
+def mean_image_metrics(
+    means: Mapping[int, torch.Tensor], subjects: SubjectRows, frame_rows: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PSNR (dB) and SSIM (C,) of the mean image of the same camera, for those of the frames whose camera has one."""
+    cameras = dict(zip(frame_rows, subjects.frames.select_columns("camera")[frame_rows]["camera"]))
+    rows = [row for row in frame_rows if cameras[row] in means]
+    if not rows:
+        return torch.zeros(0), torch.zeros(0)
+    truth = on_background(torch.from_numpy(subjects.targets(rows)["images"]), torch.ones(len(rows)))
+    predicted = torch.stack([means[cameras[row]] for row in rows])
+    return psnr(predicted, truth), ssim(predicted, truth)

@@ -1,10 +1,10 @@
-"""Which subjects are to be fitted, and who does it: folders and files are the only state that processes share.
+"""The queue of subjects to fit. Folders and files are the only state that processes share.
 
-    <output>/<subject>/                   a finished avatar, with fit_report.json; it appears whole or not at all
+    <output>/<subject>/                   a finished avatar with fit_report.json, moved here as a whole
     <output>/.fit/<subject>/checkpoint.safetensors, failed.json, claim
 
-A process holds a lock on `claim` while it fits a subject. The system lets go of it when the process dies, however it dies, so
-another one can take the subject over from its checkpoint. Several machines may work on one shared folder.
+A process holds a lock on `claim` while it fits a subject. The system releases it when the process dies, so that another process
+can continue from the checkpoint. Several machines may work on one shared folder.
 """
 
 import json
@@ -58,7 +58,7 @@ class Job:
             found = report["settings"]
         except (OSError, ValueError, KeyError):
             raise ValueError(
-                f"{self.result}: is there, but was not fitted (no {REPORT_NAME}); give another --output_dir, or remove it"
+                f"{self.result} exists, but was not fitted (no {REPORT_NAME}); give another --output_dir, or remove it"
             ) from None
         if found != dict(settings):
             raise ValueError(
@@ -75,7 +75,8 @@ class Job:
         found = {name: found.get(name) for name in identity}
         if found != dict(identity):
             raise ValueError(
-                f"{self.checkpoint}: begun otherwise: {differences(found, identity)}; give the same, or remove it to begin again"
+                f"{self.checkpoint}: begun with other settings or data: {differences(found, identity)}; give the same, or remove "
+                "it to begin again"
             )
 
     def forget_unless(self, identity: Mapping[str, Any]) -> None:
@@ -84,7 +85,7 @@ class Job:
             self.checkpoint.unlink()
 
     def failure(self) -> dict[str, Any] | None:
-        """Why the subject failed, if it did: `reason`, and in `attempts` how often it was tried."""
+        """`reason` and number of `attempts` if the subject failed."""
         try:
             failure = read_json(self.work / FAILURE_NAME)
             return {"reason": str(failure["reason"]), "attempts": int(failure["attempts"])}
@@ -105,14 +106,14 @@ class Job:
             file.write((json.dumps(failure, indent=2, ensure_ascii=False) + "\n").encode())
 
     def claim(self) -> AbstractContextManager[bool]:
-        """Whether the subject is this process's own for as long as the block lasts."""
+        """Whether this process has the subject to itself within the block."""
         return exclusive(self.work / "claim")
 
     def clean(self) -> None:
-        """Remove what was kept to go on from."""
+        """Remove checkpoint, failure and claim."""
         shutil.rmtree(self.work, ignore_errors=True)
 
 
 def order_of(jobs: list[Job], process: int, processes: int) -> list[Job]:
-    """Every process begins with its own share, each n-th, and then looks after those of the others."""
+    """Every process begins with its share, every n-th subject, and continues with those of the others."""
     return [job for shift in range(processes) for job in jobs[(process + shift) % processes :: processes]]

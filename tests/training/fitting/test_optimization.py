@@ -223,7 +223,7 @@ def test_nothing_but_black_images_is_refused(tracking, head):
     def black(frame: Frame) -> Frame:
         return replace(frame, image=np.zeros((36, 36, 4), np.uint8))
 
-    with pytest.raises(ValueError, match="every image to learn from is black or transparent"):
+    with pytest.raises(ValueError, match="every training image is black or transparent"):
         Fit.of(with_images(tracking, black), head, QUICK, CPU)
 
 
