@@ -41,7 +41,7 @@ from training.decoder.subjects import (
     mean_image_metrics,
     mean_images,
 )
-from training.decoder.trainer import DecoderTrainer, LossWeights
+from training.decoder.trainer import DecoderTrainer
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
         data_collator=partial(collate_subjects, pad_token_id=point_model.config.pad_token_id),
         point_model=point_model,
         head=head,
-        weights=LossWeights(losses.l1_weight, losses.ssim_weight, losses.lpips_weight, losses.offset_weight),
+        losses=losses,
         perceptual=perceptual,
         cache=FeatureCache(frames.feature_cache, point_model) if frames.feature_cache else None,
         method=frames.animation,

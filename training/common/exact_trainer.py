@@ -38,6 +38,9 @@ class ExactTrainer(Trainer):
     Subclasses say how to evaluate: `batch_sums` and `mean_metrics`.
     """
 
+    train_dataset: Any
+    eval_dataset: Any
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.limit = self.args.save_total_limit
@@ -106,7 +109,7 @@ class ExactTrainer(Trainer):
 
     def first_and_last_loss(self) -> dict[str, float | None]:
         """Of the training log, as reports have them."""
-        losses = [entry["loss"] for entry in self.state.log_history if "loss" in entry] or [None]
+        losses: list = [entry["loss"] for entry in self.state.log_history if "loss" in entry] or [None]
         return {"train_loss_first": losses[0], "train_loss_last": losses[-1]}
 
     def save_model(self, output_dir=None, _internal_call=False):

@@ -9,6 +9,7 @@ Axes: B subjects, C target frames, H W pixels, S shape, E expression.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,14 @@ from gaussian_tokenizer.corpus.schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
-from training.common.rows import AvatarRows
+from training.common.rows import AvatarRows, shuffled_row
 
 POSES = ("expr", *POSE_SIZES)
 BACKGROUNDS = (0.0, 0.5, 1.0)  # gray levels of training (LAM)
 
 
 class SubjectRows:
-    """Random access to the subjects of one split: sequence, condition, shape and images."""
+    """The subjects of one split: sequence, condition, shape and images."""
 
     def __init__(self, corpus: Corpus, split: str, use_heads: bool, max_subjects: int | None = None):
         self.rows = AvatarRows(corpus, split, use_images=True, use_heads=use_heads)
@@ -75,36 +76,25 @@ class SubjectRows:
         }
 
 
+@dataclass(eq=False)
 class TrainSubjects(Dataset):
-    """`num_items` subjects with `num_targets` of their frames each; each epoch has every subject once.
+    """`num_items` subjects with `num_targets` of their frames each; each epoch has every subject once."""
 
-    Args:
-        random_source: use a random image of a subject as its portrait instead of the first one.
-        generated_sequences: for every subject, a sequence of the point model (see `generated_sequences`).
-        self_generated_ratio: share of the items that have it instead of the true sequence.
-    """
-
-    def __init__(
-        self,
-        subjects: SubjectRows,
-        num_items: int,
-        num_targets: int,
-        seed: int,
-        random_source: bool,
-        generated_sequences: Sequence[np.ndarray] = (),
-        self_generated_ratio: float = 0.0,
-    ):
-        self.subjects, self.num_items, self.num_targets = subjects, num_items, num_targets
-        self.seed, self.random_source = seed, random_source
-        self.generated_sequences, self.self_generated_ratio = generated_sequences, self_generated_ratio
+    subjects: SubjectRows
+    num_items: int
+    num_targets: int
+    seed: int
+    random_source: bool  # use a random image of a subject as its portrait instead of the first one
+    generated_sequences: Sequence[
+        np.ndarray
+    ] = ()  # one of the point model for every subject, see `generated_sequences`
+    self_generated_ratio: float = 0.0  # share of the items that have it instead of the true sequence
 
     def __len__(self) -> int:
         return self.num_items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, position = divmod(index, len(self.subjects))
-        row = int(np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.subjects))[position])
-        random = np.random.default_rng((self.seed, 1, index))
+        row, random = shuffled_row(index, len(self.subjects), self.seed)
         item = self.subjects.subject(row, random if self.random_source else None)
         rows = self.subjects.frame_rows(row)
         chosen = random.choice(len(rows), self.num_targets, replace=len(rows) < self.num_targets)
@@ -114,19 +104,20 @@ class TrainSubjects(Dataset):
         return item | self.subjects.targets([rows[i] for i in chosen]) | {"background": background}
 
 
+@dataclass(eq=False)
 class EvaluationSubjects(Dataset):
     """Every subject once with its frames, or `max_frames` of them, evenly spaced, on white."""
 
-    def __init__(self, subjects: SubjectRows, max_frames: int):
-        self.subjects, self.max_frames = subjects, max_frames
+    subjects: SubjectRows
+    max_frames: int
 
     def __len__(self) -> int:
         return len(self.subjects)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        chosen = self.frame_rows(row)
-        background = np.ones(len(chosen), np.float32)
-        return self.subjects.subject(row, None) | self.subjects.targets(chosen) | {"background": background}
+        rows = self.frame_rows(row)
+        background = np.ones(len(rows), np.float32)
+        return self.subjects.subject(row, None) | self.subjects.targets(rows) | {"background": background}
 
     def frame_rows(self, row: int) -> list[int]:
         """The rows in `frames` of a subject's frames."""

@@ -24,20 +24,11 @@ from modeling import PointillistForCausalLM
 from modeling.conversion import to_gaussians, vertex_points
 from modeling.point_features import FeatureCache, point_features
 from training.common.exact_trainer import ExactTrainer
+from training.decoder.arguments import LossArguments
 from training.decoder.losses import PerceptualLoss, offset_regularizer
 from training.decoder.subjects import cameras_of, motion_of, on_background
 
 CONDITION = ("pixel_values", "head_vertices", "head_normals")
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """The paper's weights by default."""
-
-    l1: float = 1.0
-    ssim: float = 0.5
-    lpips: float = 0.1
-    offset: float = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +57,7 @@ class DecoderTrainer(ExactTrainer):
         *args,
         point_model: PointillistForCausalLM,
         head: HeadModel,
-        weights: LossWeights,
+        losses: LossArguments,
         perceptual: PerceptualLoss | None,
         cache: FeatureCache | None,
         method: str,
@@ -76,7 +67,7 @@ class DecoderTrainer(ExactTrainer):
         # In a tuple, so that no wrapper takes the frozen networks for parts of the trained one.
         device = self.args.device
         self.frozen = (point_model.to(device).eval().requires_grad_(False), perceptual and perceptual.to(device))
-        self.head, self.weights, self.cache, self.method = head.to(device), weights, cache, method
+        self.head, self.losses, self.cache, self.method = head.to(device), losses, cache, method
         self.tokenizer = self.train_dataset.subjects.tokenizer
         self.parts: dict[str, float] = {}
         self.steps_since_log = 0
@@ -87,14 +78,14 @@ class DecoderTrainer(ExactTrainer):
         for row, image in enumerate(images):
             truth = on_background(inputs["images"][row], inputs["background"][row])
             losses["l1"].append((image - truth).abs().mean())
-            if self.weights.ssim:
+            if self.losses.ssim_weight:
                 losses["ssim"].append(1 - ssim(image, truth).mean())
             if self.frozen[1] is not None:
                 losses["lpips"].append(self.frozen[1](image, truth).mean())
         means = {name: torch.stack(values).mean() for name, values in losses.items() if values}
         max_offset = self.accelerator.unwrap_model(model).config.max_offset
         means["offset"] = offset_regularizer(output.offsets, points.mask, max_offset)
-        loss = sum(getattr(self.weights, name) * value for name, value in means.items())
+        loss = sum(getattr(self.losses, f"{name}_weight") * value for name, value in means.items())
         for name, value in means.items():
             self.parts[name] = self.parts.get(name, 0.0) + float(value.detach())
         self.steps_since_log += 1

@@ -10,6 +10,7 @@ Axes: B batch, L tokens, V vertices.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,36 +18,28 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from training.common.rows import AvatarRows
+from training.common.rows import AvatarRows, shuffled_row
 
 
+@dataclass(eq=False)
 class TrainWindows(Dataset):
-    """`num_items` windows; each epoch has every avatar once, in another order.
+    """`num_items` windows; each epoch has every avatar once, in another order."""
 
-    Args:
-        rows: the split.
-        window: tokens in a window, a multiple of 4.
-        num_items: number of windows in the whole run.
-        seed: decides order, cut, image and dropped conditions.
-        condition_dropout: share of windows without condition, for classifier-free guidance.
-    """
+    rows: AvatarRows
+    window: int  # tokens in a window, a multiple of 4
+    num_items: int
+    seed: int  # decides order, cut, image and dropped conditions
+    condition_dropout: float  # share of windows without condition, for classifier-free guidance
 
-    def __init__(self, rows: AvatarRows, window: int, num_items: int, seed: int, condition_dropout: float):
-        if window % 4 or window < 4:
-            raise ValueError(f"window must be a positive multiple of 4 (whole points), found {window}")
-        self.rows, self.window, self.num_items = rows, window, num_items
-        self.seed, self.condition_dropout = seed, condition_dropout
-        self.order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+    def __post_init__(self) -> None:
+        if self.window % 4 or self.window < 4:
+            raise ValueError(f"window must be a positive multiple of 4 (whole points), found {self.window}")
 
     def __len__(self) -> int:
         return self.num_items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, position = divmod(index, len(self.rows))
-        if self.order[0] != epoch:
-            self.order = (epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.rows)))
-        row = int(self.order[1][position])
-        random = np.random.default_rng((self.seed, 1, index))
+        row, random = shuffled_row(index, len(self.rows), self.seed)
         ids = self.rows.sequence(row)
         start = window_start(len(ids), self.window, random)
         ids = ids[start : start + self.window]

@@ -18,7 +18,7 @@ from gaussian_tokenizer.rendering.splatting import render
 from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
 from modeling.conversion import vertex_points
 from modeling.point_features import FeatureCache, point_features
-from training.decoder.arguments import DecoderTrainingArguments
+from training.decoder.arguments import DecoderTrainingArguments, LossArguments
 from training.decoder.subjects import (
     EvaluationSubjects,
     SubjectRows,
@@ -28,9 +28,9 @@ from training.decoder.subjects import (
     motion_of,
     on_background,
 )
-from training.decoder.trainer import CONDITION, DecoderTrainer, LossWeights
+from training.decoder.trainer import CONDITION, DecoderTrainer
 
-PAPER = LossWeights()
+PAPER = LossArguments()
 MODES = ("full", "ar_feature", "position", "flame_position")
 
 
@@ -49,7 +49,7 @@ def head() -> HeadModel:
 
 @pytest.fixture
 def make_trainer(corpus, point_model, head, tmp_path):
-    def make(mode="full", weights=PAPER, cache=None, max_steps=2, learning_rate=1e-4, **config) -> DecoderTrainer:
+    def make(mode="full", losses=PAPER, cache=None, max_steps=2, learning_rate=1e-4, **config) -> DecoderTrainer:
         torch.manual_seed(0)
         points = PointillistForCausalLM.from_pretrained(point_model)
         settings = dict(
@@ -71,7 +71,7 @@ def make_trainer(corpus, point_model, head, tmp_path):
             data_collator=partial(collate_subjects, pad_token_id=points.config.pad_token_id),
             point_model=points,
             head=head,
-            weights=weights,
+            losses=losses,
             perceptual=None,
             cache=None if cache is None else FeatureCache(cache, points),
             method="lbs",
@@ -86,7 +86,7 @@ def batch_of(trainer: DecoderTrainer, rows=(0, 1)) -> dict:
 
 def test_the_loss_is_the_papers_sum_over_images_drawn_one_subject_at_a_time(make_trainer, head):
     """Subject by subject without padding, against the trainer's padded batch."""
-    trainer = make_trainer(weights=LossWeights(0.7, 0.3, 0.0, 0.2))
+    trainer = make_trainer(losses=LossArguments(0.7, 0.3, 0.0, offset_weight=0.2))
     batch = batch_of(trainer)
     assert (
         len({int((ids < trainer.tokenizer.bos_token_id).sum()) for ids in batch["input_ids"]}) == 2
