@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.export import save_video
 from gaussian_tokenizer.avatars.motions import expression_frames, synthetic_motion
-from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras, portrait_cameras
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
@@ -94,7 +93,8 @@ def draw_avatars(path: Path, rows: Sequence[tuple[str, Image.Image, GaussianAvat
     columns = ["portrait", *(f"{angle:+.0f} degrees" for angle in VIEWS)]
     lines = []
     for _, portrait, avatar in rows:
-        head = attached(avatar)
+        head = avatar.head
+        assert head is not None
         views = images_of(avatar, None, portrait_cameras(head, size, VIEWS))
         faces = list(expression_frames(head).items())[1:4]
         shown = [images_of(avatar, params, portrait_cameras(head, size))[0] for _, params in faces]
@@ -112,7 +112,8 @@ def draw_motion(
     """A GIF of the first subjects, each below its portrait, talking while they look around."""
     panels = []
     for _, portrait, avatar in rows[:GIF_SUBJECTS]:
-        head = attached(avatar)
+        head = avatar.head
+        assert head is not None
         talk, look = (synthetic_motion(name, head, num_frames) for name in ("talk", "look_around"))
         motion = HeadParameters(
             **talk.tensors() | {"neck_pose": look.neck_pose, "eyes_pose": look.eyes_pose, "rotation": look.rotation}
@@ -136,8 +137,3 @@ def on_white(portrait: Image.Image, size: int) -> np.ndarray:
     image = portrait.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
     white = Image.new("RGBA", image.size, "white")
     return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
-
-
-def attached(avatar: GaussianAvatar) -> HeadModel:
-    assert avatar.head is not None
-    return avatar.head

@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +24,22 @@ FAILURE_NAME, CHECKPOINT_NAME = "failed.json", "checkpoint.safetensors"
 WORK_FOLDER = ".fit"
 
 
-@dataclass(frozen=True)
 class Job:
-    """One subject to be fitted."""
+    """One subject to be fitted, from the tracking `source` into a folder of `output`."""
 
-    source: Path  # the tracking
-    output: Path
-
-    @property
-    def name(self) -> str:
-        folder = self.source if self.source.is_dir() else self.source.parent
-        return folder.resolve().name
-
-    @property
-    def result(self) -> Path:
-        return self.output / self.name
-
-    @property
-    def work(self) -> Path:
-        return self.output / WORK_FOLDER / self.name
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.work / CHECKPOINT_NAME
+    def __init__(self, source: Path, output: Path):
+        self.source = source
+        self.name = (source if source.is_dir() else source.parent).resolve().name
+        self.result = output / self.name
+        self.work = output / WORK_FOLDER / self.name
+        self.checkpoint = self.work / CHECKPOINT_NAME
 
     def is_finished(self, settings: Mapping[str, Any]) -> bool:
         """ValueError if there is a folder of the subject that was not fitted with these settings."""
         if not self.result.exists():
             return False
         try:
-            report = read_json(self.result / REPORT_NAME)
-            found = report["settings"]
+            found = read_json(self.result / REPORT_NAME)["settings"]
         except (OSError, ValueError, KeyError):
             raise ValueError(
                 f"{self.result} exists, but was not fitted (no {REPORT_NAME}); give another --output_dir, or remove it"
@@ -69,10 +53,8 @@ class Job:
 
     def check_checkpoint(self, identity: Mapping[str, Any]) -> None:
         """ValueError if there is a checkpoint that disagrees with these parts of a fit's identity."""
-        if not self.checkpoint.exists():
-            return
-        found = saved_identity(self.checkpoint)
-        found = {name: found.get(name) for name in identity}
+        saved = saved_identity(self.checkpoint) if self.checkpoint.exists() else identity
+        found = {name: saved.get(name) for name in identity}
         if found != dict(identity):
             raise ValueError(
                 f"{self.checkpoint}: begun with other settings or data: {differences(found, identity)}; give the same, or remove "
@@ -95,13 +77,8 @@ class Job:
             raise ValueError(f"{self.work / FAILURE_NAME}: does not say why the subject failed; remove it") from None
 
     def record_failure(self, reason: str, **more: Any) -> None:
-        before = self.failure()
-        failure = {
-            "subject": self.name,
-            "reason": reason,
-            "attempts": (before["attempts"] if before else 0) + 1,
-            **more,
-        }
+        attempts = (self.failure() or {"attempts": 0})["attempts"] + 1
+        failure = {"subject": self.name, "reason": reason, "attempts": attempts, **more}
         with atomic_file(self.work / FAILURE_NAME) as file:
             file.write((json.dumps(failure, indent=2, ensure_ascii=False) + "\n").encode())
 
