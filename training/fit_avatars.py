@@ -134,7 +134,7 @@ class Worker:
 
     def fit(self, job: Job) -> None:
         tracking = load_tracking(job.source, self.head)
-        fit = Fit.of(tracking, self.head, self.settings, self.device, self.arguments.image_cache)
+        fit = Fit(tracking, self.head, self.settings, self.device, self.arguments.image_cache)
         identity = {"settings": self.settings.to_dict(), "data": fingerprint(tracking, self.head)}
         if job.failure() is not None:
             job.forget_unless(identity)  # its data may have been corrected

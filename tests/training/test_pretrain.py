@@ -306,7 +306,7 @@ def test_a_checkpoint_to_resume_that_is_not_there_or_not_whole_is_named(script, 
     line = script("--resume_from_checkpoint", tmp_path / "checkpoint-9")
     assert "checkpoint-9: no such folder" in line
     (tmp_path / "checkpoint-9").mkdir()
-    assert "not a whole checkpoint" in script("--resume_from_checkpoint", tmp_path / "checkpoint-9")
+    assert "not a complete checkpoint" in script("--resume_from_checkpoint", tmp_path / "checkpoint-9")
 
 
 def test_a_split_that_is_not_there_is_named(script):

@@ -87,8 +87,8 @@ def inherited_fields(cls: type) -> list[str]:
     """Names of the fields that only classes of other packages declare."""
     package = cls.__module__.partition(".")[0]
     bases = [base for base in cls.__mro__ if base.__module__.partition(".")[0] == package]
-    own = {name for base in bases for name in get_annotations(base)}
-    return [f.name for f in fields(cls) if f.init and f.name not in own]
+    declared = {name for base in bases for name in get_annotations(base)}
+    return [f.name for f in fields(cls) if f.init and f.name not in declared]
 
 
 def explanation(cls: type, name: str) -> str:
@@ -112,7 +112,7 @@ def _flags(field: Field) -> dict[str, None]:
 
 
 def _takes(hint: Any) -> dict[str, Any]:
-    """What argparse is told of a type: of several the first of these that is among them, None aside."""
+    """The arguments of `add_argument` for a type. Of a union, an enum decides, else bool, else str, else the first member."""
     kinds = (
         [kind for kind in get_args(hint) if kind is not NoneType] if get_origin(hint) in (Union, UnionType) else [hint]
     )

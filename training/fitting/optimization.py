@@ -12,7 +12,7 @@ Axes: N Gaussians, F faces, T timesteps.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.skinning import Local, pose_by_face_frames
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.splatting import render
 from training.fitting.arguments import FitSettings
 from training.fitting.density_control import DensifyConfig, DensifyStats, GaussianParams, control_density
@@ -45,46 +44,31 @@ EXTENT_MARGIN = 1.1
 SMALLEST_IMAGE = 11  # pixels, the window of SSIM
 
 
-@dataclass(frozen=True, eq=False)
 class Fit:
-    """The data and settings of a fit: everything but its state."""
+    """The data and settings of a fit: everything but its state. ValueError for a subject that cannot be fitted."""
 
-    tracking: Tracking
-    head: HeadModel
-    settings: FitSettings  # shortened
-    images: Images
-    params: HeadParameters  # the tracking's, on the device
-    extent: float  # meters
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         tracking: Tracking,
         head: HeadModel,
         settings: FitSettings,
         device: torch.device,
         cache_megabytes: int = 4096,
-    ) -> "Fit":
-        """ValueError for a subject that cannot be fitted."""
-        settings = settings.shortened()
-        images = Images(tracking, settings.background, device, cache_megabytes)
-        train = tracking.splits["train"]
-        if not train:
+    ):
+        self.tracking, self.settings, self.train = tracking, settings.shortened(), tracking.splits["train"]
+        self.images = Images(tracking, settings.background, device, cache_megabytes)
+        if not self.train:
             raise ValueError(f"{tracking.path}: no training images, its training split is empty")
-        smallest = min(min(tracking.frames[index].width, tracking.frames[index].height) for index in train)
+        smallest = min(min(tracking.frames[index].width, tracking.frames[index].height) for index in self.train)
         if smallest // settings.start_downscale < SMALLEST_IMAGE:
             raise ValueError(
                 f"{tracking.path}: images of {smallest} pixels; with --start_downscale {settings.start_downscale} they must "
                 f"have at least {SMALLEST_IMAGE * settings.start_downscale}"
             )
-        if all(images.is_dark(index) for index in train):
+        if all(self.images.is_dark(index) for index in self.train):
             raise ValueError(f"{tracking.path}: every training image is black or transparent; is the mask inverted?")
-        params = tracking.params.to(device)
-        return cls(tracking, head.to(device), settings, images, params, scene_extent(tracking, settings))
-
-    @property
-    def train(self) -> tuple[int, ...]:
-        return self.tracking.splits["train"]
+        self.head, self.params = head.to(device), tracking.params.to(device)
+        self.extent = scene_extent(tracking, self.settings)  # meters
 
     def begin(self) -> FitState:
         """One nearly gray Gaussian a face, as large as the face. ValueError if no camera sees any of them."""
