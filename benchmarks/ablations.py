@@ -1,19 +1,19 @@
-"""What the Gaussian decoder makes of what it is told of a point: the paper's ablation, on open data.
+"""What the Gaussian decoder gains from each of its inputs: the paper's ablation, on open data.
 
-    make demo && python benchmarks/ablations.py      # half an hour of two cores; started again it goes on where it was
+    make demo && python benchmarks/ablations.py      # half an hour on two cores; run again, it resumes
     python benchmarks/ablations.py --seeds 0 --steps 20 --output_dir outputs/small_ablations
 
 The corpus and the point model are the demo's. Each decoder is trained from new weights for the same steps on the same subjects,
-with the demo's settings but for what its points tell:
+with the demo's settings except for its inputs:
 
     full             position and hidden state of the point model (the paper)
     position         positions of the points alone
     ar_feature       hidden states alone
-    flame_position   no point model: the vertices of the person's head
-    full + anchors   as full, and where the point's face is on the person's head (ours)
+    flame_position   no point model: the vertices of the subject's head
+    full + anchors   as full, and where the point's face is on the subject's head (ours)
 
-Then each makes avatars of the same held-out subjects from portrait and head parameters; those that read points decode the same
-clouds, generated once. PSNR and SSIM are means over all frames of these subjects; +- is the standard deviation over the seeds.
+Then each decodes avatars of the same held-out subjects from portrait and head parameters; those that read points decode the same
+generated clouds. PSNR and SSIM are means over all frames of these subjects; +- is the standard deviation over the seeds.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import fingerprint
-from training.decoder.subjects import SubjectRows, mean_images
+from training.decoder.subjects import SubjectRows, mean_image_metrics, mean_images
 from training.demo.__main__ import reencoded, shape_parameters
-from training.demo.report import image_metrics, images_of, mean_image_metrics, on_white, true_frames
+from training.demo.report import image_metrics, images_of, on_white, true_frames
 
 WAYS = {
     "full": ["--mode", "full", "--read_anchors", "false"],
@@ -58,10 +58,10 @@ def main() -> None:
     parser.add_argument("--config", default="training/configs/decoder_demo.yaml", help="all other settings")
     parser.add_argument("--image", type=Path, default=Path("docs/images/ablations.png"))
     arguments = parser.parse_args()
-    # A decoder belongs to the point model behind it: those of another demo are not taken for these.
+    # A decoder belongs to its point model: decoders of another demo must not be reused.
     point_model = fingerprint(PointillistForCausalLM.from_pretrained(arguments.demo / "model"))
     arguments.output_dir /= point_model[:8]
-    for seed in arguments.seeds:  # seed by seed: when stopped, every way has as many
+    for seed in arguments.seeds:  # seed by seed: if stopped, every variant has as many
         for way in WAYS:
             train(way, seed, arguments)
     torch.set_num_threads(1)
@@ -97,13 +97,12 @@ def train(way: str, seed: int, arguments: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def judge(arguments: argparse.Namespace) -> tuple[dict, list[list[np.ndarray]]]:
-    """Way -> measure -> a value for each seed; and for the first entries a row of images: portrait, one for each way."""
+    """Variant -> metric -> a value for each seed; and for the first subjects a row of images: portrait, one for each variant."""
     pipeline = AvatarPipeline.from_pretrained(arguments.demo / "pipeline")
     corpus = load_corpus(arguments.demo / "corpus")
     subjects = SubjectRows(corpus, "validation", use_heads=True, max_subjects=arguments.num_subjects)
     rows = range(len(subjects))
-    entries = [subjects.subject(row, None) for row in rows]
-    params = [shape_parameters(pipeline, person) for person in entries]
+    params = [shape_parameters(pipeline, subjects.subject(row, None)["shape"]) for row in rows]
     frames = [true_frames(subjects, row) for row in rows]
     portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in rows]
     inputs = pipeline.inputs(portraits, params)
@@ -111,8 +110,9 @@ def judge(arguments: argparse.Namespace) -> tuple[dict, list[list[np.ndarray]]]:
     written = pipeline.generate(inputs, seed=0, max_points=longest, max_points_per_face=15, progress=True)
     clouds = list(zip(*pipeline.decode_points(written), inputs["pixel_values"], params))
     means = mean_images(SubjectRows(corpus, "train", use_heads=False))
-    baseline = np.mean([mean_image_metrics(means, subjects, row) for row in rows], axis=0)
-    judged: dict = {"mean image": {"psnr": [float(baseline[0])], "ssim": [float(baseline[1])]}}
+    baseline = [mean_image_metrics(means, subjects, list(subjects.frame_rows(row))) for row in rows]
+    mean_psnr, mean_ssim = (float(np.mean([float(value.mean()) for value in values])) for values in zip(*baseline))
+    judged: dict = {"mean image": {"psnr": [mean_psnr], "ssim": [mean_ssim]}}
     images = [[on_white(portraits[row], SIZE)] for row in rows[:SHOWN]]
     for way in WAYS:
         judged[way] = {"psnr": [], "ssim": [], "psnr_true_points": []}
@@ -123,10 +123,8 @@ def judge(arguments: argparse.Namespace) -> tuple[dict, list[list[np.ndarray]]]:
                 if way == "flame_position":
                     avatar = known = vertex_avatar(pipeline.head, decoder, *clouds[row][2:])
                 else:
-                    avatar, known = (
-                        pipeline.decode_attributes(*clouds[row]),
-                        reencoded(pipeline, entries[row], inputs, row, params[row]),
-                    )
+                    avatar = pipeline.decode_attributes(*clouds[row])
+                    known = reencoded(pipeline, subjects, row, inputs, params[row])
                 found.append((*image_metrics(avatar, frames[row]), image_metrics(known, frames[row])[0]))
                 if seed == arguments.seeds[0] and row < SHOWN:
                     images[row].append(images_of(avatar, None, portrait_cameras(pipeline.head, SIZE))[0])
@@ -138,7 +136,7 @@ def judge(arguments: argparse.Namespace) -> tuple[dict, list[list[np.ndarray]]]:
 def table_row(way: str, values: dict[str, list[float]]) -> dict[str, str]:
     """Mean over the seeds and their standard deviation."""
 
-    def told(name: str, digits: int) -> str:
+    def cell(name: str, digits: int) -> str:
         if name not in values:
             return ""
         spread = f" +- {np.std(values[name], ddof=1):.{digits}f}" if len(values[name]) > 1 else ""
@@ -146,14 +144,14 @@ def table_row(way: str, values: dict[str, list[float]]) -> dict[str, str]:
 
     return {
         "decoder": way,
-        "PSNR from the portrait": told("psnr", 2),
-        "SSIM from the portrait": told("ssim", 3),
-        "PSNR on true points": told("psnr_true_points", 2),
+        "PSNR from the portrait": cell("psnr", 2),
+        "SSIM from the portrait": cell("ssim", 3),
+        "PSNR on true points": cell("psnr_true_points", 2),
     }
 
 
 def draw(path: Path, images: list[list[np.ndarray]]) -> None:
-    """A row for each person: the portrait, then what each way made of it."""
+    """A row for each subject: the portrait, then the avatar of each variant."""
     lines = np.concatenate([np.concatenate(line, axis=1) for line in images])
     labels = Image.new("RGB", (lines.shape[1], 16), "white")
     for number, name in enumerate(("portrait", *WAYS)):

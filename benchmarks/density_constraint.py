@@ -1,17 +1,17 @@
-"""What 4 to 15 Gaussians on a face cost a fit, and what they save the point model.
+"""The effect of the density constraint, 4 to 15 Gaussians on a face, on fits and on the point model.
 
     python benchmarks/density_constraint.py                 # about a quarter of an hour of one core
     python benchmarks/density_constraint.py --num_subjects 4 --num_heldout 1 --steps 60 --output_dir outputs/small_study
 
 Two questions, each answered with and without the density constraint, all else equal.
 
-1. Two synthetic subjects (1,500 faces, 128 pixels, nine cameras, the demo schedule): PSNR from a camera that was held out, and of
-   held-out moments; Gaussians in all, on the fullest face.
+1. Two synthetic subjects (1,500 faces, 128 pixels, nine cameras, the demo schedule): PSNR of a held-out camera and of held-out
+   timesteps; the number of Gaussians, and of those on the fullest face.
 2. Several smaller ones (600 faces, 64 pixels, a shorter schedule), as corpora with one tokenizer: the loss of a small point model
-   on subjects it has not seen, after the same number of steps. Sequences differ in length, so a nat a token is not the same good: a
-   point of a denser cloud says less, and there are more of them. Hence also nats a point and nats a person.
+   on unseen subjects, after the same number of steps. Sequences differ in length, so nats a token do not compare: a denser cloud
+   has more points, each with less information. Hence also nats a point and nats a subject.
 
-Every step is a command of the toolkit, printed before it runs. What is there already is not made again.
+Every step is a command of the toolkit, printed before it runs. Existing results are kept.
 """
 
 import os
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/density_constraint"))
     parser.add_argument("--num_large", type=int, default=2, help="subjects of the first question")
     parser.add_argument("--num_subjects", type=int, default=8, help="of the second question")
-    parser.add_argument("--num_heldout", type=int, default=2, help="of them, kept from training")
+    parser.add_argument("--num_heldout", type=int, default=2, help="subjects kept from training")
     parser.add_argument("--steps", type=int, default=400, help="of the point model")
     parser.add_argument("--image", type=Path, default=Path("docs/images/density_constraint.png"))
     arguments = parser.parse_args()
@@ -92,7 +92,9 @@ def flags(**values: object) -> list[object]:
 
 
 def synthesize(folder: Path, head: str, count: int, image_size: int, timesteps: int) -> None:
-    options = flags(num_subjects=count, views=9, timesteps=timesteps, image_size=image_size, head=head, output=folder)
+    options = flags(
+        num_subjects=count, views=9, timesteps=timesteps, image_size=image_size, head=head, output_dir=folder
+    )
     run("-m", "gaussian_tokenizer.synthesize", *options)
 
 
@@ -102,7 +104,7 @@ def fit(data: Path, head: str, output: Path, **settings: object) -> None:
 
 
 def shared_tokenizer(output: Path) -> Path:
-    """One box for the points of both ways, or levels would differ in size."""
+    """One box for the points of both variants, so that levels have the same size."""
     head = load_head(HEADS["several"])
     avatars = [subject.load_avatar(head) for way in WAYS for subject in find_subjects(output / f"several-{way}")]
     tokenizer = GaussianTokenizer(
@@ -115,7 +117,7 @@ def shared_tokenizer(output: Path) -> Path:
 
 def build(avatars: Path, tokenizer: Path, num_heldout: int, corpus: Path) -> None:
     options = flags(
-        avatars=avatars, head=HEADS["several"], tokenizer=tokenizer, num_validation=num_heldout, output=corpus
+        avatars=avatars, head=HEADS["several"], tokenizer=tokenizer, num_validation=num_heldout, output_dir=corpus
     )
     run("-m", "gaussian_tokenizer.build_corpus", *options, "--overwrite")
 
@@ -147,10 +149,10 @@ def fit_row(name: str, way: str, output: Path) -> dict:
     return {
         "subjects": len(found),
         "head": HEADS[name],
-        "pixels": found[0]["size_of_image"][0],
+        "pixels": found[0]["image_size"][0],
         "on a face": WAYS[way],
         "PSNR camera": round(mean("psnr"), 2),
-        "PSNR moments": round(mean("psnr_timesteps"), 2),
+        "PSNR timesteps": round(mean("psnr_timesteps"), 2),
         "PSNR tokens": round(mean("psnr_tokenized"), 2),
         "SSIM camera": round(mean("ssim"), 3),
         "points": round(mean("num_points")),
@@ -168,12 +170,12 @@ def model_row(way: str, output: Path) -> dict:
         "on a face": WAYS[way],
         "steps": report["steps"],
         "parameters": report["num_parameters"],
-        "held-out points a person": round(points / subjects),
+        "held-out points a subject": round(points / subjects),
         "nats a token": report["heldout_nll"],
         "unigram": report["unigram_nll"],
-        **{f"nats {slot}": report[f"heldout_nll_{slot}"] for slot in "xyzb"},
+        **{f"nats {slot}": report[f"heldout_nll_{slot}"] for slot in ("x", "y", "z", "face")},
         "nats a point": nats / points,
-        "nats a person": round(nats / subjects),
+        "nats a subject": round(nats / subjects),
     }
 
 
@@ -221,10 +223,10 @@ def draw(models: list[dict], output: Path, path: Path) -> None:
         steps, nll = np.array(evaluated).T
         points.plot(steps, nll * row["nats a point"] / row["nats a token"], "o-", color=colors[way], label=WAYS[way])
         subjects.plot(
-            steps, nll * row["nats a person"] / row["nats a token"] / 1000, "o-", color=colors[way], label=WAYS[way]
+            steps, nll * row["nats a subject"] / row["nats a token"] / 1000, "o-", color=colors[way], label=WAYS[way]
         )
     points.set(xlabel="step", ylabel="nats a point", title="point model, subjects not seen")
-    subjects.set(xlabel="step", ylabel="thousand nats a person", title="the same, whole sequences", ylim=(0, None))
+    subjects.set(xlabel="step", ylabel="thousand nats a subject", title="the same, whole sequences", ylim=(0, None))
     for axes in (histogram, points, subjects):
         axes.legend(fontsize=8, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)

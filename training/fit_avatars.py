@@ -5,10 +5,10 @@
     accelerate launch training/fit_avatars.py training/configs/fit_paper.yaml --data tracked --head flame.safetensors \\
         --output_dir avatars --shorten 20                                                  # on one GPU or several, 30,000 steps
 
-Subjects are spread over the processes that `accelerate launch` starts. Run again, the command goes on: finished subjects are
-kept, interrupted ones continue where they were, those that failed are named (`--retry_failed true` tries them once more). Every
-field of the YAML file can be given again on the command line. The output is what `gaussian_tokenizer.build_corpus` reads; each
-subject's folder also has `fit_report.json` and `fit.png`.
+Subjects are distributed over the processes that `accelerate launch` starts. The same command resumes an interrupted run: finished
+subjects are kept, interrupted ones continue from their checkpoints, failed ones are named (`--retry_failed true` tries them again).
+Every field of the YAML file can also be given on the command line. The output is what `gaussian_tokenizer.build_corpus` reads;
+each subject's folder also has `fit_report.json` and `fit.png`.
 """
 
 import hashlib
@@ -42,16 +42,16 @@ from training.fitting.report import fit_report, write_report
 from training.fitting.state import FitState
 
 POLL_SECONDS = 1.0
-STEPS_BETWEEN_FIGURES = 50  # in the progress bar
-CARRIED = ("psnr", "psnr_tokenized", "num_points", "iterations")  # figures that go with the avatar's metadata
+STEPS_BETWEEN_UPDATES = 50  # of the numbers in the progress bar
+IN_METADATA = ("psnr", "psnr_tokenized", "num_points", "iterations")  # entries of the report for the avatar's metadata
 
 
 def main() -> None:
     arguments, settings = parse_arguments(sys.argv[1:], FitArguments, FitSettings, description=__doc__.split("\n\n")[0])
-    # Subjects share nothing, so the processes form no group that one of them could keep waiting or bring down.
+    # Subjects are independent, so the processes form no group in which one could delay or stop the others.
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     warn_of_missing_processes(processes)
-    torch.set_num_threads(1)  # the rasterizer has one; the order of all other sums is then the same everywhere, too
+    torch.set_num_threads(1)  # sums then have the same order on every machine
     head = load_head(arguments.head)
     jobs = [Job(path, Path(arguments.output_dir)) for path in find_trackings(arguments.data)]
     finished = [job.is_finished(settings.to_dict()) for job in jobs]
@@ -68,7 +68,7 @@ def main() -> None:
             if not disk_is_full(error):
                 raise
             raise ValueError(
-                f"the disk is full ({error}). Finished subjects and earlier checkpoints are whole; free space and run the same "
+                f"the disk is full ({error}). Finished subjects and earlier checkpoints are complete; free space and run the same "
                 "command again"
             ) from error
     failures = {job.name: failure["reason"] for job in jobs if (failure := job.failure()) is not None}
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 class Worker:
-    """One process: takes subjects that nobody else fits until all are finished or have failed."""
+    """One process: fits subjects that no other process is fitting until all are finished or have failed."""
 
     def __init__(self, arguments: FitArguments, settings: FitSettings, head: HeadModel):
         self.arguments, self.settings, self.head = arguments, settings, head
@@ -92,7 +92,7 @@ class Worker:
         self.signals = StopSignals()
 
     def interrupted(self, where: str) -> Interrupted:
-        return Interrupted(f"{where}; run the same command again to go on from there", self.signals.received[0])
+        return Interrupted(f"{where}; run the same command again to resume from there", self.signals.received[0])
 
     def work_through(self, jobs: list[Job]) -> None:
         failed = {job.name: failure for job in jobs if (failure := job.failure()) is not None}
@@ -108,17 +108,17 @@ class Worker:
                         elsewhere.append(job)
                     elif job.is_finished(self.settings.to_dict()):
                         job.clean()
-                    # Not what another process has just tried in vain.
+                    # Not a subject on which another process has just failed.
                     elif job.failure() is None or (
                         self.arguments.retry_failed and job.failure() == failed.get(job.name)
                     ):
                         self.attempt(job)
             jobs = elsewhere
-            if jobs:  # should the process that is at one of them die, it is ours
+            if jobs:  # a process that fits one of them may die
                 time.sleep(POLL_SECONDS)
 
     def attempt(self, job: Job) -> None:
-        """Fit a subject; what is wrong with it is recorded. A full disk is wrong with all of them, and ends the run."""
+        """Fit a subject and record its failure. A full disk, which affects all subjects, ends the run."""
         try:
             self.fit(job)
         except Interrupted:
@@ -134,10 +134,10 @@ class Worker:
 
     def fit(self, job: Job) -> None:
         tracking = load_tracking(job.source, self.head)
-        fit = Fit.of(tracking, self.head, self.settings, self.device, self.arguments.image_cache)
+        fit = Fit(tracking, self.head, self.settings, self.device, self.arguments.image_cache)
         identity = {"settings": self.settings.to_dict(), "data": fingerprint(tracking, self.head)}
         if job.failure() is not None:
-            job.forget_unless(identity)  # what was wrong with it may have been mended
+            job.forget_unless(identity)  # its data may have been corrected
         job.check_checkpoint(identity)
         state = FitState.load(job.checkpoint, self.device) if job.checkpoint.exists() else fit.begin()
         self.optimize(job, fit, state, identity)
@@ -148,19 +148,18 @@ class Worker:
         frames = result_frames(fit, avatar, self.arguments.max_result_images)
         metadata = tracking.metadata | {
             "avatar_id": tracking.subject_id,
-            "fit": {name: report[name] for name in CARRIED},
+            "fit": {name: report[name] for name in IN_METADATA},
         }
         write_subject(staging, avatar, frames, metadata)
         write_report(fit, avatar, report, staging)
         staging.rename(job.result)
         job.clean()
         faces = report["points_per_face"]
-        figures = [f"{report['num_points']:,} points, {faces['min']} to {faces['max']} on a face"]
-        figures += [f"held-out camera {report['psnr']:.2f} dB"] if report["psnr"] is not None else []
-        tqdm.write(f"{job.name}: {'; '.join(figures)}")
+        psnr = "" if report["psnr"] is None else f"; held-out camera {report['psnr']:.2f} dB"
+        tqdm.write(f"{job.name}: {report['num_points']:,} points, {faces['min']} to {faces['max']} on a face{psnr}")
 
     def optimize(self, job: Job, fit: Fit, state: FitState, identity: dict) -> None:
-        """All steps that are left, with checkpoints and a progress bar."""
+        """Run the remaining steps, with checkpoints and a progress bar."""
         clocks = {"wall": time.perf_counter, "cpu": time.process_time}
         begin = {name: clock() - state.seconds[name] for name, clock in clocks.items()}
         with tqdm(
@@ -176,7 +175,7 @@ class Worker:
             def after_step(state: FitState, loss: float) -> None:
                 bar.update()
                 last = state.iteration == fit.settings.iterations
-                if state.iteration % STEPS_BETWEEN_FIGURES == 0:
+                if state.iteration % STEPS_BETWEEN_UPDATES == 0:
                     bar.set_postfix(points=f"{len(state.gaussians):,}", loss=f"{loss:.4f}")
                 if last or self.signals.received or state.iteration % self.arguments.save_every == 0:
                     state.seconds = {name: clock() - begin[name] for name, clock in clocks.items()}
@@ -190,7 +189,7 @@ class Worker:
 
 
 def fingerprint(tracking: Tracking, head: HeadModel) -> str:
-    """16 hex digits of what a fit reads, the content of the images aside."""
+    """16 hex digits of the input of a fit, without the content of the images."""
     digest = hashlib.sha256(head.hash.encode())
     for frame in tracking.frames:
         size = frame.image.stat().st_size if isinstance(frame.image, Path) else 0
@@ -202,7 +201,7 @@ def fingerprint(tracking: Tracking, head: HeadModel) -> str:
 
 
 def result_frames(fit: Fit, avatar: GaussianAvatar, count: int | None) -> list[Frame]:
-    """Images for the corpus: transparent where the person is not, with the head parameters that the fit found."""
+    """Images for the corpus: transparent outside the subject, with the fitted head parameters."""
     assert avatar.params is not None
     frames = []
     for index in evenly_spread(fit.tracking, range(len(fit.tracking.frames)), count):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 
 import training.fitting.report
@@ -25,7 +27,8 @@ from training.common.arguments import exit_on_user_error
 from training.fitting.queue import Job, order_of
 from training.fitting.state import FitState, saved_identity
 
-DEBUG = Path(fit_avatars.__file__).parent / "configs" / "fit_debug.yaml"
+SCRIPT = Path(fit_avatars.__file__)
+DEBUG = SCRIPT.parent / "configs" / "fit_debug.yaml"
 HEAD = "procedural:600"
 STEPS = 16
 
@@ -57,6 +60,13 @@ def content(folder: Path) -> dict[str, bytes]:
     report = json.loads(found["fit_report.json"])
     report.pop("seconds")
     return found | {"fit_report.json": json.dumps(report).encode()}
+
+
+@pytest.mark.parametrize("words", [["-c", "import training.fit_avatars"], [SCRIPT, "--help"]])
+def test_the_script_and_its_help_load_no_transformers(words):
+    done = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and " torch" in done.stderr
+    assert not re.findall(r"\| +transformers$", done.stderr, re.MULTILINE)
 
 
 def leftovers(output: Path) -> list[str]:
@@ -170,7 +180,7 @@ def test_a_fit_begun_with_other_settings_or_data_is_not_gone_on_with(one, tmp_pa
     monkeypatch.setattr(fit_avatars, "fit_report", lambda *_: exec("raise MemoryError('no memory')"))
     assert "MemoryError: no memory" in run(one, output)  # the fit itself is saved
     assert Job(one / "synthetic-0-000000", output).checkpoint.exists()
-    assert "begun otherwise: seed is 0, asked for 1" in run(one, output, "--seed", "1")
+    assert "begun with other settings or data: seed is 0, asked for 1" in run(one, output, "--seed", "1")
 
 
 def test_a_failed_subject_begins_anew_if_its_data_were_mended(one, tmp_path, monkeypatch, no_image):

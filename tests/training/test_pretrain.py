@@ -68,7 +68,7 @@ def kill_and_resume(launcher, output: Path, seed: int, *arguments: str, processe
     psutil.wait_procs(family, timeout=60)
     assert not (output / "training_report.json").exists(), f"over before it was killed, moment {seed}"
     printed = launcher.run(output, *SETTINGS, *arguments, "--resume_from_checkpoint", "true", processes=processes)
-    assert re.search(r"going on from \S+checkpoint-\d+", printed)
+    assert re.search(r"resuming from \S+checkpoint-\d+", printed)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_a_killed_save_left_is_passed_over_and_replaced(launch
     (output / ".model.partial").mkdir()
     (output / ".model.partial" / "left_behind").write_bytes(b"")
     printed = launcher.run(output, *SETTINGS, "--resume_from_checkpoint", "true", processes="python")
-    assert re.search(r"going on from \S+checkpoint-15\b", printed)
+    assert re.search(r"resuming from \S+checkpoint-15\b", printed)
     assert history(output) == history(reference)
     assert (half / COMPLETE).exists()
     assert not list(output.rglob("left_behind"))
@@ -210,7 +210,7 @@ def test_resuming_past_the_last_step_says_that_nothing_is_trained(launcher, refe
         folder.mkdir()
     words = ("--max_steps", str(STEPS - 1), "--resume_from_checkpoint", "true")
     printed = launcher.run(output, *SETTINGS, *words, processes="python")
-    assert f"with {STEPS} steps done and --max_steps {STEPS - 1} nothing is left to train" in printed
+    assert f"{STEPS} steps are done and --max_steps is {STEPS - 1}, so nothing is left to train" in printed
     assert (output / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
     assert json.loads((output / "training_report.json").read_text())["steps"] == STEPS
     assert sum(folder.exists() for folder in half_removed) == 1, "of three checkpoints two are kept"
@@ -306,7 +306,7 @@ def test_a_checkpoint_to_resume_that_is_not_there_or_not_whole_is_named(script, 
     line = script("--resume_from_checkpoint", tmp_path / "checkpoint-9")
     assert "checkpoint-9: no such folder" in line
     (tmp_path / "checkpoint-9").mkdir()
-    assert "not a whole checkpoint" in script("--resume_from_checkpoint", tmp_path / "checkpoint-9")
+    assert "not a complete checkpoint" in script("--resume_from_checkpoint", tmp_path / "checkpoint-9")
 
 
 def test_a_split_that_is_not_there_is_named(script):

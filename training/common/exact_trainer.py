@@ -1,20 +1,25 @@
-"""transformers' Trainer made exact: checkpoints that are whole or not there, and a stop that loses no step.
+"""transformers' Trainer made exact: a checkpoint is complete or does not count, and a stopped run loses no step.
 
-A checkpoint counts only once `COMPLETE` lies in it, written last by the main process after all others are done; resuming takes
-the newest such folder, so a run killed in the middle of a save goes on from the save before. SIGTERM and Ctrl-C save one.
+A checkpoint counts only if it contains `COMPLETE`, which the main process writes last, after all others are done. A run resumes
+from the newest such folder, so one that was killed during a save resumes from the save before. SIGTERM and Ctrl-C save one.
 
-Private methods of transformers are used in this file alone, each with the reason; their signatures are the same from 5.17 to 5.24.
+Private methods of transformers are used in this file alone, each for a stated reason. Their signatures are the same from 5.17 to
+5.24.
 """
 
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
@@ -28,7 +33,13 @@ COMPLETE = "COMPLETE"
 
 
 class ExactTrainer(Trainer):
-    """Trainer with `PretrainArguments`: it reads the training set from front to back, so item i says what step i sees, always."""
+    """Trainer with `PretrainArguments` that reads the training set in order: step i sees the same items in every run.
+
+    Subclasses say how to evaluate: `batch_sums` and `mean_metrics`.
+    """
+
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -42,10 +53,10 @@ class ExactTrainer(Trainer):
         """As Trainer's.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT came to one of the processes; all have finished and saved the same step.
+            Interrupted: SIGTERM or SIGINT reached one of the processes; all have finished and saved the same step.
             ValueError: the disk is full.
         """
-        # Trainer removes old checkpoints before the new one is marked as whole; `finish_checkpoint` does it after.
+        # Trainer removes old checkpoints before the new one is marked as complete; `finish_checkpoint` does it after.
         self.args.save_total_limit = None
         try:
             with self.signals, removed_if_disk_is_full(lambda: self.unfinished):
@@ -53,27 +64,66 @@ class ExactTrainer(Trainer):
         finally:
             self.args.save_total_limit = self.limit
         if self.checkpoints.stopped:
-            self.accelerator.wait_for_everyone()  # the first to leave has its launcher end the others
+            self.accelerator.wait_for_everyone()  # a launcher ends the other processes once the first one exits
             number = self.signals.received[0] if self.signals.received else signal.SIGTERM
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             said = f"{folder} saved after {self.state.global_step:,} of {self.args.max_steps:,} steps; run the same command with "
-            said += "--resume_from_checkpoint true to go on from there"
+            said += "--resume_from_checkpoint true to resume from there"
             raise Interrupted(said if self.is_world_process_zero() else "", number)
-        self.remove_old_checkpoints()  # which a run that was killed after its last step had no time for
+        self.remove_old_checkpoints()  # a run that was killed after its last step may have left some
         return output
 
+    def train_and_evaluate(self, checkpoint: str | None) -> dict[str, float]:
+        """Train, from a checkpoint if one is given; returns the metrics of the last step."""
+        self.train(resume_from_checkpoint=checkpoint)
+        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        if evaluations and evaluations[-1]["step"] == self.state.global_step:
+            return evaluations[-1]
+        return self.evaluate()
+
+    def batch_sums(self, model, batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, ...) float64: what to add up over the items of the evaluation set, such as errors and counts."""
+        raise NotImplementedError
+
+    def mean_metrics(self, total: Tensor) -> dict[str, float]:
+        """The metrics, `loss` among them, from the sum over all items."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Metrics of the whole evaluation set, the same on every process."""
+        begin = time.perf_counter()
+        # DeepSpeed and FSDP evaluate their wrapped model, which does not exist before training.
+        model = self.model_wrapped if self.model_wrapped is not None else self.model
+        model.eval()
+        total: Any = 0
+        for batch in self.get_eval_dataloader(eval_dataset):
+            # Private: only this method knows the precision that DeepSpeed gives the model in training.
+            sums = self.batch_sums(model, self._prepare_inputs(batch))
+            total = total + self.accelerator.gather_for_metrics(sums).sum(0)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.mean_metrics(total).items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - begin, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def first_and_last_loss(self) -> dict[str, float | None]:
+        """Of the training log, as reports have them."""
+        losses: list = [entry["loss"] for entry in self.state.log_history if "loss" in entry] or [None]
+        return {"train_loss_first": losses[0], "train_loss_last": losses[-1]}
+
     def save_model(self, output_dir=None, _internal_call=False):
-        """As Trainer's, which begins every checkpoint with it: the folder is then emptied first."""
+        """As Trainer's, which begins every checkpoint with this call: the checkpoint's folder is emptied first."""
         folder = Path(output_dir or self.args.output_dir)
         if self.is_in_train and folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             self.unfinished = folder
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # what a killed run may have left
+                shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left it
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)
 
     def finish_checkpoint(self) -> None:
-        """Once all processes have written: the arguments in words, the mark that it is whole, and only then older ones go."""
+        """After all processes have written: save the arguments as JSON, mark the checkpoint as complete, remove older ones."""
         assert self.unfinished is not None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -91,10 +141,10 @@ class ExactTrainer(Trainer):
             rotate_checkpoints(self.args.output_dir, self.limit, self.state.best_model_checkpoint)
 
     def init_hf_repo(self, token=None, private=None):
-        """Trainer's: the repository is made before the training, so that one who may not is told now."""
+        """Trainer's: it creates the repository before the training, so that a missing permission is reported early."""
         try:
             super().init_hf_repo(token, private)
-        except Exception as error:  # the kinds are those of the HTTP library of the day
+        except Exception as error:  # the type depends on the HTTP library
             raise ConnectionError(
                 f"--push_to_hub true, but the repository cannot be made: {one_line(error)}; log in (hf auth login) while "
                 "online, or train without it and upload the output folder later"
@@ -103,7 +153,7 @@ class ExactTrainer(Trainer):
     # ---- private methods of transformers
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Weights by `from_pretrained`: checkpoints hold DINOv2 under its published names, which Trainer would pass over.
+        """Weights by `from_pretrained`: checkpoints hold DINOv2 under its published names, which Trainer would ignore.
 
         Private, as Trainer offers nothing else: loading before or after it would leave its warning that these are missing.
         """
@@ -121,30 +171,27 @@ class ExactTrainer(Trainer):
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def prepared(self, batch):
-        """A batch on the device, and under DeepSpeed in the precision of the model, as training has it.
-
-        By a private method, as only that knows DeepSpeed's precision; for the evaluations, which are our own.
-        """
-        return self._prepare_inputs(batch)
-
     # ---- the end
 
-    def save_finished(self, write_more: Callable[[Path], None]) -> None:
-        """The trained model into the output folder, and up to the Hub if asked.
+    def save_finished(self, summarize: Callable[[], tuple[dict, str]]) -> None:
+        """Write the trained model, its report, log and card into the output folder; upload them if asked to.
 
-        Written beside it first, `write_more(folder)` adding what else belongs to it (main process), then moved in file by file.
+        `summarize` makes the report and the card, in the main process only. All is written into a folder of its own first and
+        then moved file by file.
         """
         output = Path(self.args.output_dir)
         staging = output / ".model.partial"
         with removed_if_disk_is_full(lambda: staging):
             if self.is_world_process_zero():
-                shutil.rmtree(staging, ignore_errors=True)  # what a killed run may have left
+                shutil.rmtree(staging, ignore_errors=True)  # a killed run may have left it
             self.accelerator.wait_for_everyone()
             self.save_model(str(staging), _internal_call=True)
             if not self.is_world_process_zero():
                 return
-            write_more(staging)
+            report, card = summarize()
+            (staging / "README.md").write_text(card)
+            (staging / "training_report.json").write_text(json.dumps(report, indent=2))
+            (staging / "training_log.json").write_text(json.dumps(self.state.log_history, indent=1))
             # Old weights go first and new ones come last: a folder without weights does not load, so no mix is taken for a model.
             for stale in [*output.glob("model*.safetensors"), *output.glob("model.safetensors.index.json")]:
                 stale.unlink()
@@ -155,14 +202,14 @@ class ExactTrainer(Trainer):
                 path.replace(output / path.name)
             shutil.rmtree(staging)
         if self.args.push_to_hub:
-            # What else lies in the folder is not the model, and the arguments hold the token of the Hub.
+            # The folder's other files do not belong to the model, and the arguments hold the token of the Hub.
             names = [path.name for path in written if path.name != "training_args.bin"]
             address = upload(output, self.hub_model_id, token=self.args.hub_token, only=names)
             print(f"uploaded: {address}", flush=True)
 
 
 class Checkpoints(TrainerCallback):
-    """Ends training after a step if a process was told to stop, with a checkpoint; marks every checkpoint as whole."""
+    """Saves and ends the training after the step in which a process got a signal; marks every checkpoint as complete."""
 
     def __init__(self, trainer: ExactTrainer):
         self.trainer = trainer
@@ -176,12 +223,12 @@ class Checkpoints(TrainerCallback):
         accelerator = self.trainer.accelerator
         if self.trainer.signals.received:
             accelerator.set_trigger()
-        # All processes ask after the same step, and hear of a signal that any of them got.
+        # All processes check after the same step, and see a signal that any of them got.
         if accelerator.check_trigger():
             self.stopped = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        # Not at the end of the step: there, `save_strategy: best` decides on its own.
+        # Not at the end of the step, where `save_strategy: best` makes its own decision.
         if self.stopped and self.saved_at != state.global_step:
             control.should_save = control.should_log = True
 
@@ -192,7 +239,7 @@ class Checkpoints(TrainerCallback):
 
 @contextmanager
 def removed_if_disk_is_full(written: Callable[[], Path | None]) -> Iterator[None]:
-    """A full disk removes the folder that is being written, and becomes a `ValueError` that says how to go on."""
+    """A full disk removes the folder that is being written, and becomes a `ValueError` that says how to resume."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -201,39 +248,41 @@ def removed_if_disk_is_full(written: Callable[[], Path | None]) -> Iterator[None
             raise
         shutil.rmtree(folder, ignore_errors=True)
         raise ValueError(
-            f"the disk is full: {folder} could not be written and was removed ({error}). Earlier checkpoints are whole; "
-            "free space, or lower --save_total_limit, and go on with --resume_from_checkpoint true"
+            f"the disk is full: {folder} could not be written and was removed ({error}). Earlier checkpoints are complete; "
+            "free space, or lower --save_total_limit, and resume with --resume_from_checkpoint true"
         ) from error
 
 
 def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
-    """`--resume_from_checkpoint`: None or "false" -> None; "true" -> the newest whole one, if any; else that folder.
+    """`--resume_from_checkpoint`: None or "false" -> None; "true" -> the newest complete one, if any; else that folder.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the folder is not a whole checkpoint.
+        ValueError: the folder is not a complete checkpoint.
     """
     if asked is None or asked.lower() in ("false", "no", "0"):
         return None
     if asked.lower() in ("true", "yes", "1", "latest"):
         found = sort_checkpoints(output_dir) if os.path.isdir(output_dir) else []
-        whole = [path for path in found if (Path(path) / COMPLETE).is_file()]
-        return whole[-1] if whole else None
+        complete = [path for path in found if (Path(path) / COMPLETE).is_file()]
+        return complete[-1] if complete else None
     if not os.path.isdir(asked):
         raise FileNotFoundError(f"--resume_from_checkpoint {asked}: no such folder; give one, or true for the newest")
     if not (Path(asked) / COMPLETE).is_file():
         raise ValueError(
-            f"--resume_from_checkpoint {asked}: not a whole checkpoint (no file {COMPLETE}); give another, or true"
+            f"--resume_from_checkpoint {asked}: not a complete checkpoint (no file {COMPLETE}); give another, or true"
         )
     return asked
 
 
-def going_on_from(checkpoint: str, max_steps: int) -> str:
-    """What is said of a run that goes on: from where, and if there is nothing left to train."""
+def steps_ahead(checkpoint: str | None, max_steps: int, batch: str) -> str:
+    """What is printed before a training: its steps, or the checkpoint that it resumes from and whether any steps are left."""
+    if checkpoint is None:
+        return f"{max_steps} steps of {batch}"
     done = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
     if done < max_steps:
-        return f"going on from {checkpoint}"
+        return f"resuming from {checkpoint}"
     return (
-        f"going on from {checkpoint}: with {done:,} steps done and --max_steps {max_steps:,} nothing is left to train, the model "
-        "is evaluated and written as it is; raise --max_steps to train longer"
+        f"resuming from {checkpoint}: {done:,} steps are done and --max_steps is {max_steps:,}, so nothing is left to train and "
+        "the model is only evaluated and saved; raise --max_steps to train longer"
     )

@@ -1,7 +1,7 @@
-"""A training process among others: signals that ask it to stop, and how many processes run.
+"""Signals that stop a training process, and a check of how many processes run.
 
-SIGTERM and Ctrl-C (SIGINT) are noted, the step that is being done is finished and saved, and `Interrupted` says how to go on.
-Pre-training, the decoder's training and fitting share this rule; `arguments.exit_on_user_error` turns it into one line.
+SIGTERM and Ctrl-C (SIGINT) are recorded; the current step is finished and saved, and `Interrupted` says how to resume. All
+trainings share this rule; `arguments.exit_on_user_error` prints one line.
 """
 
 import os
@@ -14,10 +14,10 @@ SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class Interrupted(Exception):
-    """A signal asked the process to stop, and what it was at is saved.
+    """A signal asked the process to stop, and its work is saved.
 
     Args:
-        text: what was saved and how to go on; empty in a process that leaves saying so to another.
+        text: what was saved and how to resume; empty in a process that leaves the message to another.
         number: the signal.
     """
 
@@ -27,9 +27,9 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """While the block lasts, SIGTERM and SIGINT are noted in `received`; a second one has its usual effect.
+    """Within the block, SIGTERM and SIGINT are recorded in `received`; a second one has its usual effect.
 
-    A signal that comes twice within a second is one request: a launcher passes on what the whole job was sent.
+    Two signals within a second are one request: a launcher forwards a signal that was sent to the whole job.
     """
 
     def __init__(self) -> None:
@@ -48,30 +48,27 @@ class StopSignals:
 
     def _note(self, number: int, _frame: object) -> None:
         if os.getpid() != self._owner:
-            # A worker of the data loader has inherited this. Ctrl-C reaches it too, while the step still needs its data.
+            # A worker of the data loader has inherited the handler. Ctrl-C reaches it too, while the step still needs its data.
             if number != signal.SIGINT:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
         elif not self.received:
             self._first = time.monotonic()
             self.received.append(number)
-            # At once, as a launcher may be gone before the step is saved. Not by print, which must not interrupt itself.
+            # Immediately, as a launcher may exit before the step is saved. Not by print, which must not interrupt itself.
             name = signal.Signals(number).name
-            os.write(
-                2,
-                f"\n{name}: the step that is being done is finished and saved; a second one ends it at once\n".encode(),
-            )
+            said = f"\n{name}: the current step is finished and saved; a second {name} ends the process at once\n"
+            os.write(2, said.encode())
         elif time.monotonic() - self._first >= SECONDS_OF_ONE_REQUEST:
-            for name, handler in self._before.items():
-                signal.signal(name, handler)
+            self.__exit__()
             os.kill(os.getpid(), number)
 
 
 def warn_of_missing_processes(running: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Say on stderr if `accelerate launch` was asked for several processes and started one.
+    """Warn on stderr if `accelerate launch` was asked for several processes and started one.
 
-    Without GPUs it does so whatever `--num_processes` says, unless DeepSpeed or MPI is asked for. It then still sets the
-    address at which several would meet, and leaves out how many there are.
+    Without GPUs it ignores `--num_processes`, unless DeepSpeed or MPI is asked for. It then sets the address of the group, but
+    not its size.
     """
     asked = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
     if running == 1 and asked and "WORLD_SIZE" not in environment:

@@ -1,5 +1,6 @@
 """Random access to the token sequences and conditions of one split of a corpus."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ HEAD_COLUMNS = ("head_vertices", "head_normals")
 
 
 class AvatarRows:
-    """Random access to the sequences and conditions of one split of a corpus."""
+    """The sequences and conditions of one split of a corpus."""
 
     def __init__(self, corpus: Corpus, split: str, use_images: bool, use_heads: bool):
         self.tokenizer = corpus.tokenizer
@@ -25,11 +26,11 @@ class AvatarRows:
                     "reads a portrait; build the corpus with frames, or train with --use_vision_encoder false"
                 )
             self.frames = corpus.frames(split).select_columns(["image"])
-        # Every column asked for costs a fifth of a millisecond a row.
+        # Every column that is read costs a fifth of a millisecond a row.
         self.sequences = self.avatars.select_columns(["input_ids"])
         self.conditions = self.avatars.select_columns(["avatar_id", *(HEAD_COLUMNS if use_heads else ())])
         self.use_heads = use_heads
-        # A point has four tokens, a sequence a beginning and an end.
+        # A point has four tokens; bos and eos enclose the sequence.
         self.lengths = 4 * np.asarray(self.avatars["num_points"], dtype=np.int64) + 2
         self.ids = [str(avatar_id) for avatar_id in self.avatars["avatar_id"]]
 
@@ -51,3 +52,14 @@ class AvatarRows:
         if self.use_heads:
             condition |= {name: np.asarray(avatar[name], np.float32) for name in HEAD_COLUMNS}
         return condition
+
+
+def shuffled_row(index: int, num_rows: int, seed: int) -> tuple[int, np.random.Generator]:
+    """The row of item `index` of an endless training set, each epoch in another order, and the item's random numbers."""
+    epoch, position = divmod(index, num_rows)
+    return int(_order(seed, epoch, num_rows)[position]), np.random.default_rng((seed, 1, index))
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(num_rows)

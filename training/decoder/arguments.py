@@ -1,112 +1,103 @@
-"""Arguments of the Gaussian decoder's training; read like those of pre-training (`arguments.parse_arguments`)."""
+"""Arguments of the Gaussian decoder's training: the decoder, the corpus, the losses and the training itself."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
+from gaussian_tokenizer.avatars.skinning import METHODS
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import GaussianDecoderConfig, PointillistConfig
-from training.common.arguments import PretrainArguments
+from training.common.models import box, shared_fields
+from training.common.parser import option
+from training.common.training_arguments import PretrainArguments
 
 
 @dataclass
 class DecoderArguments:
     """The decoder; defaults are the paper's."""
 
-    point_model: str = field(metadata={"help": "trained point model: folder or Hub id; it stays as it is"})
-    decoder: str | None = field(
-        default=None, metadata={"help": "decoder to go on from: folder or Hub id; its sizes hold"}
+    point_model: str = option("trained point model: folder or Hub id; it is not trained here")
+    decoder: str | None = option("decoder to start from: folder or Hub id; its sizes override those given here", None)
+    mode: str = option(
+        "what the decoder reads of a point: full (position and hidden states), position, ar_feature, or flame_position "
+        "(head vertices in the place of generated points): the paper's ablations",
+        "full",
     )
-    mode: str = field(
-        default="full",
-        metadata={
-            "help": "what a point tells: full (position and hidden states), position, ar_feature, or flame_position "
-            "(head vertices in the place of generated points): the paper's ablations"
-        },
+    hidden_size: int = option("width of the decoder", 1024)
+    num_hidden_layers: int = option("joint-attention blocks", 12)
+    num_attention_heads: int = option("heads of each attention", 16)
+    read_anchors: bool = option(
+        "also read where each point's face is on the subject's head, and learn to move it there (not in the paper)",
+        False,
     )
-    hidden_size: int = field(default=1024, metadata={"help": "width of the decoder"})
-    num_hidden_layers: int = field(default=12, metadata={"help": "joint-attention blocks"})
-    num_attention_heads: int = field(default=16, metadata={"help": "heads of each attention"})
-    read_anchors: bool = field(
-        default=False,
-        metadata={
-            "help": "tell each point where its face is on the subject's own head, and learn to pull it there (not in the paper)"
-        },
+    sh_degree: int = option("degree of the colors' spherical harmonics", 0)
+    init_scale: float = option("initial size of Gaussians in meters", 0.0067379)
+    max_scale: float = option("largest size of a Gaussian in meters", 0.01)
+    max_offset: float = option("largest distance of a Gaussian from its point in meters", 0.1)
+    init_opacity: float = option("initial opacity of Gaussians", 0.1)
+    initializer_range: float = option("standard deviation of new weights", 0.02)
+    freeze_vision_encoder: bool | None = option(
+        "do not train the portrait encoder, a copy of the point model's; by default as the point model was trained",
+        None,
     )
-    sh_degree: int = field(default=0, metadata={"help": "degree of the colors' spherical harmonics"})
-    init_scale: float = field(default=0.0067379, metadata={"help": "meters, size of a new decoder's Gaussians"})
-    max_scale: float = field(default=0.01, metadata={"help": "meters, size a Gaussian cannot exceed"})
-    max_offset: float = field(default=0.1, metadata={"help": "meters, how far a Gaussian may leave its point"})
-    init_opacity: float = field(default=0.1, metadata={"help": "opacity of a new decoder's Gaussians"})
-    initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of new weights"})
-    freeze_vision_encoder: bool | None = field(
-        default=None,
-        metadata={"help": "keep the portrait encoder, a copy of the point model's; left out, as the point model did"},
-    )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2"})
+    attn_implementation: str = option("eager, sdpa, flash_attention_2", "sdpa")
 
     def config(self, point_config: PointillistConfig, tokenizer: GaussianTokenizer) -> GaussianDecoderConfig:
         """The configuration of a new decoder behind this point model."""
-        lower, upper = tokenizer.bounds
-        own = {f.name for f in fields(self)} & {f.name for f in fields(GaussianDecoderConfig)}
         frozen = self.freeze_vision_encoder
         if frozen is None:
-            frozen = point_config.freeze_vision_encoder if point_config.use_vision_encoder else False
+            frozen = point_config.use_vision_encoder and point_config.freeze_vision_encoder
         return GaussianDecoderConfig(
+            **shared_fields(self, GaussianDecoderConfig) | {"freeze_vision_encoder": frozen} | box(tokenizer),
             point_feature_size=point_config.hidden_size,
-            point_center=[(a + b) / 2 for a, b in zip(lower, upper)],
-            point_extent=max(b - a for a, b in zip(lower, upper)) / 2,
             vision_config=point_config.vision_config,
-            **({name: getattr(self, name) for name in own} | {"freeze_vision_encoder": frozen}),
         )
 
 
 @dataclass
 class FrameArguments:
-    """The corpus and what is drawn of it."""
+    """The corpus and its frames."""
 
-    corpus: str = field(metadata={"help": "folder made by `python -m gaussian_tokenizer.build_corpus`, with frames"})
-    head: str = field(
-        metadata={"help": "head model of the corpus: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder"}
+    corpus: str = option("folder made by `python -m gaussian_tokenizer.build_corpus`, with frames")
+    head: str = option("head model of the corpus: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder")
+    num_targets: int = option("frames of a subject that are rendered in a step", 4)
+    random_source: bool = option("use a random image of a subject as its portrait instead of the first one", False)
+    self_generated_ratio: float = option(
+        "share of training items with a sequence that the point model generated, once for each subject before the "
+        "training, instead of the true one: the input that the decoder gets at inference (the paper: 0)",
+        0.0,
     )
-    num_targets: int = field(default=4, metadata={"help": "frames of a subject drawn in a step"})
-    random_source: bool = field(
-        default=False, metadata={"help": "read any of a subject's images instead of its first one"}
+    animation: str = option("how Gaussians follow the head: lbs or face_frames", "lbs")
+    feature_cache: str | None = option(
+        "folder that caches the point model's hidden states between steps and runs", None
     )
-    self_generated_ratio: float = field(
-        default=0.0,
-        metadata={
-            "help": "share of the sequences that the point model writes itself, once for each subject and before training, in "
-            "the place of the true one: the decoder then meets what it will meet at use (the paper: 0)"
-        },
-    )
-    animation: str = field(default="lbs", metadata={"help": "how Gaussians follow the head: lbs or face_frames"})
-    feature_cache: str | None = field(
-        default=None, metadata={"help": "folder that keeps the point model's hidden states between steps and runs"}
-    )
-    eval_split: str = field(default="validation", metadata={"help": "held-out split"})
-    max_eval_avatars: int | None = field(default=None, metadata={"help": "look at so many held-out subjects at most"})
-    max_eval_frames: int = field(default=16, metadata={"help": "frames of a held-out subject looked at, evenly spread"})
+    eval_split: str = option("held-out split", "validation")
+    max_eval_avatars: int | None = option("held-out subjects to evaluate; by default all", None)
+    max_eval_frames: int = option("frames of a held-out subject to evaluate, evenly spaced", 16)
+
+    def __post_init__(self) -> None:
+        if self.num_targets < 1:
+            raise ValueError(f"--num_targets must be at least 1, found {self.num_targets}")
+        if not 0 <= self.self_generated_ratio <= 1:
+            raise ValueError(f"--self_generated_ratio is a share, 0 to 1, found {self.self_generated_ratio}")
+        if self.animation not in METHODS:
+            raise ValueError(f"--animation {self.animation}: expected {' or '.join(METHODS)}")
 
 
 @dataclass
 class LossArguments:
     """Weights of the losses; defaults are the paper's."""
 
-    l1_weight: float = field(default=1.0, metadata={"help": "mean absolute difference"})
-    ssim_weight: float = field(default=0.5, metadata={"help": "1 - structural similarity"})
-    lpips_weight: float = field(default=0.1, metadata={"help": "LPIPS (VGG); 0 leaves it out"})
-    lpips_weights: str | None = field(
-        default=None, metadata={"help": "file of torchvision's VGG16, needed unless --lpips_weight is 0"}
-    )
-    offset_weight: float = field(default=0.1, metadata={"help": "mean squared offset, in units of its limit"})
+    l1_weight: float = option("mean absolute difference", 1.0)
+    ssim_weight: float = option("1 - structural similarity", 0.5)
+    lpips_weight: float = option("LPIPS (VGG); 0 leaves it out", 0.1)
+    lpips_weights: str | None = option("file of torchvision's VGG16, needed unless --lpips_weight is 0", None)
+    offset_weight: float = option("mean squared offset, in units of its limit", 0.1)
 
 
 @dataclass
 class DecoderTrainingArguments(PretrainArguments):
     """Training: transformers' TrainingArguments with the paper's defaults (12,500 steps)."""
 
-    output_dir: str = field(
-        default="outputs/decoder", metadata={"help": "where checkpoints and the decoder are written"}
-    )
+    output_dir: str = option("folder for the checkpoints and the trained decoder", "outputs/decoder")
     max_steps: int = 12_500
     warmup_steps: float = 500
     weight_decay: float = 0.05

@@ -1,9 +1,9 @@
-"""How far rendered images are from true ones: the paper's losses and the two plain metrics.
+"""The paper's losses between rendered and true images.
 
     loss = 1.0 L1 + 0.5 (1 - SSIM) + 0.1 LPIPS + 0.1 mean |offset / max_offset|^2        (weights: notes on the paper)
 
 Images are (B, H, W, 3) in 0..1. SSIM has a Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004); LPIPS is the `lpips`
-package's VGG network (Zhang et al. 2018), whose backbone weights are a file of one's own: nothing is downloaded here.
+package's VGG network (Zhang et al. 2018), whose backbone weights are read from a given file: nothing is downloaded.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ class PerceptualLoss(nn.Module):
         if not path.is_file():
             raise FileNotFoundError(
                 f"--lpips_weights {path}: no such file; expected torchvision's VGG16 (vgg16-397923af.pth), downloaded once "
-                "where there is a network. To train without the perceptual loss say --lpips_weight 0"
+                "while online. To train without the perceptual loss say --lpips_weight 0"
             )
         try:
             import lpips
@@ -42,8 +42,8 @@ class PerceptualLoss(nn.Module):
             ) from None
         self.network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
         state = torch.load(path, map_location="cpu", weights_only=True)
-        own = self.network.net.state_dict()  # slice1.0.weight: torchvision's features.0.weight
-        renamed = {name: f"features.{name.split('.', 1)[1]}" for name in own}
+        # slice1.0.weight is torchvision's features.0.weight.
+        renamed = {name: f"features.{name.split('.', 1)[1]}" for name in self.network.net.state_dict()}
         missing = [name for name in renamed.values() if name not in state]
         if missing:
             raise ValueError(f"{path}: lacks {missing[0]}; expected the state dict of torchvision's VGG16")

@@ -1,32 +1,36 @@
-"""Subjects with images, for the Gaussian decoder: one source portrait to read, several frames to be drawn like.
+"""Subjects with images, for the Gaussian decoder: a source portrait as input, and several frames as targets.
 
-Item i of `TrainSubjects` depends on the seed and on i alone, as the windows of pre-training do: a resumed run sees the same. The
-source is the subject's first image (VHAP: first timestep, first camera), or a random one. Each target comes with its camera,
-the expression and pose of its moment, and a background on which truth and drawing are both laid, so that opacity is learned.
+Item i of `TrainSubjects` depends only on the seed and on i, as the windows of pre-training do, so a resumed run sees the same
+items. The source is the subject's first image (VHAP: first timestep, first camera), or a random one. Each target comes with its
+camera, the expression and pose of its timestep, and a background for both the true and the rendered image, so that opacity is
+learned.
 
 Axes: B subjects, C target frames, H W pixels, S shape, E expression.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from gaussian_tokenizer.corpus.corpus import Corpus
 from gaussian_tokenizer.corpus.schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
-from training.common.rows import AvatarRows
+from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
+from training.common.rows import AvatarRows, shuffled_row
 
 POSES = ("expr", *POSE_SIZES)
 BACKGROUNDS = (0.0, 0.5, 1.0)  # gray levels of training (LAM)
 
 
 class SubjectRows:
-    """Random access to the subjects of one split: sequence, condition, shape and images."""
+    """The subjects of one split: sequence, condition, shape and images."""
 
     def __init__(self, corpus: Corpus, split: str, use_heads: bool, max_subjects: int | None = None):
         self.rows = AvatarRows(corpus, split, use_images=True, use_heads=use_heads)
@@ -60,50 +64,37 @@ class SubjectRows:
             if image.shape != images[0].shape:
                 sizes = [f"{found.shape[1]}x{found.shape[0]}" for found in (images[0], image)]
                 raise ValueError(
-                    f"images of {frame['avatar_id']!r} are of {sizes[0]} and {sizes[1]} pixels; "
-                    "the frames of a corpus must be of one size to be learned from together: resize them"
+                    f"images of {frame['avatar_id']!r} have {sizes[0]} and {sizes[1]} pixels; "
+                    "the target frames of a subject must have one size: resize them"
                 )
-        Ks = np.zeros((len(frames), 3, 3), np.float32)
-        for K, frame in zip(Ks, frames):
-            K[:] = [[frame["fx"], 0, frame["cx"]], [0, frame["fy"], frame["cy"]], [0, 0, 1]]
+        Ks = [[[frame["fx"], 0, frame["cx"]], [0, frame["fy"], frame["cy"]], [0, 0, 1]] for frame in frames]
         return {
             "images": np.stack(images),
             "viewmats": np.asarray([frame["viewmat"] for frame in frames], np.float32),
-            "Ks": Ks,
+            "Ks": np.asarray(Ks, np.float32),
             **{name: np.asarray([frame[name] for frame in frames], np.float32) for name in POSES},
         }
 
 
+@dataclass(eq=False)
 class TrainSubjects(Dataset):
-    """`num_items` subjects with `num_targets` of their frames each; in every epoch each subject once.
+    """`num_items` subjects with `num_targets` of their frames each; each epoch has every subject once."""
 
-    Args:
-        random_source: read any image of a subject instead of its first.
-        generated_sequences: of every subject, a sequence to be read in the place of the true one (see `generated_sequences`), ..
-        self_generated_ratio: .. and in which share of the items.
-    """
-
-    def __init__(
-        self,
-        subjects: SubjectRows,
-        num_items: int,
-        num_targets: int,
-        seed: int,
-        random_source: bool,
-        generated_sequences: Sequence[np.ndarray] = (),
-        self_generated_ratio: float = 0.0,
-    ):
-        self.subjects, self.num_items, self.num_targets = subjects, num_items, num_targets
-        self.seed, self.random_source = seed, random_source
-        self.generated_sequences, self.self_generated_ratio = generated_sequences, self_generated_ratio
+    subjects: SubjectRows
+    num_items: int
+    num_targets: int
+    seed: int
+    random_source: bool  # use a random image of a subject as its portrait instead of the first one
+    generated_sequences: Sequence[
+        np.ndarray
+    ] = ()  # one of the point model for every subject, see `generated_sequences`
+    self_generated_ratio: float = 0.0  # share of the items that have it instead of the true sequence
 
     def __len__(self) -> int:
         return self.num_items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, position = divmod(index, len(self.subjects))
-        row = int(np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.subjects))[position])
-        random = np.random.default_rng((self.seed, 1, index))
+        row, random = shuffled_row(index, len(self.subjects), self.seed)
         item = self.subjects.subject(row, random if self.random_source else None)
         rows = self.subjects.frame_rows(row)
         chosen = random.choice(len(rows), self.num_targets, replace=len(rows) < self.num_targets)
@@ -113,29 +104,30 @@ class TrainSubjects(Dataset):
         return item | self.subjects.targets([rows[i] for i in chosen]) | {"background": background}
 
 
+@dataclass(eq=False)
 class EvaluationSubjects(Dataset):
-    """Every frame of every subject once, on white; subjects with more than `max_frames` frames give evenly spread ones."""
+    """Every subject once with its frames, or `max_frames` of them, evenly spaced, on white."""
 
-    def __init__(self, subjects: SubjectRows, max_frames: int):
-        self.subjects, self.max_frames = subjects, max_frames
+    subjects: SubjectRows
+    max_frames: int
 
     def __len__(self) -> int:
         return len(self.subjects)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        chosen = self.frame_rows(row)
-        background = np.ones(len(chosen), np.float32)
-        return self.subjects.subject(row, None) | self.subjects.targets(chosen) | {"background": background}
+        rows = self.frame_rows(row)
+        background = np.ones(len(rows), np.float32)
+        return self.subjects.subject(row, None) | self.subjects.targets(rows) | {"background": background}
 
     def frame_rows(self, row: int) -> list[int]:
-        """The frames of a subject that are looked at."""
+        """The rows in `frames` of a subject's frames."""
         rows = self.subjects.frame_rows(row)
         count = min(len(rows), self.max_frames)
         return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def rgba(image: Image.Image) -> np.ndarray:
-    """(H, W, 4) float32 in 0..1. An image without transparency is opaque: its background is part of it."""
+    """(H, W, 4) float32 in 0..1. An image without an alpha channel is opaque."""
     if image.mode.startswith("I;16") or image.mode == "I":  # 16-bit gray
         gray = np.asarray(image, np.float32) / 65535
         return np.stack((gray, gray, gray, np.ones_like(gray)), -1)
@@ -144,18 +136,18 @@ def rgba(image: Image.Image) -> np.ndarray:
 
 def collate_subjects(items: list[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Stack subjects: ids (B, L) padded on the right, everything else (B, ...) or (B, C, ...)."""
-    longest = max(len(item["input_ids"]) for item in items)
-    input_ids = torch.full((len(items), longest), pad_token_id)
-    for row, item in zip(input_ids, items):
-        row[: len(item["input_ids"])] = torch.from_numpy(item["input_ids"])
-    others = {name for name in items[0] if name != "input_ids"}
-    for name in sorted(others):
-        shapes = {item[name].shape for item in items}
+    batch = {}
+    for name in items[0]:
+        values = [item[name] for item in items]
+        if name == "input_ids":
+            sequences = [torch.from_numpy(ids) for ids in values]
+            batch[name] = pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
+            continue
+        shapes = {value.shape for value in values}
         if len(shapes) > 1:
             raise ValueError(f"subjects of one batch have {name} of shapes {sorted(shapes)}; they must agree")
-    return {"input_ids": input_ids} | {
-        name: torch.from_numpy(np.stack([item[name] for item in items])) for name in sorted(others)
-    }
+        batch[name] = torch.from_numpy(np.stack(values))
+    return batch
 
 
 def cameras_of(batch: Mapping[str, torch.Tensor], row: int) -> Cameras:
@@ -179,7 +171,7 @@ def on_background(images: torch.Tensor, background: torch.Tensor) -> torch.Tenso
 
 
 def mean_images(train: SubjectRows) -> dict[int, torch.Tensor]:
-    """camera -> mean training image (H, W, 3) on white: the baseline that knows nobody."""
+    """camera -> mean training image (H, W, 3) on white: a baseline that knows nothing of the subject."""
     sums: dict[int, list] = {}
     for row, camera in enumerate(train.frames["camera"]):
         image = on_background(torch.from_numpy(train.targets([row])["images"]), torch.ones(1))[0]
@@ -187,3 +179,16 @@ def mean_images(train: SubjectRows) -> dict[int, torch.Tensor]:
         total[0] += image
         total[1] += 1
     return {camera: total / count for camera, (total, count) in sums.items()}
+
+
+def mean_image_metrics(
+    means: Mapping[int, torch.Tensor], subjects: SubjectRows, frame_rows: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PSNR (dB) and SSIM (C,) of the mean image of the same camera, for those of the frames whose camera has one."""
+    cameras = dict(zip(frame_rows, subjects.frames.select_columns("camera")[frame_rows]["camera"]))
+    rows = [row for row in frame_rows if cameras[row] in means]
+    if not rows:
+        return torch.zeros(0), torch.zeros(0)
+    truth = on_background(torch.from_numpy(subjects.targets(rows)["images"]), torch.ones(len(rows)))
+    predicted = torch.stack([means[cameras[row]] for row in rows])
+    return psnr(predicted, truth), ssim(predicted, truth)

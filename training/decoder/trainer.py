@@ -1,41 +1,32 @@
-"""The trainer of the Gaussian decoder: sequences and portraits in, images out, compared with the true frames.
+"""The trainer of the Gaussian decoder: sequences and portraits become images, which are compared with the true frames.
 
     ids, condition -> frozen point model -> point features -.
     ids -> dequantized points -----------------------------+-> GaussianDecoder -> canonical Gaussians
     portrait ----------------------------------------------'          |
     expression and pose of a frame -> animate -> render -> image -> L1, SSIM, LPIPS against the true one
 
-The point model sees true sequences (teacher forcing) and is never trained here.
+The point model reads the sequences by teacher forcing and is never trained here.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gaussian_tokenizer.avatars.skinning import animate
 from gaussian_tokenizer.geometry.triangles import nearest_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from gaussian_tokenizer.rendering.splatting import render
-from modeling import GaussianDecoder, PointillistForCausalLM
+from modeling import PointillistForCausalLM
 from modeling.conversion import to_gaussians, vertex_points
 from modeling.point_features import FeatureCache, point_features
 from training.common.exact_trainer import ExactTrainer
+from training.decoder.arguments import LossArguments
 from training.decoder.losses import PerceptualLoss, offset_regularizer
 from training.decoder.subjects import cameras_of, motion_of, on_background
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """The paper's."""
-
-    l1: float = 1.0
-    ssim: float = 0.5
-    lpips: float = 0.1
-    offset: float = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +55,17 @@ class DecoderTrainer(ExactTrainer):
         *args,
         point_model: PointillistForCausalLM,
         head: HeadModel,
-        weights: LossWeights,
+        losses: LossArguments,
         perceptual: PerceptualLoss | None,
         cache: FeatureCache | None,
         method: str,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        # In a tuple, so that no wrapper takes the frozen networks for a part of the trained one.
+        # In a tuple, so that no wrapper takes the frozen networks for parts of the trained one.
         device = self.args.device
         self.frozen = (point_model.to(device).eval().requires_grad_(False), perceptual and perceptual.to(device))
-        self.head, self.weights, self.cache, self.method = head.to(device), weights, cache, method
+        self.head, self.losses, self.cache, self.method = head.to(device), losses, cache, method
         self.tokenizer = self.train_dataset.subjects.tokenizer
         self.parts: dict[str, float] = {}
         self.steps_since_log = 0
@@ -85,14 +76,14 @@ class DecoderTrainer(ExactTrainer):
         for row, image in enumerate(images):
             truth = on_background(inputs["images"][row], inputs["background"][row])
             losses["l1"].append((image - truth).abs().mean())
-            if self.weights.ssim:
+            if self.losses.ssim_weight:
                 losses["ssim"].append(1 - ssim(image, truth).mean())
             if self.frozen[1] is not None:
                 losses["lpips"].append(self.frozen[1](image, truth).mean())
         means = {name: torch.stack(values).mean() for name, values in losses.items() if values}
         max_offset = self.accelerator.unwrap_model(model).config.max_offset
         means["offset"] = offset_regularizer(output.offsets, points.mask, max_offset)
-        loss = sum(getattr(self.weights, name) * value for name, value in means.items())
+        loss = sum(getattr(self.losses, f"{name}_weight") * value for name, value in means.items())
         for name, value in means.items():
             self.parts[name] = self.parts.get(name, 0.0) + float(value.detach())
         self.steps_since_log += 1
@@ -119,19 +110,15 @@ class DecoderTrainer(ExactTrainer):
         return images, output, points
 
     def points(self, batch: Mapping[str, Tensor], mode: str) -> Points:
-        """What the decoder places its Gaussians on: the points of the sequences, or the head's vertices."""
+        """The points that become Gaussians: those of the sequences, or the head's vertices."""
         device = self.args.device
         if mode == "flame_position":
             rows = [vertex_points(self.head, motion_of(batch, row)) for row in range(len(batch["input_ids"]))]
         else:
             decoded = [self.tokenizer.decode(ids) for ids in batch["input_ids"].cpu()]
             rows = [(torch.as_tensor(d["positions"]), torch.as_tensor(d["faces"])) for d in decoded]
-        counts = [len(faces) for _, faces in rows]
-        positions = torch.zeros(len(rows), max(counts), 3, device=device)
-        faces = torch.zeros(len(rows), max(counts), dtype=torch.int64, device=device)
-        for row, (own_positions, own_faces) in enumerate(rows):
-            positions[row, : counts[row]], faces[row, : counts[row]] = own_positions.to(device), own_faces.to(device)
-        return Points(positions, faces, counts)
+        positions, faces = (pad_sequence(values, batch_first=True).to(device) for values in zip(*rows))
+        return Points(positions, faces, [len(faces) for _, faces in rows])
 
     def anchors(self, batch: Mapping[str, Tensor], points: Points) -> Tensor:
         """(B, N, 3) meters: the nearest point on each point's face, on the subject's own canonical head."""
@@ -141,12 +128,11 @@ class DecoderTrainer(ExactTrainer):
 
     @torch.no_grad()
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(B, N, 4, D) hidden states of the point model for the sequences that are read."""
+        """(B, N, 4, D) hidden states of the point model for the sequences of the batch."""
         point_model = self.frozen[0]
         condition = point_model.select_inputs(batch)
-        if self.cache is None:
-            return point_features(point_model, batch["input_ids"], **condition)
-        return self.cache.features(point_model, batch["input_ids"], **condition)
+        compute = point_features if self.cache is None else self.cache.features
+        return compute(point_model, batch["input_ids"], **condition)
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs and self.steps_since_log:
@@ -154,35 +140,17 @@ class DecoderTrainer(ExactTrainer):
             self.parts, self.steps_since_log = {}, 0
         super().log(logs, *args, **kwargs)
 
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """PSNR and SSIM over all held-out frames, the same on every process."""
-        begin = time.perf_counter()
-        model = self.model_wrapped if self.model_wrapped is not None else self.model
-        model.eval()
-        sums = torch.zeros(4, dtype=torch.double, device=self.args.device)
-        for batch in self.get_eval_dataloader(eval_dataset):
-            batch = self.prepared(batch)
-            with self.compute_loss_context_manager():
-                images, _, _ = self.draw(model, batch)
-            rows = []
-            for row, image in enumerate(images):
-                truth = on_background(batch["images"][row], batch["background"][row])
-                frames = torch.full((len(image),), float(len(image)), device=image.device)
-                values = torch.stack((psnr(image, truth), ssim(image, truth), (image - truth).abs().flatten(1).mean(1)))
-                rows.append(torch.cat((values.sum(1), frames[:1])))
-            sums += self.accelerator.gather_for_metrics(torch.stack(rows).double()).sum(0)
-        total = sums[3].clamp(min=1)
-        metrics = {
-            f"{metric_key_prefix}_{name}": float(value / total) for name, value in zip(("psnr", "ssim", "l1"), sums)
-        }
-        metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_l1"]
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - begin, 3)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def batch_sums(self, model, batch):
+        """(B, 4): sums of PSNR, SSIM and L1 over the frames of a subject, and the number of frames."""
+        with self.compute_loss_context_manager():
+            images, _, _ = self.draw(model, batch)
+        rows = []
+        for row, image in enumerate(images):
+            truth = on_background(batch["images"][row], batch["background"][row])
+            values = torch.stack((psnr(image, truth), ssim(image, truth), (image - truth).abs().flatten(1).mean(1)))
+            rows.append(torch.cat((values.sum(1), values.new_tensor([len(image)]))))
+        return torch.stack(rows).double()
 
-
-def decoder_of(trainer: DecoderTrainer) -> GaussianDecoder:
-    """The trained network without its wrappers."""
-    return trainer.accelerator.unwrap_model(trainer.model)
+    def mean_metrics(self, total):
+        values = (total[:3] / total[3].clamp(min=1)).tolist()
+        return dict(zip(("psnr", "ssim", "l1", "loss"), [*values, values[2]]))

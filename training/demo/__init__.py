@@ -1,1 +1,1 @@
-"""The whole road on two CPU cores: `python -m training.demo`."""
+"""Everything on two CPU cores: `python -m training.demo`."""

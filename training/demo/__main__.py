@@ -1,11 +1,11 @@
-"""The whole road in minutes on two CPU cores: subjects -> tokens -> corpus -> two trainings -> new avatars that move.
+"""Everything in minutes on two CPU cores: subjects -> tokens -> corpus -> two trainings -> animated avatars of new subjects.
 
     python -m training.demo --output_dir outputs/demo        # what `make demo` runs
 
-Each step is a command of the toolkit, printed before it runs, so it can be repeated with other settings. Then the models
-make avatars of held-out subjects from their portraits and head meshes alone. `report.json` says how close their points are to the
-true ones (chamfer distance) and their images to the true frames (PSNR, SSIM), `images/` shows them, `pipeline/` holds the
-four components for `AvatarPipeline.from_pretrained`. Last comes the reenactment bench, on subjects of another seed: `bench/`.
+Each step is a command of the toolkit, printed before it runs, so it can be repeated with other settings. Then the models generate
+avatars of held-out subjects from their portraits and head meshes. `report.json` compares their points with the true ones
+(chamfer distance) and their images with the true frames (PSNR, SSIM), `images/` shows them, `pipeline/` is a folder for
+`AvatarPipeline.from_pretrained`. The last step is the reenactment bench, on subjects of another seed: `bench/`.
 """
 
 import argparse
@@ -17,10 +17,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import load_head
@@ -30,83 +33,122 @@ from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import point_features
 from training.common.arguments import exit_on_user_error
 from training.common.model_card import hub_license
-from training.decoder.subjects import SubjectRows, mean_images
+from training.decoder.subjects import SubjectRows, mean_image_metrics, mean_images
 from training.demo.report import (
-    chamfer,
+    compare_points,
     draw_avatars,
     draw_motion,
     image_metrics,
     judge,
-    mean_image_metrics,
     nll_of_another,
     true_frames,
 )
 
 STEPS = 6
 SHOWN = 8  # subjects in the images
-BENCH_SEED = 77  # more than that of the training: other subjects
+BENCH_SEED = 77  # added to the seed of the training subjects
 
 
 def main() -> None:
+    arguments, training = parse_arguments()
+    begin = time.perf_counter()
+    output, seed = arguments.output_dir, arguments.seed
+    # Waiting threads sleep instead of spinning, which makes training several times faster on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    shutil.rmtree(output, ignore_errors=True)
+    # Two processes of one thread: two threads do not multiply matrices this small faster.
+    launch = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    processes = os.cpu_count() or 1
+
+    def synthesize(**options: object) -> list[str]:
+        return [sys.executable, "-m", "gaussian_tokenizer.synthesize", *flags(
+            head=arguments.head, num_points=arguments.num_points, identity_scale=arguments.identity_scale,
+            min_points_per_face=arguments.min_points_per_face, num_proc=processes, **options,
+        )]  # fmt: skip
+
+    run(1, "synthetic subjects", synthesize(
+        num_subjects=arguments.num_subjects, views=arguments.views, timesteps=arguments.timesteps,
+        image_size=arguments.image_size, seed=seed, output_dir=output / "avatars",
+    ))  # fmt: skip
+    run(2, "corpus", [sys.executable, "-m", "gaussian_tokenizer.build_corpus", *flags(
+        avatars=output / "avatars", head=arguments.head, n_bins=arguments.n_bins, image_size=arguments.image_size,
+        num_proc=processes, num_validation=arguments.num_heldout, output_dir=output / "corpus",
+    )])  # fmt: skip
+    run(3, "training of the point model", [
+        *launch, "-m", "training.pretrain", arguments.config,
+        *flags(corpus=output / "corpus", output_dir=output / "model", seed=seed), *training,
+    ])  # fmt: skip
+    run(4, "training of the Gaussian decoder", [
+        *launch, "-m", "training.train_gaussian_decoder", arguments.decoder_config, *flags(
+            point_model=output / "model", corpus=output / "corpus", head=arguments.head, output_dir=output / "decoder",
+            feature_cache=output / "features", seed=seed,
+        ), *(flags(max_steps=arguments.decoder_steps) if arguments.decoder_steps else []),
+    ])  # fmt: skip
+    announce(5, "avatars of held-out subjects, from portrait and head mesh")
+    report = evaluate(arguments)
+    report["seconds"] = round(time.perf_counter() - begin, 1)
+    with atomic_file(output / "report.json") as file:
+        file.write(json.dumps(report, indent=2).encode())
+    print(summary(report, output))
+    if arguments.num_bench:
+        run(STEPS, "reenactment bench: subjects of the bench", synthesize(
+            num_subjects=arguments.num_bench, views=4, timesteps=4, image_size=128, seed=seed + BENCH_SEED,
+            output_dir=output / "bench_subjects",
+        ))  # fmt: skip
+        run(STEPS, "reenactment bench", [sys.executable, "-m", "eval.reenactment_bench", *flags(
+            model=output / "pipeline", dataset=output / "bench_subjects", output_dir=output / "bench",
+            max_points=4 * arguments.num_points,
+        )])  # fmt: skip
+    print(f"\nthe whole demo: {(time.perf_counter() - begin) / 60:.1f} minutes")
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The demo's own arguments, and those that it passes on to the point model's training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument(
-        "--head", default="procedural:600", help="head model of the subjects: procedural:N, a file, an ICT folder"
-    )
-    parser.add_argument("--num_subjects", type=int, default=400)
-    parser.add_argument("--num_points", type=int, default=160, help="points of an average subject, about")
-    parser.add_argument("--min_points_per_face", type=int, default=1, help="on an occupied face (the paper: 4)")
-    parser.add_argument("--identity_scale", type=float, default=2.5, help="how much heads differ; 1 is a crowd's")
-    parser.add_argument("--views", type=int, default=3, help="cameras around a subject")
-    parser.add_argument("--timesteps", type=int, default=2, help="moments of a subject: at rest, then expressions")
-    parser.add_argument("--num_heldout", type=int, default=16, help="of them, kept from training")
-    parser.add_argument("--num_generated", type=int, default=16, help="held-out subjects to make avatars of")
-    parser.add_argument("--config", default="demo", help="config of the point model's training")
-    parser.add_argument("--decoder_config", default="decoder_demo", help="config of the decoder's training")
-    parser.add_argument("--decoder_steps", type=int, help="steps of the decoder's training, if not those of its config")
-    parser.add_argument(
-        "--num_bench", type=int, default=8, help="subjects of the reenactment bench, 16 frames each; 0: no bench"
-    )
-    parser.add_argument("--n_bins", type=int, default=128, help="quantization levels an axis (the paper: 1,024)")
-    parser.add_argument("--image_size", type=int, default=112, help="pixels of an image, a multiple of 14")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--output_dir", type=Path, default=Path("outputs/demo"))
+    add("--head", default="procedural:600", help="head model of the subjects: procedural:N, a file, an ICT folder")
+    add("--num_subjects", type=int, default=400)
+    add("--num_points", type=int, default=160, help="approximate points of an average subject")
+    add("--min_points_per_face", type=int, default=1, help="on an occupied face (the paper: 4)")
+    add("--identity_scale", type=float, default=2.5, help="spread of the head shapes; 1 is that of the shape prior")
+    add("--views", type=int, default=3, help="cameras around a subject")
+    add("--timesteps", type=int, default=2, help="timesteps of a subject: at rest, then expressions")
+    add("--num_heldout", type=int, default=16, help="subjects kept from training")
+    add("--num_generated", type=int, default=16, help="held-out subjects to generate avatars of")
+    add("--config", default="training/configs/demo.yaml", help="of training/pretrain.py")
+    add("--decoder_config", default="training/configs/decoder_demo.yaml", help="of training/train_gaussian_decoder.py")
+    add("--decoder_steps", type=int, help="steps of the decoder's training; by default those of its config")
+    add("--num_bench", type=int, default=8, help="subjects of the reenactment bench, 16 frames each; 0: no bench")
+    add("--n_bins", type=int, default=128, help="quantization levels an axis (the paper: 1,024)")
+    add("--image_size", type=int, default=112, help="pixels of an image, a multiple of 14")
+    add("--seed", type=int, default=0)
     arguments, training = parser.parse_known_args()
     if arguments.num_heldout < 2:
         raise ValueError(f"--num_heldout must be at least 2, found {arguments.num_heldout}: one subject has no others")
-    begin = time.perf_counter()
-    output, processes = arguments.output_dir, str(os.cpu_count() or 1)
-    # Waiting threads sleep instead of spinning: on a machine that does something else too, training is then several times faster.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    shutil.rmtree(output, ignore_errors=True)
-    # Two processes of one thread: matrices this small are not multiplied faster by two threads.
-    launch = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    return arguments, training
 
-    subjects = [
-        sys.executable, "-m", "gaussian_tokenizer.synthesize", "--head", arguments.head, "--num_points", str(arguments.num_points),
-        "--identity_scale", str(arguments.identity_scale), "--min_points_per_face", str(arguments.min_points_per_face),
-        "--num_proc", processes,
-    ]  # fmt: skip
-    run(1, "synthetic subjects", [
-        *subjects, "--num_subjects", str(arguments.num_subjects), "--views", str(arguments.views), "--timesteps",
-        str(arguments.timesteps), "--image_size", str(arguments.image_size), "--seed", str(arguments.seed),
-        "--output_dir", str(output / "avatars"),
-    ])  # fmt: skip
-    run(2, "corpus", [
-        sys.executable, "-m", "gaussian_tokenizer.build_corpus", "--avatars", str(output / "avatars"), "--head", arguments.head,
-        "--n_bins", str(arguments.n_bins), "--image_size", str(arguments.image_size), "--num_proc", processes,
-        "--num_validation", str(arguments.num_heldout), "--output_dir", str(output / "corpus"),
-    ])  # fmt: skip
-    run(3, "training of the point model", [
-        *launch, "-m", "training.pretrain", arguments.config,
-        "--corpus", str(output / "corpus"), "--output_dir", str(output / "model"), "--seed", str(arguments.seed), *training,
-    ])  # fmt: skip
-    run(4, "training of the Gaussian decoder", [
-        *launch, "-m", "training.train_gaussian_decoder", arguments.decoder_config, "--point_model", str(output / "model"),
-        "--corpus", str(output / "corpus"), "--head", arguments.head, "--output_dir", str(output / "decoder"),
-        "--feature_cache", str(output / "features"), "--seed", str(arguments.seed),
-        *(["--max_steps", str(arguments.decoder_steps)] if arguments.decoder_steps else []),
-    ])  # fmt: skip
-    announce(5, "avatars of held-out subjects, from portrait and head mesh")
+
+def flags(**values: object) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def announce(number: int, title: str) -> None:
+    print(f"\n=== {number}/{STEPS} {title}", flush=True)
+
+
+def run(number: int, title: str, command: list[str]) -> None:
+    """Run a command of the toolkit, its output passing through."""
+    announce(number, title)
+    shown = {command[0]: Path(command[0]).name, sys.executable: "python"}
+    print("$", shlex.join([shown.get(part, part) for part in command]), flush=True)
+    if subprocess.run(command).returncode:
+        sys.exit(f"error: the step {title!r} failed; its message is above")
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Generate avatars, save the pipeline; returns the content of `report.json`."""
+    output = arguments.output_dir
     corpus = load_corpus(output / "corpus")
     pipeline = AvatarPipeline(
         corpus.tokenizer,
@@ -117,119 +159,91 @@ def main() -> None:
     report = json.loads((output / "model" / "training_report.json").read_text())
     report["decoder"] = json.loads((output / "decoder" / "training_report.json").read_text())
     report |= generate(pipeline, corpus, arguments.num_generated, arguments.seed, output)
-    image = output / "images" / "avatars.png"
-    pipeline.save_pretrained(output / "pipeline", images=[image], license=hub_license(corpus))
-    report["seconds"] = round(time.perf_counter() - begin, 1)
-    with atomic_file(output / "report.json") as file:
-        file.write(json.dumps(report, indent=2).encode())
+    images = [output / "images" / "avatars.png"]
+    pipeline.save_pretrained(output / "pipeline", images=images, license=hub_license(corpus))
+    return report
+
+
+def summary(report: dict[str, Any], output: Path) -> str:
     own, others = report["mean_chamfer_own"] * 1000, report["mean_chamfer_others"] * 1000
-    print(
+    return (
         f"\npoints: held-out NLL {report['heldout_nll']:.3f} nats a token, with another subject's portrait and mesh "
         f"{report['heldout_nll_other_condition']:.3f} (unigram {report['unigram_nll']:.3f}, uniform "
         f"{report['uniform_nll']:.3f}); invalid tokens {sum(g['invalid_tokens'] for g in report['generated'])}; mean chamfer "
-        f"distance to the own subject {own:.2f} mm, to the others {others:.2f} mm\n"
+        f"distance to the same subject {own:.2f} mm, to the others {others:.2f} mm\n"
         f"images: PSNR {report['psnr_heldout']:.2f} dB from the portrait, {report['psnr_reencoded']:.2f} dB on the true points, "
         f"mean image {report['psnr_mean_image']:.2f} dB; {report['seconds'] / 60:.1f} minutes\n"
-        f"look at {output / 'images' / 'avatars.png'}, motion.gif and generated.png; figures in {output / 'report.json'}"
+        f"see {output / 'images' / 'avatars.png'}, motion.gif and generated.png; all results are in {output / 'report.json'}"
     )
-    if arguments.num_bench:
-        run(STEPS, "reenactment bench: subjects of the bench", [
-            *subjects, "--num_subjects", str(arguments.num_bench), "--views", "4", "--timesteps", "4", "--image_size", "128",
-            "--seed", str(arguments.seed + BENCH_SEED), "--output_dir", str(output / "bench_subjects"),
-        ])  # fmt: skip
-        run(STEPS, "reenactment bench", [
-            sys.executable, "-m", "eval.reenactment_bench", "--model", str(output / "pipeline"), "--dataset",
-            str(output / "bench_subjects"), "--output_dir", str(output / "bench"), "--max_points", str(4 * arguments.num_points),
-        ])  # fmt: skip
-    print(f"\nthe whole demo: {(time.perf_counter() - begin) / 60:.1f} minutes")
 
 
-def announce(number: int, title: str) -> None:
-    print(f"\n=== {number}/{STEPS} {title}", flush=True)
-
-
-def run(number: int, title: str, command: list[str]) -> None:
-    """Run one command of the toolkit, its output passing through."""
-    announce(number, title)
-    shown = {command[0]: Path(command[0]).name, sys.executable: "python"}
-    print("$", shlex.join([shown.get(part, part) for part in command]), flush=True)
-    if subprocess.run(command).returncode:
-        sys.exit(f"error: the step {title!r} failed; its message is above")
-
-
-def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, output: Path) -> dict:
-    """Avatars of the first `count` held-out subjects, judged against the true ones and drawn; entries of the report."""
-    tokenizer, config = pipeline.tokenizer, pipeline.point_model.config
-    subjects = SubjectRows(corpus, "validation", use_heads=config.use_point_encoder)
-    count = min(count, len(subjects))
-    entries = [subjects.subject(row, None) for row in range(count)]
-    frames = [true_frames(subjects, row) for row in range(count)]
-    params = [shape_parameters(pipeline, person) for person in entries]
-    portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in range(count)]
-    longest = int(subjects.rows.lengths.max()) // 4
-    torch.set_num_threads(1)  # matrices this small are multiplied faster by one thread than by two
+def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, output: Path) -> dict[str, Any]:
+    """Avatars of the first `count` held-out subjects, compared with the true ones and drawn; entries of the report."""
+    use_heads = pipeline.point_model.config.use_point_encoder
+    subjects = SubjectRows(corpus, "validation", use_heads)
+    rows = range(min(count, len(subjects)))
+    params = [shape_parameters(pipeline, subjects.subject(row, None)["shape"]) for row in rows]
+    portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in rows]
+    max_points = 2 * (int(subjects.rows.lengths.max()) // 4)
+    torch.set_num_threads(1)  # one thread multiplies matrices this small faster than two
     begin = time.perf_counter()
     inputs = pipeline.inputs(portraits, params)
-    written = pipeline.generate(inputs, seed=seed, max_points=2 * longest, max_points_per_face=15, progress=True)
-    tokens = int((written.sequences < config.bos_token_id).sum())
+    generated = pipeline.generate(inputs, seed=seed, max_points=max_points, max_points_per_face=15, progress=True)
+    tokens = int((generated.sequences < pipeline.tokenizer.bos_token_id).sum())
     print(f"{tokens:,} tokens in {time.perf_counter() - begin:.1f} s", flush=True)
 
-    truth = [tokenizer.decode(subjects.rows.sequence(row)) for row in range(len(subjects))]
+    truth = [pipeline.tokenizer.decode(subjects.rows.sequence(row)) for row in range(len(subjects))]
     means = mean_images(SubjectRows(corpus, "train", use_heads=False))
     results, clouds, avatars = [], [], []
-    for row, features in enumerate(pipeline.decode_points(written)[1]):
-        points, invalid = judge(tokenizer, written.sequences[row].numpy())
-        distances = np.array([chamfer(points["positions"], other["positions"]) for other in truth])
+    for row, features in zip(rows, pipeline.decode_points(generated)[1]):
+        avatar_id = subjects.rows.ids[row]
+        points, invalid = judge(pipeline.tokenizer, generated.sequences[row].numpy())
         avatar = pipeline.decode_attributes(points, features, inputs["pixel_values"][row], params[row])
-        avatar_id = str(subjects.rows.avatars[row]["avatar_id"])
         avatar.save(output / "generated" / avatar_id)
-        drawn = {
-            "heldout": image_metrics(avatar, frames[row]),
-            "reencoded": image_metrics(reencoded(pipeline, entries[row], inputs, row, params[row]), frames[row]),
-            "mean_image": mean_image_metrics(means, subjects, row),
+        frames = true_frames(subjects, row)
+        mean_psnr, mean_ssim = mean_image_metrics(means, subjects, list(subjects.frame_rows(row)))
+        images = {
+            "heldout": image_metrics(avatar, frames),
+            "reencoded": image_metrics(reencoded(pipeline, subjects, row, inputs, params[row]), frames),
+            "mean_image": (float(mean_psnr.mean()), float(mean_ssim.mean())),
         }
         results.append(
-            {
-                "avatar_id": avatar_id,
-                "num_points": len(points["faces"]),
-                "num_points_true": len(truth[row]["faces"]),
-                "invalid_tokens": invalid,
-                "chamfer_own": float(distances[row]),
-                "chamfer_others": float(np.delete(distances, row).mean()),
-                "closest_is_own": bool(distances.argmin() == row),
-                **{f"psnr_{name}": value[0] for name, value in drawn.items()},
-                **{f"ssim_{name}": value[1] for name, value in drawn.items()},
-            }
+            {"avatar_id": avatar_id, **compare_points(points, invalid, truth, row)}
+            | {f"{metric}_{name}": images[name][i] for i, metric in enumerate(("psnr", "ssim")) for name in images}
         )
         clouds.append((avatar_id, portraits[row], {"true": truth[row]["positions"], "generated": points["positions"]}))
         avatars.append((avatar_id, portraits[row], avatar))
-    images = output / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    draw_comparison(images / "generated.png", clouds[:SHOWN])
-    draw_avatars(images / "avatars.png", avatars[:SHOWN])
-    draw_motion(images / "motion.gif", avatars)
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    draw_comparison(output / "images" / "generated.png", clouds[:SHOWN])
+    draw_avatars(output / "images" / "avatars.png", avatars[:SHOWN])
+    draw_motion(output / "images" / "motion.gif", avatars)
     portraits[0].save(output / "portrait.png")  # for the examples of the README
-    averaged = [key for key in results[0] if key.startswith(("psnr_", "ssim_"))]
+
+    def mean(key: str) -> float:
+        return float(np.mean([result[key] for result in results]))
+
     return {
         "generated": results,
-        "mean_chamfer_own": float(np.mean([g["chamfer_own"] for g in results])),
-        "mean_chamfer_others": float(np.mean([g["chamfer_others"] for g in results])),
-        "closest_is_own": float(np.mean([g["closest_is_own"] for g in results])),
+        "mean_chamfer_own": mean("chamfer_own"),
+        "mean_chamfer_others": mean("chamfer_others"),
+        "closest_is_own": mean("closest_is_own"),
         "heldout_nll_other_condition": nll_of_another(pipeline.point_model, subjects.rows),
-        **{key: float(np.mean([g[key] for g in results])) for key in averaged},
+        **{key: mean(key) for key in results[0] if key.startswith(("psnr_", "ssim_"))},
     }
 
 
-def shape_parameters(pipeline: AvatarPipeline, person: dict) -> HeadParameters:
-    """The head parameters that a tracker would give of a portrait: here the true shape."""
+def shape_parameters(pipeline: AvatarPipeline, shape: np.ndarray) -> HeadParameters:
+    """The head parameters that a tracker would find for a portrait: here the true shape."""
     zeros = HeadParameters.zeros(pipeline.head.n_shape, pipeline.head.n_expression)
-    zeros.shape.copy_(torch.from_numpy(person["shape"]))
+    zeros.shape.copy_(torch.from_numpy(shape))
     return zeros
 
 
-def reencoded(pipeline: AvatarPipeline, person: dict, inputs: dict, row: int, params: HeadParameters):
+def reencoded(
+    pipeline: AvatarPipeline, subjects: SubjectRows, row: int, inputs: dict[str, Tensor], params: HeadParameters
+) -> GaussianAvatar:
     """The avatar that the decoder makes of a subject's true points."""
-    ids = torch.from_numpy(person["input_ids"])[None]
+    ids = torch.from_numpy(subjects.rows.sequence(row))[None]
     condition = pipeline.point_model.select_inputs({name: value[row : row + 1] for name, value in inputs.items()})
     features = point_features(pipeline.point_model, ids, **condition)[0]
     return pipeline.decode_attributes(pipeline.tokenizer.decode(ids[0]), features, inputs["pixel_values"][row], params)

@@ -1,8 +1,8 @@
-"""What the demo says of its results: how near new clouds and avatars are to the true ones, and images of both.
+"""Metrics and images of the demo's results.
 
-Clouds are compared by chamfer distance, images by PSNR and SSIM on white over every frame of a held-out subject: the avatar
-written from a portrait and a head mesh (`generated`), the decoder on the subject's true points (`reencoded`, what better points
-could reach), and the mean training image of the same camera (`mean_image`, what knowing nobody reaches).
+Point clouds are compared by chamfer distance, images by PSNR and SSIM on white over every frame of a held-out subject: of the
+avatar generated from a portrait and a head mesh (`heldout`), of the avatar decoded from the subject's true points (`reencoded`,
+a limit for better points), and of the mean training image of the same camera (`mean_image`, without knowledge of the subject).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.export import save_video
 from gaussian_tokenizer.avatars.motions import expression_frames, synthetic_motion
-from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras, portrait_cameras
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
@@ -32,7 +31,7 @@ GIF_SUBJECTS = 4
 
 
 def judge(tokenizer: GaussianTokenizer, ids: np.ndarray) -> tuple[dict, int]:
-    """Points of a generated sequence, and how many of its tokens are not what the tokenizer would have written."""
+    """The points of a generated sequence, and how many of its tokens differ from those of the tokenizer for these points."""
     points = tokenizer.decode(ids, errors="truncate")
     invalid = int(points.pop("dropped"))
     if len(points["faces"]):
@@ -49,9 +48,22 @@ def chamfer(a: np.ndarray, b: np.ndarray) -> float:
     return float(distances.min(1).values.mean() + distances.min(0).values.mean()) / 2
 
 
+def compare_points(points: Mapping, invalid: int, truth: Sequence[Mapping], row: int) -> dict[str, float | bool]:
+    """Entries of the report: numbers of points, invalid tokens, chamfer distances to the true points of all subjects."""
+    distances = np.array([chamfer(points["positions"], other["positions"]) for other in truth])
+    return {
+        "num_points": len(points["faces"]),
+        "num_points_true": len(truth[row]["faces"]),
+        "invalid_tokens": invalid,
+        "chamfer_own": float(distances[row]),
+        "chamfer_others": float(np.delete(distances, row).mean()),
+        "closest_is_own": bool(distances.argmin() == row),
+    }
+
+
 @torch.no_grad()
 def nll_of_another(model: PointillistForCausalLM, rows: AvatarRows) -> float:
-    """Held-out NLL where each subject is read under the next one's condition: what the condition is worth."""
+    """Held-out NLL with the condition of the next subject instead of the true one: it shows the value of the condition."""
     windows = EvaluationWindows(rows, model.config.sliding_window)
     sums = torch.zeros(3, 4, dtype=torch.double)
     for i, (row, _, _) in enumerate(windows.items):
@@ -59,7 +71,7 @@ def nll_of_another(model: PointillistForCausalLM, rows: AvatarRows) -> float:
         batch = collate_windows([item], model.config.pad_token_id)
         labels = batch.pop("labels")
         sums += slot_sums(model(**batch).logits, labels, model.config).sum(0)
-    return slot_metrics(sums, "")["nll"]
+    return slot_metrics(sums)["nll"]
 
 
 def true_frames(subjects: SubjectRows, row: int) -> dict[str, torch.Tensor]:
@@ -76,21 +88,13 @@ def image_metrics(avatar: GaussianAvatar, frames: Mapping[str, torch.Tensor]) ->
     return float(psnr(drawn, truth).mean()), float(ssim(drawn, truth).mean())
 
 
-def mean_image_metrics(means: Mapping[int, torch.Tensor], subjects: SubjectRows, row: int) -> tuple[float, float]:
-    """The same for the mean training image (H, W, 3) of each camera."""
-    rows = list(subjects.frame_rows(row))
-    images = torch.from_numpy(subjects.targets(rows)["images"])
-    truth = on_background(images, torch.ones(len(images)))
-    drawn = torch.stack([means[camera] for camera in subjects.frames[rows]["camera"]])
-    return float(psnr(drawn, truth).mean()), float(ssim(drawn, truth).mean())
-
-
 def draw_avatars(path: Path, rows: Sequence[tuple[str, Image.Image, GaussianAvatar]], size: int = 160) -> None:
-    """One row a person: portrait, three views at rest, three expressions from the front."""
+    """One row a subject: portrait, three views at rest, three expressions from the front."""
     columns = ["portrait", *(f"{angle:+.0f} degrees" for angle in VIEWS)]
     lines = []
     for _, portrait, avatar in rows:
-        head = attached(avatar)
+        head = avatar.head
+        assert head is not None
         views = images_of(avatar, None, portrait_cameras(head, size, VIEWS))
         faces = list(expression_frames(head).items())[1:4]
         shown = [images_of(avatar, params, portrait_cameras(head, size))[0] for _, params in faces]
@@ -105,10 +109,11 @@ def draw_avatars(path: Path, rows: Sequence[tuple[str, Image.Image, GaussianAvat
 def draw_motion(
     path: Path, rows: Sequence[tuple[str, Image.Image, GaussianAvatar]], size: int = 160, num_frames: int = 48
 ) -> None:
-    """A GIF of the first persons, each beside its portrait, talking while they look around."""
+    """A GIF of the first subjects, each below its portrait, talking while they look around."""
     panels = []
     for _, portrait, avatar in rows[:GIF_SUBJECTS]:
-        head = attached(avatar)
+        head = avatar.head
+        assert head is not None
         talk, look = (synthetic_motion(name, head, num_frames) for name in ("talk", "look_around"))
         motion = HeadParameters(
             **talk.tensors() | {"neck_pose": look.neck_pose, "eyes_pose": look.eyes_pose, "rotation": look.rotation}
@@ -121,7 +126,7 @@ def draw_motion(
 
 @torch.no_grad()
 def images_of(avatar: GaussianAvatar, motion: HeadParameters | None, cameras: Cameras) -> np.ndarray:
-    """(C, H, W, 3) uint8 on white, at rest or in the moments of a motion."""
+    """(C, H, W, 3) uint8 on white, at rest or at the timesteps of a motion."""
     gaussians = avatar.canonical_gaussians() if motion is None else avatar.posed(motion)
     image = render(gaussians, cameras, background=1.0).image
     return (image.clamp(0, 1) * 255 + 0.5).to(torch.uint8).cpu().numpy()
@@ -132,8 +137,3 @@ def on_white(portrait: Image.Image, size: int) -> np.ndarray:
     image = portrait.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
     white = Image.new("RGBA", image.size, "white")
     return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
-
-
-def attached(avatar: GaussianAvatar) -> HeadModel:
-    assert avatar.head is not None
-    return avatar.head

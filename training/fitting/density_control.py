@@ -1,10 +1,10 @@
 """Where Gaussians are added and removed while an avatar is fitted: clone, split, prune, and the 4 to 15 on every face.
 
 Growth and pruning are those of 3D Gaussian Splatting (Kerbl et al. 2023, section 5.2) with the bindings of GaussianAvatars
-(Qian et al. 2024, section 3.3): what is born of a Gaussian is bound to its face. `FaceLimits` is AvatarPointillist's density
-constraint: after a step every face holds no Gaussian, or between `low` and `high` of them. Full faces do not grow beyond what
-their least visible Gaussians make room for, and those short of points are topped up by splitting what is on them. Pure functions of
-tensors: nothing here knows of images or optimizers.
+(Qian et al. 2024, section 3.3): a new Gaussian is bound to the face of the one it comes from. `FaceLimits` is AvatarPointillist's
+density constraint: after a step every face holds no Gaussian, or between `low` and `high` of them. A full face grows only as far as
+its least visible Gaussians make room, and one with too few Gaussians has them split. Pure functions of tensors, without images or
+optimizers.
 
 Axes: N Gaussians, F faces, K SH coefficients.
 """
@@ -23,7 +23,7 @@ CHILD_SIZE = 1.6  # a child's scales are its parent's divided by this (0.8 times
 
 @dataclass(frozen=True, eq=False)
 class GaussianParams:
-    """N Gaussians bound to faces, as they are optimized: relative to the face, not activated."""
+    """N Gaussians bound to faces as they are optimized: relative to the face, before activation."""
 
     positions: Tensor  # (N, 3) in units of the face scale
     log_scales: Tensor  # (N, 3)
@@ -40,7 +40,7 @@ class GaussianParams:
         return GaussianParams(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
     def values(self) -> dict[str, Tensor]:
-        """What is optimized: all but the faces."""
+        """The optimized tensors: all but the faces."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "faces"}
 
 
@@ -58,34 +58,34 @@ class FaceLimits:
 
 @dataclass(frozen=True)
 class DensifyConfig:
-    """When a Gaussian grows and when it goes; a limit of None is not applied."""
+    """When a Gaussian is cloned, split or pruned; a limit of None is not applied."""
 
-    densify_grad_threshold: float  # mean screen-space gradient, above which a Gaussian grows
-    percent_dense: float  # meters, largest scale up to which it is cloned; above it is split
-    min_opacity: float  # 0..1, below it is removed
-    max_scale: float | None = None  # meters, above it is removed
-    max_radius: float | None = None  # pixels on any screen, above it is removed
-    min_pixels: float = 0.0  # of every image; on a full face what makes up fewer gives way to what wants to grow
+    densify_grad_threshold: float  # mean screen-space gradient from which a Gaussian is cloned or split
+    percent_dense: float  # meters, largest scale that is cloned; a larger one is split
+    min_opacity: float  # 0..1, below it is pruned
+    max_scale: float | None = None  # meters, above it is pruned
+    max_radius: float | None = None  # pixels on any screen, above it is pruned
+    min_pixels: float = 0.0  # on a full face, Gaussians with fewer pixels in every image make room for others
     limits: FaceLimits | None = FaceLimits()  # None: no density constraint, and no face is ever emptied
 
 
 @dataclass(frozen=True, eq=False)
 class DensifyStats:
-    """What was observed of every Gaussian since the last step."""
+    """Statistics of every Gaussian since the last density control."""
 
     gradients: Tensor  # (N,) mean length of the screen-space gradient
     scales: Tensor  # (N,) meters, the largest of the three
     radii: Tensor  # (N,) pixels, largest seen
-    pixels: Tensor  # (N,) how many it makes up of the image where it makes up most
+    pixels: Tensor  # (N,) how many it makes up in the image where it makes up most
     unseen: Tensor  # (F,) bool, faces whose Gaussians are in no image
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A gaussians in the making, and where each of its Gaussians comes from."""
+    """Gaussians during density control, and where each comes from."""
 
     gaussians: GaussianParams
-    usefulness: Tensor  # (N,) gradient times opacity; of a child, its parent's
+    usefulness: Tensor  # (N,) gradient times opacity; a new Gaussian has that of its parent
     origin: Tensor  # (N,) int64 row before the step, whose optimizer state it keeps; -1 for a new one
 
     def keep(self, chosen: Tensor) -> "Edit":
@@ -93,7 +93,7 @@ class Edit:
         return Edit(self.gaussians.map(lambda value: value[chosen]), self.usefulness[chosen], self.origin[chosen])
 
     def add(self, gaussians: GaussianParams, usefulness: Tensor) -> "Edit":
-        """New Gaussians behind those there are."""
+        """Append new Gaussians."""
         joined = {
             f.name: torch.cat((getattr(self.gaussians, f.name), getattr(gaussians, f.name)))
             for f in fields(GaussianParams)
@@ -106,11 +106,11 @@ class Edit:
 def control_density(
     gaussians: GaussianParams, stats: DensifyStats, config: DensifyConfig, generator: torch.Generator
 ) -> Edit:
-    """One step: prune, grow, and keep to the limits. `generator` (CPU) places the children of splits.
+    """One step: prune, clone or split, and keep to the limits. `generator` (CPU) places the children of splits.
 
-    Without limits: a Gaussian is not pruned if all of its face would be (GaussianAvatars). With them the same holds, but a
-    face in `stats.unseen` loses all of its own, and a full face as many of its hardly visible ones as others ask to grow; of
-    those the most useful (gradient times opacity, the first of equals) grow as long as there is room.
+    Gaussians are not pruned if all of their face would be (GaussianAvatars). With limits, however, a face in `stats.unseen` loses
+    all of its Gaussians, and a full face as many of its hardly visible ones as others are to be cloned or split; of
+    these the most useful (gradient times opacity, the first of equals) are, as long as there is room.
     """
     n_faces = len(stats.unseen)
     usefulness = stats.gradients * gaussians.opacities.sigmoid()
@@ -125,7 +125,7 @@ def control_density(
 
 
 def rank_on_face(faces: Tensor, score: Tensor, n_faces: int) -> Tensor:
-    """(N,) int64: 0 for the highest score (N,) of its face, then 1, ...; of equal scores the first row comes first."""
+    """(N,) int64 ranks within a face: 0 for the highest score (N,); of equal scores the first row comes first."""
     order = score.argsort(descending=True, stable=True)
     order = order[faces[order].argsort(stable=True)]  # by face, inside by score
     counts = faces.bincount(minlength=n_faces)
@@ -146,7 +146,7 @@ def _pruned(gaussians: GaussianParams, stats: DensifyStats, config: DensifyConfi
 
 
 def _giving_way(edit: Edit, stats: DensifyStats, config: DensifyConfig, high: int, n_faces: int) -> Tensor:
-    """On full faces: the least visible Gaussians, no more of them than others of the face ask to grow."""
+    """On full faces: the least visible Gaussians, at most as many as others of the face are to be cloned or split."""
     faces, pixels = edit.gaussians.faces, stats.pixels[edit.origin]
     idle = (pixels < config.min_pixels) & (faces.bincount(minlength=n_faces) == high)[faces]
     wants = (stats.gradients[edit.origin] >= config.densify_grad_threshold) & ~idle
@@ -156,7 +156,7 @@ def _giving_way(edit: Edit, stats: DensifyStats, config: DensifyConfig, high: in
 
 
 def _grow(edit: Edit, stats: DensifyStats, config: DensifyConfig, n_faces: int, generator: torch.Generator) -> Edit:
-    """Clone small and split large Gaussians whose gradient is above the threshold; each adds one to its face."""
+    """Clone small and split large Gaussians whose gradient reaches the threshold; each adds one to its face."""
     wants = stats.gradients[edit.origin] >= config.densify_grad_threshold
     if config.limits is not None:
         room = config.limits.high - edit.gaussians.faces.bincount(minlength=n_faces)
@@ -180,10 +180,10 @@ def _top_up(edit: Edit, low: int, n_faces: int, generator: torch.Generator) -> E
 
 
 def _split_in_two(edit: Edit, chosen: Tensor, generator: torch.Generator) -> Edit:
-    """Two smaller Gaussians in the place of each of the chosen (N,), drawn from it as from a distribution.
+    """Replace each of the chosen (N,) by two smaller Gaussians, sampled from it as from a distribution.
 
-    All in units of the face: x' = x + R(q) (exp(log_scales) * noise). (In GaussianAvatars' code the noise is scaled in meters
-    and added to local units, and hardly moves.)
+    All in units of the face: x' = x + R(q) (exp(log_scales) * noise). (GaussianAvatars' code scales the noise in meters and adds it
+    to local units, so its children hardly move.)
     """
     parents = edit.keep(chosen)
     twice = parents.gaussians.map(lambda value: value.repeat_interleave(2, 0))

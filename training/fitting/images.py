@@ -1,6 +1,6 @@
-"""The images of a tracked subject as a fit wants them: on a background, at the size of the moment, with their camera.
+"""The images of a tracked subject for a fit: on a background, at the current size, with their cameras.
 
-Decoded images are kept as bytes up to a budget of memory; a subject that is larger is read again and again.
+Decoded images are cached as bytes up to a memory budget; images of a larger subject are read again.
 
 Axes: H W pixels.
 """
@@ -25,7 +25,7 @@ class Images:
         self._bytes = functools.lru_cache(maxsize=int(cache_megabytes * 1e6) // (4 * largest))(self._read)
 
     def truth(self, index: int, downscale: int = 1) -> Tensor:
-        """(1, H, W, 3) in 0..1 on the background; each pixel the mean of `downscale`^2, what is over at the edges cut."""
+        """(1, H, W, 3) in 0..1 on the background; each pixel is the mean of `downscale`^2, incomplete ones at the edges are cut."""
         color, alpha = self.rgba(index).split((3, 1), -1)
         image = (color * alpha + self.background * (1 - alpha))[None]
         if downscale == 1:
@@ -51,7 +51,7 @@ class Images:
         return self._bytes(index).to(self.device).float() / 255
 
     def is_dark(self, index: int) -> bool:
-        """Whether there is nothing in the image: black, or wholly transparent."""
+        """Whether the image shows nothing: it is black or transparent."""
         rgba = self._bytes(index)
         return not bool((rgba[..., :3].bool().any(-1) & rgba[..., 3].bool()).any())
 
@@ -60,7 +60,7 @@ class Images:
 
 
 def evenly_spread(tracking: Tracking, indices: Sequence[int], count: int | None) -> list[int]:
-    """At most `count` of some images, in order, evenly over cameras and over time; None: all."""
+    """At most `count` of some images, in order, evenly spaced over cameras and over time; None: all."""
     if count is None or len(indices) <= count:
         return list(indices)
     by_camera: dict[int, list[int]] = {}
@@ -69,7 +69,7 @@ def evenly_spread(tracking: Tracking, indices: Sequence[int], count: int | None)
     cameras = [by_camera[camera] for camera in sorted(by_camera)]
     chosen = set()
     for number in range(count):
-        # In turns, or evenly where there are more cameras than turns. Every n-th image could be one camera's.
-        own = cameras[number * len(cameras) // count if count < len(cameras) else number % len(cameras)]
-        chosen.add(own[number * len(own) // count])
+        # Cameras take turns, or are evenly spaced if there are too many. Every n-th image could belong to one camera.
+        images = cameras[number * len(cameras) // count if count < len(cameras) else number % len(cameras)]
+        chosen.add(images[number * len(images) // count])
     return sorted(chosen)

@@ -1,4 +1,4 @@
-"""What a fit minimizes, and what it measures of every Gaussian on the way.
+"""The loss of a fit, and what density control needs to know of every Gaussian.
 
     loss = 0.8 L1 + 0.2 (1 - SSIM) + 0.01 mean relu(|x| - 1) + 1.0 mean |relu(s - 0.6)|       (Qian et al. 2024, section 3.4)
 
@@ -28,12 +28,12 @@ def photometric_loss(image: Tensor, truth: Tensor, lambda_dssim: float) -> Tenso
 
 
 def position_regularizer(positions: Tensor, threshold: float) -> Tensor:
-    """Mean of how far face-local positions (N, 3) are beyond `threshold` face sizes from the face's center."""
+    """Mean distance of face-local positions (N, 3) from the face's center beyond `threshold` face sizes."""
     return _mean((_length(positions) - threshold).relu())
 
 
 def scale_regularizer(log_scales: Tensor, threshold: float) -> Tensor:
-    """Mean length of what face-local scales, exp of (N, 3), exceed `threshold` face sizes by."""
+    """Mean length of the excess of face-local scales, exp of (N, 3), over `threshold` face sizes."""
     return _mean(_length((log_scales.exp() - threshold).relu()))
 
 
@@ -56,11 +56,11 @@ def screen_radii(gaussians: Gaussians, camera: Cameras) -> Tensor:
 
 @torch.no_grad()
 def screen_gradients(gradients: Tensor, positions: Tensor, camera: Cameras) -> Tensor:
-    """(N,) lengths of the loss's gradient along the screen, in half image sizes, from that of world positions (N, 3).
+    """(N,) lengths of the loss's gradient with respect to screen positions, from that of world positions (N, 3).
 
     A move of du pixels is a move of du z / f meters across the viewing axis, so dL/du = (z / f) dL/dx in camera axes; 3D
-    Gaussian Splatting measures screens from -1 to 1, hence times half the width or height. What a move changes besides (the
-    projected size and the direction of view) is counted too, and small: size and distance of a head differ by the factor ten.
+    Gaussian Splatting measures screens from -1 to 1, hence times half the width or height. A move also changes the projected size
+    and the view direction. That part is included, and small: the camera is about ten head sizes away.
     """
     rotation, offset = camera.viewmats[0, :2, :3].to(gradients), camera.viewmats[0, 2].to(gradients)
     depths = positions @ offset[:3] + offset[3]
@@ -71,9 +71,9 @@ def screen_gradients(gradients: Tensor, positions: Tensor, camera: Cameras) -> T
 
 @torch.enable_grad()
 def pixels_covered(gaussians: Gaussians, camera: Cameras) -> Tensor:
-    """(N,) how many pixels each Gaussian makes up: its share of every pixel, summed. T = C = 1.
+    """(N,) how many pixels each Gaussian makes up: the sum of its blending weights. T = C = 1.
 
-    An image is linear in the colors, so the shares are the gradient of its sum.
+    An image is linear in the colors, so the weights are the gradient of its sum.
     """
     colors = torch.zeros_like(gaussians.sh[:, :1]).requires_grad_()
     gray = Gaussians(gaussians.positions, gaussians.scales, gaussians.quats, gaussians.opacities, colors)

@@ -1,18 +1,18 @@
-"""Fitting one avatar to the images of a tracked subject, by gradient descent through the renderer.
+"""Fitting an avatar to the images of a tracked subject by gradient descent through the renderer.
 
     Gaussians on faces --posed with the head--> world space --render--> image --loss--> gradients --Adam--> Gaussians on faces
                         every `densify_interval` steps: prune, clone, split, and 4 to 15 on every face (density_control)
 
-The recipe is that of GaussianAvatars (Qian et al. 2024) with AvatarPointillist's density constraint. Whatever step i does follows
-from the settings, i and the state before it, so a fit that was killed and goes on from its checkpoint ends with the same bytes
-(on the CPU; a GPU adds up gradients in any order).
+The method is that of GaussianAvatars (Qian et al. 2024) with AvatarPointillist's density constraint. Step i depends only on the
+settings, i and the state before it, so a fit that was killed and resumes from its checkpoint ends with the same bytes (on the
+CPU; a GPU sums gradients in any order).
 
 Axes: N Gaussians, F faces, T timesteps.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.skinning import Local, pose_by_face_frames
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.splatting import render
 from training.fitting.arguments import FitSettings
 from training.fitting.density_control import DensifyConfig, DensifyStats, GaussianParams, control_density
@@ -45,54 +44,36 @@ EXTENT_MARGIN = 1.1
 SMALLEST_IMAGE = 11  # pixels, the window of SSIM
 
 
-@dataclass(frozen=True, eq=False)
 class Fit:
-    """What a fit works on; everything but its state."""
+    """The data and settings of a fit: everything but its state. ValueError for a subject that cannot be fitted."""
 
-    tracking: Tracking
-    head: HeadModel
-    settings: FitSettings  # as carried out: shortened
-    images: Images
-    params: HeadParameters  # the tracking's, on the device
-    extent: float  # meters
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         tracking: Tracking,
         head: HeadModel,
         settings: FitSettings,
         device: torch.device,
         cache_megabytes: int = 4096,
-    ) -> "Fit":
-        """ValueError, with one line, for a subject that cannot be fitted."""
-        settings = settings.shortened()
-        images = Images(tracking, settings.background, device, cache_megabytes)
-        train = tracking.splits["train"]
-        if not train:
-            raise ValueError(f"{tracking.path}: no images to learn from, its training split is empty")
-        smallest = min(min(tracking.frames[index].width, tracking.frames[index].height) for index in train)
+    ):
+        self.tracking, self.settings, self.train = tracking, settings.shortened(), tracking.splits["train"]
+        self.images = Images(tracking, settings.background, device, cache_megabytes)
+        if not self.train:
+            raise ValueError(f"{tracking.path}: no training images, its training split is empty")
+        smallest = min(min(tracking.frames[index].width, tracking.frames[index].height) for index in self.train)
         if smallest // settings.start_downscale < SMALLEST_IMAGE:
             raise ValueError(
                 f"{tracking.path}: images of {smallest} pixels; with --start_downscale {settings.start_downscale} they must "
                 f"have at least {SMALLEST_IMAGE * settings.start_downscale}"
             )
-        if all(images.is_dark(index) for index in train):
-            raise ValueError(
-                f"{tracking.path}: every image to learn from is black or transparent; is the mask inverted?"
-            )
-        params = tracking.params.to(device)
-        return cls(tracking, head.to(device), settings, images, params, scene_extent(tracking, settings))
-
-    @property
-    def train(self) -> tuple[int, ...]:
-        return self.tracking.splits["train"]
+        if all(self.images.is_dark(index) for index in self.train):
+            raise ValueError(f"{tracking.path}: every training image is black or transparent; is the mask inverted?")
+        self.head, self.params = head.to(device), tracking.params.to(device)
+        self.extent = scene_extent(tracking, self.settings)  # meters
 
     def begin(self) -> FitState:
-        """One Gaussian a face, as large as it, half a shade from gray."""
-        faces = torch.arange(self.head.n_faces)
+        """One nearly gray Gaussian a face, as large as the face. ValueError if no camera sees any of them."""
+        count = self.head.n_faces
         generator = torch.Generator().manual_seed(self.settings.seed)
-        count = len(faces)
         gaussians = GaussianParams(
             positions=torch.zeros(count, 3),
             log_scales=torch.zeros(count, 3),
@@ -100,21 +81,20 @@ class Fit:
             opacities=torch.full((count,), self.settings.init_opacity).logit(),
             sh_dc=torch.rand(count, 1, 3, generator=generator) * MAX_FIRST_COLOR,
             sh_rest=torch.zeros(count, (self.settings.sh_degree + 1) ** 2 - 1, 3),
-            faces=faces,
+            faces=torch.arange(count),
         ).map(lambda value: value.to(self.head.device))
         names = ("expr", *POSES, "translation") if self.settings.finetune_head else ()
         state = FitState.begin(gaussians, {name: self.params.tensors()[name].clone() for name in names})
-        if not any(
-            (screen_radii(self.posed(state, index), self.images.camera(index)) > 0).any() for index in self.train
-        ):
+        radii = (screen_radii(self.posed(state, index), self.images.camera(index)) for index in self.train)
+        if not any((radius > 0).any() for radius in radii):
             raise ValueError(
-                f"{self.tracking.path}: no camera sees the head; look at it with "
-                f"`python -m gaussian_tokenizer.inspect {self.tracking.path} --image look.png` (camera convention?)"
+                f"{self.tracking.path}: no camera sees the head; check the camera convention with "
+                f"`python -m gaussian_tokenizer.inspect {self.tracking.path} --image look.png`"
             )
         return state
 
     def posed(self, state: FitState, index: int) -> Gaussians:
-        """The Gaussians at the moment of image `index`, T = 1."""
+        """The Gaussians at the timestep of image `index`, T = 1."""
         row = self.images.row(index)
         params = self.params.frame(row)
         if state.head:
@@ -127,14 +107,14 @@ class Fit:
         return Gaussians(placed.positions, placed.scales, placed.quats, gaussians.opacities.sigmoid(), sh)
 
     def downscale(self, iteration: int) -> int:
-        """Images of step `iteration` have 1/n of their side: halved so often in equal parts of the time."""
+        """The images of a step have 1/n of their side; n is halved at equal intervals until it is 1."""
         halvings = int(math.log2(self.settings.start_downscale))
         if iteration >= self.settings.full_resolution_from or halvings == 0:
             return 1
         return self.settings.start_downscale >> (halvings * iteration // self.settings.full_resolution_from)
 
     def avatar(self, state: FitState) -> GaussianAvatar:
-        """The result: an avatar with head parameters of every timestep."""
+        """The fitted avatar with the head parameters of every timestep."""
         gaussians = state.gaussians.map(lambda value: value.detach().cpu())
         head = {name: value.detach().cpu() for name, value in state.head.items()}
         return GaussianAvatar(
@@ -149,22 +129,19 @@ class Fit:
 
 
 def optimize(fit: Fit, state: FitState, after_step: Callable[[FitState, float], None]) -> None:
-    """Carry out the steps that are left; `after_step` gets the state, and the step's loss, after each."""
+    """Run the remaining steps; `after_step` is called with the state and the loss after each."""
     settings = fit.settings
     while state.iteration < settings.iterations:
         loss = _step(fit, state)
         state.iteration += 1
         iteration = state.iteration
         if settings.densify_from < iteration < settings.densify_until and iteration % settings.densify_interval == 0:
-            state.apply(
-                control_density(
-                    state.gaussians, densify_stats(fit, state), densify_config(fit, iteration), _generator(fit, state)
-                )
-            )
+            stats, config = densify_stats(fit, state), densify_config(fit, iteration)
+            state.apply(control_density(state.gaussians, stats, config, _generator(fit, state)))
             if len(state.gaussians) == 0:
                 raise ValueError(
-                    f"{fit.tracking.path}: no Gaussian is in any image after {iteration} steps; are images, cameras and "
-                    "head parameters those of one recording?"
+                    f"{fit.tracking.path}: no Gaussian is in any image after {iteration} steps; do images, cameras and "
+                    "head parameters belong to one recording?"
                 )
         if _resets_opacities(settings, iteration):
             state.lower_opacities(OPACITY_AFTER_RESET)
@@ -172,10 +149,10 @@ def optimize(fit: Fit, state: FitState, after_step: Callable[[FitState, float], 
 
 
 def scene_extent(tracking: Tracking, settings: FitSettings) -> float:
-    """Meters: 1.1 times the farthest training camera from their middle, within bounds.
+    """Meters: 1.1 times the largest distance of a training camera from their center, within bounds.
 
-    Learning rate and sizes are relative to it. One camera that stands still has no extent of its own, which without the lower
-    bound would stop all positions, make everything split, and nothing be cloned (GaussianAvatars, issue 87).
+    The learning rate of positions and the size limits are relative to it. A single static camera has an extent of 0: without the
+    lower bound no position would move, everything would split and nothing be cloned (GaussianAvatars, issue 87).
     """
     if settings.scene_extent is not None:
         return settings.scene_extent
@@ -185,7 +162,7 @@ def scene_extent(tracking: Tracking, settings: FitSettings) -> float:
 
 
 def learning_rates(fit: Fit, iteration: int) -> dict[str, float]:
-    """By the names of `FitState.parameters`; that of positions falls exponentially."""
+    """Learning rates by the names of `FitState.parameters`; that of positions decays exponentially."""
     settings = fit.settings
     progress = min(iteration / settings.iterations, 1.0)
     position = settings.position_lr ** (1 - progress) * settings.position_lr_final**progress
@@ -219,7 +196,7 @@ def densify_config(fit: Fit, iteration: int) -> DensifyConfig:
 
 @torch.no_grad()
 def densify_stats(fit: Fit, state: FitState) -> DensifyStats:
-    """What density control is to judge by."""
+    """The statistics that density control decides by."""
     settings = fit.settings
     pixels, on_face = torch.zeros_like(state.radii), state.radii.new_zeros(fit.head.n_faces)
     if settings.limits is not None:
@@ -236,9 +213,9 @@ def densify_stats(fit: Fit, state: FitState) -> DensifyStats:
 
 @torch.no_grad()
 def most_pixels(fit: Fit, state: FitState) -> tuple[Tensor, Tensor]:
-    """The pixels that each Gaussian (N,), and all of a face (F,), make up of the image where they make up most.
+    """How many pixels each Gaussian (N,), and all of a face (F,), make up in the image where they make up most.
 
-    In pixels of the images' own size; looked at are `visibility_images`, one of each camera at least.
+    In pixels of full-size images, over `visibility_images` images or one of each camera.
     """
     most = torch.zeros_like(state.radii)
     on_face = most.new_zeros(fit.head.n_faces)
@@ -253,7 +230,7 @@ def most_pixels(fit: Fit, state: FitState) -> tuple[Tensor, Tensor]:
 
 
 def _step(fit: Fit, state: FitState) -> float:
-    """Draw images, follow the gradient, note what density control wants to know; the loss."""
+    """Render, step, collect the statistics of density control; returns the loss."""
     settings = fit.settings
     for value in state.parameters().values():
         value.requires_grad_()
@@ -286,7 +263,7 @@ def _step(fit: Fit, state: FitState) -> float:
 
 
 def _images_of_step(fit: Fit, iteration: int) -> list[int]:
-    """Every training image once, in a random order, then again in another."""
+    """Every training image once in a random order, then again in another."""
     chosen = []
     for number in range(iteration * fit.settings.images_per_step, (iteration + 1) * fit.settings.images_per_step):
         epoch, position = divmod(number, len(fit.train))
@@ -296,7 +273,7 @@ def _images_of_step(fit: Fit, iteration: int) -> list[int]:
 
 
 def _generator(fit: Fit, state: FitState) -> torch.Generator:
-    """Random numbers of one density control, whatever came before."""
+    """The random numbers of one density control; they depend on seed and iteration only."""
     words = np.random.SeedSequence((fit.settings.seed, state.iteration)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
@@ -304,6 +281,6 @@ def _generator(fit: Fit, state: FitState) -> torch.Generator:
 def _resets_opacities(settings: FitSettings, iteration: int) -> bool:
     if not settings.opacity_reset_interval > 0 or iteration >= settings.densify_until:
         return False
-    # On white, which faint white Gaussians could fake, one more reset when density control begins.
+    # On a white background, which faint white Gaussians could imitate, one more reset when density control begins.
     at_start = settings.background == 1.0 and iteration == settings.densify_from
     return at_start or iteration % settings.opacity_reset_interval == 0

@@ -1,17 +1,16 @@
-"""Which subjects are to be fitted, and who does it: folders and files are the only state that processes share.
+"""The queue of subjects to fit. Folders and files are the only state that processes share.
 
-    <output>/<subject>/                   a finished avatar, with fit_report.json; it appears whole or not at all
+    <output>/<subject>/                   a finished avatar with fit_report.json, moved here as a whole
     <output>/.fit/<subject>/checkpoint.safetensors, failed.json, claim
 
-A process holds a lock on `claim` while it fits a subject. The system lets go of it when the process dies, however it dies, so
-another one can take the subject over from its checkpoint. Several machines may work on one shared folder.
+A process holds a lock on `claim` while it fits a subject. The system releases it when the process dies, so that another process
+can continue from the checkpoint. Several machines may work on one shared folder.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +24,25 @@ FAILURE_NAME, CHECKPOINT_NAME = "failed.json", "checkpoint.safetensors"
 WORK_FOLDER = ".fit"
 
 
-@dataclass(frozen=True)
 class Job:
-    """One subject to be fitted."""
+    """One subject to be fitted, from the tracking `source` into a folder of `output`."""
 
-    source: Path  # the tracking
-    output: Path
-
-    @property
-    def name(self) -> str:
-        folder = self.source if self.source.is_dir() else self.source.parent
-        return folder.resolve().name
-
-    @property
-    def result(self) -> Path:
-        return self.output / self.name
-
-    @property
-    def work(self) -> Path:
-        return self.output / WORK_FOLDER / self.name
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.work / CHECKPOINT_NAME
+    def __init__(self, source: Path, output: Path):
+        self.source = source
+        self.name = (source if source.is_dir() else source.parent).resolve().name
+        self.result = output / self.name
+        self.work = output / WORK_FOLDER / self.name
+        self.checkpoint = self.work / CHECKPOINT_NAME
 
     def is_finished(self, settings: Mapping[str, Any]) -> bool:
         """ValueError if there is a folder of the subject that was not fitted with these settings."""
         if not self.result.exists():
             return False
         try:
-            report = read_json(self.result / REPORT_NAME)
-            found = report["settings"]
+            found = read_json(self.result / REPORT_NAME)["settings"]
         except (OSError, ValueError, KeyError):
             raise ValueError(
-                f"{self.result}: is there, but was not fitted (no {REPORT_NAME}); give another --output_dir, or remove it"
+                f"{self.result} exists, but was not fitted (no {REPORT_NAME}); give another --output_dir, or remove it"
             ) from None
         if found != dict(settings):
             raise ValueError(
@@ -69,13 +53,12 @@ class Job:
 
     def check_checkpoint(self, identity: Mapping[str, Any]) -> None:
         """ValueError if there is a checkpoint that disagrees with these parts of a fit's identity."""
-        if not self.checkpoint.exists():
-            return
-        found = saved_identity(self.checkpoint)
-        found = {name: found.get(name) for name in identity}
+        saved = saved_identity(self.checkpoint) if self.checkpoint.exists() else identity
+        found = {name: saved.get(name) for name in identity}
         if found != dict(identity):
             raise ValueError(
-                f"{self.checkpoint}: begun otherwise: {differences(found, identity)}; give the same, or remove it to begin again"
+                f"{self.checkpoint}: begun with other settings or data: {differences(found, identity)}; give the same, or remove "
+                "it to begin again"
             )
 
     def forget_unless(self, identity: Mapping[str, Any]) -> None:
@@ -84,7 +67,7 @@ class Job:
             self.checkpoint.unlink()
 
     def failure(self) -> dict[str, Any] | None:
-        """Why the subject failed, if it did: `reason`, and in `attempts` how often it was tried."""
+        """`reason` and number of `attempts` if the subject failed."""
         try:
             failure = read_json(self.work / FAILURE_NAME)
             return {"reason": str(failure["reason"]), "attempts": int(failure["attempts"])}
@@ -94,25 +77,20 @@ class Job:
             raise ValueError(f"{self.work / FAILURE_NAME}: does not say why the subject failed; remove it") from None
 
     def record_failure(self, reason: str, **more: Any) -> None:
-        before = self.failure()
-        failure = {
-            "subject": self.name,
-            "reason": reason,
-            "attempts": (before["attempts"] if before else 0) + 1,
-            **more,
-        }
+        attempts = (self.failure() or {"attempts": 0})["attempts"] + 1
+        failure = {"subject": self.name, "reason": reason, "attempts": attempts, **more}
         with atomic_file(self.work / FAILURE_NAME) as file:
             file.write((json.dumps(failure, indent=2, ensure_ascii=False) + "\n").encode())
 
     def claim(self) -> AbstractContextManager[bool]:
-        """Whether the subject is this process's own for as long as the block lasts."""
+        """Whether this process has the subject to itself within the block."""
         return exclusive(self.work / "claim")
 
     def clean(self) -> None:
-        """Remove what was kept to go on from."""
+        """Remove checkpoint, failure and claim."""
         shutil.rmtree(self.work, ignore_errors=True)
 
 
 def order_of(jobs: list[Job], process: int, processes: int) -> list[Job]:
-    """Every process begins with its own share, each n-th, and then looks after those of the others."""
+    """Every process begins with its share, every n-th subject, and continues with those of the others."""
     return [job for shift in range(processes) for job in jobs[(process + shift) % processes :: processes]]

@@ -1,8 +1,8 @@
-"""How good a fitted avatar is: the figures of `fit_report.json`, and `fit.png` to look at.
+"""The quality of a fitted avatar: `fit_report.json` and `fit.png`.
 
-Images that the fit never saw are drawn on the fit's background and compared with the true ones: those of a held-out camera
-(`val`) and of held-out timesteps (`test`, with the expression and pose that the tracker found). The avatar is also spelt as
-tokens and read back, its other attributes kept, to see what the tokenizer's 1,024 levels cost.
+Held-out images are rendered on the fit's background and compared with the true ones: those of a held-out camera (`val`) and of
+held-out timesteps (`test`, with the tracked expression and pose). The avatar is also tokenized and decoded again, with its other
+attributes kept, to measure what the tokenizer's 1,024 levels cost.
 """
 
 import json
@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 
 REPORT_NAME, IMAGE_NAME = "fit_report.json", "fit.png"
 N_BINS = 1024
-MARGIN = 0.05  # of the tokenizer's box around the avatar, as build_corpus has it around all
+MARGIN = 0.05  # of the tokenizer's box around the avatar, as in build_corpus
 PACKAGES = ("avatar-pointillist", "torch", "numpy", "gsplat")
 SHOWN = 3  # images of each kind
-ERROR_GAIN = 4  # errors are shown so much brighter
+ERROR_GAIN = 4  # factor by which errors are amplified in the image
 
 
 def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_images: int) -> dict[str, Any]:
-    """What `fit_report.json` holds; None where a split has no images."""
+    """The content of `fit_report.json`; metrics of a split without images are None."""
     avatar = avatar.to(fit.head.device)
     kinds = {"": "val", "_timesteps": "test", "_train": "train"}
     chosen = {
@@ -58,7 +58,7 @@ def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_images: in
         "iterations": state.iteration,
         "scene_extent": fit.extent,
         "num_images": {split: len(indices) for split, indices in fit.tracking.splits.items()},
-        "size_of_image": [fit.tracking.frames[fit.train[0]].width, fit.tracking.frames[fit.train[0]].height],
+        "image_size": [fit.tracking.frames[fit.train[0]].width, fit.tracking.frames[fit.train[0]].height],
         "head": {"name": fit.head.name, "hash": fit.head.hash, "n_faces": fit.head.n_faces},
         "device": torch.cuda.get_device_name(fit.head.device) if fit.head.device.type == "cuda" else "cpu",
         "versions": installed_versions(PACKAGES),
@@ -67,7 +67,7 @@ def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_images: in
 
 
 def face_stats(faces: Tensor, n_faces: int) -> dict[str, Any]:
-    """Minimum, median and maximum over the occupied faces, share of empty faces, and faces by their number of points."""
+    """Minimum, median and maximum over the occupied faces, share of empty faces, histogram of points on a face."""
     histogram = points_per_face(faces.cpu().numpy(), n_faces)
     occupied = np.repeat(np.arange(len(histogram)), histogram)[histogram[0] :]
     return {
@@ -81,7 +81,7 @@ def face_stats(faces: Tensor, n_faces: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def image_metrics(fit: Fit, avatar: GaussianAvatar, indices: Sequence[int]) -> tuple[float | None, float | None]:
-    """Mean PSNR (dB) and SSIM of drawn images against true ones."""
+    """Mean PSNR (dB) and SSIM of rendered images against the true ones; None without images."""
     values = []
     for index in indices:
         image, truth = draw(fit, avatar, index), fit.images.truth(index)
@@ -94,14 +94,14 @@ def image_metrics(fit: Fit, avatar: GaussianAvatar, indices: Sequence[int]) -> t
 
 @torch.no_grad()
 def draw(fit: Fit, avatar: GaussianAvatar, index: int) -> Tensor:
-    """(1, H, W, 3) the avatar at the moment, and from the camera, of an image."""
+    """(1, H, W, 3) the avatar at the timestep and from the camera of an image."""
     assert avatar.params is not None
     posed = avatar.posed(avatar.params.frame(fit.images.row(index)), method="face_frames")
     return render(posed, fit.images.camera(index), fit.settings.background).image.clamp(0, 1)
 
 
 def tokenized(avatar: GaussianAvatar) -> GaussianAvatar:
-    """The avatar with the positions that are left of it after `N_BINS` levels an axis."""
+    """The avatar with positions quantized to `N_BINS` levels an axis."""
     assert avatar.head is not None
     tokenizer = GaussianTokenizer(n_bins=N_BINS, n_faces=avatar.head.n_faces)
     tokenizer.fit(avatar, MARGIN)
@@ -113,7 +113,7 @@ def tokenized(avatar: GaussianAvatar) -> GaussianAvatar:
 
 
 def write_report(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], folder: Path) -> None:
-    """`fit.png`, where matplotlib is installed, and `fit_report.json` into a folder."""
+    """Write `fit_report.json`, and `fit.png` if matplotlib is installed, into a folder."""
     try:
         draw_fit(fit, avatar, report, folder / IMAGE_NAME)
     except ImportError as error:
@@ -123,9 +123,9 @@ def write_report(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], folde
 
 
 def draw_fit(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], path: Path) -> None:
-    """Write the image: truth, drawing and error of some images of each kind, and the histogram of points on faces.
+    """Write an image of truth, rendering and error for some images of each kind, and the histogram of points on faces.
 
-    ImportError with the line to install if matplotlib is not there.
+    ImportError with the install command if matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
@@ -133,7 +133,7 @@ def draw_fit(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], path: Pat
         raise ImportError('fit.png needs matplotlib: pip install "avatar-pointillist[demo]"') from None
     avatar = avatar.to(fit.head.device)
     titles, columns = [], []
-    for split, title in (("val", "held-out camera"), ("test", "held-out moment"), ("train", "learned from")):
+    for split, title in (("val", "held-out camera"), ("test", "held-out timestep"), ("train", "training")):
         for index in evenly_spread(fit.tracking, fit.tracking.splits[split], SHOWN):
             truth, drawn = (image[0].cpu().numpy() for image in (fit.images.truth(index), draw(fit, avatar, index)))
             error = np.clip(1 - ERROR_GAIN * np.abs(drawn - truth).mean(-1, keepdims=True), 0, 1).repeat(3, -1)
@@ -154,10 +154,10 @@ def draw_fit(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], path: Pat
 
 
 def draw_histogram(axes: Any, report: dict[str, Any]) -> None:
-    """Points on faces, and under it the figures of a report."""
+    """Histogram of points on a face, with the metrics of the report as its title."""
     counts = np.asarray(report["points_per_face"]["histogram"])
     axes.bar(np.arange(len(counts)), counts, color=["#b0b0b0"] + ["#3b6ea5"] * (len(counts) - 1))
-    named = (("held-out camera", "psnr"), ("held-out moments", "psnr_timesteps"), ("as tokens", "psnr_tokenized"))
+    named = (("held-out camera", "psnr"), ("held-out timesteps", "psnr_timesteps"), ("as tokens", "psnr_tokenized"))
     figures = [f"{title} {report[key]:.2f} dB" for title, key in named if report[key] is not None]
     axes.set_title(f"{report['subject_id']}: {report['num_points']:,} points; " + ", ".join(figures), fontsize=8)
     axes.set_xlabel("points on a face", fontsize=8)

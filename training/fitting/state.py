@@ -1,8 +1,7 @@
-"""Everything an interrupted fit needs to go on as if nothing had happened, and Adam, which is most of it.
+"""Everything that an interrupted fit needs to continue exactly: the Gaussians, the head parameters, Adam, and density statistics.
 
-Rows of Gaussians come and go while they are optimized (`density_control`), and the optimizer's moments must follow; so Adam
-(Kingma & Ba 2015) is spelt out here on plain tensors: a dozen lines, in place of reaching into the state of
-`torch.optim.Adam`, with whose steps it agrees. A checkpoint is one safetensors file, written atomically.
+Gaussians are added and removed while they are optimized (`density_control`), so the state of `torch.optim.Adam` is cut and grown
+with them, as in the strategies of gsplat. A checkpoint is one safetensors file, written atomically.
 
 Axes: N Gaussians, T timesteps, K SH coefficients.
 """
@@ -23,9 +22,9 @@ from torch import Tensor
 from gaussian_tokenizer.utils.atomic import atomic_file
 from training.fitting.density_control import Edit, GaussianParams
 
-FORMAT = "avatar-pointillist fit 1"
+FORMAT = "avatar-pointillist fit 2"
 STATISTICS = ("gradient_sums", "views", "radii")
-BETAS, EPSILON = (0.9, 0.999), 1e-15
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(eq=False)
@@ -34,61 +33,62 @@ class FitState:
 
     gaussians: GaussianParams
     head: dict[str, Tensor]  # head parameters that are fine-tuned, (T, size)
-    moments: dict[str, tuple[Tensor, Tensor]]  # of everything optimized: means of the gradient and of its square
     gradient_sums: Tensor  # (N,) screen-space gradients since the last density control
-    views: Tensor  # (N,) float32, images that had the Gaussian in them since then
+    views: Tensor  # (N,) float32, images that contained the Gaussian since then
     radii: Tensor  # (N,) float32 pixels, the largest since then
     iteration: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"wall": 0.0, "cpu": 0.0})
 
+    def __post_init__(self) -> None:
+        groups = [{"params": [value], "name": name} for name, value in self.parameters().items()]
+        # Neither foreach nor fused: each parameter by itself, in one order of operations on every device.
+        self.adam = torch.optim.Adam(groups, eps=1e-15, foreach=False, fused=False)
+
     @classmethod
     def begin(cls, gaussians: GaussianParams, head: dict[str, Tensor]) -> "FitState":
-        moments = {
-            name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in _all(gaussians, head).items()
-        }
-        return cls(gaussians, head, moments, *_no_statistics(gaussians))
+        return cls(gaussians, head, *_no_statistics(gaussians))
 
     def parameters(self) -> dict[str, Tensor]:
-        """All that is optimized by name: the values of the gaussians, and `head.<name>`."""
-        return _all(self.gaussians, self.head)
+        """All that is optimized by name: the values of the Gaussians, and `head.<name>`."""
+        return {**self.gaussians.values(), **{f"head.{name}": value for name, value in self.head.items()}}
 
-    @torch.no_grad()
     def adam_step(self, rates: Mapping[str, float]) -> None:
-        """One step of Adam with the gradients in `.grad`, which are taken away; `rates` are learning rates by name."""
-        count = self.iteration + 1
-        for name, value in self.parameters().items():
-            gradient, value.grad = value.grad, None
-            if gradient is None:
-                continue
-            mean, square = self.moments[name]
-            mean.lerp_(gradient, 1 - BETAS[0])
-            square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            scale = (square / (1 - BETAS[1] ** count)).sqrt_().add_(EPSILON)
-            value.addcdiv_(mean, scale, value=-rates[name] / (1 - BETAS[0] ** count))
+        """One step with the gradients in `.grad`, which are cleared; `rates` are learning rates by name."""
+        for group in self.adam.param_groups:
+            group["lr"] = rates[group["name"]]
+        self.adam.step()
+        self.adam.zero_grad()
 
     def apply(self, edit: Edit) -> None:
-        """Replace the Gaussians; each keeps the moments of the row it was, new ones begin at zero. Statistics begin anew."""
+        """Replace the Gaussians. Each keeps the moments of the row it comes from, new ones begin at zero, as do the statistics."""
         new, source = edit.origin < 0, edit.origin.clamp(min=0)
-        for name in self.gaussians.values():
-            for moment in (rows := [moment[source] for moment in self.moments[name]]):
-                moment[new] = 0
-            self.moments[name] = rows[0], rows[1]
+        values = edit.gaussians.values()
+        for group in self.adam.param_groups:
+            if group["name"] not in values:
+                continue
+            state = self.adam.state.pop(group["params"][0])
+            for name in MOMENTS:
+                state[name] = state[name][source]
+                state[name][new] = 0
+            group["params"] = [values[group["name"]]]
+            self.adam.state[group["params"][0]] = state
         self.gaussians = edit.gaussians
         self.gradient_sums, self.views, self.radii = _no_statistics(edit.gaussians)
 
     @torch.no_grad()
     def lower_opacities(self, highest: float) -> None:
-        """No opacity above `highest`, and none in motion: what the images do not need does not come back."""
+        """Clamp opacities to `highest` and reset their moments; those that the images need grow again."""
         limit = torch.logit(torch.tensor(highest)).item()
         self.gaussians.opacities.clamp_(max=limit)
-        for moment in self.moments["opacities"]:
-            moment.zero_()
+        for name in MOMENTS:
+            self.adam.state[self.gaussians.opacities][name].zero_()
 
     def save(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Write a checkpoint; `identity` says of what fit it is."""
+        """Write a checkpoint; `identity` tells which fit it belongs to."""
         tensors = {**self.parameters(), "faces": self.gaussians.faces}
-        for name, (mean, square) in self.moments.items():
-            tensors |= {f"mean.{name}": mean, f"square.{name}": square}
+        for group in self.adam.param_groups:
+            state = self.adam.state[group["params"][0]]
+            tensors |= {f"{key}.{group['name']}": value for key, value in state.items()}
         tensors |= {name: getattr(self, name) for name in STATISTICS}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         about = {"format": FORMAT, "iteration": self.iteration, "seconds": self.seconds, "identity": dict(identity)}
@@ -99,36 +99,39 @@ class FitState:
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "FitState":
         """Read a checkpoint; ValueError if it is damaged."""
-        with _opened(path, str(device)) as (about, file):
-            # Copies: what is read otherwise lies in the file, which the next checkpoint replaces.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        with _opened(path) as (about, file):
+            # Copies, because the tensors are mapped from the file, which the next checkpoint replaces.
+            tensors = {name: file.get_tensor(name).clone().to(device) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             gaussians = GaussianParams(**{field.name: tensors[field.name] for field in fields(GaussianParams)})
             head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
-            moments = {name: (tensors[f"mean.{name}"], tensors[f"square.{name}"]) for name in _all(gaussians, head)}
             statistics = {name: tensors[name] for name in STATISTICS}
-            return cls(gaussians, head, moments, **statistics, iteration=about["iteration"], seconds=about["seconds"])
+            state = cls(gaussians, head, **statistics, iteration=about["iteration"], seconds=about["seconds"])
+            for name, value in state.parameters().items():
+                moments = {key: tensors[f"{key}.{name}"] for key in MOMENTS}
+                state.adam.state[value] = {"step": tensors[f"step.{name}"].cpu(), **moments}
+            return state
 
 
 def saved_identity(path: Path) -> dict[str, Any]:
-    """Of what fit a checkpoint is; ValueError if it is damaged."""
+    """Which fit a checkpoint belongs to; ValueError if it is damaged."""
     with _opened(path) as (about, _):
         return about["identity"]
 
 
 @contextmanager
-def _opened(path: Path, device: str = "cpu") -> Iterator[tuple[dict[str, Any], Any]]:
+def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     try:
-        with safe_open(os.fspath(path), framework="pt", device=device) as file:
+        with safe_open(os.fspath(path), framework="pt") as file:
             about = json.loads((file.metadata() or {})["fit"])
             if about["format"] != FORMAT:
-                raise ValueError(f"format {about['format']!r}")
+                raise ValueError(f"format {about['format']!r}, expected {FORMAT!r}")
             yield about, file
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a whole checkpoint of a fit ({error}); remove it to begin again") from None
+        raise ValueError(f"{path}: not a complete checkpoint of a fit ({error}); remove it to begin again") from None
 
 
 def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What two nested mappings disagree in, as `name is a, asked for b`."""
+    """Where two nested mappings differ, as `name is a, asked for b`."""
     texts = []
     for name in sorted({*found, *asked}):
         first, second = found.get(name), asked.get(name)
@@ -139,10 +142,6 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
         else:
             texts.append(f"{name} is {first!r}, asked for {second!r}")
     return ", ".join(texts)
-
-
-def _all(gaussians: GaussianParams, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {**gaussians.values(), **{f"head.{name}": value for name, value in head.items()}}
 
 
 def _no_statistics(gaussians: GaussianParams) -> tuple[Tensor, Tensor, Tensor]:

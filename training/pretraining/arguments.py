@@ -1,102 +1,71 @@
-"""Arguments of the pre-training script: a YAML file for the run, any field of it again on the command line.
+"""Arguments of pre-training: the model and the corpus."""
 
-Three dataclasses, read by `help_text.GroupedParser`: the model, the data, and transformers' `TrainingArguments` with defaults of
-the paper. A field that no class knows is refused with the nearest name there is.
-"""
-
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 from transformers import Dinov2Config
 
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
 from training.common.arguments import flag_named
+from training.common.models import box, shared_fields
+from training.common.parser import option
 
 
 @dataclass
 class ModelArguments:
     """The model; defaults are the paper's."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "checkpoint folder or Hub id to go on from; its sizes hold"}
+    model: str | None = option("checkpoint folder or Hub id to start from; its sizes override those given here", None)
+    hidden_size: int = option("width of the decoder", 1024)
+    intermediate_size: int = option("width of the feed-forward", 4096)
+    num_hidden_layers: int = option("blocks of the decoder", 24)
+    num_attention_heads: int = option("heads of each attention", 16)
+    num_key_value_heads: int | None = option("key/value heads; by default as many as heads", None)
+    head_dim: int = option("channels of a head", 64)
+    partial_rotary_factor: float = option("fraction of a head's channels that RoPE rotates", 0.5)
+    rope_theta: float = option("base wavelength of RoPE", 10000.0)
+    initializer_range: float = option("standard deviation of new weights; larger for a narrow model", 0.02)
+    sliding_window: int = option("tokens a token attends to, and tokens in a training window", 12000)
+    loss_within_slot: bool = option(
+        "normalize a face over faces and a coordinate over coordinates only: cheaper, learns faster", False
     )
-    hidden_size: int = field(default=1024, metadata={"help": "width of the decoder"})
-    intermediate_size: int = field(default=4096, metadata={"help": "width of the feed-forward"})
-    num_hidden_layers: int = field(default=24, metadata={"help": "blocks of the decoder"})
-    num_attention_heads: int = field(default=16, metadata={"help": "heads of each attention"})
-    num_key_value_heads: int | None = field(
-        default=None, metadata={"help": "key/value heads; left out, as many as heads"}
+    attn_implementation: str = option("eager, sdpa, flash_attention_2, flex_attention", "sdpa")
+    use_vision_encoder: bool = option("condition on a portrait", True)
+    vision_model: str | None = option("pre-trained DINOv2: folder or Hub id such as facebook/dinov2-large", None)
+    freeze_vision_encoder: bool | None = option(
+        "do not train the portrait encoder; by default true if --vision_model is given", None
     )
-    head_dim: int = field(default=64, metadata={"help": "channels of a head"})
-    partial_rotary_factor: float = field(default=0.5, metadata={"help": "share of a head that RoPE rotates"})
-    rope_theta: float = field(default=10000.0, metadata={"help": "base wavelength of RoPE"})
-    initializer_range: float = field(
-        default=0.02, metadata={"help": "standard deviation of new weights; more if narrow"}
-    )
-    sliding_window: int = field(
-        default=12000, metadata={"help": "tokens a token attends to, and tokens in a training window"}
-    )
-    loss_within_slot: bool = field(
-        default=False,
-        metadata={"help": "tell faces from faces and coordinates from coordinates only: cheaper, learns faster"},
-    )
-    attn_implementation: str = field(
-        default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, flex_attention"}
-    )
-    use_vision_encoder: bool = field(default=True, metadata={"help": "read a portrait"})
-    vision_model: str | None = field(
-        default=None, metadata={"help": "pre-trained DINOv2: folder or id such as facebook/dinov2-large"}
-    )
-    freeze_vision_encoder: bool | None = field(
-        default=None, metadata={"help": "keep the portrait encoder as it is; left out, yes if --vision_model is given"}
-    )
-    vision_hidden_size: int = field(
-        default=1024, metadata={"help": "width of the portrait encoder, without --vision_model"}
-    )
-    vision_num_layers: int = field(
-        default=24, metadata={"help": "blocks of the portrait encoder, without --vision_model"}
-    )
-    vision_num_heads: int = field(
-        default=16, metadata={"help": "heads of the portrait encoder, without --vision_model"}
-    )
-    vision_patch_size: int = field(default=14, metadata={"help": "pixels of a patch, without --vision_model"})
-    use_point_encoder: bool = field(default=True, metadata={"help": "read the head mesh"})
-    point_latents: int = field(default=256, metadata={"help": "tokens that describe the head mesh"})
-    point_samples: int | None = field(
-        default=None, metadata={"help": "vertices read of a finer mesh, evenly spaced; left out, all"}
-    )
-    point_frequencies: int = field(
-        default=8, metadata={"help": "octaves of a vertex' Fourier embedding; fewer for few heads"}
-    )
-    point_hidden_size: int = field(default=768, metadata={"help": "width of the mesh encoder"})
-    point_layers: int = field(default=8, metadata={"help": "blocks of the mesh encoder"})
-    point_attention_heads: int = field(default=12, metadata={"help": "heads of the mesh encoder"})
+    vision_hidden_size: int = option("width of the portrait encoder, without --vision_model", 1024)
+    vision_num_layers: int = option("blocks of the portrait encoder, without --vision_model", 24)
+    vision_num_heads: int = option("heads of the portrait encoder, without --vision_model", 16)
+    vision_patch_size: int = option("pixels of a patch, without --vision_model", 14)
+    use_point_encoder: bool = option("condition on the head mesh", True)
+    point_latents: int = option("tokens that describe the head mesh", 256)
+    point_samples: int | None = option("vertices that are read of a finer mesh, evenly spaced; by default all", None)
+    point_frequencies: int = option("octaves of the Fourier embedding of a vertex; fewer for few heads", 8)
+    point_hidden_size: int = option("width of the mesh encoder", 768)
+    point_layers: int = option("blocks of the mesh encoder", 8)
+    point_attention_heads: int = option("heads of the mesh encoder", 12)
 
     def config(self, tokenizer: GaussianTokenizer) -> PointillistConfig:
         """The configuration of a new model for this tokenizer's vocabulary."""
         vision = None
-        if self.use_vision_encoder:
-            if self.vision_model:
-                with flag_named("--vision_model", self.vision_model):
-                    vision = Dinov2Config.from_pretrained(self.vision_model)
-            else:
-                vision = Dinov2Config(
-                    hidden_size=self.vision_hidden_size,
-                    num_hidden_layers=self.vision_num_layers,
-                    num_attention_heads=self.vision_num_heads,
-                    patch_size=self.vision_patch_size,
-                    image_size=tokenizer.image_size,
-                )
+        if self.use_vision_encoder and self.vision_model:
+            with flag_named("--vision_model", self.vision_model):
+                vision = Dinov2Config.from_pretrained(self.vision_model)
+        elif self.use_vision_encoder:
+            vision = Dinov2Config(
+                hidden_size=self.vision_hidden_size,
+                num_hidden_layers=self.vision_num_layers,
+                num_attention_heads=self.vision_num_heads,
+                patch_size=self.vision_patch_size,
+                image_size=tokenizer.image_size,
+            )
         frozen = bool(self.vision_model) if self.freeze_vision_encoder is None else self.freeze_vision_encoder
-        own = {f.name for f in fields(self)} & {f.name for f in fields(PointillistConfig)}
-        lower, upper = tokenizer.bounds
+        vocabulary = {"n_bins": tokenizer.n_bins, "n_faces": tokenizer.n_faces}
         return PointillistConfig(
-            n_bins=tokenizer.n_bins,
-            n_faces=tokenizer.n_faces,
+            **shared_fields(self, PointillistConfig) | {"freeze_vision_encoder": frozen} | vocabulary | box(tokenizer),
             vision_config=vision,
-            point_center=[(a + b) / 2 for a, b in zip(lower, upper)],
-            point_extent=max(b - a for a, b in zip(lower, upper)) / 2,
-            **({name: getattr(self, name) for name in own} | {"freeze_vision_encoder": frozen}),
         )
 
 
@@ -104,9 +73,7 @@ class ModelArguments:
 class DataArguments:
     """The corpus."""
 
-    corpus: str = field(metadata={"help": "folder made by `python -m gaussian_tokenizer.build_corpus`"})
-    condition_dropout: float = field(
-        default=0.1, metadata={"help": "share of windows learned without condition, for guidance"}
-    )
-    eval_split: str = field(default="validation", metadata={"help": "held-out split"})
-    max_eval_avatars: int | None = field(default=None, metadata={"help": "look at so many held-out avatars at most"})
+    corpus: str = option("folder made by `python -m gaussian_tokenizer.build_corpus`")
+    condition_dropout: float = option("share of windows without condition, for classifier-free guidance", 0.1)
+    eval_split: str = option("held-out split", "validation")
+    max_eval_avatars: int | None = option("held-out avatars to evaluate; by default all", None)

@@ -1,8 +1,8 @@
-"""How well the next token is predicted, slot by slot, and how fast it is learned.
+"""How well the next token is predicted in each slot, and how fast the model learns.
 
-Slots are x, y, z and b (face); the end token stands where an x could, so it is counted there. Negative log-likelihoods are in
-nats a token. Two baselines stand beside them: `uniform` knows the grammar only, `unigram` also how often each token occurs in
-its slot in the training split (counts plus one).
+Slots are x, y, z and face; the end token takes the place of an x and is counted there. Negative log-likelihoods are in nats a
+token. Two baselines go with them: `uniform` knows only the grammar, `unigram` also how often each token occurs in its slot in the
+training split (counts plus one).
 """
 
 import math
@@ -28,8 +28,8 @@ PEAK_FLOPS = {
 def slot_sums(logits: Tensor, labels: Tensor, config: PointillistConfig) -> Tensor:
     """Logits (B, L, vocabulary) and labels (B, L), -100 where nothing counts -> (B, 3, 4): NLL, hits and tokens of a row and slot.
 
-    Window positions are counted from a point border, so position t >= 1 holds slot (t - 1) mod 4. A model that learns within
-    slots is judged within them.
+    A window begins between two points, so position t >= 1 holds slot (t - 1) mod 4. With `loss_within_slot` a token competes only
+    with those of its slot, as in training.
     """
     targets, logits = labels[:, 1:], logits[:, :-1].float()
     if config.loss_within_slot:
@@ -44,46 +44,41 @@ def slot_sums(logits: Tensor, labels: Tensor, config: PointillistConfig) -> Tens
     return sums.new_zeros(len(sums), 3, 4).index_add_(2, slots, sums)
 
 
-def slot_metrics(sums: Tensor, prefix: str) -> dict[str, float]:
-    """Sums (3, 4) -> `{prefix}nll`, `{prefix}perplexity`, `{prefix}accuracy`, overall and for each slot."""
+def slot_metrics(sums: Tensor) -> dict[str, float]:
+    """Sums (3, 4) -> nll, perplexity and accuracy, overall and with `_x`, `_y`, `_z`, `_face` for each slot."""
     nll, hits, counted = sums.double().cpu()
     metrics = {}
     for name, part in {"": slice(None), **{f"_{slot}": slice(i, i + 1) for i, slot in enumerate(SLOTS)}}.items():
         tokens = counted[part].sum().clamp(min=1)
         mean = float(nll[part].sum() / tokens)
-        metrics[f"{prefix}nll{name}"] = mean
-        metrics[f"{prefix}perplexity{name}"] = math.exp(min(mean, 700.0))
-        metrics[f"{prefix}accuracy{name}"] = float(hits[part].sum() / tokens)
+        metrics[f"nll{name}"] = mean
+        metrics[f"perplexity{name}"] = math.exp(min(mean, 700.0))
+        metrics[f"accuracy{name}"] = float(hits[part].sum() / tokens)
     return metrics
 
 
 def baselines(train: AvatarRows, heldout: AvatarRows) -> dict[str, float]:
     """`unigram_nll` and `uniform_nll` of the held-out split in nats a token, end tokens included."""
     tokenizer = train.tokenizer
-    counts = np.zeros((4, tokenizer.vocab_size))
-    for row in range(len(train)):
-        add_counts(counts, train.sequence(row))
-    expected = np.zeros_like(counts)
-    for row in range(len(heldout)):
-        add_counts(expected, heldout.sequence(row))
-    coordinates = np.arange(tokenizer.vocab_size) < tokenizer.n_bins
-    faces = ~coordinates & (np.arange(tokenizer.vocab_size) < tokenizer.n_bins + tokenizer.n_faces)
-    possible = np.stack([coordinates] * 3 + [faces])
+    ids = np.arange(tokenizer.vocab_size)
+    possible = np.stack([ids < tokenizer.n_bins] * 3 + [(ids >= tokenizer.n_bins) & (ids < tokenizer.bos_token_id)])
     possible[0, tokenizer.eos_token_id] = True
-    smoothed = (counts + 1) * possible
-    probability = smoothed / smoothed.sum(1, keepdims=True)
-    uniform = possible / possible.sum(1, keepdims=True)
-    total = expected.sum()
-    return {
-        "unigram_nll": float(-(expected * np.log(np.where(possible, probability, 1))).sum() / total),
-        "uniform_nll": float(-(expected * np.log(np.where(possible, uniform, 1))).sum() / total),
-    }
+    expected = token_counts(heldout)
+
+    def nll(weights: np.ndarray) -> float:
+        probability = weights / weights.sum(1, keepdims=True)
+        return float(-(expected * np.log(np.where(possible, probability, 1))).sum() / expected.sum())
+
+    return {"unigram_nll": nll((token_counts(train) + 1) * possible), "uniform_nll": nll(possible)}
 
 
-def add_counts(counts: np.ndarray, sequence: np.ndarray) -> None:
-    """Count the tokens after bos into (4, vocabulary), in place."""
-    tokens = sequence[1:]
-    np.add.at(counts, (np.arange(len(tokens)) % 4, tokens), 1)
+def token_counts(rows: AvatarRows) -> np.ndarray:
+    """(4, vocabulary): how often each token occurs in each slot, bos left out."""
+    counts = np.zeros((4, rows.tokenizer.vocab_size))
+    for row in range(len(rows)):
+        tokens = rows.sequence(row)[1:]
+        np.add.at(counts, (np.arange(len(tokens)) % 4, tokens), 1)
+    return counts
 
 
 def decoder_parameters(model: PointillistForCausalLM) -> int:
@@ -102,7 +97,7 @@ def flops_per_token(config, num_parameters: int, window: float, condition_tokens
 
 
 def peak_flops(device: torch.device) -> float:
-    """FLOP/s the device can do: the data sheet of a known accelerator, else a float32 matrix product measured here."""
+    """FLOP/s of a device: by the data sheet of a known accelerator, else measured by a float32 matrix product."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_FLOPS.items():

@@ -2,8 +2,6 @@
 
 import time
 
-import torch
-
 from training.common.exact_trainer import ExactTrainer
 from training.pretraining.metrics import decoder_parameters, flops_per_token, peak_flops, slot_metrics, slot_sums
 
@@ -12,7 +10,7 @@ class PointillistTrainer(ExactTrainer):
     """Trains `PointillistForCausalLM` on `TrainWindows`, evaluates it on `EvaluationWindows`.
 
     Logs beside Trainer's own: tokens_per_second (all processes) and mfu since the last log; eval_nll, eval_perplexity and
-    eval_accuracy, overall and for the slots x, y, z, b.
+    eval_accuracy, overall and for the slots x, y, z, face.
     """
 
     def __init__(self, *args, **kwargs):
@@ -48,34 +46,25 @@ class PointillistTrainer(ExactTrainer):
             tokens += (self.train_dataset.rows.tokenizer.image_size // config.vision_config.patch_size) ** 2 + 1
         return tokens
 
-    @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Slot metrics over the whole held-out split, the same on every process."""
-        begin = time.perf_counter()
-        loader = self.get_eval_dataloader(eval_dataset)
-        # DeepSpeed and FSDP evaluate their wrapped model; without training before, there is none yet.
-        model = self.model_wrapped if self.model_wrapped is not None else self.model
-        model.eval()
-        config = self.accelerator.unwrap_model(model).config
-        sums = torch.zeros(3, 4, dtype=torch.double, device=self.args.device)
-        for batch in loader:
-            batch = self.prepared(batch)
-            labels = batch.pop("labels")
-            with self.compute_loss_context_manager():
-                logits = model(**batch).logits
-            sums += self.accelerator.gather_for_metrics(slot_sums(logits, labels, config)).sum(0)
-        metrics = slot_metrics(sums, f"{metric_key_prefix}_")
-        metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_nll"]
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - begin, 3)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.last_log = time.perf_counter()
+    def batch_sums(self, model, batch):
+        labels = batch.pop("labels")
+        with self.compute_loss_context_manager():
+            logits = model(**batch).logits
+        return slot_sums(logits, labels, self.accelerator.unwrap_model(model).config)
+
+    def mean_metrics(self, total):
+        metrics = slot_metrics(total)
+        return metrics | {"loss": metrics["nll"]}
+
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        self.last_log = time.perf_counter()  # its time is not training time
         return metrics
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Weights and configuration, and the tokenizer beside them.
+        """Weights, configuration and tokenizer.
 
-        (As a `processing_class` Trainer would take it for a processor of text and look for a tokenizer inside it.)
+        Not as Trainer's `processing_class`: Trainer takes that for a text processor and looks for a tokenizer inside it.
         """
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:

@@ -1,51 +1,45 @@
-"""Training windows: the corpus as an endless, exactly repeatable row of batches.
+"""Training windows: the corpus as an endless, exactly repeatable sequence of batches.
 
-A sequence may be ten times the attention window long, so the model is trained on windows of `sliding_window` tokens cut at
-point borders (truncated training: Meshtron). Item i of `TrainWindows` depends on the seed and on i alone, so a resumed run,
-or one on another number of workers, sees the same data. Windows that would hang over an end of the sequence are moved inside:
-its beginning and its end are then seen as often as its middle, and the tokens next to them up to three times as often.
+A token sequence may be ten times as long as the attention window, so the model is trained on windows of `sliding_window` tokens
+that begin between two points (truncated training: Meshtron). Item i of `TrainWindows` depends only on the seed and on i, so a
+resumed run, or one with another number of workers, sees the same data. A window that would extend beyond the sequence is moved
+inside: both ends of the sequence are then seen as often as its middle, and the tokens next to them up to three times as often.
 
-`EvaluationWindows` visits every held-out token once, each with at least half a window of context where there is that much.
+`EvaluationWindows` predict every held-out token once, with at least half a window of context where there is that much.
 Axes: B batch, L tokens, V vertices.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from training.common.rows import AvatarRows
+from training.common.rows import AvatarRows, shuffled_row
 
 
+@dataclass(eq=False)
 class TrainWindows(Dataset):
-    """`num_items` windows; in each epoch every avatar once, in an order of its own.
+    """`num_items` windows; each epoch has every avatar once, in another order."""
 
-    Args:
-        rows: the split.
-        window: tokens in a window, a multiple of 4.
-        num_items: how many windows the run will read.
-        seed: of order, cut, image and dropped conditions.
-        condition_dropout: share of windows that are learned without their condition, for guidance.
-    """
+    rows: AvatarRows
+    window: int  # tokens in a window, a multiple of 4
+    num_items: int
+    seed: int  # decides order, cut, image and dropped conditions
+    condition_dropout: float  # share of windows without condition, for classifier-free guidance
 
-    def __init__(self, rows: AvatarRows, window: int, num_items: int, seed: int, condition_dropout: float):
-        if window % 4 or window < 4:
-            raise ValueError(f"window must be a positive multiple of 4 (whole points), found {window}")
-        self.rows, self.window, self.num_items = rows, window, num_items
-        self.seed, self.condition_dropout = seed, condition_dropout
-        self.order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+    def __post_init__(self) -> None:
+        if self.window % 4 or self.window < 4:
+            raise ValueError(f"window must be a positive multiple of 4 (whole points), found {self.window}")
 
     def __len__(self) -> int:
         return self.num_items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, position = divmod(index, len(self.rows))
-        if self.order[0] != epoch:
-            self.order = (epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.rows)))
-        row = int(self.order[1][position])
-        random = np.random.default_rng((self.seed, 1, index))
+        row, random = shuffled_row(index, len(self.rows), self.seed)
         ids = self.rows.sequence(row)
         start = window_start(len(ids), self.window, random)
         ids = ids[start : start + self.window]
@@ -58,9 +52,9 @@ class TrainWindows(Dataset):
 
 
 def window_start(length: int, window: int, random: np.random.Generator) -> int:
-    """A start at a point border, drawn so that no token is covered less often than one in the middle of a long sequence.
+    """A random start between two points: no token is covered less often than one in the middle of a long sequence.
 
-    (Whole windows cannot do more: what covers the first token covers all of the first window.)
+    Whole windows cannot do better: a window that covers the first token covers all of the first window.
     """
     last = max(0, -(-(length - window) // 4) * 4)
     start = 4 * int(random.integers(-(window // 4) + 1, -(-length // 4)))
@@ -68,15 +62,15 @@ def window_start(length: int, window: int, random: np.random.Generator) -> int:
 
 
 class EvaluationWindows(Dataset):
-    """Windows that together predict each token of the split once.
+    """Windows that together predict each token once, of all avatars or the first `max_avatars`.
 
-    A window after the first starts half a window earlier and counts its newer half only (labels -100 elsewhere).
+    A window after the first starts half a window earlier and counts only its newer half (labels are -100 elsewhere).
     """
 
-    def __init__(self, rows: AvatarRows, window: int):
+    def __init__(self, rows: AvatarRows, window: int, max_avatars: int | None = None):
         self.rows, self.window = rows, window
-        self.items = []
-        for row, length in enumerate(rows.lengths):
+        self.items: list[tuple[int, int, int]] = []  # row, start, known tokens
+        for row, length in enumerate(rows.lengths[:max_avatars]):
             self.items.append((row, 0, 0))
             counted = window
             while counted < length:
@@ -96,13 +90,11 @@ class EvaluationWindows(Dataset):
 
 
 def collate_windows(items: list[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Stack windows (B, L), padded on the right; padding comes after everything it could disturb, so there is no mask."""
-    length = max(len(item["input_ids"]) for item in items)
-    input_ids = torch.full((len(items), length), pad_token_id)
-    labels = torch.full((len(items), length), -100)
-    for i, item in enumerate(items):
-        input_ids[i, : len(item["input_ids"])] = torch.from_numpy(item["input_ids"])
-        labels[i, : len(item["labels"])] = torch.from_numpy(item["labels"])
+    """Stack windows (B, L). They are padded on the right, where no real token attends to padding, so there is no mask."""
+    input_ids, labels = (
+        pad_sequence([torch.from_numpy(item[name]) for item in items], batch_first=True, padding_value=padding)
+        for name, padding in (("input_ids", pad_token_id), ("labels", -100))
+    )
     labels[:, 0] = -100  # nothing predicts the first token
     batch = {
         "input_ids": input_ids,

@@ -29,7 +29,7 @@ def test_a_signal_is_noted_and_answered_and_twice_in_a_second_is_once(clock, num
         clock[0] += 0.9
         os.kill(os.getpid(), number)
         assert signals.received == [number]
-    assert capfd.readouterr().err.count("the step that is being done is finished and saved") == 1
+    assert capfd.readouterr().err.count("the current step is finished and saved") == 1
 
 
 def test_a_second_ctrl_c_interrupts_at_once(clock):

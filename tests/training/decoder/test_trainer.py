@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from curves import assert_pinned
 from transformers import Dinov2Config
 
 from gaussian_tokenizer.avatars.skinning import animate
@@ -17,7 +18,7 @@ from gaussian_tokenizer.rendering.splatting import render
 from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
 from modeling.conversion import vertex_points
 from modeling.point_features import FeatureCache, point_features
-from training.decoder.arguments import DecoderTrainingArguments
+from training.decoder.arguments import DecoderTrainingArguments, LossArguments
 from training.decoder.subjects import (
     EvaluationSubjects,
     SubjectRows,
@@ -27,9 +28,9 @@ from training.decoder.subjects import (
     motion_of,
     on_background,
 )
-from training.decoder.trainer import DecoderTrainer, LossWeights
+from training.decoder.trainer import DecoderTrainer
 
-PAPER = LossWeights()
+PAPER = LossArguments()
 MODES = ("full", "ar_feature", "position", "flame_position")
 
 
@@ -48,7 +49,7 @@ def head() -> HeadModel:
 
 @pytest.fixture
 def make_trainer(corpus, point_model, head, tmp_path):
-    def make(mode="full", weights=PAPER, cache=None, **config) -> DecoderTrainer:
+    def make(mode="full", losses=PAPER, cache=None, max_steps=2, learning_rate=1e-4, **config) -> DecoderTrainer:
         torch.manual_seed(0)
         points = PointillistForCausalLM.from_pretrained(point_model)
         settings = dict(
@@ -57,19 +58,20 @@ def make_trainer(corpus, point_model, head, tmp_path):
             vision_config=Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=56),
         )  # fmt: skip
         arguments = DecoderTrainingArguments(
-            output_dir=str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=2, per_device_eval_batch_size=2,
-            eval_strategy="no", save_strategy="no", use_cpu=True, disable_tqdm=True, num_threads=1, warmup_steps=0,
+            output_dir=str(tmp_path / "run"), max_steps=max_steps, learning_rate=learning_rate, per_device_train_batch_size=2,
+            per_device_eval_batch_size=2, eval_strategy="no", save_strategy="no", use_cpu=True, disable_tqdm=True, num_threads=1,
+            warmup_steps=0, logging_steps=1,
         )  # fmt: skip
         train, heldout = (SubjectRows(corpus, split, use_heads=True) for split in ("train", "validation"))
         return DecoderTrainer(
             model=GaussianDecoder(GaussianDecoderConfig(**(settings | config))),
             args=arguments,
-            train_dataset=TrainSubjects(train, 4, 2, seed=0, random_source=False),
+            train_dataset=TrainSubjects(train, 2 * max_steps, 2, seed=0, random_source=False),
             eval_dataset=EvaluationSubjects(heldout, 3),
             data_collator=partial(collate_subjects, pad_token_id=points.config.pad_token_id),
             point_model=points,
             head=head,
-            weights=weights,
+            losses=losses,
             perceptual=None,
             cache=None if cache is None else FeatureCache(cache, points),
             method="lbs",
@@ -84,7 +86,7 @@ def batch_of(trainer: DecoderTrainer, rows=(0, 1)) -> dict:
 
 def test_the_loss_is_the_papers_sum_over_images_drawn_one_subject_at_a_time(make_trainer, head):
     """Subject by subject without padding, against the trainer's padded batch."""
-    trainer = make_trainer(weights=LossWeights(0.7, 0.3, 0.0, 0.2))
+    trainer = make_trainer(losses=LossArguments(0.7, 0.3, 0.0, offset_weight=0.2))
     batch = batch_of(trainer)
     assert (
         len({int((ids < trainer.tokenizer.bos_token_id).sum()) for ids in batch["input_ids"]}) == 2
@@ -168,6 +170,13 @@ def test_evaluation_is_the_mean_over_all_held_out_frames_on_white(make_trainer):
     mean_psnr, mean_ssim = torch.tensor(values).mean(0).tolist()
     assert metrics["eval_psnr"] == pytest.approx(mean_psnr, rel=1e-5)
     assert metrics["eval_ssim"] == pytest.approx(mean_ssim, rel=1e-4)
+
+
+def test_twenty_steps_follow_the_pinned_curve(make_trainer):
+    """After an intended change: POINTILLIST_PIN=1 python -m pytest tests/training -k pinned_curve"""
+    trainer = make_trainer(max_steps=20, learning_rate=3e-3)
+    trainer.train()
+    assert_pinned("decoder", [entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
 def test_features_from_the_cache_are_those_that_are_computed(make_trainer, tmp_path):

@@ -21,8 +21,8 @@ from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline
-from training.decoder.subjects import SubjectRows
-from training.demo.report import chamfer, image_metrics, judge, mean_image_metrics, true_frames
+from training.decoder.subjects import SubjectRows, mean_image_metrics
+from training.demo.report import chamfer, image_metrics, judge, true_frames
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 40), (300, 120), (50, 50)])
@@ -81,7 +81,7 @@ def swapped():
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*kept the")
-def test_every_token_that_the_tokenizer_would_not_have_written_counts(ids, points, invalid):
+def test_every_token_that_the_tokenizer_would_not_have_given_counts(ids, points, invalid):
     kept, found = judge(TOKENIZER, ids)
     assert (len(kept["faces"]), found) == (points, invalid)
     assert set(kept) == {"positions", "faces"}
@@ -180,13 +180,18 @@ def test_image_metrics_are_those_of_the_drawn_frames(subjects, tiny_corpus):
     assert found[0] == pytest.approx(np.mean(errors), rel=1e-4)
 
 
-def test_the_mean_image_of_the_very_image_is_perfect(subjects):
+def test_a_mean_image_that_is_the_true_image_is_perfect_and_those_of_others_are_as_good_as_they_are(subjects):
     frames = true_frames(subjects, 0)["images"][0]
     color, alpha = frames.split((3, 1), -1)
     white = color * alpha + 1 - alpha
-    cameras = subjects.frames[list(subjects.frame_rows(0))]["camera"]
-    means = {camera: white[[i for i, c in enumerate(cameras) if c == camera]].mean(0) for camera in set(cameras)}
-    first = mean_image_metrics(means, subjects, 0)
-    other = mean_image_metrics(means, subjects, 1)
-    assert first[0] > other[0] and first[1] > other[1]
-    assert mean_image_metrics({camera: white[0] * 0 for camera in means}, subjects, 0)[0] < other[0]
+    rows = list(subjects.frame_rows(0))
+    cameras = subjects.frames[rows]["camera"]
+    first = {camera: cameras.index(camera) for camera in set(cameras)}  # one frame of each camera
+    means = {camera: white[i] for camera, i in first.items()}
+    found = mean_image_metrics(means, subjects, [rows[i] for i in first.values()])
+    assert (found[0] > 100).all() and (found[1] > 1 - 1e-6).all()
+    black = {camera: white[0] * 0 for camera in means}
+    expected = [-10 * np.log10(float((image**2).mean())) for image in white]
+    assert mean_image_metrics(black, subjects, rows)[0].tolist() == pytest.approx(expected, rel=1e-4)
+    del means[cameras[0]]
+    assert len(mean_image_metrics(means, subjects, rows)[0]) == sum(camera != cameras[0] for camera in cameras)

@@ -47,7 +47,7 @@ def tracking(tmp_path_factory, head) -> Tracking:
 
 @pytest.fixture(scope="module")
 def fitted(tracking, head):
-    fit = Fit.of(tracking, head, QUICK, CPU)
+    fit = Fit(tracking, head, QUICK, CPU)
     state, counts, losses = fit.begin(), [], []
 
     def note(state, loss):
@@ -59,7 +59,7 @@ def fitted(tracking, head):
 
 
 def test_it_begins_with_one_gray_gaussian_on_every_face(tracking, head):
-    state = Fit.of(tracking, head, FitSettings(), CPU).begin()
+    state = Fit(tracking, head, FitSettings(), CPU).begin()
     gaussians = state.gaussians
     assert (
         torch.equal(gaussians.faces, torch.arange(600))
@@ -89,7 +89,7 @@ def test_after_every_density_control_faces_hold_4_to_15_or_nothing(fitted):
 
 def test_without_the_constraint_no_face_is_emptied_and_none_is_limited(tracking, head):
     often = replace(QUICK, iterations=12, densify_from=0, densify_interval=3, densify_grad_threshold=0.0)
-    fit = Fit.of(tracking, head, replace(often, density_constraint=False), CPU)
+    fit = Fit(tracking, head, replace(often, density_constraint=False), CPU)
     state = fit.begin()
     optimize(fit, state, lambda state, loss: None)
     count = state.gaussians.faces.bincount(minlength=600)
@@ -129,7 +129,7 @@ def test_face_stats_are_over_occupied_faces():
 
 
 def test_every_image_is_seen_once_before_any_is_seen_again(tracking, head):
-    fit = Fit.of(tracking, head, replace(QUICK, images_per_step=2), CPU)
+    fit = Fit(tracking, head, replace(QUICK, images_per_step=2), CPU)
     count = len(fit.train)
     seen = [index for step in range(count) for index in _images_of_step(fit, step)]
     assert sorted(seen[:count]) == sorted(seen[count:]) == sorted(fit.train) and seen[:count] != seen[count:]
@@ -137,7 +137,7 @@ def test_every_image_is_seen_once_before_any_is_seen_again(tracking, head):
 
 
 def test_images_grow_in_equal_parts_of_the_time(tracking, head):
-    fit = Fit.of(tracking, head, replace(QUICK, start_downscale=2, full_resolution_from=10), CPU)
+    fit = Fit(tracking, head, replace(QUICK, start_downscale=2, full_resolution_from=10), CPU)
     assert [fit.downscale(step) for step in (0, 4, 5, 9, 10, 19)] == [2, 2, 2, 2, 1, 1]
 
 
@@ -152,7 +152,7 @@ def test_a_smaller_image_shows_the_same_through_the_same_camera(tracking):
 
 
 def test_positions_slow_down_exponentially(tracking, head):
-    fit = Fit.of(tracking, head, replace(QUICK, scene_extent=2.0), CPU)
+    fit = Fit(tracking, head, replace(QUICK, scene_extent=2.0), CPU)
     rates = [learning_rates(fit, step)["positions"] for step in (0, 10, 20)]
     assert rates == pytest.approx([0.04, 0.04 / 10**0.5, 0.004])
 
@@ -177,7 +177,7 @@ def test_opacities_are_lowered_at_intervals_and_on_white_when_density_control_be
 
 
 def test_large_gaussians_go_from_their_iteration_on(tracking, head):
-    fit = Fit.of(tracking, head, replace(QUICK, prune_large_from=10, scene_extent=2.0), CPU)
+    fit = Fit(tracking, head, replace(QUICK, prune_large_from=10, scene_extent=2.0), CPU)
     assert (densify_config(fit, 10).max_scale, densify_config(fit, 10).max_radius) == (None, None)
     assert (densify_config(fit, 11).max_scale, densify_config(fit, 11).max_radius) == (0.2, 20.0)
     assert densify_config(fit, 11).percent_dense == pytest.approx(0.02)
@@ -223,8 +223,8 @@ def test_nothing_but_black_images_is_refused(tracking, head):
     def black(frame: Frame) -> Frame:
         return replace(frame, image=np.zeros((36, 36, 4), np.uint8))
 
-    with pytest.raises(ValueError, match="every image to learn from is black or transparent"):
-        Fit.of(with_images(tracking, black), head, QUICK, CPU)
+    with pytest.raises(ValueError, match="every training image is black or transparent"):
+        Fit(with_images(tracking, black), head, QUICK, CPU)
 
 
 def test_cameras_that_look_away_are_refused(tracking, head):
@@ -232,19 +232,19 @@ def test_cameras_that_look_away_are_refused(tracking, head):
         return replace(frame, viewmat=np.diag([1.0, -1.0, -1.0, 1.0]) @ frame.viewmat)
 
     with pytest.raises(ValueError, match="no camera sees the head"):
-        Fit.of(with_images(tracking, turned), head, QUICK, CPU).begin()
+        Fit(with_images(tracking, turned), head, QUICK, CPU).begin()
 
 
 def test_no_images_to_learn_from_and_too_small_ones_are_refused(tracking, head):
     with pytest.raises(ValueError, match="training split is empty"):
-        Fit.of(replace(tracking, splits={"train": (), "val": (), "test": (0,)}), head, QUICK, CPU)
+        Fit(replace(tracking, splits={"train": (), "val": (), "test": (0,)}), head, QUICK, CPU)
     with pytest.raises(ValueError, match="at least 88"):
-        Fit.of(tracking, head, replace(QUICK, start_downscale=8), CPU)
+        Fit(tracking, head, replace(QUICK, start_downscale=8), CPU)
 
 
 def test_images_that_show_nothing_of_the_head_end_the_fit(tracking, head):
     settings = replace(QUICK, min_face_pixels=1e6)
-    fit = Fit.of(tracking, head, settings, CPU)
+    fit = Fit(tracking, head, settings, CPU)
     with pytest.raises(ValueError, match="no Gaussian is in any image after 5 steps"):
         optimize(fit, fit.begin(), lambda state, loss: None)
 

@@ -12,11 +12,12 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from paths import ROOT
-from transformers import Dinov2Config, TrainingArguments
+from transformers import Dinov2Config, HfArgumentParser, TrainingArguments
 
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
-from training.common.arguments import PretrainArguments, flag_named, parse_arguments
+from training.common.arguments import flag_named, parse_arguments
+from training.common.training_arguments import PretrainArguments
 from training.decoder.arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
 from training.fitting.arguments import FitArguments, FitSettings
 from training.pretraining.arguments import DataArguments, ModelArguments
@@ -26,6 +27,17 @@ CONFIGS = [path for path in EVERY if not path.stem.startswith(("decoder_", "fit_
 FIT_CONFIGS = [path for path in EVERY if path.stem.startswith("fit_")]
 DECODER_CONFIGS = [path for path in EVERY if path.stem.startswith("decoder_")]
 LAUNCHES = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "training" / "configs" / "accelerate").glob("*.yaml"))]
+
+
+SCRIPTS = {
+    "pretrain": (ModelArguments, DataArguments, PretrainArguments),
+    "decoder": (DecoderArguments, FrameArguments, LossArguments, DecoderTrainingArguments),
+    "fit": (FitArguments, FitSettings),
+}
+
+
+def has(cls: type, name: str) -> bool:
+    return any(field.name == name for field in fields(cls))
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +69,23 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(conf
     )
     assert (model.hidden_size, training.max_steps, data.corpus) == (96, 9, "b")
     assert (model.num_hidden_layers, training.per_device_train_batch_size) == (24, 4)
+
+
+@pytest.mark.parametrize("classes", SCRIPTS.values(), ids=SCRIPTS)
+def test_values_are_those_of_transformers_parser(classes):
+    required = {"corpus": "a", "point_model": "b", "head": "c", "data": "d", "output_dir": "e"}
+    words = [f"--{name}={value}" for name, value in required.items() if any(has(cls, name) for cls in classes)]
+    words += (
+        ["--label_names", "x", "y", "--optim", "sgd", "--torch_compile", "false"] if has(classes[-1], "optim") else []
+    )
+    found, expected = (
+        parse_arguments(words, *classes, description=""),
+        HfArgumentParser(classes).parse_args_into_dataclasses(words),
+    )
+    for ours, theirs in zip(found, expected):
+        # What Trainer sets up for itself compares by identity.
+        names = [f.name for f in fields(ours) if f.name not in ("accelerator_config", "logging_dir")]
+        assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
 
 
 def test_without_a_file_the_defaults_are_the_papers():
@@ -199,13 +228,6 @@ def test_a_model_that_is_not_there_is_said_in_one_line_with_its_flag():
     with pytest.raises(FileNotFoundError) as caught, flag_named("--model", "some/repo"):
         raise OSError("We couldn't connect\nto anything")
     assert "--model some/repo" in str(caught.value) and "\n" not in str(caught.value)
-
-
-SCRIPTS = {
-    "pretrain": (ModelArguments, DataArguments, PretrainArguments),
-    "decoder": (DecoderArguments, FrameArguments, LossArguments, DecoderTrainingArguments),
-    "fit": (FitArguments, FitSettings),
-}
 
 
 def help_of(capsys, script, *words):

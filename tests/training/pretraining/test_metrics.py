@@ -71,18 +71,18 @@ def test_metrics_are_means_over_tokens_not_over_slots_or_rows():
     logits, labels = random_case()
     (nll, hits, counted), metrics = (
         loop_sums(logits.double(), labels),
-        slot_metrics(slot_sums(logits, labels, CONFIG).sum(0), "eval_"),
+        slot_metrics(slot_sums(logits, labels, CONFIG).sum(0)),
     )
-    assert metrics["eval_nll"] == pytest.approx(sum(nll) / sum(counted), rel=1e-6)
-    assert metrics["eval_accuracy"] == pytest.approx(sum(hits) / sum(counted))
+    assert metrics["nll"] == pytest.approx(sum(nll) / sum(counted), rel=1e-6)
+    assert metrics["accuracy"] == pytest.approx(sum(hits) / sum(counted))
     for i, slot in enumerate(SLOTS):
-        assert metrics[f"eval_nll_{slot}"] == pytest.approx(nll[i] / counted[i], rel=1e-6)
-        assert metrics[f"eval_accuracy_{slot}"] == pytest.approx(hits[i] / counted[i])
-        assert metrics[f"eval_perplexity_{slot}"] == pytest.approx(math.exp(nll[i] / counted[i]), rel=1e-5)
+        assert metrics[f"nll_{slot}"] == pytest.approx(nll[i] / counted[i], rel=1e-6)
+        assert metrics[f"accuracy_{slot}"] == pytest.approx(hits[i] / counted[i])
+        assert metrics[f"perplexity_{slot}"] == pytest.approx(math.exp(nll[i] / counted[i]), rel=1e-5)
 
 
 def test_a_slot_without_tokens_has_finite_metrics():
-    metrics = slot_metrics(torch.zeros(3, 4), "")
+    metrics = slot_metrics(torch.zeros(3, 4))
     assert metrics["nll"] == 0 and all(math.isfinite(value) for value in metrics.values())
 
 

@@ -11,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from curves import assert_pinned
 from safetensors import SafetensorError
 
 from gaussian_tokenizer.utils.disk import disk_is_full
 from modeling import PointillistConfig, PointillistForCausalLM
 from training.common import exact_trainer
-from training.common.arguments import PretrainArguments, parse_arguments
-from training.common.exact_trainer import COMPLETE, checkpoint_to_resume, going_on_from
+from training.common.arguments import parse_arguments
+from training.common.exact_trainer import COMPLETE, checkpoint_to_resume, steps_ahead
 from training.common.process import Interrupted
 from training.common.rows import AvatarRows
+from training.common.training_arguments import PretrainArguments
 from training.pretraining import trainer as trainer_module
 from training.pretraining.metrics import slot_metrics
 from training.pretraining.trainer import PointillistTrainer
@@ -79,7 +81,7 @@ def full_forward(model, rows) -> dict[str, float]:
             sums[:, (t - 1) % 4] += torch.stack(
                 (-F.log_softmax(scores, -1)[ids[t]], (scores.argmax() == ids[t]).double(), torch.ones(()).double())
             )
-    return slot_metrics(sums, "eval_")
+    return {f"eval_{name}": value for name, value in slot_metrics(sums).items()}
 
 
 @pytest.mark.newest
@@ -110,9 +112,32 @@ def test_evaluation_with_a_window_counts_every_token_once(make_trainer):
     assert seen[2].sum() == (rows.lengths - 1).sum()
     assert seen[2].tolist() == [rows.lengths.sum() // 4 - len(rows) // 2 + len(rows)] + [sum(rows.lengths - 2) // 4] * 3
     assert found["eval_nll"] == pytest.approx(float(seen[0].sum() / seen[2].sum()))
-    # Less context than the whole sequence, yet no other model: close to, but not, the full forward pass.
-    expected = full_forward(trainer.model, rows)["eval_nll"]
-    assert found["eval_nll"] == pytest.approx(expected, rel=0.05)
+
+
+def nll_of_windows(trainer, condition_of=lambda row: row, context=lambda ids: ids) -> float:
+    """Nats a token from one forward pass a window, under the condition of a row and with a changed context."""
+    rows, nll, count = trainer.eval_dataset.rows, 0.0, 0
+    trainer.model.eval()
+    for row, start, known in trainer.eval_dataset.items:
+        ids = torch.from_numpy(rows.sequence(row)[start : start + 64])
+        read = torch.cat((context(ids[:known]), ids[known:]))
+        condition = {n: torch.from_numpy(v.copy())[None] for n, v in rows.condition(condition_of(row), None).items()}
+        with torch.no_grad():
+            logits = trainer.model(input_ids=read[None], **condition).logits[0].double()
+        first = max(known, 1)
+        nll += float(F.cross_entropy(logits[first - 1 : -1], ids[first:], reduction="sum"))
+        count += len(ids) - first
+    assert count == (rows.lengths - 1).sum()
+    return nll / count
+
+
+def test_evaluation_with_a_window_reads_the_subjects_condition_and_the_tokens_before(make_trainer):
+    trainer = make_trainer(window=64)
+    found = trainer.evaluate()["eval_nll"]
+    assert found == pytest.approx(nll_of_windows(trainer), rel=1e-5)
+    count = len(trainer.eval_dataset.rows)
+    for wrong in ({"condition_of": lambda row: (row + 1) % count}, {"context": lambda ids: ids.roll(1)}):
+        assert abs(nll_of_windows(trainer, **wrong) / found - 1) > 1e-4
 
 
 def test_evaluation_leaves_training_as_it_was(make_trainer, tmp_path):
@@ -134,6 +159,13 @@ def test_speed_is_that_of_learned_tokens(make_trainer, monkeypatch):
     learned = [sum(len(item["labels"]) - 1 for item in items[2 * k : 2 * k + 2]) for k in range(3)]
     found = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
     assert found == pytest.approx(learned, rel=1e-3)
+
+
+def test_twenty_steps_follow_the_pinned_curve(make_trainer):
+    """After an intended change: POINTILLIST_PIN=1 python -m pytest tests/training -k pinned_curve"""
+    trainer = make_trainer(max_steps=20, learning_rate=3e-3, save_strategy="no")
+    trainer.train()
+    assert_pinned("point_model", losses_of(trainer))
 
 
 # ---- checkpoints
@@ -170,7 +202,7 @@ def test_a_checkpoint_by_name_must_be_there_and_whole(tmp_path):
     folder = whole(tmp_path / "checkpoint-3")
     assert checkpoint_to_resume(str(folder), "elsewhere") == str(folder)
     (folder / COMPLETE).unlink()
-    with pytest.raises(ValueError, match="checkpoint-3: not a whole checkpoint"):
+    with pytest.raises(ValueError, match="checkpoint-3: not a complete checkpoint"):
         checkpoint_to_resume(str(folder), "elsewhere")
     with pytest.raises(FileNotFoundError, match="checkpoint-4: no such folder"):
         checkpoint_to_resume(str(tmp_path / "checkpoint-4"), "elsewhere")
@@ -321,13 +353,14 @@ def test_a_stop_saves_whatever_the_strategy_of_saving(make_trainer, tmp_path):
     assert Path(checkpoint_to_resume("true", str(tmp_path / "run"))).name == "checkpoint-3"
 
 
-def test_going_on_says_if_nothing_is_left_to_train(make_trainer, tmp_path):
+def test_a_resumed_run_says_if_nothing_is_left_to_train(make_trainer, tmp_path):
     make_trainer(max_steps=2).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
-    assert going_on_from(checkpoint, 3) == f"going on from {checkpoint}"
+    assert steps_ahead(None, 3, "4 windows") == "3 steps of 4 windows"
+    assert steps_ahead(checkpoint, 3, "4 windows") == f"resuming from {checkpoint}"
     for steps in (2, 1):
-        said = going_on_from(checkpoint, steps)
-        assert f"with 2 steps done and --max_steps {steps} nothing is left to train" in said
+        said = steps_ahead(checkpoint, steps, "4 windows")
+        assert f"2 steps are done and --max_steps is {steps}, so nothing is left to train" in said
         assert "raise --max_steps" in said
 
 
