@@ -22,7 +22,7 @@ import torch
 from transformers import set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
-from gaussian_tokenizer.avatars.skinning import METHODS
+from gaussian_tokenizer.avatars.skinning import ANIMATIONS
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
@@ -64,8 +64,8 @@ def main() -> None:
         raise ValueError(f"--num_targets must be at least 1, found {frames.num_targets}")
     if not 0 <= frames.self_generated_ratio <= 1:
         raise ValueError(f"--self_generated_ratio is a share, 0 to 1, found {frames.self_generated_ratio}")
-    if frames.animation not in METHODS:
-        raise ValueError(f"--animation {frames.animation}: expected {' or '.join(METHODS)}")
+    if frames.animation not in ANIMATIONS:
+        raise ValueError(f"--animation {frames.animation}: expected {' or '.join(ANIMATIONS)}")
     warn_of_missing_processes(arguments.world_size)
     checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, arguments.output_dir)
     set_seed(arguments.seed)
@@ -106,7 +106,7 @@ def main() -> None:
         weights=LossWeights(losses.l1_weight, losses.ssim_weight, losses.lpips_weight, losses.offset_weight),
         perceptual=perceptual,
         cache=FeatureCache(frames.feature_cache, point_model) if frames.feature_cache else None,
-        method=frames.animation,
+        animation=frames.animation,
     )
     if trainer.is_world_process_zero():
         steps = (

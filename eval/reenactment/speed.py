@@ -23,10 +23,11 @@ FRAMES = 32  # drawn for the measurement, after one to warm up
 def measure(avatar: GaussianAvatar, pair: Pair, generation: Sequence[dict[str, Any]], device: str) -> dict[str, Any]:
     """The speed page; `generation` is what was noted when the avatars were made, maybe by an earlier start of this run."""
     rows = pair.rows[:FRAMES]
-    draw(avatar, pair.driver, rows[:1])
+    bound = avatar.bind()
+    draw(bound, pair.driver, rows[:1])
     begin = time.perf_counter()
     for row in rows:
-        draw(avatar, pair.driver, range(row, row + 1))
+        draw(bound, pair.driver, range(row, row + 1))
     seconds = time.perf_counter() - begin
     making, tokens = sum(noted["seconds"] for noted in generation), sum(noted["tokens"] for noted in generation)
     return {

@@ -17,6 +17,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
+import torch
 import viser
 from viser import ViserServer
 
@@ -24,8 +25,8 @@ from eval.viewer.colors import MODES, modes, point_colors
 from eval.viewer.controls import Slider, sliders, to_parameters
 from eval.viewer.exports import folder_bytes, png_bytes, splat_bytes
 from eval.viewer.playback import Playback
-from eval.viewer.posing import Rig
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
@@ -55,33 +56,35 @@ class Shown:
     name: str
     avatar: GaussianAvatar
     offset: np.ndarray  # (3,) meters, where its head's origin stands
-    rig: Rig = field(init=False)
-    dots: Rig = field(init=False)
+    bound: Skinning = field(init=False)
+    dots: Skinning = field(init=False)
     step: int = field(init=False)  # from one point that is a dot to the next
     opacities: np.ndarray = field(init=False)  # (N, 1) uint8
     modes: tuple[str, ...] = field(init=False)  # that it can be colored by
     colors: dict[str, np.ndarray] = field(init=False, default_factory=dict)  # (N, 3) uint8 by mode, as asked for
 
     def __post_init__(self) -> None:
-        self.rig, self.step = Rig.of(self.avatar), -(-len(self.avatar) // MAX_DOTS)
-        self.dots = self.rig.every(self.step)
+        self.step = -(-len(self.avatar) // MAX_DOTS)
+        self.bound, self.dots = self.avatar.bind(), self.avatar.select(slice(None, None, self.step)).bind()
         self.modes = modes(self.avatar)
         assert self.avatar.opacities is not None
         self.opacities = _to_bytes(self.avatar.opacities.sigmoid()[:, None].numpy())
 
+    @torch.inference_mode()
     def posed(self, params: HeadParameters, color: str, drawn_as: str) -> dict[str, np.ndarray]:
         """What viser draws, by the names of its handles, in units of the page."""
         if color not in self.modes:  # of another avatar beside it
             color = MODES[0]
         if color not in self.colors:
             self.colors[color] = _to_bytes(point_colors(self.avatar, color))
-        posed = (self.dots if drawn_as == DOTS else self.rig).pose(params)
-        centers = (posed.centers + self.offset.astype(np.float32)) * UNITS
+        offset = self.offset.astype(np.float32)
         if drawn_as == DOTS:
-            return {"points": centers, "colors": self.colors[color][:: self.step]}
+            dots = self.dots.pose(params, rotate_covariances=False).positions[0].numpy()
+            return {"points": (dots + offset) * UNITS, "colors": self.colors[color][:: self.step]}
+        positions, covariances = self.bound.covariances(params)
         return {
-            "centers": centers,
-            "covariances": posed.covariances * UNITS**2,
+            "centers": (positions[0].numpy() + offset) * UNITS,
+            "covariances": covariances[0].numpy() * UNITS**2,
             "rgbs": self.colors[color],
             "opacities": self.opacities,
         }

@@ -29,9 +29,9 @@ from gaussian_tokenizer.avatars.anchoring import (
     world_to_local_quats,
 )
 from gaussian_tokenizer.avatars.export import save_ply
-from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.avatars.gaussians import MIN_SCALE, Gaussians
 from gaussian_tokenizer.avatars.ply import MAX_SH_DEGREE, PlyGaussians, read_gaussian_ply, write_gaussian_ply
-from gaussian_tokenizer.avatars.skinning import Local, Placed, place, pose_by_face_frames, retarget
+from gaussian_tokenizer.avatars.skinning import Local, Skinning
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import built_in_head, load_head
@@ -41,8 +41,7 @@ from gaussian_tokenizer.utils.json_files import parse_json, read_json
 FORMAT = "avatar-pointillist gaussian avatar 1"
 PLY_NAME, PARAMETERS_NAME, METADATA_NAME = "point_cloud.ply", "flame_param.npz", "metadata.json"
 GAUSSIAN_AVATARS_SH_DEGREE = 3  # of its viewer unless told otherwise; it opens no file of another
-MIN_SCALE = 1e-9  # meters; what is smaller has no finite logarithm to store
-MAX_OPACITY = 1 - 1e-6  # and 1e-6 the least, for the same reason
+MAX_OPACITY = 1 - 1e-6  # and 1e-6 the least: logits are stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +96,10 @@ class GaussianAvatar:
         params = None if self.params is None else self.params.to(device)
         head = None if self.head is None else self.head.to(device)
         return replace(self, **moved, params=params, head=head)
+
+    def select(self, index: Tensor | slice) -> "GaussianAvatar":
+        """The avatar of some of its Gaussians, or of all in another order."""
+        return replace(self, **{name: value[index] for name, value in self.tensors().items()})  # type: ignore[arg-type]
 
     def with_head(self, head: HeadModel) -> "GaussianAvatar":
         """The same avatar with its head model attached; ValueError if it is not the one the avatar was made on."""
@@ -157,34 +160,40 @@ class GaussianAvatar:
 
     def canonical_gaussians(self) -> Gaussians:
         """The Gaussians on the canonical head (own shape, no expression, no pose), T = 1."""
-        tensors = self._complete("posing")
-        head, params = self._head_and_params()
-        vertices = head.canonical_vertices(params)[None]
-        placed = pose_by_face_frames(_local(tensors, vertices), vertices, head.faces)
-        return _gaussians(placed, tensors)
+        return self.bind().at_rest()
 
     def posed(
         self,
         params: HeadParameters | None = None,
-        method: str = "lbs",
+        animation: str = "lbs",
         pose_correctives: bool = True,
         rotate_covariances: bool = True,
     ) -> Gaussians:
         """What a splatter draws, in every frame of `params` (None: the avatar's own), in world space.
 
-        `method` "lbs" is linear blend skinning with interpolated weights and blendshapes (the paper), "face_frames"
+        `animation` "lbs" is linear blend skinning with interpolated weights and blendshapes (the paper), "face_frames"
         lets positions, sizes and rotations follow the faces (GaussianAvatars). `params` may be another subject's
         motion: the avatar keeps its own shape and static offset. `rotate_covariances=False` leaves the rotations of
         "lbs" as they are at rest; with `pose_correctives=False` that is what LAM draws. Computed in the dtype of
         `params`, with gradients to them and to the tensors of the avatar. SH are not turned: they are evaluated in
-        world directions. Raises ValueError for an avatar without colors or a motion of another head model.
+        world directions. To pose one avatar many times, `bind` it once. Raises ValueError for an avatar without colors or
+        a motion of another head model.
+        """
+        bound = self.bind(None if params is None else params.expr.dtype)
+        motion = bound.own if params is None else params.to(self.positions.device)
+        return bound.pose(motion, animation, pose_correctives, rotate_covariances)
+
+    def bind(self, dtype: torch.dtype | None = None) -> Skinning:
+        """The Gaussians bound to the head, to be posed many times by motions of `dtype` (None: of the own parameters).
+
+        Raises ValueError for an avatar without colors.
         """
         tensors = self._complete("posing")
         head, own = self._head_and_params()
-        motion = (own if params is None else params).to(self.positions.device)
-        driven = retarget(own, motion, head)
-        placed = place(_local(tensors, driven.expr), driven, head, method, pose_correctives, rotate_covariances)
-        return _gaussians(placed, tensors)
+        like = own.expr.to(self.positions.device, dtype)
+        tensors = {name: value if name == "faces" else value.to(like) for name, value in tensors.items()}
+        local = Local(tensors["positions"], tensors["scales"], tensors["quats"])
+        return Skinning(local, self.faces, own.to(like), head, tensors["opacities"].sigmoid(), tensors["sh"])
 
     @classmethod
     def load(
@@ -235,7 +244,7 @@ class GaussianAvatar:
         self,
         path: str | os.PathLike,
         frame: int | None = 0,
-        method: str = "lbs",
+        animation: str = "lbs",
         up: Literal["y", "minus_y"] = "y",
     ) -> None:
         """Write the Gaussians as posed in `frame` (None: in canonical pose) to a PLY that ordinary viewers open.
@@ -247,7 +256,7 @@ class GaussianAvatar:
             return
         self._complete("posing")  # before a head is asked for
         _, params = self._head_and_params()
-        save_ply(path, self.posed(params.frame(frame), method), up=up)
+        save_ply(path, self.posed(params.frame(frame), animation), up=up)
 
     def _canonical_frames(self) -> FaceFrames:
         """The frames of all faces of the canonical head; ValueError if a point is bound to a face that is one point."""
@@ -292,16 +301,6 @@ def open_avatar(path: str | os.PathLike, head: str | None = None) -> GaussianAva
         said = "does not say which head model it was made on" if made_on is None else f"was made on {made_on!r}"
         raise ValueError(f"{path}: {said}; give that with --head")
     return GaussianAvatar.load(path, head=found)
-
-
-def _local(tensors: dict[str, Tensor], like: Tensor) -> Local:
-    positions, scales, quats = (tensors[name].to(like) for name in ("positions", "scales", "quats"))
-    return Local(positions, scales, quats, tensors["faces"])
-
-
-def _gaussians(placed: Placed, tensors: dict[str, Tensor]) -> Gaussians:
-    opacities, sh = tensors["opacities"].to(placed.positions).sigmoid(), tensors["sh"].to(placed.positions)
-    return Gaussians(placed.positions, placed.scales, placed.quats, opacities, sh)
 
 
 def _load_folder(path: Path, head: HeadModel | None, sh_degree: int | None) -> GaussianAvatar:

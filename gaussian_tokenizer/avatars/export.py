@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.avatars.gaussians import MIN_SCALE, Gaussians
 from gaussian_tokenizer.avatars.ply import PlyGaussians, write_gaussian_ply
 from gaussian_tokenizer.geometry.rotations import quaternion_multiply
 from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder
 
-MIN_SCALE, MIN_OPACITY = 1e-12, 1e-7  # with a finite logarithm and logit in float32
+MIN_OPACITY = 1e-7  # with a finite logit in float32
 SPLAT_FORMATS = {".compressed.ply": "ply_compressed", ".splat": "splat", ".ply": "ply"}
 UP = ("y", "minus_y")  # where the crown is: as in the toolkit, or as in most trained scenes
 PALETTE_PIXELS = 500_000  # of all frames together, from which the colors of a GIF are chosen

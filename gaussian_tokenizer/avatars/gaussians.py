@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+MIN_SCALE = 1e-12  # meters; what is smaller is stored as this, with a finite logarithm in float32
 SH_DC = 0.28209479177387814  # the constant basis function, 1 / (2 sqrt(pi))
 
 

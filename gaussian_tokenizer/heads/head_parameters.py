@@ -112,8 +112,8 @@ class HeadParameters:
         }
         return cls(shape=torch.zeros(shape_size), **per_frame)
 
-    def to(self, device: torch.device | str) -> "HeadParameters":
-        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+    def to(self, like: torch.device | str | torch.dtype | Tensor) -> "HeadParameters":
+        moved: dict[str, Any] = {name: value.to(like) for name, value in self.tensors().items()}
         return replace(self, **moved)
 
     @classmethod

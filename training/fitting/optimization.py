@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.avatars.skinning import Local, pose_by_face_frames
+from gaussian_tokenizer.avatars.skinning import Local, Skinning
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -120,11 +120,11 @@ class Fit:
         if state.head:
             params = replace(params, **{name: value[row : row + 1] for name, value in state.head.items()})
         gaussians = state.gaussians
-        local = Local(gaussians.positions, gaussians.log_scales, gaussians.quats, gaussians.faces)
-        placed = pose_by_face_frames(local, self.head.pose(params).vertices, self.head.faces)
+        local = Local(gaussians.positions, gaussians.log_scales, gaussians.quats)
         degree = min(self.settings.sh_degree, state.iteration // self.settings.sh_degree_interval)
         sh = torch.cat((gaussians.sh_dc, gaussians.sh_rest[:, : (degree + 1) ** 2 - 1]), 1)
-        return Gaussians(placed.positions, placed.scales, placed.quats, gaussians.opacities.sigmoid(), sh)
+        bound = Skinning(local, gaussians.faces, params, self.head, gaussians.opacities.sigmoid(), sh)
+        return bound.pose(params, "face_frames")
 
     def downscale(self, iteration: int) -> int:
         """Images of step `iteration` have 1/n of their side: halved so often in equal parts of the time."""

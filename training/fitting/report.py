@@ -95,7 +95,7 @@ def image_metrics(fit: Fit, avatar: GaussianAvatar, indices: Sequence[int]) -> t
 def draw(fit: Fit, avatar: GaussianAvatar, index: int) -> Tensor:
     """(1, H, W, 3) the avatar at the moment, and from the camera, of an image."""
     assert avatar.params is not None
-    posed = avatar.posed(avatar.params.frame(fit.images.row(index)), method="face_frames")
+    posed = avatar.posed(avatar.params.frame(fit.images.row(index)), "face_frames")
     return render(posed, fit.images.camera(index), fit.settings.background).image.clamp(0, 1)
 
 
@@ -107,8 +107,7 @@ def tokenized(avatar: GaussianAvatar) -> GaussianAvatar:
     encoded = tokenizer(avatar, return_order=True)
     order = torch.as_tensor(encoded["order"], device=avatar.faces.device)
     points = GaussianAvatar.from_points(tokenizer.decode(encoded["input_ids"]), avatar.params, avatar.head)
-    others = {name: avatar.tensors()[name][order] for name in ("sh", "opacities", "scales", "quats")}
-    return replace(points, **others)
+    return replace(avatar.select(order), positions=points.positions)
 
 
 def write_report(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], folder: Path) -> None:
