@@ -21,7 +21,8 @@ from gaussian_tokenizer.corpus.corpus import CONFIGURATIONS, FORMAT, SPLITS, tok
 from gaussian_tokenizer.corpus.shards import Rows, ShardPlan
 from gaussian_tokenizer.corpus.sources import ABOUT, UNKNOWN, SubjectSummary
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import DEFAULT_BOUNDS, GaussianTokenizer
+from gaussian_tokenizer.tokenizer.point_codec import DEFAULT_BOUNDS
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
 FIT_MARGIN = 0.05  # of the longest edge of the box around all points
 REQUIRED = ("license", "consent")  # of a subject's metadata

@@ -19,7 +19,7 @@ from torch import Tensor
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from gaussian_tokenizer.rendering.splatting import render
-from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.point_codec import PointCodec
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.versions import installed_versions
 from training.fitting.images import evenly_spread
@@ -102,11 +102,11 @@ def draw(fit: Fit, avatar: GaussianAvatar, index: int) -> Tensor:
 def tokenized(avatar: GaussianAvatar) -> GaussianAvatar:
     """The avatar with the positions that are left of it after `N_BINS` levels an axis."""
     assert avatar.head is not None
-    tokenizer = GaussianTokenizer(n_bins=N_BINS, n_faces=avatar.head.n_faces)
-    tokenizer.fit(avatar, MARGIN)
-    encoded = tokenizer(avatar, return_order=True)
-    order = torch.as_tensor(encoded["order"], device=avatar.faces.device)
-    points = GaussianAvatar.from_points(tokenizer.decode(encoded["input_ids"]), avatar.params, avatar.head)
+    codec = PointCodec(n_bins=N_BINS, n_faces=avatar.head.n_faces)
+    codec.fit(avatar, MARGIN)
+    encoded = codec.encode(avatar, return_order=True)
+    order = torch.as_tensor(encoded.order, device=avatar.faces.device)
+    points = GaussianAvatar.from_points(codec.decode(encoded.ids), avatar.params, avatar.head)
     return replace(avatar.select(order), positions=points.positions)
 
 
