@@ -4,9 +4,8 @@ import numpy as np
 from datasets import Array2D, Features, Image, List, Value
 
 from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-
-POSE_SIZES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
 
 
 def points_per_face(faces: np.ndarray, n_faces: int) -> np.ndarray:
@@ -56,5 +55,4 @@ def frames_features(head: HeadModel) -> Features:
 
 
 def _pose_features(head: HeadModel) -> dict[str, List]:
-    sizes = {"expr": head.n_expression, **POSE_SIZES}
-    return {name: List(Value("float32"), length=size) for name, size in sizes.items()}
+    return {name: List(Value("float32"), length=size or head.n_expression) for name, size in FRAME_KEYS.items()}

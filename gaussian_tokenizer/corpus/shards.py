@@ -22,8 +22,9 @@ from safetensors import safe_open
 
 from gaussian_tokenizer.corpus.corpus import FINGERPRINT_KEY, tokenizer_fingerprint
 from gaussian_tokenizer.corpus.schema import avatars_features, frames_features, points_per_face
-from gaussian_tokenizer.corpus.sources import CAMERA, POSE, about_of, subject_file
+from gaussian_tokenizer.corpus.sources import CAMERA, about_of, subject_file
 from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
 
@@ -114,7 +115,7 @@ def _avatar_rows(
         with safe_open(subject_file(folder, chosen.number), framework="np") as file:
             about = json.loads(file.metadata()["subject"])
             positions, faces = file.get_tensor("positions"), file.get_tensor("faces")
-            row = {name: file.get_tensor(name) for name in ("shape", *POSE, "head_vertices", "head_normals")}
+            row = {name: file.get_tensor(name) for name in ("shape", *FRAME_KEYS, "head_vertices", "head_normals")}
             if static_offset:
                 own = "static_offset" in file.keys()  # noqa: SIM118 (not a mapping)
                 row["static_offset"] = (
@@ -144,7 +145,7 @@ def _frame_rows(folder: Path, plan: ShardPlan) -> Iterator[dict[str, Any]]:
                 name: file.get_tensor(f"frames.{name}").tolist()
                 if name in scalars
                 else file.get_tensor(f"frames.{name}")
-                for name in (*scalars, "viewmat", *POSE)
+                for name in (*scalars, "viewmat", *FRAME_KEYS)
             }
             drawn = None
             if "frames.images" in file.keys():  # noqa: SIM118 (not a mapping)

@@ -21,15 +21,13 @@ from safetensors.numpy import save
 from gaussian_tokenizer.avatars.anchoring import face_frames, local_to_world
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.captures.subject import Frame, Subject, find_subject_folders
-from gaussian_tokenizer.corpus.schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.tokenizer.image_files import verify_image
 from gaussian_tokenizer.utils.atomic import atomic_file
 
 ABOUT = ("license", "consent", "provenance")  # of a subject's metadata: what a card says of everyone
 UNKNOWN = "unknown"
-POSE = ("expr", *POSE_SIZES)
 CAMERA = ("fx", "fy", "cx", "cy")
 
 
@@ -204,7 +202,7 @@ def _read_frames(frames: Sequence[Frame], head: HeadModel) -> tuple[dict[str, np
         "width": np.array([frame.width for frame in frames], np.int32),
         "height": np.array([frame.height for frame in frames], np.int32),
         "viewmat": np.array([frame.viewmat for frame in frames], np.float32),
-        **{name: np.stack([pose[name] for pose in poses]) for name in POSE},
+        **{name: np.stack([pose[name] for pose in poses]) for name in FRAME_KEYS},
     }
     if drawn:
         columns["images"] = np.concatenate(drawn)
@@ -221,7 +219,7 @@ def _check_image(frame: Frame, data: bytes) -> None:
 def pose_of(params: HeadParameters) -> dict[str, np.ndarray]:
     """Expression and pose, each (T, size) float32."""
     values = params.tensors()
-    return {name: values[name].numpy() for name in POSE}
+    return {name: values[name].numpy() for name in FRAME_KEYS}
 
 
 def _summarize(

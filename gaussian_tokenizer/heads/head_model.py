@@ -21,7 +21,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import ROTATION_KEYS, HeadParameters
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.json_files import parse_json
 
@@ -189,7 +189,7 @@ class HeadModel:
     def articulate(self, params: HeadParameters, pose_correctives: bool = True) -> tuple[Tensor, Tensor]:
         """`rest_vertices` (T, V, 3) of `pose`, and the affine joint transforms (T, J, 3, 4) that act on them."""
         vertices = self.shaped(params)  # (T, V, 3)
-        axis_angles = torch.cat((params.rotation, params.neck_pose, params.jaw_pose, params.eyes_pose), -1)
+        axis_angles = torch.cat([getattr(params, name) for name in ROTATION_KEYS], -1)
         rotations = axis_angle_to_matrix(axis_angles.unflatten(-1, (self.n_joints, 3)).to(vertices))  # (T, J, 3, 3)
         joints = self.joint_regressor.to(vertices) @ vertices  # (T, J, 3)
         if pose_correctives:

@@ -23,7 +23,7 @@ from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.skinning import Local, Skinning
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, ROTATION_KEYS, HeadParameters
 from gaussian_tokenizer.rendering.splatting import render
 from training.fitting.arguments import FitSettings
 from training.fitting.density_control import DensifyConfig, DensifyStats, GaussianParams, control_density
@@ -38,7 +38,6 @@ from training.fitting.losses import (
 )
 from training.fitting.state import FitState
 
-POSES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6}
 MAX_FIRST_COLOR = 1 / 255  # of the constant SH coefficient of a first Gaussian
 OPACITY_AFTER_RESET = 0.01
 EXTENT_MARGIN = 1.1
@@ -102,7 +101,7 @@ class Fit:
             sh_rest=torch.zeros(count, (self.settings.sh_degree + 1) ** 2 - 1, 3),
             faces=faces,
         ).map(lambda value: value.to(self.head.device))
-        names = ("expr", *POSES, "translation") if self.settings.finetune_head else ()
+        names = (*FRAME_KEYS,) if self.settings.finetune_head else ()
         state = FitState.begin(gaussians, {name: self.params.tensors()[name].clone() for name in names})
         if not any(
             (screen_radii(self.posed(state, index), self.images.camera(index)) > 0).any() for index in self.train
@@ -198,7 +197,7 @@ def learning_rates(fit: Fit, iteration: int) -> dict[str, float]:
         "sh_rest": settings.sh_lr,
         "head.expr": settings.expr_lr,
         "head.translation": settings.translation_lr,
-        **{f"head.{name}": settings.pose_lr for name in POSES},
+        **{f"head.{name}": settings.pose_lr for name in ROTATION_KEYS},
     }
 
 
