@@ -54,7 +54,7 @@ class Gaussians:
 
     @property
     def sh_degree(self) -> int:
-        return round(self.sh.shape[1] ** 0.5) - 1
+        return sh_degree_of(self.sh)
 
     @property
     def colors(self) -> Tensor:
@@ -81,3 +81,8 @@ class Gaussians:
                 raise ValueError(
                     f"{field.name} of Gaussian {row} is {value[tuple(index)].item()}, expected a finite number"
                 )
+
+
+def sh_degree_of(sh: Tensor) -> int:
+    """The degree of coefficients (N, K, 3)."""
+    return round(sh.shape[1] ** 0.5) - 1

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaussian_tokenizer.avatars.avatar_files import PARAMETERS_NAME
 from gaussian_tokenizer.avatars.skinning import check_motion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 
 MOTIONS = ("talk", "nod", "look_around", "expressions")
-PARAMETERS_NAME, FRAMES_FOLDER = "flame_param.npz", "flame_param"
+FRAMES_FOLDER = "flame_param"
 # What each word is on heads that name their expressions: pattern -> weight. The order is that of FLAME's stand-ins.
 WORDS = {
     "smile": r"smile_(left|right)|mouthSmile_[LR]",

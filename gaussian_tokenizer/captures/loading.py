@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gaussian_tokenizer.avatars.avatar import METADATA_NAME
+from gaussian_tokenizer.avatars.avatar_files import METADATA_NAME
 from gaussian_tokenizer.captures.checks import find_problems
 from gaussian_tokenizer.captures.pixel3dmm import checkpoint_files, read_pixel3dmm
 from gaussian_tokenizer.captures.recording import Recording
