@@ -1,9 +1,7 @@
 """The avatar: Gaussians, each anchored to a face of a head model, with the head parameters of one subject.
 
-Between files and everything else. Kept as our own safetensors file, or as a GaussianAvatars folder (`point_cloud.ply`
-with `binding_0` and `flame_param.npz`, read and written byte for byte); written as world-space PLY for ordinary splat
-viewers. Positions, scales and rotations stay as stored, relative to the face; the canonical and the posed Gaussians
-are computed from them and the attached head model (formulas: `anchoring` and `animation`).
+Between files (`avatar_files`) and everything else. Positions, scales and rotations are kept relative to the face; canonical
+and posed Gaussians are computed from them and the attached head model (formulas: `anchoring` and `skinning`).
 """
 
 import os
@@ -125,11 +123,11 @@ class GaussianAvatar:
         """An avatar of positions only, from `positions` (N, 3) meters on the canonical head and `faces` (N,)."""
         positions = torch.as_tensor(points["positions"], dtype=torch.float32, device=head.device)
         faces = torch.as_tensor(points["faces"], dtype=torch.int64, device=head.device)
-        points_as_they_are = cls(positions=positions, faces=faces, params=params).with_head(head)
+        unplaced = cls(positions=positions, faces=faces, params=params).with_head(head)
         check_finite("points", {"positions": positions})
-        frames = points_as_they_are._canonical_frames()
+        frames = unplaced._canonical_frames()
         local = world_to_local(positions.to(frames.centers), faces, frames)
-        return replace(points_as_they_are, positions=local.float())
+        return replace(unplaced, positions=local.float())
 
     @classmethod
     @torch.no_grad()
@@ -168,15 +166,10 @@ class GaussianAvatar:
         pose_correctives: bool = True,
         rotate_covariances: bool = True,
     ) -> Gaussians:
-        """What a splatter draws, in every frame of `params` (None: the avatar's own), in world space.
+        """The world-space Gaussians in every frame of `params` (None: the avatar's own); arguments as of `Skinning.pose`.
 
-        `animation` "lbs" is linear blend skinning with interpolated weights and blendshapes (the paper), "face_frames"
-        lets positions, sizes and rotations follow the faces (GaussianAvatars). `params` may be another subject's
-        motion: the avatar keeps its own shape and static offset. `rotate_covariances=False` leaves the rotations of
-        "lbs" as they are at rest; with `pose_correctives=False` that is what LAM draws. Computed in the dtype of
-        `params`, with gradients to them and to the tensors of the avatar. SH are not turned: they are evaluated in
-        world directions. To pose one avatar many times, `bind` it once. Raises ValueError for an avatar without colors or
-        a motion of another head model.
+        Computed in the dtype of `params`, with gradients to them and to the tensors of the avatar. To pose one avatar many
+        times, `bind` it once. Raises ValueError for an avatar without colors or a motion of another head model.
         """
         bound = self.bind(None if params is None else params.expr.dtype)
         motion = bound.own if params is None else params.to(self.positions.device)
@@ -248,16 +241,9 @@ class GaussianAvatar:
         animation: str = "lbs",
         up: Literal["y", "minus_y"] = "y",
     ) -> None:
-        """Write the Gaussians as posed in `frame` (None: in canonical pose) to a PLY that ordinary viewers open.
-
-        `up` as for `export.save_splats`.
-        """
-        if frame is None:
-            save_ply(path, self.canonical_gaussians(), up=up)
-            return
-        self._complete("posing")  # before a head is asked for
-        _, params = self._head_and_params()
-        save_ply(path, self.posed(params.frame(frame), animation), up=up)
+        """Write the Gaussians as posed in `frame` (None: at rest) to a PLY for ordinary viewers; `up` as `save_splats`."""
+        bound = self.bind()
+        save_ply(path, bound.at_rest() if frame is None else bound.pose(bound.own.frame(frame), animation), up=up)
 
     @classmethod
     def _from_file_fields(cls, path: Path, fields: dict[str, Any]) -> "GaussianAvatar":

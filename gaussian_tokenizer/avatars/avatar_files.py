@@ -25,7 +25,7 @@ from gaussian_tokenizer.utils.json_files import parse_json, read_json
 
 FORMAT = "avatar-pointillist gaussian avatar 1"
 PLY_NAME, PARAMETERS_NAME, METADATA_NAME = "point_cloud.ply", "flame_param.npz", "metadata.json"
-GAUSSIAN_AVATARS_SH_DEGREE = 3  # of its viewer unless told otherwise; it opens no file of another
+GAUSSIAN_AVATARS_SH_DEGREE = 3  # the default of its viewer, which opens files of no other degree
 
 
 def read_folder(path: Path, head: HeadModel | None, sh_degree: int | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 world-space `Gaussians` of T frames come out, differentiable. "lbs" is the paper's way: skinning weights and blendshapes are
 interpolated at the point's closest point on its face (AvatarPointillist, CVPR 2026; the chain is SMPL's, Loper et al. 2015).
 "face_frames" is that of GaussianAvatars (Qian et al., CVPR 2024, section 3.2). They agree at rest. In the first a Gaussian
-keeps its size and turns with the joints, in the second it is stretched and turned with its triangle.
+keeps its size and rotates with the joints, in the second it is scaled and rotated with its triangle.
 """
 
 from dataclasses import replace
@@ -57,8 +57,8 @@ class Anchors(NamedTuple):
     corners: Tensor  # (N, 3) int64, the vertices of each point's face
     barycentrics: Tensor  # (N, 3) of the closest point on that face
     weights: Tensor  # (N, J)
-    mixed: Tensor  # (M,) int64, the points whose rotation is computed for each of them
-    turns: Tensor  # (N,) int64, where among the rotations of those and of the J joints that of each point is
+    mixed: Tensor  # (M,) int64, points whose rotation is computed for each of them
+    turns: Tensor  # (N,) int64, index of each point's rotation among those M and the J joints'
 
 
 class Skinning:
@@ -98,10 +98,12 @@ class Skinning:
         pose_correctives: bool = True,
         rotate_covariances: bool = True,
     ) -> Gaussians:
-        """The Gaussians in every frame of `motion`, which may be another subject's: the own shape and offset stay.
+        """The Gaussians in every frame of `motion`, which may be another subject's: shape and static offset stay.
 
-        `rotate_covariances=False` leaves the rotations of "lbs" as they are at rest, which together with
-        `pose_correctives=False` is what LAM's renderer does. ValueError for a motion of another head model.
+        `animation` "lbs" is linear blend skinning with interpolated weights and blendshapes (the paper), "face_frames" lets
+        positions, sizes and rotations follow the faces (GaussianAvatars). `rotate_covariances=False` leaves the rotations of
+        "lbs" as they are at rest; with `pose_correctives=False` that is what LAM's renderer does. SH are not rotated: they
+        are evaluated in world directions. ValueError for a motion of another head model.
         """
         if animation not in ANIMATIONS:
             raise ValueError(f"animation is {animation!r}, expected {' or '.join(ANIMATIONS)}")
@@ -118,7 +120,7 @@ class Skinning:
         return Gaussians(positions, scales, quats, self.opacities, self.sh)
 
     def covariances(self, motion: HeadParameters) -> tuple[Tensor, Tensor]:
-        """Positions (T, N, 3) in meters and covariances (T, N, 3, 3) by "lbs", without the detour over quaternions."""
+        """Positions (T, N, 3) in meters and covariances (T, N, 3, 3) of "lbs"; faster than `pose`, without quaternions."""
         positions, rotations, blended = self._skinned(retarget(self.own, motion, self.head), True)
         turns = self._nearest_rotations(rotations, blended).index_select(1, self._anchors.turns)
         axes = turns @ self._canonical_axes
@@ -198,10 +200,9 @@ class Skinning:
 
 
 def retarget(own: HeadParameters, motion: HeadParameters, head: HeadModel) -> HeadParameters:
-    """The motion on the subject's own head: `own` shape and static offset, all that moves from `motion`.
+    """The motion on the subject's own head: shape and static offset of `own`, everything else of `motion`, in its dtype.
 
-    Of the motion, expression, joint rotations, translation and dynamic offset are used, in its dtype; whose shape it
-    carries does not matter. `ValueError` if it was made for a head of other expressions or vertices.
+    `ValueError` if the motion was made for a head with other expressions or vertices.
     """
     check_motion(motion, head)
     like = motion.expr

@@ -1,4 +1,4 @@
-"""JSON objects from anywhere: whatever is wrong with a file is one ValueError that names it."""
+"""JSON objects; anything wrong with a file is one ValueError that names it."""
 
 import json
 from collections.abc import Mapping
