@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gaussian_tokenizer.avatars.avatar import GaussianAvatar, open_avatar
+from gaussian_tokenizer.avatars.avatar import open_avatar
 from gaussian_tokenizer.avatars.export import UP, save_ply_sequence, save_splats, save_video
 from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.motions import MOTIONS, load_motion, synthetic_motion
-from gaussian_tokenizer.avatars.skinning import METHODS, retarget
+from gaussian_tokenizer.avatars.skinning import ANIMATIONS, Skinning, retarget
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -49,7 +49,7 @@ def main() -> None:
     add("--export", type=Path, help="the Gaussians at rest for a splat viewer: .ply, .splat or .compressed.ply")
     up = "direction of the crown in --export and --ply_sequence; minus_y for SuperSplat (default: y)"
     add("--up", choices=UP, default="y", help=up)
-    add("--animation", choices=METHODS, default="lbs", help="how the Gaussians follow the head")
+    add("--animation", choices=ANIMATIONS, default="lbs", help="how the Gaussians follow the head")
     add("--image_size", type=int, default=256, help="width and height of the images")
     add("--fps", type=float, default=25.0, help="frames per second of .gif and .mp4")
     add("--num_frames", type=int, help="frames of a built-in motion (default: 48), or the first frames of a file")
@@ -71,17 +71,17 @@ def animate(arguments: argparse.Namespace) -> None:
     assert avatar.head is not None
     motion = choose_motion(arguments, avatar.head).to(arguments.device)
     avatar = avatar.to(arguments.device)
-    canonical = avatar.canonical_gaussians()  # an avatar without colors is refused here
+    bound = avatar.bind()  # an avatar without colors is refused here
     if arguments.export is not None:
-        save_splats(arguments.export, canonical, up=arguments.up)
+        save_splats(arguments.export, bound.at_rest(), up=arguments.up)
         print(f"{len(avatar):,} Gaussians at rest in {arguments.export}")
     if arguments.ply_sequence is not None:
-        parts = posed_parts(avatar, motion, arguments.animation)
+        parts = posed_parts(bound, motion, arguments.animation)
         progress = tqdm(parts, desc="PLY", total=motion.num_frames, unit="frame")
         count = save_ply_sequence(arguments.ply_sequence, progress, arguments.up)
         print(f"{count} frames of {len(avatar):,} Gaussians in {arguments.ply_sequence}")
     if arguments.output is not None:
-        images = draw(avatar, motion, arguments)
+        images = draw(bound, motion, arguments)
         save_video(arguments.output, images, arguments.fps)
         print(f"{len(images)} images of {arguments.image_size} x {arguments.image_size} in {arguments.output}")
 
@@ -122,24 +122,24 @@ def choose_motion(arguments: argparse.Namespace, head: HeadModel) -> HeadParamet
     return load_motion(arguments.motion, head).frame(slice(arguments.num_frames))
 
 
-def posed_parts(avatar: GaussianAvatar, motion: HeadParameters, method: str, at_once: int = 1) -> Iterator[Gaussians]:
+def posed_parts(bound: Skinning, motion: HeadParameters, animation: str, at_once: int = 1) -> Iterator[Gaussians]:
     """The motion, `at_once` frames at a time."""
     for start in range(0, motion.num_frames, at_once):
-        yield avatar.posed(motion.frame(slice(start, start + at_once)), method)
+        yield bound.pose(motion.frame(slice(start, start + at_once)), animation)
 
 
-def draw(avatar: GaussianAvatar, motion: HeadParameters, arguments: argparse.Namespace) -> np.ndarray:
+def draw(bound: Skinning, motion: HeadParameters, arguments: argparse.Namespace) -> np.ndarray:
     """(T, size, size, 3) uint8, the avatar in every frame of the motion."""
     turntable = arguments.motion == "turntable"
     azimuths = [arguments.azimuth]
     if turntable:
         azimuths = [arguments.azimuth + 360 * index / motion.num_frames for index in range(motion.num_frames)]
-    target, extent = framing(avatar, motion.frame(0) if turntable else motion, azimuths)
+    target, extent = framing(bound, motion.frame(0) if turntable else motion, azimuths)
     size = arguments.image_size
     cameras = Cameras.orbit(target, DISTANCE, azimuths, 0.0, DISTANCE * size / extent, size, size)
     images = []
     with tqdm(total=motion.num_frames, desc="images", unit="frame") as progress:
-        for posed in posed_parts(avatar, motion, arguments.animation, FRAMES_AT_ONCE):
+        for posed in posed_parts(bound, motion, arguments.animation, FRAMES_AT_ONCE):
             start = progress.n
             seen_by = cameras[start : start + posed.num_frames] if turntable else cameras
             image = render(posed, seen_by, background=arguments.background).image
@@ -148,22 +148,20 @@ def draw(avatar: GaussianAvatar, motion: HeadParameters, arguments: argparse.Nam
     return np.concatenate(images)
 
 
-def framing(avatar: GaussianAvatar, motion: HeadParameters, azimuths: Sequence[float]) -> tuple[torch.Tensor, float]:
+def framing(bound: Skinning, motion: HeadParameters, azimuths: Sequence[float]) -> tuple[torch.Tensor, float]:
     """Target of the cameras (3,) and side of the square they see there, meters: the head in all frames, with its hair.
 
     Measured on the mesh without the neck, whose length differs between head models, so that all are framed alike; a head
     that moves or has much hair gets the room it takes.
     """
-    head = avatar.head
-    assert head is not None
-    own = avatar.params or HeadParameters.zeros(head.n_shape, head.n_expression).to(head.device)
+    head, own = bound.head, bound.own
     skull = ~head.regions["neck"] if "neck" in head.regions else torch.ones_like(head.template[:, 0], dtype=torch.bool)
     at_rest = head.canonical_vertices(own)[skull]
     height = float(at_rest[:, 1].max() - at_rest[:, 1].min())
     frames = [motion.frame(index) for index in range(motion.num_frames)]
     vertices = torch.stack([head.pose(retarget(own, frame, head)).vertices[0, skull] for frame in frames]).flatten(0, 1)
     target = (vertices.amin(0) + vertices.amax(0)) / 2
-    hair = hair_thickness(avatar.canonical_gaussians(), at_rest)
+    hair = hair_thickness(bound.at_rest(), at_rest)
     half = 0.0
     for viewmat in Cameras.orbit(target, DISTANCE, azimuths, 0.0, 1.0, 1, 1).viewmats:
         x, y, depth = (vertices @ viewmat[:3, :3].T + viewmat[:3, 3]).unbind(-1)

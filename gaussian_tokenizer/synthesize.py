@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gaussian_tokenizer.avatars.avatar import METADATA_NAME
+from gaussian_tokenizer.avatars.avatar_files import METADATA_NAME
 from gaussian_tokenizer.captures.subject import write_subject
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.numpy import save as safetensors_bytes
 from transformers import set_seed
 
+from gaussian_tokenizer.avatars.ply import write_point_ply
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import load_head
@@ -111,11 +112,7 @@ def save_points(folder: Path, points: dict[str, np.ndarray], ids: np.ndarray) ->
     """`points.safetensors` and a binary `points.ply` with x, y, z and face."""
     with atomic_file(folder / "points.safetensors") as file:
         file.write(safetensors_bytes({**points, "input_ids": ids}))
-    rows = np.rec.fromarrays([*points["positions"].T, points["faces"]], dtype=np.dtype("<f4, <f4, <f4, <i4"))
-    fields = "property float x\nproperty float y\nproperty float z\nproperty int face\n"
-    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{fields}end_header\n"
-    with atomic_file(folder / "points.ply") as file:
-        file.write(header.encode() + rows.tobytes())
+    write_point_ply(folder / "points.ply", points["positions"], points["faces"])
 
 
 if __name__ == "__main__":

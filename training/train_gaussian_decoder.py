@@ -77,7 +77,7 @@ def main() -> None:
         losses=losses,
         perceptual=perceptual,
         cache=FeatureCache(frames.feature_cache, point_model) if frames.feature_cache else None,
-        method=frames.animation,
+        animation=frames.animation,
     )
     if trainer.is_world_process_zero():
         subjects = trainer.train_dataset.subjects

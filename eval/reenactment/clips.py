@@ -20,9 +20,8 @@ from tqdm import tqdm
 
 from gaussian_tokenizer.captures.loading import find_trackings, load_tracking
 from gaussian_tokenizer.corpus.corpus import MANIFEST_NAME, is_url, load_corpus
-from gaussian_tokenizer.corpus.schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 
 FILE_NAME = re.compile(r"[^\x00-\x1f/\\.][^\x00-\x1f/\\]*")  # subject ids become names of files and folders
@@ -166,7 +165,7 @@ def _corpus_clips(
         )
         static = avatar.get("static_offset")
         per_frame: dict[str, Any] = {
-            name: torch.tensor(np.stack([entry[name] for entry in taken])).float() for name in ("expr", *POSE_SIZES)
+            name: torch.tensor(np.stack([entry[name] for entry in taken])).float() for name in FRAME_KEYS
         }
         params = HeadParameters(
             shape=torch.tensor(avatar["shape"], dtype=torch.float32),

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from eval.reenactment.clips import Clip
 from eval.reenactment.protocol import Pair, by_mode, check_frames, frame_name, read_frames
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.splatting import render
@@ -170,18 +171,19 @@ def render_pair(avatar: GaussianAvatar, pair: Pair, folder: Path) -> None:
     """Render the avatar with the driver's motion, on white, into the folder of the pair; existing frames stay."""
     target = pair.path(folder)
     target.mkdir(parents=True, exist_ok=True)
+    skinning = avatar.bind()
     for start in range(pair.rows.start, pair.rows.stop, FRAMES_AT_ONCE):
         rows = range(start, min(start + FRAMES_AT_ONCE, pair.rows.stop))
         if all((target / frame_name(row)).is_file() for row in rows):
             continue
-        for row, image in zip(rows, render_frames(avatar, pair.driver, rows)):
+        for row, image in zip(rows, render_frames(skinning, pair.driver, rows)):
             with atomic_file(target / frame_name(row)) as file:
                 Image.fromarray(image).save(file, format="PNG")
 
 
-def render_frames(avatar: GaussianAvatar, driver: Clip, rows: range) -> np.ndarray:
+def render_frames(skinning: Skinning, driver: Clip, rows: range) -> np.ndarray:
     """(N, H, W, 3) uint8: the avatar with the driver's expressions, poses and cameras, on its own shape."""
     some = slice(rows.start, rows.stop)
-    posed = avatar.posed(driver.params.frame(some).to(avatar.faces.device))
+    posed = skinning.pose(driver.params.frame(some).to(skinning.faces.device))
     image = render(posed, driver.cameras[some].to(torch.float32), background=1.0).image
     return (image.clamp(0, 1) * 255 + 0.5).byte().cpu().numpy()

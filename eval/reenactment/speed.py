@@ -23,10 +23,11 @@ FRAMES = 32  # rendered for the measurement, after one to warm up
 def measure(avatar: GaussianAvatar, pair: Pair, generation: Sequence[dict[str, Any]], device: str) -> dict[str, Any]:
     """`results["speed"]`; `generation` are the stats of making the avatars, possibly from an earlier start of this run."""
     rows = pair.rows[:FRAMES]
-    render_frames(avatar, pair.driver, rows[:1])
+    skinning = avatar.bind()
+    render_frames(skinning, pair.driver, rows[:1])
     begin = time.perf_counter()
     for row in rows:
-        render_frames(avatar, pair.driver, range(row, row + 1))
+        render_frames(skinning, pair.driver, range(row, row + 1))
     seconds = time.perf_counter() - begin
     making, tokens = (sum(stats[key] for stats in generation) for key in ("seconds", "tokens"))
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux

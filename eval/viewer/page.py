@@ -16,6 +16,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
+import torch
 import viser
 from viser import ClientHandle, GuiEvent, ViserServer
 
@@ -23,7 +24,6 @@ from eval.viewer.colors import MODES, modes, point_colors
 from eval.viewer.controls import Slider, sliders, to_parameters
 from eval.viewer.exports import folder_bytes, png_bytes, splat_bytes
 from eval.viewer.playback import Playback
-from eval.viewer.posing import Rig
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -51,24 +51,29 @@ class Shown:
     def __init__(self, name: str, avatar: GaussianAvatar, offset: np.ndarray) -> None:
         assert avatar.opacities is not None
         self.name, self.avatar, self.offset = name, avatar, offset.astype(np.float32)
-        self.rig, self.step = Rig.of(avatar), -(-len(avatar) // MAX_POINTS)
-        self.points = self.rig.every(self.step)
+        self.step = -(-len(avatar) // MAX_POINTS)
+        self.gaussians, self.points = avatar.bind(), avatar.select(slice(None, None, self.step)).bind()
         self.modes = modes(avatar)
         self.colors: dict[str, np.ndarray] = {}  # (N, 3) uint8 by mode, computed on demand
         self.opacities = _to_bytes(avatar.opacities.sigmoid()[:, None].numpy())  # (N, 1)
 
+    @torch.inference_mode()
     def posed(self, params: HeadParameters, color: str, render_as: str) -> dict[str, np.ndarray]:
         """What viser renders, by the attribute names of its handles, in the units of the scene."""
         if color not in self.modes:  # a mode of the other avatar
             color = MODES[0]
         if color not in self.colors:
             self.colors[color] = _to_bytes(point_colors(self.avatar, color))
-        posed = (self.points if render_as == POINTS else self.rig).pose(params)
-        centers = (posed.centers + self.offset) * UNITS
         if render_as == POINTS:
-            return {"points": centers, "colors": self.colors[color][:: self.step]}
-        covariances = posed.covariances * UNITS**2
-        return dict(centers=centers, covariances=covariances, rgbs=self.colors[color], opacities=self.opacities)
+            positions = self.points.pose(params, rotate_covariances=False).positions[0].numpy()
+            return {"points": (positions + self.offset) * UNITS, "colors": self.colors[color][:: self.step]}
+        positions, covariances = (each[0].numpy() for each in self.gaussians.covariances(params))
+        return {
+            "centers": (positions + self.offset) * UNITS,
+            "covariances": covariances * UNITS**2,
+            "rgbs": self.colors[color],
+            "opacities": self.opacities,
+        }
 
 
 class Page:

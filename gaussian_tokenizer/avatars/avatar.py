@@ -1,23 +1,16 @@
 """The avatar: Gaussians, each anchored to a face of a head model, with the head parameters of one subject.
 
-Between files and everything else. Kept as our own safetensors file, or as a GaussianAvatars folder (`point_cloud.ply`
-with `binding_0` and `flame_param.npz`, read and written byte for byte); written as world-space PLY for ordinary splat
-viewers. Positions, scales and rotations stay as stored, relative to the face; the canonical and the posed Gaussians
-are computed from them and the attached head model (formulas: `anchoring` and `animation`).
+Between files (`avatar_files`) and everything else. Positions, scales and rotations are kept relative to the face; canonical
+and posed Gaussians are computed from them and the attached head model (formulas: `anchoring` and `skinning`).
 """
 
-import json
 import os
-import re
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from gaussian_tokenizer.avatars.anchoring import (
@@ -28,21 +21,24 @@ from gaussian_tokenizer.avatars.anchoring import (
     world_to_local_log_scales,
     world_to_local_quats,
 )
+from gaussian_tokenizer.avatars.avatar_files import (
+    PLY_NAME,
+    check_finite,
+    check_hash,
+    padded,
+    read_folder,
+    read_safetensors,
+    write_folder,
+    write_safetensors,
+)
 from gaussian_tokenizer.avatars.export import save_ply
-from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.avatars.ply import MAX_SH_DEGREE, PlyGaussians, read_gaussian_ply, write_gaussian_ply
-from gaussian_tokenizer.avatars.skinning import Local, Placed, place, pose_by_face_frames, retarget
+from gaussian_tokenizer.avatars.gaussians import MIN_SCALE, Gaussians, sh_degree_of
+from gaussian_tokenizer.avatars.skinning import Local, Skinning
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import built_in_head, load_head
-from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder, flush_to_disk
-from gaussian_tokenizer.utils.json_files import parse_json, read_json
 
-FORMAT = "avatar-pointillist gaussian avatar 1"
-PLY_NAME, PARAMETERS_NAME, METADATA_NAME = "point_cloud.ply", "flame_param.npz", "metadata.json"
-GAUSSIAN_AVATARS_SH_DEGREE = 3  # of its viewer unless told otherwise; it opens no file of another
-MIN_SCALE = 1e-9  # meters; what is smaller has no finite logarithm to store
-MAX_OPACITY = 1 - 1e-6  # and 1e-6 the least, for the same reason
+MAX_OPACITY = 1 - 1e-6  # and 1e-6 the least: logits are stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +81,7 @@ class GaussianAvatar:
 
     @property
     def sh_degree(self) -> int | None:
-        return None if self.sh is None else _degree(self.sh)
+        return None if self.sh is None else sh_degree_of(self.sh)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the Gaussians by name, without those that are None."""
@@ -98,9 +94,13 @@ class GaussianAvatar:
         head = None if self.head is None else self.head.to(device)
         return replace(self, **moved, params=params, head=head)
 
+    def select(self, index: Tensor | slice) -> "GaussianAvatar":
+        """The avatar of some of its Gaussians, or of all in another order."""
+        return replace(self, **{name: value[index] for name, value in self.tensors().items()})  # type: ignore[arg-type]
+
     def with_head(self, head: HeadModel) -> "GaussianAvatar":
         """The same avatar with its head model attached; ValueError if it is not the one the avatar was made on."""
-        _check_hash("avatar", self.head_name, self.head_hash, head)
+        check_hash("avatar", self.head_name, self.head_hash, head)
         wrong = (self.faces < 0) | (self.faces >= head.n_faces)
         if wrong.any():
             row = int(wrong.nonzero()[0])
@@ -123,11 +123,11 @@ class GaussianAvatar:
         """An avatar of positions only, from `positions` (N, 3) meters on the canonical head and `faces` (N,)."""
         positions = torch.as_tensor(points["positions"], dtype=torch.float32, device=head.device)
         faces = torch.as_tensor(points["faces"], dtype=torch.int64, device=head.device)
-        points_as_they_are = cls(positions=positions, faces=faces, params=params).with_head(head)
-        _check_finite("points", {"positions": positions})
-        frames = points_as_they_are._canonical_frames()
+        unplaced = cls(positions=positions, faces=faces, params=params).with_head(head)
+        check_finite("points", {"positions": positions})
+        frames = unplaced._canonical_frames()
         local = world_to_local(positions.to(frames.centers), faces, frames)
-        return replace(points_as_they_are, positions=local.float())
+        return replace(unplaced, positions=local.float())
 
     @classmethod
     @torch.no_grad()
@@ -157,34 +157,35 @@ class GaussianAvatar:
 
     def canonical_gaussians(self) -> Gaussians:
         """The Gaussians on the canonical head (own shape, no expression, no pose), T = 1."""
-        tensors = self._complete("posing")
-        head, params = self._head_and_params()
-        vertices = head.canonical_vertices(params)[None]
-        placed = pose_by_face_frames(_local(tensors, vertices), vertices, head.faces)
-        return _gaussians(placed, tensors)
+        return self.bind().at_rest()
 
     def posed(
         self,
         params: HeadParameters | None = None,
-        method: str = "lbs",
+        animation: str = "lbs",
         pose_correctives: bool = True,
         rotate_covariances: bool = True,
     ) -> Gaussians:
-        """What a splatter draws, in every frame of `params` (None: the avatar's own), in world space.
+        """The world-space Gaussians in every frame of `params` (None: the avatar's own); arguments as of `Skinning.pose`.
 
-        `method` "lbs" is linear blend skinning with interpolated weights and blendshapes (the paper), "face_frames"
-        lets positions, sizes and rotations follow the faces (GaussianAvatars). `params` may be another subject's
-        motion: the avatar keeps its own shape and static offset. `rotate_covariances=False` leaves the rotations of
-        "lbs" as they are at rest; with `pose_correctives=False` that is what LAM draws. Computed in the dtype of
-        `params`, with gradients to them and to the tensors of the avatar. SH are not turned: they are evaluated in
-        world directions. Raises ValueError for an avatar without colors or a motion of another head model.
+        Computed in the dtype of `params`, with gradients to them and to the tensors of the avatar. To pose one avatar many
+        times, `bind` it once. Raises ValueError for an avatar without colors or a motion of another head model.
+        """
+        bound = self.bind(None if params is None else params.expr.dtype)
+        motion = bound.own if params is None else params.to(self.positions.device)
+        return bound.pose(motion, animation, pose_correctives, rotate_covariances)
+
+    def bind(self, dtype: torch.dtype | None = None) -> Skinning:
+        """The Gaussians bound to the head, to be posed many times by motions of `dtype` (None: of the own parameters).
+
+        Raises ValueError for an avatar without colors.
         """
         tensors = self._complete("posing")
         head, own = self._head_and_params()
-        motion = (own if params is None else params).to(self.positions.device)
-        driven = retarget(own, motion, head)
-        placed = place(_local(tensors, driven.expr), driven, head, method, pose_correctives, rotate_covariances)
-        return _gaussians(placed, tensors)
+        like = own.expr.to(self.positions.device, dtype)
+        tensors = {name: value if name == "faces" else value.to(like) for name, value in tensors.items()}
+        local = Local(tensors["positions"], tensors["scales"], tensors["quats"])
+        return Skinning(local, self.faces, own.to(like), head, tensors["opacities"].sigmoid(), tensors["sh"])
 
     @classmethod
     def load(
@@ -198,11 +199,11 @@ class GaussianAvatar:
         """
         path = Path(path)
         if path.suffix == ".safetensors":
-            avatar = _load_safetensors(path)
+            avatar = cls._from_file_fields(path, read_safetensors(path))
             if sh_degree is not None and avatar.sh_degree not in (None, sh_degree):
                 raise ValueError(f"{path}: colors of SH degree {avatar.sh_degree}, expected {sh_degree}")
         else:
-            avatar = _load_folder(path, head, sh_degree)
+            avatar = cls(**read_folder(path, head, sh_degree))
         if head is None:
             return avatar
         try:
@@ -222,32 +223,48 @@ class GaussianAvatar:
         if path.suffix == ".safetensors":
             if sh_degree is not None:
                 raise ValueError(f"{path}: sh_degree={sh_degree} is for folders; a .safetensors file keeps its colors")
-            _save_safetensors(self, path)
+            write_safetensors(path, self.tensors(), self.params, self.head_name, self.head_hash)
         elif path.suffix == ".ply":
             raise ValueError(
                 f"{path}: an avatar is a folder or a .safetensors file; for a PLY of world-space Gaussians use "
                 "save_world_ply"
             )
         else:
-            _save_folder(self, path, sh_degree)
+            tensors = self._complete(f"writing {PLY_NAME}")
+            tensors["sh"] = padded(path, tensors["sh"], self.folder_sh_degree, sh_degree)
+            write_folder(path, tensors, self._params_with_offsets(path), self.head_name, self.head_hash)
 
     def save_world_ply(
         self,
         path: str | os.PathLike,
         frame: int | None = 0,
-        method: str = "lbs",
+        animation: str = "lbs",
         up: Literal["y", "minus_y"] = "y",
     ) -> None:
-        """Write the Gaussians as posed in `frame` (None: in canonical pose) to a PLY that ordinary viewers open.
+        """Write the Gaussians as posed in `frame` (None: at rest) to a PLY for ordinary viewers; `up` as `save_splats`."""
+        bound = self.bind()
+        save_ply(path, bound.at_rest() if frame is None else bound.pose(bound.own.frame(frame), animation), up=up)
 
-        `up` as for `export.save_splats`.
-        """
-        if frame is None:
-            save_ply(path, self.canonical_gaussians(), up=up)
-            return
-        self._complete("posing")  # before a head is asked for
-        _, params = self._head_and_params()
-        save_ply(path, self.posed(params.frame(frame), method), up=up)
+    @classmethod
+    def _from_file_fields(cls, path: Path, fields: dict[str, Any]) -> "GaussianAvatar":
+        try:
+            avatar = cls(**fields)
+            if int(avatar.faces.min()) < 0:
+                raise ValueError(f"faces: row {int(avatar.faces.argmin())} is {int(avatar.faces.min())}, expected >= 0")
+            return avatar
+        except (ValueError, TypeError, IndexError) as error:  # a missing or unknown tensor is a TypeError
+            reason = str(error).replace("GaussianAvatar.__init__()", "tensors of an avatar file:")
+            raise ValueError(f"{path}: {reason}") from None
+
+    def _params_with_offsets(self, path: Path) -> HeadParameters | None:
+        """Head parameters with both offsets, as GaussianAvatars reads them; those of a folder that was read as they were."""
+        if self.params is None or (self.folder_sh_degree is not None and self.params.layout is not None):
+            return self.params
+        try:
+            return self.params.with_offsets(None if self.head is None else self.head.n_vertices)
+        except ValueError as error:
+            text = f"{path}: {error}; attach the avatar's head model: avatar.with_head(load_head(...))"
+            raise ValueError(text) from None
 
     def _canonical_frames(self) -> FaceFrames:
         """The frames of all faces of the canonical head; ValueError if a point is bound to a face that is one point."""
@@ -292,209 +309,3 @@ def open_avatar(path: str | os.PathLike, head: str | None = None) -> GaussianAva
         said = "does not say which head model it was made on" if made_on is None else f"was made on {made_on!r}"
         raise ValueError(f"{path}: {said}; give that with --head")
     return GaussianAvatar.load(path, head=found)
-
-
-def _local(tensors: dict[str, Tensor], like: Tensor) -> Local:
-    positions, scales, quats = (tensors[name].to(like) for name in ("positions", "scales", "quats"))
-    return Local(positions, scales, quats, tensors["faces"])
-
-
-def _gaussians(placed: Placed, tensors: dict[str, Tensor]) -> Gaussians:
-    opacities, sh = tensors["opacities"].to(placed.positions).sigmoid(), tensors["sh"].to(placed.positions)
-    return Gaussians(placed.positions, placed.scales, placed.quats, opacities, sh)
-
-
-def _load_folder(path: Path, head: HeadModel | None, sh_degree: int | None) -> GaussianAvatar:
-    ply_path = _find_ply(path)
-    name, digest = _read_metadata(path if path.is_dir() else path.parent)
-    if head is not None:
-        _check_hash(str(path), name, digest, head)
-    n_faces = None if head is None else head.n_faces
-    gaussians = read_gaussian_ply(ply_path, with_faces=True, n_faces=n_faces)
-    tensors: dict[str, Any] = {
-        field.name: torch.from_numpy(gaussians.__dict__[field.name]) for field in fields(gaussians)
-    }
-    stored_degree, degree = _degree(tensors["sh"]), _used_degree(tensors["sh"])
-    if sh_degree is not None and not degree <= sh_degree <= stored_degree:
-        raise ValueError(f"{ply_path}: colors of SH degree {degree}, expected {sh_degree}")
-    tensors["sh"] = tensors["sh"][:, : ((degree if sh_degree is None else sh_degree) + 1) ** 2].contiguous()
-    parameters_path = ply_path.with_name(PARAMETERS_NAME)
-    params = HeadParameters.load(parameters_path) if parameters_path.exists() else None
-    return GaussianAvatar(**tensors, params=params, head_name=name, head_hash=digest, folder_sh_degree=stored_degree)
-
-
-def _degree(sh: Tensor) -> int:
-    return round(sh.shape[1] ** 0.5) - 1
-
-
-def _used_degree(sh: Tensor) -> int:
-    """The degree of (N, K, 3) coefficients without the empty bands at their end, which only pad a file.
-
-    Empty is what has no bit set, so that a file with a -0.0 is written back as it was.
-    """
-    used = [
-        degree for degree in range(1, _degree(sh) + 1) if sh[:, degree**2 : (degree + 1) ** 2].view(torch.int32).any()
-    ]
-    return max(used, default=0)
-
-
-def _find_ply(path: Path) -> Path:
-    if path.suffix == ".ply":
-        return path
-    if (path / PLY_NAME).is_file():
-        return path / PLY_NAME
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such avatar; expected a .safetensors file or a folder with {PLY_NAME}")
-    iterations = {}
-    for ply_path in path.glob(f"point_cloud/iteration_*/{PLY_NAME}"):
-        match = re.fullmatch(r"iteration_([0-9]+)", ply_path.parent.name)
-        if match:
-            iterations[int(match[1])] = ply_path
-    if not iterations:
-        raise FileNotFoundError(f"{path}: holds neither {PLY_NAME} nor point_cloud/iteration_<N>/{PLY_NAME}")
-    return iterations[max(iterations)]
-
-
-def _save_folder(avatar: GaussianAvatar, path: Path, sh_degree: int | None) -> None:
-    tensors = dict(avatar._complete(f"writing {PLY_NAME}"))
-    tensors["sh"] = _padded(path, tensors["sh"], avatar.folder_sh_degree, sh_degree)
-    gaussians, params = _to_ply(tensors), _with_offsets(path, avatar)
-    stale = path / PARAMETERS_NAME
-    if avatar.params is None and stale.exists():
-        raise ValueError(f"{stale}: this avatar has no head parameters to replace it with; save to another folder")
-    metadata_path = path / METADATA_NAME
-    metadata = _metadata_content(metadata_path)
-    if avatar.head_hash is not None or metadata is not None:
-        metadata = (metadata or {}) | {"head_name": avatar.head_name, "head_hash": avatar.head_hash}
-    if path.exists():
-        if not path.is_dir():
-            raise ValueError(f"{path}: is a file, expected a folder or a name that ends in .safetensors")
-        _write_files(gaussians, params, metadata, path)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(path) as folder:
-        _write_files(gaussians, params, metadata, folder)
-
-
-def _write_files(gaussians: PlyGaussians, params: HeadParameters | None, metadata: dict | None, folder: Path) -> None:
-    with ExitStack() as stack:
-        files = [stack.enter_context(atomic_file(folder / PLY_NAME))]
-        write_gaussian_ply(files[0], gaussians)
-        if params is not None:
-            files.append(stack.enter_context(atomic_file(folder / PARAMETERS_NAME)))
-            params.write(files[-1])
-        if metadata is not None:
-            files.append(stack.enter_context(atomic_file(folder / METADATA_NAME)))
-            files[-1].write((json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode())
-        # All that can fail has failed before the first of them gets its name.
-        for file in files:
-            flush_to_disk(file)
-
-
-def _padded(path: Path, sh: Tensor, folder_degree: int | None, sh_degree: int | None) -> Tensor:
-    """The colors with bands of zeros up to the degree that is asked for, was there, or GaussianAvatars' viewer expects."""
-    own = _degree(sh)
-    if sh_degree is None:
-        sh_degree = max(own, GAUSSIAN_AVATARS_SH_DEGREE if folder_degree is None else folder_degree)
-    if not own <= sh_degree <= MAX_SH_DEGREE:
-        raise ValueError(f"{path}: colors of SH degree {own}, sh_degree={sh_degree}; expected {own} to {MAX_SH_DEGREE}")
-    return torch.cat((sh, sh.new_zeros(len(sh), (sh_degree + 1) ** 2 - sh.shape[1], 3)), 1)
-
-
-def _with_offsets(path: Path, avatar: GaussianAvatar) -> HeadParameters | None:
-    """The head parameters with both offsets, as GaussianAvatars reads them; those of a folder that was read as they were."""
-    params = avatar.params
-    if params is None or (avatar.folder_sh_degree is not None and params.layout is not None):
-        return params
-    try:
-        return params.with_offsets(None if avatar.head is None else avatar.head.n_vertices)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; attach the avatar's head model: avatar.with_head(load_head(...))") from None
-
-
-def _to_ply(tensors: dict[str, Tensor]) -> PlyGaussians:
-    return PlyGaussians(**{name: value.detach().cpu().numpy() for name, value in tensors.items()})
-
-
-def _save_safetensors(avatar: GaussianAvatar, path: Path) -> None:
-    tensors = avatar.tensors()
-    if avatar.params is not None:
-        tensors |= {f"params.{name}": value.float() for name, value in avatar.params.tensors().items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    about = {"format": FORMAT, "head_name": avatar.head_name, "head_hash": avatar.head_hash}
-    # One metadata entry: safetensors does not promise the order of several, and equal avatars give equal files.
-    content = to_safetensors(tensors, metadata={"gaussian_avatar": json.dumps(about)})
-    with atomic_file(path) as file:
-        file.write(content)
-
-
-def _load_safetensors(path: Path) -> GaussianAvatar:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such avatar file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            entries = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    try:
-        about = parse_json(entries["gaussian_avatar"], path)
-        if about["format"] != FORMAT:
-            raise ValueError(about["format"])
-        name, digest = _head_identity(about)
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: not an avatar file: its metadata does not say {FORMAT!r}") from None
-    _check_finite(str(path), tensors)
-    parameters = {key.removeprefix("params."): tensors.pop(key) for key in list(tensors) if key.startswith("params.")}
-    try:
-        params = HeadParameters(**parameters) if parameters else None
-        avatar = GaussianAvatar(**tensors, params=params, head_name=name, head_hash=digest)
-        if int(avatar.faces.min()) < 0:
-            raise ValueError(f"faces: row {int(avatar.faces.argmin())} is {int(avatar.faces.min())}, expected >= 0")
-    except (ValueError, TypeError, IndexError, KeyError) as error:  # a missing or unknown tensor is a TypeError
-        reason = str(error).replace("GaussianAvatar.__init__()", "tensors of an avatar file:")
-        raise ValueError(f"{path}: {reason}") from None
-    return avatar
-
-
-def _metadata_content(path: Path) -> dict | None:
-    """The JSON object of a metadata file; None if there is no such file."""
-    try:
-        return read_json(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _read_metadata(folder: Path) -> tuple[str | None, str | None]:
-    """Name and hash of the head model, as far as the folder says them."""
-    content = _metadata_content(folder / METADATA_NAME)
-    try:
-        return _head_identity(content or {})
-    except TypeError as error:
-        raise ValueError(f"{folder / METADATA_NAME}: {error}") from None
-
-
-def _head_identity(content: dict) -> tuple[str | None, str | None]:
-    name, digest = content.get("head_name"), content.get("head_hash")
-    for key, value in (("head_name", name), ("head_hash", digest)):
-        if not isinstance(value, str | None):
-            raise TypeError(f"{key} is {value!r}, expected a string")
-    return name, digest
-
-
-def _check_hash(what: str, name: str | None, digest: str | None, head: HeadModel) -> None:
-    if digest is not None and digest != head.hash:
-        raise ValueError(
-            f"{what} was made on head model {name!r} (hash {digest}), not on {head.name!r} (hash {head.hash}); "
-            "load the head model it was made on"
-        )
-
-
-def _check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
-    for name, value in tensors.items():
-        if value.dtype not in (torch.float32, torch.int64):
-            raise ValueError(f"{what}: {name} is {value.dtype}, expected float32 (faces int64)")
-        finite = torch.isfinite(value)
-        if not finite.all():
-            index = (~finite).nonzero()[0].tolist()
-            raise ValueError(f"{what}: {name} of row {index[0] if index else 0} is {value[tuple(index)].item()}")

@@ -19,16 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gaussian_tokenizer.avatars.gaussians import Gaussians
+from gaussian_tokenizer.avatars.gaussians import MIN_SCALE, Gaussians
 from gaussian_tokenizer.avatars.ply import PlyGaussians, write_gaussian_ply
 from gaussian_tokenizer.geometry.rotations import quaternion_multiply
 from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder
 
-MIN_SCALE, MIN_OPACITY = 1e-12, 1e-7  # with a finite logarithm and logit in float32
+MIN_OPACITY = 1e-7  # with a finite logit in float32
 SPLAT_FORMATS = {".compressed.ply": "ply_compressed", ".splat": "splat", ".ply": "ply"}
 UP = ("y", "minus_y")  # where the crown is: as in the toolkit, or as in most trained scenes
 PALETTE_PIXELS = 500_000  # of all frames together, from which the colors of a GIF are chosen
-MP4_QUALITY = 18  # x264's constant rate factor: hardly to be told from the original
+MP4_QUALITY = 18  # x264's constant rate factor: visually almost lossless
 
 
 def save_ply(
@@ -57,9 +57,7 @@ def save_splats(
     if suffix == ".ply":
         save_ply(path, gaussians, frame, up)
         return
-    stored = _stored(
-        gaussians, frame, up
-    )  # checked there: one NaN among the opacities makes gsplat 1.5.3 drop all points
+    stored = _stored(gaussians, frame, up)  # with its checks: one NaN opacity makes gsplat 1.5.3 drop all points
     with atomic_file(path) as file:
         file.write(_gsplat_bytes(stored, SPLAT_FORMATS[suffix]))
 
@@ -67,10 +65,9 @@ def save_splats(
 def save_ply_sequence(
     folder: str | os.PathLike, gaussians: Gaussians | Iterable[Gaussians], up: Literal["y", "minus_y"] = "y"
 ) -> int:
-    """Write `00000.ply`, `00001.ply`, ... into a new folder, which replaces one that is there; the number of frames.
+    """Write `00000.ply`, `00001.ply`, ... into a folder, replacing an existing one; returns the number of frames.
 
-    An iterable gives the motion in parts of any number of frames, so that no more than a part is in memory. `up` as
-    for `save_splats`.
+    An iterable gives the motion in parts of any number of frames. `up` as for `save_splats`.
     """
     parts = [gaussians] if isinstance(gaussians, Gaussians) else gaussians
     count = 0
@@ -87,11 +84,10 @@ def save_ply_sequence(
 def save_video(path: str | os.PathLike, images: np.ndarray | Tensor, fps: float = 25.0) -> None:
     """Write images (T, H, W, 3), uint8 or floats in 0..1, as `.gif`, `.mp4` or, without a suffix, a folder of PNG.
 
-    A GIF repeats for ever, has one palette of 256 colors for all frames and no dithering, so that nothing flickers;
-    its frames last a whole number of hundredths of a second. An MP4 is H.264 in yuv420p, which every player opens; an
-    odd width or height gets its last column or row twice. A folder holds `00000.png` and so on and replaces one that is
-    there. Raises ValueError for other suffixes or shapes, OSError where the disk refuses, ImportError for a missing
-    imageio-ffmpeg.
+    A GIF loops, with one palette of 256 colors for all frames and no dithering, so that nothing flickers; its frame time
+    is rounded to hundredths of a second. An MP4 is H.264 in yuv420p, odd sizes padded by one pixel. A folder holds
+    `00000.png`, ... and replaces an existing one. Raises ValueError for other suffixes or shapes, OSError if the disk
+    fails, ImportError without imageio-ffmpeg.
     """
     path = Path(path)
     if path.suffix not in ("", ".gif", ".mp4"):
@@ -104,7 +100,7 @@ def save_video(path: str | os.PathLike, images: np.ndarray | Tensor, fps: float 
             for index, frame in enumerate(frames):
                 Image.fromarray(frame).save(folder / f"{index:05d}.png")
         return
-    with atomic_file(path) as file:  # opened first: a folder that is not there is said before minutes of encoding
+    with atomic_file(path) as file:  # opened first: a missing folder fails before minutes of encoding
         if path.suffix == ".gif":
             _write_gif(file, frames, fps)
         else:
@@ -202,7 +198,7 @@ def _common_palette(frames: np.ndarray) -> bytes:
         pixels = np.stack((sample >> 16, sample >> 8 & 255, sample & 255), -1).astype(np.uint8)
         cut = Image.fromarray(pixels[None]).quantize(255, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
         cut_colors = np.array(cut.getpalette()).reshape(-1, 3)[:255] @ np.array((65536, 256, 1))
-        # The background as it is, not as the mean of its box: else the image stands out from a white page.
+        # The exact background, not the mean of its box, or the image would stand out from a white page.
         colors = np.append(cut_colors, colors[counts.argmax()])
     return np.stack((colors >> 16, colors >> 8 & 255, colors & 255), -1).astype(np.uint8).tobytes()
 
@@ -216,7 +212,7 @@ def _mp4_bytes(frames: np.ndarray, fps: float) -> bytes:
         ) from error
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    # ffmpeg writes files by name only; what it makes is then taken over like any other file.
+    # ffmpeg writes to a file name only.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         writer = imageio_ffmpeg.write_frames(
@@ -234,7 +230,7 @@ def _mp4_bytes(frames: np.ndarray, fps: float) -> bytes:
             for frame in frames:
                 writer.send(np.ascontiguousarray(frame))
             writer.close()
-        except OSError as error:  # with all that ffmpeg said, of which the end tells the reason
+        except OSError as error:  # holds all of ffmpeg's log, whose last line is the reason
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise OSError(f"ffmpeg could not write the video: {lines[-1] if lines else error}") from error
         return path.read_bytes()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+MIN_SCALE = 1e-12  # meters; what is smaller is stored as this, with a finite logarithm in float32
 SH_DC = 0.28209479177387814  # the constant basis function, 1 / (2 sqrt(pi))
 
 
@@ -53,7 +54,7 @@ class Gaussians:
 
     @property
     def sh_degree(self) -> int:
-        return round(self.sh.shape[1] ** 0.5) - 1
+        return sh_degree_of(self.sh)
 
     @property
     def colors(self) -> Tensor:
@@ -80,3 +81,8 @@ class Gaussians:
                 raise ValueError(
                     f"{field.name} of Gaussian {row} is {value[tuple(index)].item()}, expected a finite number"
                 )
+
+
+def sh_degree_of(sh: Tensor) -> int:
+    """The degree of coefficients (N, K, 3)."""
+    return round(sh.shape[1] ** 0.5) - 1

@@ -1,9 +1,9 @@
 """Motions: head parameters over time that move an avatar, from files of a tracker or made up.
 
 `load_motion` reads what VHAP and GaussianAvatars write. `synthetic_motion` needs no data: talking, nodding, looking
-around and a walk through the expressions, on any head model. `expression_frames` are single poses for images. What
-a name such as "smile" means is looked up among the head's `expression_names` (the procedural head's or ARKit's, which
-ICT-FaceKit has); a head whose expressions have no telling names, FLAME, lends its first components instead.
+around and each expression in turn, on any head model. `expression_frames` are single poses for images. Names such as
+"smile" are matched against the head's `expression_names` (the procedural head's, or ARKit's in ICT-FaceKit); FLAME's
+expressions are unnamed components, so its first ones are used instead.
 """
 
 import os
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaussian_tokenizer.avatars.avatar_files import PARAMETERS_NAME
 from gaussian_tokenizer.avatars.skinning import check_motion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 
 MOTIONS = ("talk", "nod", "look_around", "expressions")
-PARAMETERS_NAME, FRAMES_FOLDER = "flame_param.npz", "flame_param"
-# What each word is on heads that name their expressions: pattern -> weight. The order is that of FLAME's stand-ins.
+FRAMES_FOLDER = "flame_param"
+# Patterns of expression names for each word. On unnamed expressions, word i is component i.
 WORDS = {
     "smile": r"smile_(left|right)|mouthSmile_[LR]",
     "brows_up": r"brows_up_(left|right)|brows_inner_up|brow(Inner|Outer)Up_[LR]",
@@ -32,17 +33,16 @@ WORDS = {
     "frown": r"frown|mouthFrown_[LR]|brows_down|browDown_[LR]",
 }
 UNNAMED = r"expression_?\d+|expression \d+"
-UNNAMED_WEIGHT, UNNAMED_COUNT = 1.5, 10  # in standard deviations; and how many components a walk visits
+UNNAMED_WEIGHT, UNNAMED_COUNT = 1.5, 10  # in standard deviations; components that "expressions" shows
 SIDE = r"_(left|right|L|R)$"
 
 
 def load_motion(path: str | os.PathLike, head: HeadModel) -> HeadParameters:
     """The frames of a motion: a `.npz` file, or a folder that has `flame_param.npz` or `flame_param/<timestep>.npz`.
 
-    The folder of the timesteps itself does as well; they come in the order of their numbers. Shape and static offset
-    are those of the file (of the first one), so they are the tracked person's and may be of any size: posing an avatar
-    does not use them. Raises FileNotFoundError, or ValueError that names the file for damaged files and for a motion
-    of another head model than `head`.
+    The folder of timesteps itself is accepted too; they are sorted by number. Shape and static offset are those of the
+    (first) file, of any size: posing an avatar does not use them. Raises FileNotFoundError, or ValueError that names the
+    file if it is damaged or its motion was made for another head model than `head`.
     """
     path = Path(path)
     if path.is_dir():
@@ -113,7 +113,7 @@ def _nod(phase: Tensor, head: HeadModel) -> dict[str, Tensor]:
     pitch = 0.25 * _wave(phase, 2)
     expr = 0.5 * _bump(phase, 0.5, 0.8)[:, None] * _word(head, "smile")
     expr = expr + _bump(phase, 0.1, 0.1)[:, None] * _word(head, "blink")
-    # The eyes stay with whom they look at.
+    # The eyes keep looking at the same point.
     eyes = torch.stack((-0.6 * pitch, zero, zero), -1)
     return {"neck_pose": torch.stack((pitch, zero, zero), -1), "eyes_pose": torch.cat((eyes, eyes), -1), "expr": expr}
 
@@ -150,7 +150,7 @@ def _bump(phase: Tensor, center: float, width: float) -> Tensor:
 
 
 def _word(head: HeadModel, word: str | None) -> Tensor:
-    """(E,) float64 expression of a word of WORDS; zero for None and for words the head cannot say."""
+    """(E,) float64 expression of a word of WORDS; zero for None and for words that match no expression."""
     expr = torch.zeros(head.n_expression, dtype=torch.float64)
     if word is None:
         return expr

@@ -113,10 +113,27 @@ def write_gaussian_ply(target: str | os.PathLike | BinaryIO, gaussians: PlyGauss
         groups.append(gaussians.faces[:, None])
     rows = np.empty((num_rows, len(names)), "<f4")
     np.concatenate(groups, axis=1, out=rows, casting="same_kind")
-    properties = "".join(f"property float {name}\n" for name in names)
-    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {num_rows}\n{properties}end_header\n"
-    target.write(header.encode("ascii"))
-    target.write(rows.data)
+    _write_rows(target, rows.view([(name, "<f4") for name in names]))
+
+
+def write_point_ply(path: str | os.PathLike, positions: np.ndarray, faces: np.ndarray) -> None:
+    """Write a cloud of points (N, 3) with the face (N,) of each, atomically: x, y, z as float, face as int."""
+    rows = np.empty(len(faces), [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("face", "<i4")])
+    rows["x"], rows["y"], rows["z"] = positions.T
+    rows["face"] = faces
+    with atomic_file(path) as file:
+        _write_rows(file, rows)
+
+
+def _write_rows(file: BinaryIO, rows: np.ndarray) -> None:
+    """One element `vertex` of the fields of a structured array, float32 or int32."""
+    assert rows.dtype.names is not None
+    properties = "".join(
+        f"property {'int' if rows.dtype[name].kind == 'i' else 'float'} {name}\n" for name in rows.dtype.names
+    )
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(rows)}\n{properties}end_header\n"
+    file.write(header.encode("ascii"))
+    file.write(rows.data)
 
 
 def _read_header(path: Path, start: bytes) -> tuple[int, list[str], int]:

@@ -1,13 +1,15 @@
-"""Moving face-bound Gaussians with the head: linear blend skinning, or riding on the faces.
+"""Moving face-bound Gaussians with the head: linear blend skinning, or face frames.
 
-Canonical or face-local Gaussians and head parameters of T frames go in, world-space positions, scales and quaternions
-of T frames come out, batched and differentiable. `skin` is the paper's way: skinning weights and blendshapes are
-interpolated at the point's closest point on its face (AvatarPointillist, CVPR 2026; the chain is SMPL's, Loper et al.
-2015). `pose_by_face_frames` is that of GaussianAvatars (Qian et al., CVPR 2024, section 3.2). They agree at rest. In the
-first a Gaussian keeps its size and turns with the joints, in the second it is stretched and turned with its triangle.
+`Skinning` binds the Gaussians to one subject's head once and poses them often: head parameters of T frames go in,
+world-space `Gaussians` of T frames come out, differentiable. "lbs" is the paper's way: skinning weights and blendshapes are
+interpolated at the point's closest point on its face (AvatarPointillist, CVPR 2026; the chain is SMPL's, Loper et al. 2015).
+"face_frames" is that of GaussianAvatars (Qian et al., CVPR 2024, section 3.2). They agree at rest. In the first a Gaussian
+keeps its size and rotates with the joints, in the second it is scaled and rotated with its triangle.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,92 +24,190 @@ from gaussian_tokenizer.avatars.anchoring import (
     world_to_local_log_scales,
     world_to_local_quats,
 )
-from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion, quaternion_multiply
+from gaussian_tokenizer.avatars.gaussians import MIN_SCALE, Gaussians
+from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion, quaternion_multiply, quaternion_to_matrix
 from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics, interpolate
-from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_model import HeadModel, blend_joints
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
-METHODS = ("lbs", "face_frames")
-MIN_SCALE = 1e-9  # meters; what is smaller has no finite logarithm
+ANIMATIONS = ("lbs", "face_frames")
 NEWTON_STEPS = 8  # enough for double precision at the determinant below
 SINGULAR = 1e-3  # determinant of a mean of rotations below which "the nearest rotation" has no stable answer
 
 
-@dataclass(frozen=True, eq=False)
-class Placed:
-    """Where N Gaussians are in T frames (leading axes `...`: T, or none in canonical pose), world space."""
+class Placed(NamedTuple):
+    """N Gaussians in world space; leading axes `...` are T frames, or nothing on the canonical head."""
 
     positions: Tensor  # (..., N, 3) meters
     scales: Tensor  # (..., N, 3) meters
     quats: Tensor  # (..., N, 4) unit, wxyz
 
 
-@dataclass(frozen=True, eq=False)
-class Local:
+class Local(NamedTuple):
     """N Gaussians relative to their faces, as an avatar stores them."""
 
     positions: Tensor  # (N, 3) in units of the face scale
     log_scales: Tensor  # (N, 3)
     quats: Tensor  # (N, 4) wxyz, any length
-    faces: Tensor  # (N,) int64
+
+
+class Anchors(NamedTuple):
+    """Where N points are bound for linear blend skinning."""
+
+    corners: Tensor  # (N, 3) int64, the vertices of each point's face
+    barycentrics: Tensor  # (N, 3) of the closest point on that face
+    weights: Tensor  # (N, J)
+    mixed: Tensor  # (M,) int64, points whose rotation is computed for each of them
+    turns: Tensor  # (N,) int64, index of each point's rotation among those M and the J joints'
+
+
+class Skinning:
+    """N Gaussians bound to one subject's head. Made by `GaussianAvatar.bind`, or from canonical Gaussians.
+
+    What does not change from pose to pose is computed at the first pose and kept, with its gradients: in training, bind
+    once a step.
+    """
+
+    def __init__(
+        self,
+        gaussians: Placed | Local,
+        faces: Tensor,
+        own: HeadParameters,
+        head: HeadModel,
+        opacities: Tensor,
+        sh: Tensor,
+    ) -> None:
+        """`faces` (N,) int64; of `own`, shape and static offset are used. `opacities` (N,) in 0..1, `sh` (N, K, 3)."""
+        self.gaussians, self.faces, self.own, self.head = gaussians, faces, own, head
+        self.opacities, self.sh = opacities, sh
+        self.head_faces = head.faces.to(faces.device)
+
+    @classmethod
+    def of_canonical(cls, gaussians: Gaussians, faces: Tensor, own: HeadParameters, head: HeadModel) -> "Skinning":
+        """Canonical Gaussians (T = 1) that are no avatar yet, such as what a network predicts; `faces` (N,)."""
+        if gaussians.num_frames != 1:
+            raise ValueError(f"canonical Gaussians have 1 frame, found {gaussians.num_frames}")
+        scales, quats = gaussians.scales[0].clamp(min=MIN_SCALE), normalize(gaussians.quats[0], dim=-1)
+        canonical = Placed(gaussians.positions[0], scales, quats)
+        return cls(canonical, faces, own, head, gaussians.opacities, gaussians.sh)
+
+    def pose(
+        self,
+        motion: HeadParameters,
+        animation: str = "lbs",
+        pose_correctives: bool = True,
+        rotate_covariances: bool = True,
+    ) -> Gaussians:
+        """The Gaussians in every frame of `motion`, which may be another subject's: shape and static offset stay.
+
+        `animation` "lbs" is linear blend skinning with interpolated weights and blendshapes (the paper), "face_frames" lets
+        positions, sizes and rotations follow the faces (GaussianAvatars). `rotate_covariances=False` leaves the rotations of
+        "lbs" as they are at rest; with `pose_correctives=False` that is what LAM's renderer does. SH are not rotated: they
+        are evaluated in world directions. ValueError for a motion of another head model.
+        """
+        if animation not in ANIMATIONS:
+            raise ValueError(f"animation is {animation!r}, expected {' or '.join(ANIMATIONS)}")
+        params = retarget(self.own, motion, self.head)
+        if animation == "face_frames":
+            positions, scales, quats = self._on_faces(self.head.pose(params, pose_correctives).vertices)
+        else:
+            positions, rotations, blended = self._skinned(params, pose_correctives)
+            scales = self._canonical.scales.expand_as(positions)
+            quats = self._canonical.quats.expand(*positions.shape[:2], 4)
+            if rotate_covariances:
+                turns = matrix_to_quaternion(self._nearest_rotations(rotations, blended))
+                quats = quaternion_multiply(turns.index_select(1, self._anchors.turns), quats)
+        return Gaussians(positions, scales, quats, self.opacities, self.sh)
+
+    def covariances(self, motion: HeadParameters) -> tuple[Tensor, Tensor]:
+        """Positions (T, N, 3) in meters and covariances (T, N, 3, 3) of "lbs"; faster than `pose`, without quaternions."""
+        positions, rotations, blended = self._skinned(retarget(self.own, motion, self.head), True)
+        turns = self._nearest_rotations(rotations, blended).index_select(1, self._anchors.turns)
+        axes = turns @ self._canonical_axes
+        return positions, axes @ axes.mT
+
+    def at_rest(self) -> Gaussians:
+        """The Gaussians on the canonical head (own shape, no expression, no pose), T = 1."""
+        positions, scales, quats = self._canonical
+        return Gaussians(positions[None], scales[None], quats[None], self.opacities, self.sh)
+
+    @cached_property
+    def _canonical_vertices(self) -> Tensor:
+        return self.head.canonical_vertices(self.own)  # (V, 3)
+
+    @cached_property
+    def _canonical(self) -> Placed:
+        return self.gaussians if isinstance(self.gaussians, Placed) else self._on_faces(self._canonical_vertices)
+
+    @cached_property
+    def _canonical_axes(self) -> Tensor:
+        """(N, 3, 3) rotation times scales: covariance = axes axes^T."""
+        return quaternion_to_matrix(self._canonical.quats) * self._canonical.scales[:, None]
+
+    @cached_property
+    def _local(self) -> Local:
+        if isinstance(self.gaussians, Local):
+            return self.gaussians
+        positions, scales, quats = self.gaussians
+        frames = face_frames(self._canonical_vertices, self.head_faces)
+        return Local(
+            world_to_local(positions, self.faces, frames),
+            world_to_local_log_scales(scales.log(), self.faces, frames),
+            world_to_local_quats(quats, self.faces, frames),
+        )
+
+    @cached_property
+    def _anchors(self) -> Anchors:
+        canonical, corners = self._canonical_vertices, self.head_faces[self.faces]
+        barycentrics = closest_point_barycentrics(self._canonical.positions, canonical[corners])
+        weights = interpolate(self.head.skinning_weights.to(canonical), self.head_faces, self.faces, barycentrics)
+        # Points that follow one joint share its rotation. Not in training: a gradient to the weights takes every point's.
+        mixed = (weights != 1).all(-1) | weights.requires_grad
+        turns = torch.where(mixed, mixed.cumsum(0) - 1, mixed.sum() + weights.argmax(-1))
+        return Anchors(corners, barycentrics, weights, mixed.nonzero()[:, 0], turns)
+
+    def _on_faces(self, vertices: Tensor) -> Placed:
+        """The Gaussians on a mesh of `vertices` (..., V, 3): position, size and turn follow the face each is bound to."""
+        frames = face_frames(vertices, self.head_faces)
+        return Placed(
+            local_to_world(self._local.positions, self.faces, frames),
+            local_to_world_log_scales(self._local.log_scales, self.faces, frames).exp(),
+            local_to_world_quats(self._local.quats, self.faces, frames),
+        )
+
+    def _skinned(self, params: HeadParameters, pose_correctives: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Linear blend skinning: positions (T, N, 3), rotations of joints (T, J, 3, 3), their means (T, N, 3, 3).
+
+        For a point x of the canonical head with barycentrics c of its closest point on its face, and weights w = c . W:
+        x' = sum_j w_j A_j (x + sum_i c_i (rest_i - canonical_i)). Blendshapes and correctives are linear in the vertices,
+        so displacements are interpolated in place of the directions.
+        """
+        corners, barycentrics, weights, _, _ = self._anchors
+        rest_vertices, transforms = self.head.articulate(params, pose_correctives)
+        displacements = rest_vertices - self._canonical_vertices  # (T, V, 3)
+        moved = self._canonical.positions + sum(
+            barycentrics[:, corner, None] * displacements.index_select(1, corners[:, corner]) for corner in range(3)
+        )  # (T, N, 3)
+        positions, blended = blend_joints(weights, transforms, moved)
+        return positions, transforms[..., :3], blended
+
+    def _nearest_rotations(self, rotations: Tensor, blended: Tensor) -> Tensor:
+        """(T, M + J, 3, 3): a point turns by the rotation nearest to the mean of its joints', sum_j w_j R_j."""
+        _, _, weights, mixed, _ = self._anchors
+        strongest = rotations.index_select(1, weights.index_select(0, mixed).argmax(-1))  # (T, M, 3, 3)
+        means = torch.cat((blended.index_select(1, mixed), rotations), 1)
+        return nearest_rotation(means, instead=torch.cat((strongest, rotations), 1))
 
 
 def retarget(own: HeadParameters, motion: HeadParameters, head: HeadModel) -> HeadParameters:
-    """The motion on the subject's own head: `own` shape and static offset, all that moves from `motion`.
+    """The motion on the subject's own head: shape and static offset of `own`, everything else of `motion`, in its dtype.
 
-    Of the motion, expression, joint rotations, translation and dynamic offset are used, in its dtype; whose shape it
-    carries does not matter. `ValueError` if it was made for a head of other expressions or vertices.
+    `ValueError` if the motion was made for a head with other expressions or vertices.
     """
     check_motion(motion, head)
     like = motion.expr
     static = None if own.static_offset is None else own.static_offset.to(like)
     return replace(motion, shape=own.shape.to(like), static_offset=static, layout=None)
-
-
-def animate(
-    gaussians: Gaussians,
-    faces: Tensor,
-    params: HeadParameters,
-    head: HeadModel,
-    method: str = "lbs",
-    pose_correctives: bool = True,
-    rotate_covariances: bool = True,
-) -> Gaussians:
-    """Canonical Gaussians (T = 1) bound to `faces` (N,), in every frame of `params`, whose shape is the subject's own.
-
-    `GaussianAvatar.posed` for Gaussians that are no avatar yet, such as what a network predicts: gradients pass to
-    them and to `params`.
-    """
-    if gaussians.num_frames != 1:
-        raise ValueError(f"canonical Gaussians have 1 frame, found {gaussians.num_frames}")
-    positions, quats = gaussians.positions[0], normalize(gaussians.quats[0], dim=-1)
-    scales = gaussians.scales[0].clamp(min=MIN_SCALE)
-    if method == "lbs":
-        placed = skin(Placed(positions, scales, quats), faces, params, head, pose_correctives, rotate_covariances)
-    else:
-        frames = face_frames(head.canonical_vertices(params), head.faces)
-        local = Local(
-            world_to_local(positions, faces, frames),
-            world_to_local_log_scales(scales.log(), faces, frames),
-            world_to_local_quats(quats, faces, frames),
-            faces,
-        )
-        placed = place(local, params, head, method, pose_correctives, rotate_covariances)
-    return Gaussians(placed.positions, placed.scales, placed.quats, gaussians.opacities, gaussians.sh)
-
-
-def place(
-    local: Local, params: HeadParameters, head: HeadModel, method: str, pose_correctives: bool, rotate_covariances: bool
-) -> Placed:
-    """Gaussians of an avatar in every frame of `params`, whose shape is its own: by `skin` or `pose_by_face_frames`."""
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} of posing; expected {' or '.join(METHODS)}")
-    head_faces = head.faces.to(local.faces.device)
-    if method == "lbs":
-        at_rest = pose_by_face_frames(local, head.canonical_vertices(params), head_faces)
-        return skin(at_rest, local.faces, params, head, pose_correctives, rotate_covariances)
-    return pose_by_face_frames(local, head.pose(params, pose_correctives).vertices, head_faces)
 
 
 def check_motion(motion: HeadParameters, head: HeadModel) -> None:
@@ -120,56 +220,6 @@ def check_motion(motion: HeadParameters, head: HeadModel) -> None:
             f"the motion has {found} {what}, head model {head.name!r} has {expected}; give a motion made with this head "
             "model, or use the avatar's"
         )
-
-
-def pose_by_face_frames(local: Local, vertices: Tensor, head_faces: Tensor) -> Placed:
-    """The Gaussians on a mesh of `vertices` (..., V, 3): position, size and turn follow the face each is bound to."""
-    frames = face_frames(vertices, head_faces)
-    return Placed(
-        local_to_world(local.positions, local.faces, frames),
-        local_to_world_log_scales(local.log_scales, local.faces, frames).exp(),
-        local_to_world_quats(local.quats, local.faces, frames),
-    )
-
-
-def skin(
-    at_rest: Placed,
-    faces: Tensor,
-    params: HeadParameters,
-    head: HeadModel,
-    pose_correctives: bool = True,
-    rotate_covariances: bool = True,
-) -> Placed:
-    """Linear blend skinning of N canonical Gaussians, bound to `faces` (N,), by every frame of `params`.
-
-    For a point x of the canonical head with barycentrics c of its closest point on its face, and weights w = c . W:
-    x' = sum_j w_j A_j (x + sum_i c_i (rest_i - canonical_i)). Blendshapes and correctives are linear in the vertices,
-    so displacements are interpolated in place of the directions. The quaternions turn by the rotation nearest to
-    sum_j w_j R_j, scales stay as they are at rest; without `rotate_covariances` quaternions stay too, which together
-    with `pose_correctives=False` is what LAM's renderer does.
-    """
-    head_faces = head.faces.to(faces.device)
-    canonical = head.canonical_vertices(params)  # (V, 3)
-    corners = head_faces[faces]  # (N, 3)
-    barycentrics = closest_point_barycentrics(at_rest.positions, canonical[corners])  # (N, 3)
-    weights = interpolate(head.skinning_weights.to(canonical), head_faces, faces, barycentrics)  # (N, J)
-
-    posed = head.pose(params, pose_correctives)
-    displacements = posed.rest_vertices - canonical  # (T, V, 3)
-    moved = at_rest.positions + sum(
-        barycentrics[:, corner, None] * displacements.index_select(1, corners[:, corner]) for corner in range(3)
-    )  # (T, N, 3)
-    affine = posed.joint_transforms[:, :, :3]  # (T, J, 3, 4)
-    blended = (weights @ affine.flatten(2)).unflatten(-1, (3, 4))  # (T, N, 3, 4)
-    positions = (blended[..., :3] @ moved[..., None])[..., 0] + blended[..., 3]
-
-    quats = at_rest.quats.expand(*positions.shape[:2], 4)
-    if rotate_covariances:
-        blend, rotations = blended[..., :3], affine[..., :3]  # (T, N, 3, 3), (T, J, 3, 3)
-        strongest = rotations.index_select(1, weights.argmax(-1))
-        turns = nearest_rotation(blend, instead=strongest)
-        quats = quaternion_multiply(matrix_to_quaternion(turns), quats)
-    return Placed(positions, at_rest.scales.expand_as(positions), quats)
 
 
 def nearest_rotation(matrix: Tensor, instead: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from gaussian_tokenizer.avatars.avatar import METADATA_NAME
+from gaussian_tokenizer.avatars.avatar_files import METADATA_NAME
 from gaussian_tokenizer.captures.checks import find_problems
 from gaussian_tokenizer.captures.pixel3dmm import checkpoint_files, read_pixel3dmm
 from gaussian_tokenizer.captures.subject import read_metadata, shared_ids

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gaussian_tokenizer.avatars.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar_files import METADATA_NAME, PARAMETERS_NAME, PLY_NAME
 from gaussian_tokenizer.captures.frame import Frame
 from gaussian_tokenizer.captures.transforms_json import TRANSFORMS_NAME, read_transforms, write_frames
 from gaussian_tokenizer.heads.head_model import HeadModel

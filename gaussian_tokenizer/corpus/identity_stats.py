@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gaussian_tokenizer.avatars.avatar import PARAMETERS_NAME
+from gaussian_tokenizer.avatars.avatar_files import PARAMETERS_NAME
 from gaussian_tokenizer.corpus.corpus import Corpus, read_rows
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters

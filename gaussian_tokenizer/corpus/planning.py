@@ -22,7 +22,8 @@ from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.corpus.shards import Rows, ShardPlan
 from gaussian_tokenizer.corpus.sources import SubjectSummary
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import DEFAULT_BOUNDS, GaussianTokenizer
+from gaussian_tokenizer.tokenizer.point_codec import DEFAULT_BOUNDS
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
 FIT_MARGIN = 0.05  # of the longest edge of the box around all points
 LISTED_SUBJECTS = 5  # without license or consent

@@ -7,10 +7,10 @@ world-to-camera with OpenCV axes (x right, y down, z forward).
 from datasets import Array2D, Features, Image, List, Value
 
 from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
 CONFIGURATIONS = ("avatars", "frames")
-POSE_SIZES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
 
 
 def corpus_features(tokenizer: GaussianTokenizer, head: HeadModel, static_offset: bool) -> dict[str, Features]:
@@ -19,8 +19,7 @@ def corpus_features(tokenizer: GaussianTokenizer, head: HeadModel, static_offset
     Head parameters in `avatars` are those of the first frame; shape and static offset are there only.
     """
     mesh = (head.n_vertices, 3)
-    pose_sizes = {"expr": head.n_expression, **POSE_SIZES}
-    pose = {name: List(Value("float32"), length=size) for name, size in pose_sizes.items()}
+    pose = {name: List(Value("float32"), length=size or head.n_expression) for name, size in FRAME_KEYS.items()}
     avatars = {
         "avatar_id": Value("string"),
         "input_ids": List(Value("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")),

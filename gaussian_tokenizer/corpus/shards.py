@@ -23,7 +23,8 @@ from safetensors import safe_open
 from gaussian_tokenizer.avatars.anchoring import points_per_face
 from gaussian_tokenizer.captures.subject import About
 from gaussian_tokenizer.corpus.corpus import FINGERPRINT_KEY, tokenizer_fingerprint
-from gaussian_tokenizer.corpus.sources import FRAME_SCALARS, POSE, subject_file
+from gaussian_tokenizer.corpus.sources import FRAME_SCALARS, subject_file
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
 
@@ -105,7 +106,7 @@ def _avatar_rows(
         with safe_open(subject_file(folder, chosen.number), framework="np") as file:
             others = json.loads(file.metadata()["subject"])
             positions, faces = file.get_tensor("positions"), file.get_tensor("faces")
-            row = {name: file.get_tensor(name) for name in ("shape", *POSE, "head_vertices", "head_normals")}
+            row = {name: file.get_tensor(name) for name in ("shape", *FRAME_KEYS, "head_vertices", "head_normals")}
             if "static_offset" in features:
                 own = "static_offset" in file.keys()  # noqa: SIM118 (not a mapping)
                 row["static_offset"] = file.get_tensor("static_offset") if own else np.zeros_like(row["head_vertices"])
@@ -128,7 +129,7 @@ def _frame_rows(folder: Path, plan: ShardPlan) -> Iterator[dict[str, Any]]:
     for chosen in plan.rows:
         with safe_open(subject_file(folder, chosen.number), framework="np") as file:
             others = json.loads(file.metadata()["subject"])
-            columns = {name: file.get_tensor(f"frames.{name}") for name in ("viewmat", *POSE)}
+            columns = {name: file.get_tensor(f"frames.{name}") for name in ("viewmat", *FRAME_KEYS)}
             columns |= {name: file.get_tensor(f"frames.{name}").tolist() for name in FRAME_SCALARS}
             rendered = None
             if "frames.images" in file.keys():  # noqa: SIM118 (not a mapping)

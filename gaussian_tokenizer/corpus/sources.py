@@ -20,13 +20,11 @@ from safetensors.numpy import save
 from gaussian_tokenizer.avatars.anchoring import face_frames, local_to_world
 from gaussian_tokenizer.captures.frame import Frame
 from gaussian_tokenizer.captures.subject import About, Subject, find_subject_folders
-from gaussian_tokenizer.corpus.schema import POSE_SIZES
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.tokenizer.image_files import verify_image
 from gaussian_tokenizer.utils.atomic import atomic_file
 
-POSE = ("expr", *POSE_SIZES)
 FRAME_SCALARS = {
     **dict.fromkeys(("timestep", "camera", "width", "height"), np.int32),
     **dict.fromkeys(("fx", "fy", "cx", "cy"), np.float32),
@@ -192,7 +190,7 @@ def _read_frames(frames: Sequence[Frame], head: HeadModel) -> tuple[dict[str, np
         **{name: np.array([getattr(frame, name) for frame in frames], kind) for name, kind in FRAME_SCALARS.items()},
         "viewmat": np.array([frame.viewmat for frame in frames], np.float32),
         "image_size": np.array(sizes, np.int64),
-        **{name: np.stack([pose[name] for pose in poses]) for name in POSE},
+        **{name: np.stack([pose[name] for pose in poses]) for name in FRAME_KEYS},
     }
     if rendered:
         columns["images"] = np.concatenate(rendered)
@@ -209,4 +207,4 @@ def _check_image(frame: Frame, data: bytes) -> None:
 def _pose(params: HeadParameters) -> dict[str, np.ndarray]:
     """Expression and pose of the first frame, each (size,) float32."""
     values = params.tensors()
-    return {name: values[name][0].numpy() for name in POSE}
+    return {name: values[name][0].numpy() for name in FRAME_KEYS}

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gaussian_tokenizer.corpus.corpus import Corpus, read_rows
-from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import SLOTS, GaussianTokenizer
+from gaussian_tokenizer.tokenizer.point_codec import SLOTS
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 
 SEQUENCE_BARS = 40
 GRAY, BLUE, AXIS_COLORS = "#b0b0b0", "#3b6ea5", ("#b5432e", "#4b8b3b", "#3b6ea5")

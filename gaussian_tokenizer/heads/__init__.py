@@ -1,4 +1,4 @@
-"""Head models (procedural, ICT-FaceKit, FLAME), their parameters, and `load_head`, the one door to them."""
+"""Head models (procedural, ICT-FaceKit, FLAME), their parameters, and `load_head`, which opens all of them."""
 
 from .head_model import HeadModel, PosedHead
 from .head_parameters import HeadParameters

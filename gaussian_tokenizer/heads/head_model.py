@@ -21,7 +21,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import ROTATION_KEYS, HeadParameters
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.json_files import parse_json
 
@@ -181,8 +181,15 @@ class HeadModel:
         The translation is applied last and is part of `joint_transforms`, so that
         vertex = sum_j weight_j * (joint_transform_j applied to the shaped and corrected vertex).
         """
+        rest_vertices, transforms = self.articulate(params, pose_correctives)
+        vertices, _ = blend_joints(self.skinning_weights.to(rest_vertices), transforms, rest_vertices)
+        last_row = transforms.new_tensor((0.0, 0.0, 0.0, 1.0)).expand(*transforms.shape[:2], 1, 4)
+        return PosedHead(vertices, torch.cat((transforms, last_row), -2), rest_vertices)
+
+    def articulate(self, params: HeadParameters, pose_correctives: bool = True) -> tuple[Tensor, Tensor]:
+        """`rest_vertices` (T, V, 3) of `pose`, and the affine joint transforms (T, J, 3, 4) that act on them."""
         vertices = self.shaped(params)  # (T, V, 3)
-        axis_angles = torch.cat((params.rotation, params.neck_pose, params.jaw_pose, params.eyes_pose), -1)
+        axis_angles = torch.cat([getattr(params, name) for name in ROTATION_KEYS], -1)
         rotations = axis_angle_to_matrix(axis_angles.unflatten(-1, (self.n_joints, 3)).to(vertices))  # (T, J, 3, 3)
         joints = self.joint_regressor.to(vertices) @ vertices  # (T, J, 3)
         if pose_correctives:
@@ -199,12 +206,7 @@ class HeadModel:
         turned = torch.stack(world_rotations, 1)  # (T, J, 3, 3)
         moved = torch.stack(world_joints, 1) - (turned @ joints[..., None])[..., 0]  # minus the rest joint
         moved = moved + params.translation.to(vertices)[:, None]
-
-        affine = torch.cat((turned, moved[..., None]), -1)  # (T, J, 3, 4)
-        blended = (self.skinning_weights.to(vertices) @ affine.flatten(2)).unflatten(-1, (3, 4))  # (T, V, 3, 4)
-        posed = (blended[..., :3] @ vertices[..., None])[..., 0] + blended[..., 3]
-        last_row = affine.new_tensor((0.0, 0.0, 0.0, 1.0)).expand(*affine.shape[:2], 1, 4)
-        return PosedHead(posed, torch.cat((affine, last_row), -2), vertices)
+        return vertices, torch.cat((turned, moved[..., None]), -1)
 
     def normals(self, vertices: Tensor) -> Tensor:
         """(..., V, 3) positions -> (..., V, 3) unit normals, the area-weighted mean of the faces around a vertex."""
@@ -275,6 +277,15 @@ class HeadModel:
                 f"{float(head.skinning_weights.min()):.4g}; expected weights from 0 that sum to 1: make the file again"
             )
         return head
+
+
+def blend_joints(weights: Tensor, transforms: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Linear blend skinning of `points` (T, N, 3) by weights (N, J) and affine joint transforms (T, J, 3, 4).
+
+    The moved points (T, N, 3) and, for what turns with them, the means of the joints' rotations (T, N, 3, 3).
+    """
+    blended = (weights @ transforms.flatten(2)).unflatten(-1, (3, 4))  # (T, N, 3, 4)
+    return (blended[..., :3] @ points[..., None])[..., 0] + blended[..., 3], blended[..., :3]
 
 
 def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict:

@@ -21,6 +21,7 @@ from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.npz import read_npz
 
 FRAME_KEYS = {"expr": None, "rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
+ROTATION_KEYS = ("rotation", "neck_pose", "jaw_pose", "eyes_pose")  # of the joints, in their order
 REQUIRED_KEYS = ("shape", *FRAME_KEYS)
 OFFSET_KEYS = ("static_offset", "dynamic_offset")
 
@@ -112,8 +113,8 @@ class HeadParameters:
         }
         return cls(shape=torch.zeros(shape_size), **per_frame)
 
-    def to(self, device: torch.device | str) -> "HeadParameters":
-        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+    def to(self, like: torch.device | str | torch.dtype | Tensor) -> "HeadParameters":
+        moved: dict[str, Any] = {name: value.to(like) for name, value in self.tensors().items()}
         return replace(self, **moved)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""`load_head`: the one door to all head models."""
+"""`load_head` opens every kind of head model."""
 
 from pathlib import Path
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gaussian_tokenizer.avatars.avatar import METADATA_NAME, PARAMETERS_NAME, PLY_NAME, GaussianAvatar
+from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.avatars.avatar_files import METADATA_NAME, PARAMETERS_NAME, PLY_NAME
 from gaussian_tokenizer.captures.checks import Problem, find_problems, warning
 from gaussian_tokenizer.captures.frame import has_alpha, load_image
 from gaussian_tokenizer.captures.loading import EXPECTED, read_tracking, recognize

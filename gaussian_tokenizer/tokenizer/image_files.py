@@ -1,8 +1,7 @@
-"""The one door through which image files come in: their size is looked at before they are decoded.
+"""Image files, opened safely: a list of formats and a limit of pixels that is checked before decoding.
 
-A file of 445 kB may hold 12,500 x 12,500 pixels, and some of Pillow's formats start other programs (EPS). So there is a
-list of formats and a limit, and whatever is wrong with a file is one ValueError. Saved beside the checkpoints with
-processing_conditions.py: third-party imports only.
+A file of 445 kB may hold 12,500 x 12,500 pixels, and some of Pillow's formats start other programs (EPS). Anything wrong
+with a file is one ValueError. Saved beside the checkpoints with processing_conditions.py: third-party imports only.
 """
 
 import io
@@ -40,7 +39,7 @@ def _read(source: str | os.PathLike | bytes, use: Callable[[Image.Image], object
     name = "the image" if isinstance(source, bytes) else os.fspath(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise FileNotFoundError(f"{name} does not exist")
-    Image.init()  # or only some of the formats are known
+    Image.init()  # registers all formats
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .image_files import open_image
+from .point_codec import as_array
 
 IMAGE_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)  # ImageNet
 IMAGE_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
@@ -46,6 +47,27 @@ def pixel_values(images: Any, size: int) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
+def head_condition(head_vertices: Any, head_faces: Any, n_faces: int) -> dict[str, np.ndarray]:
+    """Vertices (V, 3) or (B, V, 3) -> `head_vertices` (B, V, 3) float32 and, with faces (F, 3), `head_normals`."""
+    is_list = isinstance(head_vertices, (list, tuple))
+    meshes = [as_array(each, "head_vertices") for each in (head_vertices if is_list else [head_vertices])]
+    vertices = np.stack(meshes) if is_list else meshes[0]
+    vertices = vertices[None] if vertices.ndim == 2 else vertices
+    if vertices.ndim != 3 or vertices.shape[2] != 3 or vertices.size == 0 or vertices.dtype.kind not in "fiu":
+        raise ValueError(f"head_vertices are {vertices.dtype} {vertices.shape}; expected (V, 3) or (B, V, 3)")
+    if not np.isfinite(vertices).all():
+        raise ValueError("head_vertices hold NaN or Inf; expected meters")
+    data = {"head_vertices": vertices.astype(np.float32)}
+    if head_faces is not None:
+        faces = as_array(head_faces, "head_faces")
+        if faces.shape != (n_faces, 3) or faces.dtype.kind not in "iu":
+            raise ValueError(f"head_faces are {faces.dtype} {faces.shape}; expected integers ({n_faces}, 3)")
+        if faces.min() < 0 or faces.max() >= vertices.shape[1]:
+            raise ValueError(f"head_faces name vertices {faces.min()} to {faces.max()} of {vertices.shape[1]}")
+        data["head_normals"] = np.stack([vertex_normals(head, faces) for head in vertices]).astype(np.float32)
+    return data
+
+
 def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Vertices (V, 3), faces (F, 3) -> unit area-weighted normals (V, 3); zero where no face with an area touches."""
     corners = vertices.astype(np.float64)[faces]
@@ -53,17 +75,6 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     weights = np.repeat(face_normals, 3, axis=0)
     normals = np.stack([np.bincount(faces.ravel(), weights[:, axis], len(vertices)) for axis in range(3)], axis=1)
     return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-20)
-
-
-def as_array(values: Any, name: str) -> np.ndarray:
-    """Tensor on any device, array or nested list -> array; `name` is what the error calls it."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    try:
-        return np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} are not an array: {error}") from error
 
 
 def _rgb_on_white(image: Any) -> Image.Image:

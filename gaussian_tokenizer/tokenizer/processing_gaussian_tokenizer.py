@@ -1,36 +1,29 @@
-"""Face-anchored points to token ids and back, and the conditions of the model beside them.
+"""GaussianTokenizer: face-anchored points to token ids and back, and the conditions of the model beside them.
 
-A point (canonical position in meters + face of the head model) becomes four tokens x, y, z, b:
-
-    bin = floor((x - lo) / (hi - lo) * n_bins), clamped;  b = n_bins + face        [bos, x, y, z, b, ..., eos]
-
-Points are sorted by their quantized (y, z, x, face), so a cloud has one sequence whatever its order. `decode` gives bin
-centers. Images and head meshes become `pixel_values`, `head_vertices` and `head_normals`. Every setting is a scalar in
-`processor_config.json`; this file imports third-party packages only, because it is saved beside the checkpoints.
+The arithmetic of points and ids is `PointCodec`'s. Here are batches, padding and the settings as a transformers processor;
+images and head meshes become `pixel_values`, `head_vertices` and `head_normals`. Every setting is a scalar in
+`processor_config.json`. Saved beside the checkpoints: third-party and sibling imports only.
 Axis letters: B batch, N points, L tokens (4N + 2), V vertices, F faces, S image size.
 """
 
 import json
-import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 
-from .processing_conditions import as_array, pixel_values, vertex_normals
+from .point_codec import DEFAULT_BOUNDS, PointCodec, one_of, positive_integer
+from .processing_conditions import head_condition, pixel_values
 
-SLOTS = ("x", "y", "z", "face")
-DEFAULT_BOUNDS = ((-0.3, -0.3, -0.3), (0.3, 0.3, 0.3))  # meters: a head with hair and neck about the origin
 MAX_IMAGE_SIZE = 2**14  # 3 GB an image
-BLOCK = 8192  # points worked on at a time: the temporaries stay in the cache, so the time stays linear
 
 
-class GaussianTokenizer(ProcessorMixin):
+class GaussianTokenizer(PointCodec, ProcessorMixin):
     """Tokenizes clouds of face-anchored points; loads through `AutoProcessor`.
 
     Args:
@@ -58,56 +51,12 @@ class GaussianTokenizer(ProcessorMixin):
         head_hash: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.n_bins = _positive_integer("n_bins", n_bins)
-        self.n_faces = _positive_integer("n_faces", n_faces)
-        self.max_points = None if max_points is None else _positive_integer("max_points", max_points)
-        self.image_size = _positive_integer("image_size", image_size)
+        ProcessorMixin.__init__(self, **kwargs)
+        PointCodec.__init__(self, n_bins, n_faces, bounds, axis_order, max_points, head_name, head_hash)
+        self.padding_side = one_of("padding_side", padding_side, ("right", "left"))
+        self.image_size = positive_integer("image_size", image_size)
         if self.image_size > MAX_IMAGE_SIZE:
             raise ValueError(f"image_size is {image_size}; expected at most {MAX_IMAGE_SIZE} pixels")
-        if not isinstance(axis_order, str) or sorted(axis_order) != ["x", "y", "z"]:
-            raise ValueError(f'axis_order is {axis_order!r}; expected an order of the three axes, such as "yzx"')
-        self.axis_order = axis_order
-        self.padding_side = _one_of("padding_side", padding_side, ("right", "left"))
-        for name, value in (("head_name", head_name), ("head_hash", head_hash)):
-            if not isinstance(value, (str, type(None))):
-                raise ValueError(f"{name} is {value!r}; expected text, or None where the head model is not known")
-        self.head_name = head_name
-        self.head_hash = head_hash
-        # One int64 sorting key a point: the coordinate bins in sorting order, then the face in the low bits.
-        self._coordinate_bits = (self.n_bins - 1).bit_length()
-        self._face_bits = (self.n_faces - 1).bit_length()
-        if 3 * self._coordinate_bits + self._face_bits > 63 or self.vocab_size > 2**32:
-            raise ValueError(
-                f"n_bins={n_bins} and n_faces={n_faces} need 3 x {self._coordinate_bits} + {self._face_bits} bits a "
-                "point; at most 63 fit a sorting key, and at most 2**32 ids a vocabulary: lower n_bins"
-            )
-        self._sorting_axes = ["xyz".index(axis) for axis in axis_order]
-        self._id_dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-        # Lowest id of each slot and the span above it, once a token of a block: numpy is several times slower where it
-        # has to repeat a row of four by itself.
-        last_bin = self.n_bins - 1
-        self._slot_limits = (
-            _per_token([0, 0, 0, self.n_bins], self._id_dtype),
-            _per_token([last_bin, last_bin, last_bin, self.n_faces - 1], self._id_dtype),
-        )
-        self._set_bounds(bounds)
-
-    @property
-    def bos_token_id(self) -> int:
-        return self.n_bins + self.n_faces
-
-    @property
-    def eos_token_id(self) -> int:
-        return self.n_bins + self.n_faces + 1
-
-    @property
-    def pad_token_id(self) -> int:
-        return self.n_bins + self.n_faces + 2
-
-    @property
-    def vocab_size(self) -> int:
-        return self.n_bins + self.n_faces + 3
 
     @property
     def model_input_names(self) -> list[str]:
@@ -142,20 +91,20 @@ class GaussianTokenizer(ProcessorMixin):
             `input_ids` and `attention_mask`; `pixel_values` (B, 3, S, S), `head_vertices` and `head_normals` (B, V, 3)
             float32; and, for plain arrays only (tensors are what a model's `forward` takes), `num_out_of_bounds`.
         """
-        _one_of("on_out_of_bounds", on_out_of_bounds, ("warn", "raise", "ignore"))
-        _one_of("return_tensors", return_tensors, (None, "pt", "np"))
+        one_of("on_out_of_bounds", on_out_of_bounds, ("warn", "raise", "ignore"))
+        one_of("return_tensors", return_tensors, (None, "pt", "np"))
         if head_faces is not None and head_vertices is None:
             raise ValueError("head_faces were given without head_vertices")
         if points is None and images is None and head_vertices is None:
             raise ValueError("nothing to encode: give points (or an avatar), images or head_vertices")
         data: dict[str, Any] = {}
         if points is not None:
-            side = _one_of("padding_side", padding_side or self.padding_side, ("right", "left"))
+            side = one_of("padding_side", padding_side or self.padding_side, ("right", "left"))
             data.update(self._encode(points, return_tensors, return_order, on_out_of_bounds, side))
         if images is not None:
             data["pixel_values"] = pixel_values(images, self.image_size)
         if head_vertices is not None:
-            data.update(self._head_condition(head_vertices, head_faces))
+            data.update(head_condition(head_vertices, head_faces, self.n_faces))
         sizes = {name: len(data[name]) for name in data if name in ("pixel_values", "head_vertices")}
         if points is not None:
             sizes["points"] = len(points) if isinstance(points, (list, tuple)) else 1
@@ -163,79 +112,16 @@ class GaussianTokenizer(ProcessorMixin):
             raise ValueError(f"the batch sizes disagree: {sizes}; give one image and one head for each cloud")
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["order"])
 
-    def decode(self, ids: Any, errors: str = "strict") -> dict[str, Any]:
-        """Ids (L,) of one cloud -> `positions` (N, 3) float32 bin centers in meters and `faces` (N,) int64.
-
-        bos, eos and padding at the ends may be there or not. An id that does not fit its slot, a point cut short, or
-        ids after eos raise ValueError with the position. With `errors="truncate"` the points before it are kept, a
-        warning says what was wrong, and `dropped` counts the ids left out (0 for a clean sequence).
-        """
-        _one_of("errors", errors, ("strict", "truncate"))
-        ids = self._integer_ids(ids)
-        body, start = self._strip(ids)
-        decoded = self._dequantize(body)
-        dropped = 0
-        if decoded is None:
-            n_points, problem = self._first_problem(body, start)
-            if errors == "strict":
-                raise ValueError(f'{problem}; errors="truncate" keeps the {n_points} points before it')
-            warnings.warn(f"{problem}; kept the {n_points} points before it", stacklevel=2)
-            decoded = self._dequantize(body[: 4 * n_points])
-            assert decoded is not None
-            # An eos right behind the kept points is not lost, only what comes after it.
-            dropped = len(body) - 4 * n_points - int(body[4 * n_points] == self.eos_token_id)
-        positions, faces = decoded
-        points = {"positions": positions, "faces": faces}
-        return points if errors == "strict" else {**points, "dropped": dropped}
-
-    def batch_decode(self, batch: Any, errors: str = "strict") -> list[dict[str, Any]]:
-        """(B, L) ids or a list of B sequences -> a list of B results of `decode`."""
-        decoded = []
-        for row, ids in enumerate(batch):
-            try:
-                decoded.append(self.decode(ids, errors))
-            except ValueError as error:
-                raise ValueError(f"sequence {row}: {error}") from error
-        return decoded
-
-    def fit(self, avatars: Any, margin: float = 0.05) -> list[list[float]]:
-        """Set `bounds` to the box around all points of one or many avatars or points mappings, and return them.
-
-        The box grows on every side by `margin` times its longest edge: room for subjects not seen. With margin 0 it
-        holds the given points exactly.
-        """
-        if not math.isfinite(margin) or margin < 0:
-            raise ValueError(f"margin is {margin}; expected a fraction of the box, 0 or more")
-        lo, hi = np.full(3, np.inf), np.full(3, -np.inf)
-        for index, item in enumerate(avatars if _is_batch(avatars) else [avatars]):
-            positions, _ = self._points(item, index)
-            if not np.isfinite(positions).all():
-                raise ValueError(_not_finite(positions, index))
-            lo, hi = np.minimum(lo, positions.min(axis=0)), np.maximum(hi, positions.max(axis=0))
-        if not np.isfinite(lo).all():
-            raise ValueError("no avatars to fit the bounds to")
-        room = margin * float((hi - lo).max())
-        self._set_bounds([(lo - room).tolist(), (hi + room).tolist()])
-        return self.bounds
-
-    # ---- points -> ids
-
     def _encode(
         self, points: Any, return_tensors: str | None, return_order: bool, on_out_of_bounds: str, padding_side: str
     ) -> dict[str, Any]:
         batched = isinstance(points, (list, tuple))
-        sequences, orders, counts, worst = [], [], [], 0.0
-        for index, item in enumerate(points if batched else [points]):
-            positions, faces = self._points(item, index)
-            keys, outside, overshoot = self._keys(positions, faces, index)
-            if return_order:
-                orders.append(np.argsort(keys, kind="stable"))
-            sequences.append(self._ids(keys))
-            counts.append(outside)
-            worst = max(worst, overshoot)
-        if not sequences:
+        clouds = [self.encode(item, return_order, index) for index, item in enumerate(points if batched else [points])]
+        if not clouds:
             raise ValueError("an empty list of points; expected at least one cloud")
+        sequences, counts = [cloud.ids for cloud in clouds], [cloud.num_out_of_bounds for cloud in clouds]
         if sum(counts) and on_out_of_bounds != "ignore":
+            worst = max(cloud.overshoot for cloud in clouds)
             message = (
                 f"{sum(counts)} points lie outside the bounds {self.bounds}, by up to {worst:.4g} m; "
                 "fit the bounds to the data with tokenizer.fit(avatars)"
@@ -258,226 +144,8 @@ class GaussianTokenizer(ProcessorMixin):
                 data["input_ids"][row, columns] = ids
                 data["attention_mask"][row, columns] = 1
         if return_order:
-            data["order"] = orders if batched else orders[0]
+            data["order"] = [cloud.order for cloud in clouds] if batched else clouds[0].order
         return data
-
-    def _points(self, item: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """An avatar or a points mapping -> checked positions (N, 3) of any float type and faces (N,) of any integer."""
-        if not isinstance(item, Mapping):
-            try:
-                head_hash, canonical_points = item.head_hash, item.canonical_points
-            except AttributeError:
-                raise ValueError(
-                    f"cloud {index} is a {type(item).__name__}; expected an avatar, or a mapping with `positions` "
-                    "(N, 3) and `faces` (N,)"
-                ) from None
-            if self.head_hash is not None and head_hash is not None and head_hash != self.head_hash:
-                raise ValueError(
-                    f"avatar {index} was made on the head model {head_hash}, this tokenizer on {self.head_hash} "
-                    f"({self.head_name}); use the tokenizer of its own head model"
-                )
-            item = canonical_points()
-        missing = {"positions", "faces"} - set(item)
-        if missing:
-            raise ValueError(f"cloud {index} lacks {sorted(missing)}; it has {sorted(map(str, item))}")
-        positions, faces = as_array(item["positions"], "positions"), as_array(item["faces"], "faces")
-        if positions.size == 0:
-            raise ValueError(f"cloud {index} has no points; expected at least one")
-        if positions.ndim != 2 or positions.shape[1] != 3 or positions.dtype.kind not in "fiu":
-            raise ValueError(
-                f"the positions of cloud {index} are {positions.dtype} {positions.shape}; expected float32 (N, 3)"
-            )
-        if faces.shape != positions.shape[:1] or faces.dtype.kind not in "iu":
-            raise ValueError(
-                f"the faces of cloud {index} are {faces.dtype} {faces.shape}; expected integers ({len(positions)},), "
-                "one for each position"
-            )
-        if self.max_points is not None and len(positions) > self.max_points:
-            raise ValueError(f"cloud {index} has {len(positions)} points; max_points is {self.max_points}")
-        if faces.min() < 0 or faces.max() >= self.n_faces:
-            row = int(np.argmax((faces < 0) | (faces >= self.n_faces)))
-            raise ValueError(
-                f"face {faces[row]} of point {row} in cloud {index} is out of range; the head model of this tokenizer "
-                f"has {self.n_faces} faces"
-            )
-        return positions, faces
-
-    def _keys(self, positions: np.ndarray, faces: np.ndarray, index: int) -> tuple[np.ndarray, int, float]:
-        """Sorting keys (N,) int64 in the given order, the number of points outside and the longest way out."""
-        keys = np.empty(len(positions), dtype=np.int64)
-        inside = True
-        with np.errstate(all="ignore"):  # NaN and overflow are found by the comparison with the bounds, and named below
-            for start in range(0, len(positions), BLOCK):
-                rows = slice(start, start + BLOCK)
-                key = keys[rows]
-                for rank, axis in enumerate(self._sorting_axes):
-                    column = positions[rows, axis].astype(np.float64)
-                    inside &= bool(column.min() >= self._lo[axis] and column.max() <= self._hi[axis])
-                    bins = self._quantize(column, self._lo[axis], self._hi[axis])
-                    if rank == 0:
-                        key[:] = bins
-                    else:
-                        key <<= self._coordinate_bits
-                        key |= bins
-                key <<= self._face_bits
-                key |= faces[rows].astype(np.int64, copy=False)
-        if inside:
-            return keys, 0, 0.0
-        if not np.isfinite(positions).all():
-            raise ValueError(_not_finite(positions, index))
-        exact = positions.astype(np.float64)
-        overshoot = np.maximum(self._lo - exact, exact - self._hi).max(axis=1)
-        return keys, int((overshoot > 0).sum()), float(overshoot.max())
-
-    def _quantize(self, column: np.ndarray, lo: np.float64, hi: np.float64) -> np.ndarray:
-        """Meters (N,) float64, overwritten -> bins (N,) int64. In the order of the formula, to round as it does."""
-        column -= lo
-        column /= hi - lo
-        column *= self.n_bins
-        # Clamped to values of one sign, for which the conversion is the floor.
-        np.clip(column, 0, self.n_bins - 1, out=column)
-        return column.astype(np.int64)
-
-    def _ids(self, keys: np.ndarray) -> np.ndarray:
-        """Sorting keys (N,), sorted in place -> ids (4N + 2,). The key holds the whole point: no index is needed."""
-        keys.sort()
-        ids = np.empty(4 * len(keys) + 2, dtype=self._id_dtype)
-        ids[0], ids[-1] = self.bos_token_id, self.eos_token_id
-        points = ids[1:-1].reshape(len(keys), 4)
-        for start in range(0, len(keys), BLOCK):
-            rows = slice(start, start + BLOCK)
-            for rank, axis in enumerate(self._sorting_axes):
-                bins = keys[rows] >> (self._face_bits + (2 - rank) * self._coordinate_bits)
-                bins &= (1 << self._coordinate_bits) - 1
-                points[rows, axis] = bins
-            face = keys[rows] & ((1 << self._face_bits) - 1)
-            face += self.n_bins
-            points[rows, 3] = face
-        return ids
-
-    # ---- ids -> points
-
-    def _integer_ids(self, ids: Any) -> np.ndarray:
-        """Ids (L,) of any integer type that can hold the whole vocabulary."""
-        array = as_array(ids, "ids")
-        if array.ndim != 1:
-            raise ValueError(f"ids have the shape {array.shape}; expected (L,). For a batch use batch_decode")
-        if array.size == 0:
-            return np.empty(0, dtype=self._id_dtype)
-        if array.dtype.kind not in "iu":
-            raise ValueError(f"ids are {array.dtype}, the first is {array[0]!r}; expected integers")
-        if np.iinfo(array.dtype).max < self.vocab_size or not array.dtype.isnative:
-            return array.astype(np.int64)
-        return array
-
-    def _strip(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
-        """Ids without padding, bos and a final eos, and the position of the first one kept."""
-        start, end = 0, len(ids)
-        while end > start and ids[end - 1] == self.pad_token_id:
-            end -= 1
-        while start < end and ids[start] == self.pad_token_id:
-            start += 1
-        if start < end and ids[start] == self.bos_token_id:
-            start += 1
-        if start < end and ids[end - 1] == self.eos_token_id and (end - 1 - start) % 4 == 0:
-            end -= 1
-        return ids[start:end], start
-
-    def _dequantize(self, body: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Ids (4N,) -> positions (N, 3) and faces (N,), or None where an id is not of its slot or a point is cut."""
-        if len(body) % 4:
-            return None
-        unsigned = body.view(f"u{body.itemsize}")
-        lowest, span = (limit.astype(unsigned.dtype, copy=False) for limit in self._slot_limits)
-        scale, offset = self._slot_meters
-        positions = np.empty((len(body) // 4, 3), dtype=np.float32)
-        faces = np.empty(len(body) // 4, dtype=np.int64)
-        for start in range(0, len(faces), BLOCK):
-            rows = slice(start, start + BLOCK)
-            tokens = unsigned[4 * start : 4 * (start + BLOCK)]
-            values = tokens - lowest[: len(tokens)]  # unsigned: what is too low wraps round and is too high
-            if (values > span[: len(tokens)]).any():
-                return None
-            meters = values.astype(np.float32)  # as in _set_bounds, which checks this arithmetic for every bin
-            meters *= scale[: len(tokens)]
-            meters += offset[: len(tokens)]
-            for axis in range(3):
-                positions[rows, axis] = meters[axis::4]
-            faces[rows] = values[3::4]
-        return positions, faces
-
-    def _first_problem(self, body: np.ndarray, start: int) -> tuple[int, str]:
-        """The number of whole points before the first id that does not fit, and a sequence about it."""
-        face_slot = np.arange(len(body)) % 4 == 3
-        fits_coordinate = (body >= 0) & (body < self.n_bins)
-        fits_face = (body >= self.n_bins) & (body < self.bos_token_id)
-        wrong = np.flatnonzero(~np.where(face_slot, fits_face, fits_coordinate))
-        at = int(wrong[0]) if len(wrong) else len(body)
-        slot = SLOTS[at % 4]
-        wanted = f"[{self.n_bins}, {self.bos_token_id})" if slot == "face" else f"[0, {self.n_bins})"
-        where = f"position {start + at}"
-        if not len(wrong):
-            return at // 4, f"the ids end at {where} in the middle of a point; expected its {slot} in {wanted}"
-        if slot == "x" and body[at] == self.eos_token_id:
-            return at // 4, f"eos at {where} is followed by {len(body) - at - 1} more ids; expected the end or padding"
-        found = f"{self._describe(int(body[at]))} in the {slot} slot of point {at // 4}"
-        return at // 4, f"{where} holds id {body[at]} ({found}); expected an id in {wanted}"
-
-    def _describe(self, token: int) -> str:
-        if not 0 <= token < self.vocab_size:
-            return f"beyond the vocabulary of {self.vocab_size}"
-        if token < self.n_bins:
-            return "a coordinate"
-        if token < self.bos_token_id:
-            return f"face {token - self.n_bins}"
-        return ("bos", "eos", "pad")[token - self.bos_token_id]
-
-    # ---- conditions
-
-    def _head_condition(self, head_vertices: Any, head_faces: Any) -> dict[str, np.ndarray]:
-        items = head_vertices if isinstance(head_vertices, (list, tuple)) else None
-        vertices = (
-            np.stack([as_array(v, "head_vertices") for v in items]) if items else as_array(head_vertices, "vertices")
-        )
-        vertices = vertices[None] if vertices.ndim == 2 else vertices
-        if vertices.ndim != 3 or vertices.shape[2] != 3 or vertices.size == 0 or vertices.dtype.kind not in "fiu":
-            raise ValueError(f"head_vertices are {vertices.dtype} {vertices.shape}; expected (V, 3) or (B, V, 3)")
-        if not np.isfinite(vertices).all():
-            raise ValueError("head_vertices hold NaN or Inf; expected meters")
-        data = {"head_vertices": vertices.astype(np.float32)}
-        if head_faces is not None:
-            faces = as_array(head_faces, "head_faces")
-            if faces.shape != (self.n_faces, 3) or faces.dtype.kind not in "iu":
-                raise ValueError(f"head_faces are {faces.dtype} {faces.shape}; expected integers ({self.n_faces}, 3)")
-            if faces.min() < 0 or faces.max() >= vertices.shape[1]:
-                raise ValueError(f"head_faces name vertices {faces.min()} to {faces.max()} of {vertices.shape[1]}")
-            data["head_normals"] = np.stack([vertex_normals(head, faces) for head in vertices]).astype(np.float32)
-        return data
-
-    # ---- settings and files
-
-    def _set_bounds(self, bounds: Any) -> None:
-        try:
-            lo, hi = np.asarray(bounds, dtype=np.float64).reshape(2, 3)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"bounds are {bounds!r}; expected [[lo x, y, z], [hi x, y, z]] in meters") from None
-        with np.errstate(all="ignore"):
-            width = (hi - lo) / self.n_bins
-            if not (np.isfinite(width).all() and (lo < hi).all()):
-                raise ValueError(f"bounds are {bounds!r}; expected finite numbers with lo < hi on every axis")
-            scale, offset = width.astype(np.float32), (lo + width / 2).astype(np.float32)
-            bins = np.arange(self.n_bins)
-            for axis, name in enumerate("xyz"):
-                # What makes encode(decode(ids)) == ids: a decoded center must fall back into its own bin.
-                centers = bins.astype(np.float32) * scale[axis] + offset[axis]
-                if not np.array_equal(self._quantize(centers.astype(np.float64), lo[axis], hi[axis]), bins):
-                    raise ValueError(
-                        f"float32 cannot tell {self.n_bins} bins apart between {lo[axis]} and {hi[axis]} on axis "
-                        f"{name}: widen the bounds, move them towards zero or lower n_bins"
-                    )
-        self.bounds = [lo.tolist(), hi.tolist()]
-        self._lo, self._hi = lo, hi
-        self._slot_meters = _per_token([*scale, 0], np.float32), _per_token([*offset, 0], np.float32)
 
     def to_dict(self) -> dict[str, Any]:
         settings = super().to_dict()
@@ -520,38 +188,13 @@ class GaussianTokenizer(ProcessorMixin):
         missing = [name for name in ("n_bins", "n_faces", "bounds", "axis_order") if name not in settings]
         if missing:
             raise ValueError(f"{where} is absent or lacks {missing}; save the tokenizer there with save_pretrained")
-        vocab_size = _positive_integer("n_bins", settings["n_bins"]) + _positive_integer("n_faces", settings["n_faces"])
+        vocab_size = positive_integer("n_bins", settings["n_bins"]) + positive_integer("n_faces", settings["n_faces"])
         if settings.setdefault("vocab_size", vocab_size + 3) != vocab_size + 3:
             raise ValueError(
                 f"{where} contradicts itself: n_bins={settings['n_bins']} and n_faces={settings['n_faces']} make "
                 f"{vocab_size + 3} ids, its vocab_size is {settings['vocab_size']}; restore the file it was saved as"
             )
         return settings, kwargs
-
-
-def _per_token(slots: list, dtype: Any) -> np.ndarray:
-    return np.tile(np.array(slots, dtype=dtype), BLOCK)
-
-
-def _is_batch(items: Any) -> bool:
-    return isinstance(items, Iterable) and not isinstance(items, Mapping)
-
-
-def _not_finite(positions: np.ndarray, index: int) -> str:
-    row = int(np.argmin(np.isfinite(positions).all(axis=1)))
-    return f"point {row} of cloud {index} is at {positions[row].tolist()}; expected finite meters"
-
-
-def _positive_integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
-    return int(value)
-
-
-def _one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {list(choices)}")
-    return value
 
 
 GaussianTokenizer.register_for_auto_class()  # save_pretrained puts this file beside the settings

@@ -1,1 +1,1 @@
-"""Files, processes and versions: what every room above stands on. Imports nothing of ours."""
+"""Files, processes and versions. Imports nothing of ours."""

@@ -48,7 +48,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Make a new empty folder that becomes `path` when the block ends without an exception.
 
     A folder that is already at `path` is replaced whole: on Linux by an atomic exchange; elsewhere by two renames,
-    between which the old folder stands under a hidden name beside it.
+    between which the old folder has a hidden name beside it.
     """
     path = Path(path)
     _require_folder(path.parent)

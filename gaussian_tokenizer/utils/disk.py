@@ -1,4 +1,4 @@
-"""What the errors of a full disk look like."""
+"""Errors of a full disk."""
 
 import errno
 

@@ -1,4 +1,4 @@
-"""A finished folder to the Hub, and what goes wrong on the way in one line with the command that does it later."""
+"""Upload a finished folder to the Hub; a failure is one line with the command that uploads it later."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +12,10 @@ def upload(
     token: str | None = None,
     only: Sequence[str] | None = None,
 ) -> str:
-    """Upload a folder as a repository, which is made if it is not there; returns the repository's address.
+    """Upload a folder as a repository, created if it does not exist; returns its address.
 
-    `only` names the files to upload (None: all). `private` is asked of a new repository only. Raises ConnectionError of one
-    line for whatever prevents it: the folder is untouched.
+    `only` names the files to upload (None: all); `private` applies to a new repository. Any failure is a ConnectionError of
+    one line; the folder is untouched.
     """
     from huggingface_hub import HfApi
 
@@ -28,7 +28,7 @@ def upload(
             folder_path=folder,
             allow_patterns=None if only is None else list(only),
         )
-    except Exception as error:  # the kinds are those of the HTTP library of the day
+    except Exception as error:  # of whatever HTTP library the Hub client uses
         words = ["hf upload", repository, str(folder), "."]
         words += [] if repo_type == "model" else [f"--repo-type {repo_type}"]
         words += [f"--include {name}" for name in only or ()]

@@ -1,4 +1,4 @@
-"""One process at a time: a lock on a file, which the system lets go of when its holder ends, however it ends."""
+"""One process at a time: a lock on a file, which the system releases when its holder ends, however it ends."""
 
 import errno
 import fcntl
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[bool]:
-    """Whether the lock on the file `path` is this process's own for as long as the block lasts; nobody waits.
+    """Yields whether this process holds the lock on the file `path` during the block; it never waits.
 
-    File and folder are made where they are not there. The holder may remove them, the file first, as its last act.
+    Missing file and folder are created. The holder may remove them, the file first, as its last act.
     """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def exclusive(path: Path) -> Iterator[bool]:
                     raise
                 yield False
                 return
-            # The last holder may have removed the file between the two calls: such a lock keeps nobody out.
+            # The last holder may have removed the file between the two calls: such a lock excludes nobody.
             if _is_same(file.fileno(), path):
                 yield True
                 return

@@ -1,7 +1,7 @@
 """NumPy's `.npz` from anywhere: plain arrays, within a limit of memory that is known before anything is unpacked.
 
-A zip of three megabytes may hold six gigabytes. Every entry says in its header how large it becomes; that is added up and
-compared first, and no more is unpacked than was said. Arrays of objects, which are pickles, are never opened.
+A zip of three megabytes may hold six gigabytes: the sizes in the entries' headers are summed and checked before anything
+is unpacked, and no more is unpacked than they announce. Arrays of objects, which are pickles, are never opened.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Many independent jobs on several processes, with progress, and results that do not depend on how many there are.
 
 A job is a top-level function with its arguments; each also gets one shared object (a head model), which every process loads once.
-All processes compute with one torch thread, the calling one included: sums are then made in one order everywhere.
+All processes, the calling one included, use one torch thread, so that sums have one order everywhere.
 """
 
 import contextlib
@@ -12,26 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-MAX_BATCH = 8  # jobs: handing out one takes as long as a tenth of the smallest jobs
-BATCHES_PER_PROCESS = 64  # if the jobs suffice: the processes end together
-
-
-class Runner(Protocol):
-    """Call `function(*job, shared)` for every job; the results in the order of the jobs."""
-
-    def __call__(
-        self, function: Callable, jobs: Sequence[tuple], description: str, progress: bool, done: int = 0
-    ) -> list[Any]: ...
+MAX_BATCH = 8  # jobs: handing one out takes a tenth of the time of the smallest
+BATCHES_PER_PROCESS = 64  # at least, if there are enough jobs, so that the processes end together
 
 
 @contextlib.contextmanager
-def runner(num_proc: int, load_shared: Callable[[], Any], preload: Sequence[str] = ()) -> Iterator[Runner]:
-    """A `Runner` on `num_proc` processes, or in this one for 1.
+def runner(num_proc: int, load_shared: Callable[[], Any], preload: Sequence[str] = ()) -> Iterator[Callable]:
+    """`run(function, jobs, description, progress, done=0)` on `num_proc` processes, or in this one for 1.
+
+    It calls `function(*job, shared)` for every job and returns the results in the order of the jobs.
 
     Args:
         num_proc: number of processes.
@@ -79,7 +73,7 @@ def _parallel(
         yield run_all
     except BrokenProcessPool:
         raise ChildProcessError(
-            f"one of the {num_proc} processes was killed, often for want of memory; run again with a lower --num_proc, "
+            f"one of the {num_proc} processes was killed, often because memory ran out; run again with a lower --num_proc, "
             "what is finished is kept (a script that asks for several processes begins under `if __name__ == "
             '"__main__":`)'
         ) from None

@@ -1,4 +1,4 @@
-"""Which versions a figure was measured with."""
+"""Versions of the packages that a measurement was made with."""
 
 import importlib.metadata
 import platform

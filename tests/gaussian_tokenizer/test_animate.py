@@ -92,7 +92,7 @@ def test_images_are_what_the_renderer_draws_of_the_posed_gaussians(command, tmp_
     command(motion="nod", output="frames", num_frames=5, azimuth=40, background=0.25, animation="face_frames")
     avatar = GaussianAvatar.load(avatar_path, head=HEAD)
     motion = synthetic_motion("nod", HEAD, 5)
-    target, extent = animate.framing(avatar, motion, [40.0])
+    target, extent = animate.framing(avatar.bind(), motion, [40.0])
     cameras = animate.Cameras.orbit(target, 1.0, [40.0], 0.0, 32 / extent, 32, 32)
     expected = render(avatar.posed(motion, "face_frames"), cameras, background=0.25).image.clamp(0, 1).numpy()
     assert np.abs(read_images(tmp_path / "frames") / 255 - expected).max() < 0.5 / 255 + 1e-4
@@ -102,7 +102,7 @@ def test_a_turntable_starts_at_the_azimuth_and_goes_around_by_the_subjects_left(
     command(motion="turntable", output="turning", azimuth=90)
     avatar = GaussianAvatar.load(avatar_path, head=HEAD)
     still, around = HeadParameters.zeros(HEAD.n_shape, HEAD.n_expression), [90.0, 180.0, 270.0, 360.0]
-    target, extent = animate.framing(avatar, still, around)
+    target, extent = animate.framing(avatar.bind(), still, around)
     cameras = animate.Cameras.orbit(target, 1.0, around, 0.0, 32 / extent, 32, 32)
     expected = render(avatar.posed(still), cameras).image.clamp(0, 1).numpy()
     assert np.abs(read_images(tmp_path / "turning") / 255 - expected).max() < 0.5 / 255 + 1e-4
@@ -230,15 +230,15 @@ def test_a_head_is_framed_by_its_skull_and_its_hair_but_not_by_a_stray_gaussian(
         )
         for style in ("bald", "curly")
     )
-    target, extent = animate.framing(bald.avatar, still, [0.0])
+    target, extent = animate.framing(bald.avatar.bind(), still, [0.0])
     skull = HEAD.canonical_vertices(bald.params)[~HEAD.regions["neck"]]
     assert extent == pytest.approx(1.5 * float(skull[:, 1].max() - skull[:, 1].min()), rel=0.05)
     assert (skull - target).abs().max() < extent / 2
-    target, extent = animate.framing(curly.avatar, still, [0.0])
+    target, extent = animate.framing(curly.avatar.bind(), still, [0.0])
     gaussians = curly.avatar.canonical_gaussians()
     assert float((gaussians.positions[0, :, 1] - target[1]).max()) < extent / 2
     positions = curly.avatar.positions.clone()
     positions[0] += 1000
-    assert animate.framing(replace(curly.avatar, positions=positions), still, [0.0])[1] == pytest.approx(
+    assert animate.framing(replace(curly.avatar, positions=positions).bind(), still, [0.0])[1] == pytest.approx(
         extent, rel=0.05
     )

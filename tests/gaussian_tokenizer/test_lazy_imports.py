@@ -28,9 +28,22 @@ def test_importing_the_package_leaves_the_import_system_as_it_was():
     )
 
 
-def test_an_avatar_needs_neither_transformers_nor_datasets():
-    code = "import sys; from gaussian_tokenizer import GaussianAvatar, render, load_head; print(*sys.modules)"
-    assert not {"transformers", "datasets"} & set(python(code).split())
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import gaussian_tokenizer",
+        "from gaussian_tokenizer import GaussianAvatar, find_trackings, load_head, render",
+        "import gaussian_tokenizer.animate",
+        "import gaussian_tokenizer.captures.subject, training.fitting.optimization, training.fitting.report",
+    ],
+)
+def test_avatars_captures_and_fits_need_neither_transformers_nor_datasets(imports):
+    assert not {"transformers", "datasets"} & set(python(f"import sys; {imports}; print(*sys.modules)").split())
+
+
+def test_the_arithmetic_of_tokens_needs_numpy_alone():
+    code = "import sys; import gaussian_tokenizer.tokenizer.point_codec; print(*sys.modules)"
+    assert not {"transformers", "torch", "PIL"} & set(python(code).split())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gaussian_tokenizer.avatars.skinning import METHODS
+from gaussian_tokenizer.avatars.skinning import ANIMATIONS
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import GaussianDecoderConfig, PointillistConfig
 from training.common.models import box, shared_fields
@@ -78,8 +78,8 @@ class FrameArguments:
             raise ValueError(f"--num_targets must be at least 1, found {self.num_targets}")
         if not 0 <= self.self_generated_ratio <= 1:
             raise ValueError(f"--self_generated_ratio is a share, 0 to 1, found {self.self_generated_ratio}")
-        if self.animation not in METHODS:
-            raise ValueError(f"--animation {self.animation}: expected {' or '.join(METHODS)}")
+        if self.animation not in ANIMATIONS:
+            raise ValueError(f"--animation {self.animation}: expected {' or '.join(ANIMATIONS)}")
 
 
 @dataclass

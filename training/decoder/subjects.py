@@ -19,13 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from gaussian_tokenizer.corpus.corpus import Corpus
-from gaussian_tokenizer.corpus.schema import POSE_SIZES
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from training.common.rows import AvatarRows, shuffled_row
 
-POSES = ("expr", *POSE_SIZES)
 BACKGROUNDS = (0.0, 0.5, 1.0)  # gray levels of training (LAM)
 
 
@@ -72,7 +70,7 @@ class SubjectRows:
             "images": np.stack(images),
             "viewmats": np.asarray([frame["viewmat"] for frame in frames], np.float32),
             "Ks": np.asarray(Ks, np.float32),
-            **{name: np.asarray([frame[name] for frame in frames], np.float32) for name in POSES},
+            **{name: np.asarray([frame[name] for frame in frames], np.float32) for name in FRAME_KEYS},
         }
 
 
@@ -160,7 +158,7 @@ def motion_of(batch: Mapping[str, torch.Tensor], row: int) -> HeadParameters:
     """Head parameters of one subject's target frames, T = C."""
     static_offset = batch["static_offset"][row] if "static_offset" in batch else None
     return HeadParameters(
-        shape=batch["shape"][row], static_offset=static_offset, **{name: batch[name][row] for name in POSES}
+        shape=batch["shape"][row], static_offset=static_offset, **{name: batch[name][row] for name in FRAME_KEYS}
     )
 
 

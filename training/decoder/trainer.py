@@ -3,7 +3,7 @@
     ids, condition -> frozen point model -> point features -.
     ids -> dequantized points -----------------------------+-> GaussianDecoder -> canonical Gaussians
     portrait ----------------------------------------------'          |
-    expression and pose of a frame -> animate -> render -> image -> L1, SSIM, LPIPS against the true one
+    expression and pose of a frame -> Skinning -> render -> image -> L1, SSIM, LPIPS against the true one
 
 The point model reads the sequences by teacher forcing and is never trained here.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gaussian_tokenizer.avatars.skinning import animate
+from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.geometry.triangles import nearest_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
@@ -58,14 +58,14 @@ class DecoderTrainer(ExactTrainer):
         losses: LossArguments,
         perceptual: PerceptualLoss | None,
         cache: FeatureCache | None,
-        method: str,
+        animation: str,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         # In a tuple, so that no wrapper takes the frozen networks for parts of the trained one.
         device = self.args.device
         self.frozen = (point_model.to(device).eval().requires_grad_(False), perceptual and perceptual.to(device))
-        self.head, self.losses, self.cache, self.method = head.to(device), losses, cache, method
+        self.head, self.losses, self.cache, self.animation = head.to(device), losses, cache, animation
         self.tokenizer = self.train_dataset.subjects.tokenizer
         self.parts: dict[str, float] = {}
         self.steps_since_log = 0
@@ -103,7 +103,9 @@ class DecoderTrainer(ExactTrainer):
         images = []
         for row, count in enumerate(points.counts):
             gaussians = to_gaussians(output, row, count)
-            posed = animate(gaussians, points.faces[row, :count], motion_of(batch, row), self.head, method=self.method)
+            motion = motion_of(batch, row)
+            bound = Skinning.of_canonical(gaussians, points.faces[row, :count], motion, self.head)
+            posed = bound.pose(motion, self.animation)
             images.append(
                 render(posed, cameras_of(batch, row), background=batch["background"][row, :, None].expand(-1, 3)).image
             )

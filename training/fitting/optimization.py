@@ -20,9 +20,10 @@ from torch import Tensor
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.avatars.skinning import Local, pose_by_face_frames
+from gaussian_tokenizer.avatars.skinning import Local, Skinning
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, ROTATION_KEYS
 from gaussian_tokenizer.rendering.splatting import render
 from training.fitting.arguments import FitSettings
 from training.fitting.density_control import DensifyConfig, DensifyStats, GaussianParams, control_density
@@ -37,7 +38,6 @@ from training.fitting.losses import (
 )
 from training.fitting.state import FitState
 
-POSES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6}
 MAX_FIRST_COLOR = 1 / 255  # of the constant SH coefficient of a first Gaussian
 OPACITY_AFTER_RESET = 0.01
 EXTENT_MARGIN = 1.1
@@ -83,7 +83,7 @@ class Fit:
             sh_rest=torch.zeros(count, (self.settings.sh_degree + 1) ** 2 - 1, 3),
             faces=torch.arange(count),
         ).map(lambda value: value.to(self.head.device))
-        names = ("expr", *POSES, "translation") if self.settings.finetune_head else ()
+        names = (*FRAME_KEYS,) if self.settings.finetune_head else ()
         state = FitState.begin(gaussians, {name: self.params.tensors()[name].clone() for name in names})
         radii = (screen_radii(self.posed(state, index), self.images.camera(index)) for index in self.train)
         if not any((radius > 0).any() for radius in radii):
@@ -100,11 +100,11 @@ class Fit:
         if state.head:
             params = replace(params, **{name: value[row : row + 1] for name, value in state.head.items()})
         gaussians = state.gaussians
-        local = Local(gaussians.positions, gaussians.log_scales, gaussians.quats, gaussians.faces)
-        placed = pose_by_face_frames(local, self.head.pose(params).vertices, self.head.faces)
+        local = Local(gaussians.positions, gaussians.log_scales, gaussians.quats)
         degree = min(self.settings.sh_degree, state.iteration // self.settings.sh_degree_interval)
         sh = torch.cat((gaussians.sh_dc, gaussians.sh_rest[:, : (degree + 1) ** 2 - 1]), 1)
-        return Gaussians(placed.positions, placed.scales, placed.quats, gaussians.opacities.sigmoid(), sh)
+        bound = Skinning(local, gaussians.faces, params, self.head, gaussians.opacities.sigmoid(), sh)
+        return bound.pose(params, "face_frames")
 
     def downscale(self, iteration: int) -> int:
         """The images of a step have 1/n of their side; n is halved at equal intervals until it is 1."""
@@ -175,7 +175,7 @@ def learning_rates(fit: Fit, iteration: int) -> dict[str, float]:
         "sh_rest": settings.sh_lr,
         "head.expr": settings.expr_lr,
         "head.translation": settings.translation_lr,
-        **{f"head.{name}": settings.pose_lr for name in POSES},
+        **{f"head.{name}": settings.pose_lr for name in ROTATION_KEYS},
     }
 
 

@@ -20,7 +20,7 @@ from gaussian_tokenizer.avatars.anchoring import points_per_face
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from gaussian_tokenizer.rendering.splatting import render
-from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.point_codec import PointCodec
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.versions import installed_versions
 from training.fitting.images import evenly_spread
@@ -96,20 +96,19 @@ def image_metrics(fit: Fit, avatar: GaussianAvatar, indices: Sequence[int]) -> t
 def draw(fit: Fit, avatar: GaussianAvatar, index: int) -> Tensor:
     """(1, H, W, 3) the avatar at the timestep and from the camera of an image."""
     assert avatar.params is not None
-    posed = avatar.posed(avatar.params.frame(fit.images.row(index)), method="face_frames")
+    posed = avatar.posed(avatar.params.frame(fit.images.row(index)), "face_frames")
     return render(posed, fit.images.camera(index), fit.settings.background).image.clamp(0, 1)
 
 
 def tokenized(avatar: GaussianAvatar) -> GaussianAvatar:
     """The avatar with positions quantized to `N_BINS` levels an axis."""
     assert avatar.head is not None
-    tokenizer = GaussianTokenizer(n_bins=N_BINS, n_faces=avatar.head.n_faces)
-    tokenizer.fit(avatar, MARGIN)
-    encoded = tokenizer(avatar, return_order=True)
-    order = torch.as_tensor(encoded["order"], device=avatar.faces.device)
-    points = GaussianAvatar.from_points(tokenizer.decode(encoded["input_ids"]), avatar.params, avatar.head)
-    others = {name: avatar.tensors()[name][order] for name in ("sh", "opacities", "scales", "quats")}
-    return replace(points, **others)
+    codec = PointCodec(n_bins=N_BINS, n_faces=avatar.head.n_faces)
+    codec.fit(avatar, MARGIN)
+    encoded = codec.encode(avatar, return_order=True)
+    order = torch.as_tensor(encoded.order, device=avatar.faces.device)
+    points = GaussianAvatar.from_points(codec.decode(encoded.ids), avatar.params, avatar.head)
+    return replace(avatar.select(order), positions=points.positions)
 
 
 def write_report(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], folder: Path) -> None:

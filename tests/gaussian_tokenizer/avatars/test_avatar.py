@@ -480,7 +480,7 @@ def test_from_points_refuses_what_no_avatar_can_hold():
 @pytest.mark.parametrize("frame", [0, 2, -1])
 def test_gaussians_that_ride_on_faces_follow_the_published_formulas(frame):
     avatar = random_avatar().with_head(HEAD)
-    posed = avatar.posed(method="face_frames").frames(frame)
+    posed = avatar.posed(animation="face_frames").frames(frame)
     vertices = HEAD.pose(avatar.params).vertices[frame].double().numpy()
     for n in range(len(avatar)):
         center, rotation, scale = frame_of_face(vertices, HEAD.faces[avatar.faces[n]])
@@ -498,14 +498,14 @@ def test_gaussians_that_ride_on_faces_follow_the_published_formulas(frame):
 
 def test_an_avatar_without_parameters_is_posed_as_the_mean_head():
     avatar = random_avatar(params=None).with_head(HEAD)
-    for method in ("lbs", "face_frames"):
-        positions = avatar.posed(method=method).positions[0]
+    for animation in ("lbs", "face_frames"):
+        positions = avatar.posed(animation=animation).positions[0]
         torch.testing.assert_close(positions, avatar.canonical_points()["positions"], atol=1e-6, rtol=1e-5)
 
 
-def test_an_unknown_method_of_posing_is_named():
-    with pytest.raises(ValueError, match="method 'magic' of posing; expected lbs or face_frames"):
-        random_avatar().with_head(HEAD).posed(method="magic")
+def test_an_unknown_animation_is_named():
+    with pytest.raises(ValueError, match="animation is 'magic', expected lbs or face_frames"):
+        random_avatar().with_head(HEAD).posed(animation="magic")
 
 
 def test_a_frame_that_is_not_there_is_named(tmp_path):
@@ -552,11 +552,11 @@ def test_from_gaussians_refuses_a_motion_and_nan():
         GaussianAvatar.from_gaussians(broken, avatar.faces, avatar.params, HEAD)
 
 
-@pytest.mark.parametrize(("frame", "method"), [(1, "lbs"), (-1, "face_frames"), (None, "lbs")])
-def test_a_world_ply_holds_what_a_viewer_draws(tmp_path, frame, method):
+@pytest.mark.parametrize(("frame", "animation"), [(1, "lbs"), (-1, "face_frames"), (None, "lbs")])
+def test_a_world_ply_holds_what_a_viewer_draws(tmp_path, frame, animation):
     avatar = random_avatar(sh_degree=2).with_head(HEAD)
-    avatar.save_world_ply(tmp_path / "world.ply", frame=frame, method=method)
-    posed = avatar.canonical_gaussians() if frame is None else avatar.posed(method=method).frames(frame)
+    avatar.save_world_ply(tmp_path / "world.ply", frame=frame, animation=animation)
+    posed = avatar.canonical_gaussians() if frame is None else avatar.posed(animation=animation).frames(frame)
     table = plyfile.PlyData.read(tmp_path / "world.ply")["vertex"]
     assert [p.name for p in table.properties] == property_names(2, with_faces=False)
     np.testing.assert_allclose(table["z"], posed.positions[0, :, 2], atol=1e-6)

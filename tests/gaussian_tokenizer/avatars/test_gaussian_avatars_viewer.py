@@ -104,7 +104,7 @@ def test_the_viewer_reads_every_key_of_a_folder_and_places_the_gaussians_where_w
     assert not gaussians["rest"].any()
     np.testing.assert_array_equal(gaussians["opacity"], avatar.opacities)
     assert not flame["static_offset"].any() and not flame["dynamic_offset"].any()
-    ours = avatar.posed(method="face_frames")
+    ours = avatar.posed(animation="face_frames")
     for timestep in range(3):
         positions, scales, rotations = viewer_places(gaussians, flame, timestep, head)
         np.testing.assert_allclose(positions, ours.positions[timestep], atol=3e-6)
@@ -123,7 +123,7 @@ def test_a_motion_saved_with_its_offsets_drives_an_avatar_there(tmp_path, avatar
     motion.with_offsets(head.n_vertices).save(tmp_path / "with.npz")
     gaussians, flame = viewer_reads(tmp_path / "avatar", motion=tmp_path / "with.npz")
     positions, _, _ = viewer_places(gaussians, flame, 0, head)
-    np.testing.assert_allclose(positions, avatar.posed(method="face_frames").positions[1], atol=3e-6)
+    np.testing.assert_allclose(positions, avatar.posed(animation="face_frames").positions[1], atol=3e-6)
 
 
 def test_the_head_at_rest_keeps_the_key_of_its_dynamic_offset(tmp_path, avatar, head):

@@ -1,4 +1,4 @@
-"""Posing: Gaussians follow the mesh they are bound to, by either method, as the formulas say."""
+"""Posing: Gaussians follow the mesh they are bound to, by either animation, as the formulas say."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.avatars.skinning import animate, nearest_rotation, retarget
+from gaussian_tokenizer.avatars.skinning import Skinning, nearest_rotation, retarget
 from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix, quaternion_to_matrix
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -209,34 +209,35 @@ def test_lams_settings_leave_rotations_and_correctives_out():
     assert (covariances(full) - covariances(lam)).abs().max() > 1
 
 
-# Both methods
+# Both animations
 
 
-def test_both_methods_coincide_in_canonical_pose():
+def test_both_animations_coincide_in_canonical_pose():
     avatar = random_avatar()
     rest = avatar.params.canonical()
     expected = avatar.canonical_gaussians()
     # As exact as the skinning weights of the head, which are float32 and sum to 1 but for 1e-7.
-    for method in ("lbs", "face_frames"):
-        posed = avatar.posed(rest, method=method)
+    for animation in ("lbs", "face_frames"):
+        posed = avatar.posed(rest, animation=animation)
         torch.testing.assert_close(posed.positions, expected.positions, atol=5e-8, rtol=0)
         torch.testing.assert_close(covariances(posed), covariances(expected), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(expected.positions[0], avatar.canonical_points()["positions"], check_dtype=False)
 
 
-@pytest.mark.parametrize("method", ["lbs", "face_frames"])
-def test_canonical_gaussians_that_are_no_avatar_yet_are_posed_as_the_avatar_is(method):
+@pytest.mark.parametrize("animation", ["lbs", "face_frames"])
+def test_canonical_gaussians_that_are_no_avatar_yet_are_posed_as_the_avatar_is(animation):
     avatar = random_avatar()
     canonical = avatar.canonical_gaussians()
     leaf = canonical.positions.clone().requires_grad_()
-    posed = animate(replace(canonical, positions=leaf), avatar.faces, avatar.params, HEAD, method)
-    expected = avatar.posed(method=method)
+    bound = Skinning.of_canonical(replace(canonical, positions=leaf), avatar.faces, avatar.params, HEAD)
+    posed = bound.pose(avatar.params, animation)
+    expected = avatar.posed(animation=animation)
     torch.testing.assert_close(posed.positions, expected.positions, atol=1e-9, rtol=0)
     torch.testing.assert_close(covariances(posed), covariances(expected), atol=1e-7, rtol=1e-7)
     posed.positions.sum().backward()
     assert leaf.grad.abs().min() > 0
     with pytest.raises(ValueError, match="canonical Gaussians have 1 frame, found 3"):
-        animate(posed, avatar.faces, avatar.params, HEAD)
+        Skinning.of_canonical(posed, avatar.faces, avatar.params, HEAD)
 
 
 def test_a_gaussian_on_a_face_follows_the_face_as_computed_by_hand():
@@ -268,7 +269,7 @@ def test_a_gaussian_on_a_face_follows_the_face_as_computed_by_hand():
         quats=torch.tensor([[3.0, 0, 0, 0]]),
         params=params,
     ).with_head(head)
-    posed = avatar.posed(method="face_frames")
+    posed = avatar.posed(animation="face_frames")
     # x along the edge, y = x cross -z = y up, scale = (2 + 2) / 2 = 2, centroid (2/3, 0, -2/3).
     third = 2 / 3
     expected = torch.tensor([[third, 1, -third], [2 * third, 2, -2 * third], [5 - 1, third, -third]])
@@ -278,32 +279,32 @@ def test_a_gaussian_on_a_face_follows_the_face_as_computed_by_hand():
     quarter = torch.tensor([0.5**0.5, 0, 0, 0.5**0.5])
     torch.testing.assert_close(posed.quats[:, 0], torch.stack((torch.tensor([1.0, 0, 0, 0]),) * 2 + (quarter,)))
     # Skinned, it turns the same way, but keeps its size and its height over the face when that grows.
-    skinned = avatar.posed(method="lbs")
+    skinned = avatar.posed(animation="lbs")
     torch.testing.assert_close(skinned.positions[::2], posed.positions[::2])
     torch.testing.assert_close(skinned.positions[1, 0], torch.tensor([2 * third, 1, -2 * third]))
     torch.testing.assert_close(skinned.scales[:, 0], sizes.expand(3, 3))
     torch.testing.assert_close(skinned.quats[:, 0].abs(), posed.quats[:, 0], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["lbs", "face_frames"])
-def test_a_batch_is_its_frames_one_by_one(method):
+@pytest.mark.parametrize("animation", ["lbs", "face_frames"])
+def test_a_batch_is_its_frames_one_by_one(animation):
     avatar = random_avatar()
-    together = avatar.posed(method=method)
+    together = avatar.posed(animation=animation)
     for frame in range(3):
-        alone = avatar.posed(avatar.params.frame(frame), method=method)
+        alone = avatar.posed(avatar.params.frame(frame), animation=animation)
         torch.testing.assert_close(together.frames(frame).positions, alone.positions, atol=1e-12, rtol=0)
         torch.testing.assert_close(together.frames(frame).scales, alone.scales)
         torch.testing.assert_close(together.frames(frame).quats, alone.quats)
     assert together.num_frames == 3 and together.positions.dtype == torch.float64
 
 
-@pytest.mark.parametrize("method", ["lbs", "face_frames"])
-def test_posing_is_differentiable_to_gaussians_and_motion(method):
+@pytest.mark.parametrize("animation", ["lbs", "face_frames"])
+def test_posing_is_differentiable_to_gaussians_and_motion(animation):
     avatar = random_avatar(count=8)
     names = ("positions", "scales", "quats")
     leaves = {name: getattr(avatar, name).clone().requires_grad_() for name in names}
     motion = {name: value.clone().requires_grad_() for name, value in avatar.params.tensors().items()}
-    posed = replace(avatar, **leaves).posed(HeadParameters(**motion), method=method)
+    posed = replace(avatar, **leaves).posed(HeadParameters(**motion), animation=animation)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(value.shape, generator=generator).double() for value in (posed.positions, posed.scales)]
     turned = covariances(posed)
@@ -329,7 +330,7 @@ def test_gradients_of_skinning_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(pose, inputs, eps=1e-6, atol=1e-6)
 
 
-def test_only_the_frames_a_image_shows_get_a_gradient():
+def test_only_the_frames_an_image_shows_get_a_gradient():
     avatar = random_avatar()
     jaw = avatar.params.jaw_pose.clone().requires_grad_()
     avatar.posed(replace(avatar.params, jaw_pose=jaw)).frames(1).positions.square().sum().backward()
@@ -339,15 +340,15 @@ def test_only_the_frames_a_image_shows_get_a_gradient():
 # Another subject's motion
 
 
-@pytest.mark.parametrize("method", ["lbs", "face_frames"])
-def test_the_motion_of_another_subject_leaves_the_own_shape(method):
+@pytest.mark.parametrize("animation", ["lbs", "face_frames"])
+def test_the_motion_of_another_subject_leaves_the_own_shape(animation):
     avatar = random_avatar(seed=0)
     other = random_params(num_frames=2, seed=5)
-    posed = avatar.posed(other, method=method)
+    posed = avatar.posed(other, animation=animation)
     as_own = replace(other, shape=avatar.params.shape, static_offset=avatar.params.static_offset)
-    assert torch.equal(posed.positions, avatar.posed(as_own, method=method).positions)
+    assert torch.equal(posed.positions, avatar.posed(as_own, animation=animation).positions)
     larger = replace(other, shape=torch.ones(300).double(), static_offset=None)
-    assert torch.equal(posed.positions, avatar.posed(larger, method=method).positions)
+    assert torch.equal(posed.positions, avatar.posed(larger, animation=animation).positions)
     assert posed.num_frames == 2
 
 
@@ -362,6 +363,43 @@ def test_a_motion_of_another_head_model_is_refused_in_one_line():
     )
     with pytest.raises(ValueError, match=f"has 5143 vertices in dynamic_offset, .* has {HEAD.n_vertices}"):
         retarget(avatar.params, other, HEAD)
+
+
+# Bound once, posed often
+
+
+def test_one_pose_leaves_no_trace_in_the_next_and_each_is_that_of_the_avatar():
+    avatar, motions = random_avatar(count=400), [random_params(seed=seed) for seed in (5, 6, 5)]
+    bound = avatar.bind()
+    for animation in ("lbs", "face_frames"):
+        for motion in motions:
+            posed, expected = bound.pose(motion, animation), avatar.posed(motion, animation)
+            for name in ("positions", "scales", "quats", "opacities", "sh"):
+                assert torch.equal(getattr(posed, name), getattr(expected, name))
+
+
+def test_points_that_share_the_rotation_of_a_joint_turn_as_they_do_alone():
+    avatar = random_avatar(count=400)
+    alone = avatar.positions.clone().requires_grad_()  # with a gradient to the weights nothing is shared
+    expected = replace(avatar, positions=alone).posed()
+    posed = avatar.posed()
+    assert len(avatar.bind()._anchors.mixed) < 300
+    assert torch.equal(posed.quats, expected.quats) and torch.equal(posed.positions, expected.positions)
+
+
+def test_covariances_are_those_of_the_posed_gaussians():
+    avatar = random_avatar(count=400)
+    posed = avatar.posed()
+    positions, found = avatar.bind().covariances(avatar.params)
+    assert torch.equal(positions, posed.positions)
+    torch.testing.assert_close(1e6 * found, covariances(posed), atol=1e-9, rtol=1e-9)
+
+
+def test_some_gaussians_are_posed_as_they_are_among_all():
+    avatar = random_avatar()
+    some, every = avatar.select(slice(None, None, 3)).posed(), avatar.posed()
+    torch.testing.assert_close(some.positions, every.positions[:, ::3], atol=1e-12, rtol=0)
+    torch.testing.assert_close(some.quats, every.quats[:, ::3], atol=1e-12, rtol=0)
 
 
 # The nearest rotation

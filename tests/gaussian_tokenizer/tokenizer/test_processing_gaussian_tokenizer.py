@@ -553,6 +553,7 @@ print(tokenizer.bounds)
         "processing_gaussian_tokenizer.py",
         "processing_conditions.py",
         "image_files.py",
+        "point_codec.py",
     ):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 

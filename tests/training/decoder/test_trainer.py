@@ -9,7 +9,7 @@ import torch
 from curves import assert_pinned
 from transformers import Dinov2Config
 
-from gaussian_tokenizer.avatars.skinning import animate
+from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
@@ -74,7 +74,7 @@ def make_trainer(corpus, point_model, head, tmp_path):
             losses=losses,
             perceptual=None,
             cache=None if cache is None else FeatureCache(cache, points),
-            method="lbs",
+            animation="lbs",
         )
 
     return make
@@ -104,7 +104,9 @@ def test_the_loss_is_the_papers_sum_over_images_drawn_one_subject_at_a_time(make
             point_features=point_features(trainer.frozen[0], ids, **condition),
             pixel_values=condition["pixel_values"],
         )
-        posed = animate(to_gaussians(output), torch.as_tensor(points["faces"]), motion_of(batch, row), head)
+        motion = motion_of(batch, row)
+        bound = Skinning.of_canonical(to_gaussians(output), torch.as_tensor(points["faces"]), motion, head)
+        posed = bound.pose(motion)
         cameras = cameras_of(batch, row)
         images = [
             render(posed.frames(i), cameras[i], background=float(batch["background"][row, i])).image for i in range(2)

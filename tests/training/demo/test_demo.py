@@ -14,8 +14,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
-from gaussian_tokenizer.corpus.schema import POSE_SIZES
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.splatting import render
@@ -170,9 +169,7 @@ def test_image_metrics_are_those_of_the_drawn_frames(subjects, tiny_corpus):
     found = image_metrics(avatar, frames)
     errors = []
     for i in range(4):
-        params = HeadParameters(
-            shape=frames["shape"][0], **{name: frames[name][0, i : i + 1] for name in ("expr", *POSE_SIZES)}
-        )
+        params = HeadParameters(shape=frames["shape"][0], **{name: frames[name][0, i : i + 1] for name in FRAME_KEYS})
         camera = Cameras(frames["viewmats"][0, i : i + 1], frames["Ks"][0, i : i + 1], 56, 56)
         image = render(avatar.posed(params), camera, background=1.0).image[0].numpy()
         color, alpha = frames["images"][0, i, ..., :3].numpy(), frames["images"][0, i, ..., 3:].numpy()
