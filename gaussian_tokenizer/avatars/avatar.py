@@ -15,11 +15,12 @@ from torch import Tensor
 
 from gaussian_tokenizer.avatars.anchoring import (
     FaceFrames,
+    Local,
+    Placed,
     face_frames,
     local_to_world,
+    to_local,
     world_to_local,
-    world_to_local_log_scales,
-    world_to_local_quats,
 )
 from gaussian_tokenizer.avatars.avatar_files import (
     PLY_NAME,
@@ -33,7 +34,7 @@ from gaussian_tokenizer.avatars.avatar_files import (
 )
 from gaussian_tokenizer.avatars.export import save_ply
 from gaussian_tokenizer.avatars.gaussians import MIN_SCALE, Gaussians, sh_degree_of
-from gaussian_tokenizer.avatars.skinning import Local, Skinning
+from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import built_in_head, load_head
@@ -143,17 +144,13 @@ class GaussianAvatar:
             raise ValueError(f"an avatar is made of 1 frame of canonical Gaussians, found {gaussians.num_frames}")
         gaussians.check_finite()
         gaussians = gaussians.to(head.device, torch.float32)
-        points = {"positions": gaussians.positions[0], "faces": faces}
-        avatar = cls.from_points(points, params, head)
+        avatar = cls.from_points({"positions": gaussians.positions[0], "faces": faces}, params, head)
         frames = avatar._canonical_frames()
-        log_scales = gaussians.scales[0].clamp(min=MIN_SCALE).log()
-        return replace(
-            avatar,
-            sh=gaussians.sh.detach(),
-            opacities=gaussians.opacities.clamp(1 - MAX_OPACITY, MAX_OPACITY).logit(),
-            scales=world_to_local_log_scales(log_scales, avatar.faces, frames).float(),
-            quats=world_to_local_quats(gaussians.quats[0].to(frames.centers), avatar.faces, frames).float(),
-        )
+        positions, quats = gaussians.positions[0].to(frames.centers), gaussians.quats[0].to(frames.centers)
+        local = to_local(Placed(positions, gaussians.scales[0].clamp(min=MIN_SCALE), quats), avatar.faces, frames)
+        opacities = gaussians.opacities.clamp(1 - MAX_OPACITY, MAX_OPACITY).logit()
+        scales, quats = local.log_scales.float(), local.quats.float()
+        return replace(avatar, sh=gaussians.sh.detach(), opacities=opacities, scales=scales, quats=quats)
 
     def canonical_gaussians(self) -> Gaussians:
         """The Gaussians on the canonical head (own shape, no expression, no pose), T = 1."""

@@ -13,12 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from gaussian_tokenizer.avatars.anchoring import (
-    face_frames,
-    world_to_local,
-    world_to_local_log_scales,
-    world_to_local_quats,
-)
+from gaussian_tokenizer.avatars.anchoring import Placed, face_frames, to_local
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.gaussians import SH_DC
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
@@ -123,14 +118,15 @@ def _anchored(
 ) -> GaussianAvatar:
     """The avatar with `counts` (F,) points on every face."""
     faces, gaussians = _dress(head, params, appearance, layout, counts, width)
-    frames = face_frames(head.canonical_vertices(params), head.faces)
+    placed = Placed(gaussians["positions"], gaussians["scales"], gaussians["quats"])
+    local = to_local(placed, faces, face_frames(head.canonical_vertices(params), head.faces))
     return GaussianAvatar(
-        positions=world_to_local(gaussians["positions"], faces, frames),
+        positions=local.positions,
         faces=faces,
         sh=((gaussians["colors"] - 0.5) / SH_DC)[:, None],
         opacities=gaussians["opacities"].logit(),
-        scales=world_to_local_log_scales(gaussians["scales"].log(), faces, frames),
-        quats=world_to_local_quats(gaussians["quats"], faces, frames),
+        scales=local.log_scales,
+        quats=local.quats,
         params=params,
     ).with_head(head)
 
