@@ -56,7 +56,7 @@ class GaussianAvatar:
     head_name: str | None = None  # of the head model it was made on
     head_hash: str | None = None
     head: HeadModel | None = None  # attached, never saved
-    folder_sh_degree: int | None = None  # of the folder it was read from, where empty bands may follow those of `sh`
+    folder_sh_degree: int | None = None  # of the folder it was read from, empty bands included
 
     def __post_init__(self) -> None:
         count = self.positions.shape[0]
@@ -190,9 +190,9 @@ class GaussianAvatar:
     ) -> "GaussianAvatar":
         """Read a `.safetensors` avatar or a GaussianAvatars folder, and attach `head` if one is given.
 
-        A folder holds `point_cloud.ply` (beside it `flame_param.npz`), or `point_cloud/iteration_<N>/` with them, of
-        which the newest N is read; the path of such a PLY does as well. Raises FileNotFoundError, or ValueError with
-        one line that names the file, the property and the row.
+        A folder holds `point_cloud.ply` and `flame_param.npz`, or `point_cloud/iteration_<N>/` with them (the largest N is
+        read); the path of such a PLY is accepted too. Raises FileNotFoundError, or ValueError with one line that names the
+        file, the property and the row.
         """
         path = Path(path)
         if path.suffix == ".safetensors":
@@ -211,10 +211,10 @@ class GaussianAvatar:
     def save(self, path: str | os.PathLike, sh_degree: int | None = None) -> None:
         """Write a `.safetensors` file, or else a GaussianAvatars folder; atomically, either way.
 
-        A folder may exist and keeps its other files. `point_cloud.ply` and `flame_param.npz` that were loaded from a
-        folder and not changed are written with the bytes they had. Otherwise they are what GaussianAvatars' viewer
-        opens: colors are padded with zeros to SH degree 3 (or `sh_degree`), and offsets that are None are written as
-        zeros, for which a head model must be attached. Its name and hash go to `metadata.json`.
+        An existing folder keeps its other files. What was loaded from a folder and not changed is written with the same
+        bytes. Otherwise the folder is what GaussianAvatars' viewer opens: colors are padded with zeros to SH degree 3 (or
+        `sh_degree`), and missing offsets are zeros, for which a head model must be attached. Its name and hash go to
+        `metadata.json`.
         """
         path = Path(path)
         if path.suffix == ".safetensors":
@@ -298,10 +298,8 @@ def open_avatar(path: str | os.PathLike, head: str | None = None) -> GaussianAva
 
     Raises ValueError if `head` is None and the avatar does not say that it was made on the built-in head.
     """
-    if head is not None:
-        return GaussianAvatar.load(path, head=load_head(head))
-    made_on = GaussianAvatar.load(path).head_name
-    found = built_in_head(made_on)
+    made_on = None if head is not None else GaussianAvatar.load(path).head_name
+    found = load_head(head) if head is not None else built_in_head(made_on)
     if found is None:
         said = "does not say which head model it was made on" if made_on is None else f"was made on {made_on!r}"
         raise ValueError(f"{path}: {said}; give that with --head")

@@ -1,4 +1,4 @@
-"""What the makers of head models share: joints from vertices, landmarks on faces, where hair and neck begin.
+"""Shared by the head models without a rig: joints from vertices, landmarks on faces, lines of hair and neck.
 
 Used by the procedural head and by ICT-FaceKit, which come without a rig. The region lines are drawn once for both, in
 meters, with the point between the eyes at (0, 0.022, 0.070): ICT-FaceKit is moved there.

@@ -176,12 +176,12 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read the settings. Defaults are not for files: a wrong bound or bin count would silently move every point."""
+        """Read the settings. A file must state them: a default bound or bin count would silently move every point."""
         where = f"processor_config.json of {pretrained_model_name_or_path}"
         try:
             settings, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         except (AttributeError, RecursionError, UnicodeDecodeError, OSError) as error:
-            # transformers takes whatever is JSON for an object, and calls what is not an OSError, as it does missing files.
+            # transformers takes any JSON for an object, and raises OSError for invalid JSON as for missing files.
             if isinstance(error, OSError) and not isinstance(error.__context__, json.JSONDecodeError):
                 raise
             raise ValueError(f"{where} is not a JSON object: {error}; restore the file it was saved as") from None
