@@ -21,6 +21,13 @@ def fit_joint_regressor(vertices: np.ndarray, support: np.ndarray, target: np.nd
     return row
 
 
+def split_quads(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, along_ac: np.ndarray) -> np.ndarray:
+    """Quads by their corners (Q,) in order -> triangles (Q, 2, 3), cut along a-c where `along_ac` (Q,), else along b-d."""
+    first = np.where(along_ac[:, None], np.stack((a, b, c), 1), np.stack((a, b, d), 1))
+    second = np.where(along_ac[:, None], np.stack((a, c, d), 1), np.stack((b, c, d), 1))
+    return np.stack((first, second), 1)
+
+
 def smoothstep(x: np.ndarray) -> np.ndarray:
     """0 below 0, 1 above 1, 3x^2 - 2x^3 between."""
     x = np.clip(x, 0, 1)

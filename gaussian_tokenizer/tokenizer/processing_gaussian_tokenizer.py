@@ -8,7 +8,6 @@ Axis letters: B batch, N points, L tokens (4N + 2), V vertices, F faces, S image
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,17 +159,15 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the settings so that a crash leaves the old file or the new one."""
         path = Path(json_file_path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with open(temporary, "w", encoding="utf-8") as file:
                 file.write(self.to_json_string())
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def get_processor_dict(
