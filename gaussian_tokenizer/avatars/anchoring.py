@@ -8,12 +8,29 @@ and batched: leading axes `...` (frames T, or nothing) pass through.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion, quaternion_multiply
+
+
+class Placed(NamedTuple):
+    """N Gaussians in world space; leading axes `...` are T frames, or nothing on the canonical head."""
+
+    positions: Tensor  # (..., N, 3) meters
+    scales: Tensor  # (..., N, 3) meters
+    quats: Tensor  # (..., N, 4) unit, wxyz
+
+
+class Local(NamedTuple):
+    """N Gaussians relative to their faces, as an avatar stores them."""
+
+    positions: Tensor  # (N, 3) in units of the face scale
+    log_scales: Tensor  # (N, 3) natural logs
+    quats: Tensor  # (N, 4) wxyz, any length
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,27 +79,26 @@ def world_to_local(positions: Tensor, point_faces: Tensor, frames: FaceFrames) -
     return rotated / frames.scales[..., None]
 
 
-def local_to_world_log_scales(log_scales: Tensor, point_faces: Tensor, frames: FaceFrames) -> Tensor:
-    """Local natural-log scales (..., N, 3) to world ones: the scale of a Gaussian grows with its face."""
-    return log_scales + frames.scales.index_select(-1, point_faces).log()[..., None]
-
-
-def world_to_local_log_scales(log_scales: Tensor, point_faces: Tensor, frames: FaceFrames) -> Tensor:
-    """The inverse of `local_to_world_log_scales`."""
-    return log_scales - frames.scales.index_select(-1, point_faces).log()[..., None]
-
-
-def local_to_world_quats(quats: Tensor, point_faces: Tensor, frames: FaceFrames) -> Tensor:
-    """Local rotations (..., N, 4) wxyz, of any length, to unit world quaternions: the face's turn applied last."""
+def to_world(local: Local, point_faces: Tensor, frames: FaceFrames) -> Placed:
+    """N face-bound Gaussians in world space: position, size and rotation follow the face each is bound to."""
     face_quats = matrix_to_quaternion(frames.rotations).index_select(-2, point_faces)
-    return quaternion_multiply(face_quats, _normalize(quats))
+    log_scales = local.log_scales + frames.scales.index_select(-1, point_faces).log()[..., None]
+    return Placed(
+        local_to_world(local.positions, point_faces, frames),
+        log_scales.exp(),
+        quaternion_multiply(face_quats, _normalize(local.quats)),
+    )
 
 
-def world_to_local_quats(quats: Tensor, point_faces: Tensor, frames: FaceFrames) -> Tensor:
-    """The inverse of `local_to_world_quats`, for unit quaternions."""
+def to_local(placed: Placed, point_faces: Tensor, frames: FaceFrames) -> Local:
+    """The inverse of `to_world`."""
     face_quats = matrix_to_quaternion(frames.rotations).index_select(-2, point_faces)
     conjugates = face_quats * face_quats.new_tensor([1.0, -1.0, -1.0, -1.0])
-    return quaternion_multiply(conjugates, _normalize(quats))
+    return Local(
+        world_to_local(placed.positions, point_faces, frames),
+        placed.scales.log() - frames.scales.index_select(-1, point_faces).log()[..., None],
+        quaternion_multiply(conjugates, _normalize(placed.quats)),
+    )
 
 
 def _norm(vectors: Tensor) -> Tensor:

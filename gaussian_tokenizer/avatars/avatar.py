@@ -15,11 +15,12 @@ from torch import Tensor
 
 from gaussian_tokenizer.avatars.anchoring import (
     FaceFrames,
+    Local,
+    Placed,
     face_frames,
     local_to_world,
+    to_local,
     world_to_local,
-    world_to_local_log_scales,
-    world_to_local_quats,
 )
 from gaussian_tokenizer.avatars.avatar_files import (
     PLY_NAME,
@@ -33,7 +34,7 @@ from gaussian_tokenizer.avatars.avatar_files import (
 )
 from gaussian_tokenizer.avatars.export import save_ply
 from gaussian_tokenizer.avatars.gaussians import MIN_SCALE, Gaussians, sh_degree_of
-from gaussian_tokenizer.avatars.skinning import Local, Skinning
+from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import built_in_head, load_head
@@ -55,7 +56,7 @@ class GaussianAvatar:
     head_name: str | None = None  # of the head model it was made on
     head_hash: str | None = None
     head: HeadModel | None = None  # attached, never saved
-    folder_sh_degree: int | None = None  # of the folder it was read from, where empty bands may follow those of `sh`
+    folder_sh_degree: int | None = None  # of the folder it was read from, empty bands included
 
     def __post_init__(self) -> None:
         count = self.positions.shape[0]
@@ -143,17 +144,13 @@ class GaussianAvatar:
             raise ValueError(f"an avatar is made of 1 frame of canonical Gaussians, found {gaussians.num_frames}")
         gaussians.check_finite()
         gaussians = gaussians.to(head.device, torch.float32)
-        points = {"positions": gaussians.positions[0], "faces": faces}
-        avatar = cls.from_points(points, params, head)
+        avatar = cls.from_points({"positions": gaussians.positions[0], "faces": faces}, params, head)
         frames = avatar._canonical_frames()
-        log_scales = gaussians.scales[0].clamp(min=MIN_SCALE).log()
-        return replace(
-            avatar,
-            sh=gaussians.sh.detach(),
-            opacities=gaussians.opacities.clamp(1 - MAX_OPACITY, MAX_OPACITY).logit(),
-            scales=world_to_local_log_scales(log_scales, avatar.faces, frames).float(),
-            quats=world_to_local_quats(gaussians.quats[0].to(frames.centers), avatar.faces, frames).float(),
-        )
+        positions, quats = gaussians.positions[0].to(frames.centers), gaussians.quats[0].to(frames.centers)
+        local = to_local(Placed(positions, gaussians.scales[0].clamp(min=MIN_SCALE), quats), avatar.faces, frames)
+        opacities = gaussians.opacities.clamp(1 - MAX_OPACITY, MAX_OPACITY).logit()
+        scales, quats = local.log_scales.float(), local.quats.float()
+        return replace(avatar, sh=gaussians.sh.detach(), opacities=opacities, scales=scales, quats=quats)
 
     def canonical_gaussians(self) -> Gaussians:
         """The Gaussians on the canonical head (own shape, no expression, no pose), T = 1."""
@@ -193,9 +190,9 @@ class GaussianAvatar:
     ) -> "GaussianAvatar":
         """Read a `.safetensors` avatar or a GaussianAvatars folder, and attach `head` if one is given.
 
-        A folder holds `point_cloud.ply` (beside it `flame_param.npz`), or `point_cloud/iteration_<N>/` with them, of
-        which the newest N is read; the path of such a PLY does as well. Raises FileNotFoundError, or ValueError with
-        one line that names the file, the property and the row.
+        A folder holds `point_cloud.ply` and `flame_param.npz`, or `point_cloud/iteration_<N>/` with them (the largest N is
+        read); the path of such a PLY is accepted too. Raises FileNotFoundError, or ValueError with one line that names the
+        file, the property and the row.
         """
         path = Path(path)
         if path.suffix == ".safetensors":
@@ -214,10 +211,10 @@ class GaussianAvatar:
     def save(self, path: str | os.PathLike, sh_degree: int | None = None) -> None:
         """Write a `.safetensors` file, or else a GaussianAvatars folder; atomically, either way.
 
-        A folder may exist and keeps its other files. `point_cloud.ply` and `flame_param.npz` that were loaded from a
-        folder and not changed are written with the bytes they had. Otherwise they are what GaussianAvatars' viewer
-        opens: colors are padded with zeros to SH degree 3 (or `sh_degree`), and offsets that are None are written as
-        zeros, for which a head model must be attached. Its name and hash go to `metadata.json`.
+        An existing folder keeps its other files. What was loaded from a folder and not changed is written with the same
+        bytes. Otherwise the folder is what GaussianAvatars' viewer opens: colors are padded with zeros to SH degree 3 (or
+        `sh_degree`), and missing offsets are zeros, for which a head model must be attached. Its name and hash go to
+        `metadata.json`.
         """
         path = Path(path)
         if path.suffix == ".safetensors":
@@ -301,10 +298,8 @@ def open_avatar(path: str | os.PathLike, head: str | None = None) -> GaussianAva
 
     Raises ValueError if `head` is None and the avatar does not say that it was made on the built-in head.
     """
-    if head is not None:
-        return GaussianAvatar.load(path, head=load_head(head))
-    made_on = GaussianAvatar.load(path).head_name
-    found = built_in_head(made_on)
+    made_on = None if head is not None else GaussianAvatar.load(path).head_name
+    found = load_head(head) if head is not None else built_in_head(made_on)
     if found is None:
         said = "does not say which head model it was made on" if made_on is None else f"was made on {made_on!r}"
         raise ValueError(f"{path}: {said}; give that with --head")

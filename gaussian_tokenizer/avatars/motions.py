@@ -19,7 +19,7 @@ from torch import Tensor
 from gaussian_tokenizer.avatars.avatar_files import PARAMETERS_NAME
 from gaussian_tokenizer.avatars.skinning import check_motion
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
+from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 MOTIONS = ("talk", "nod", "look_around", "expressions")
 FRAMES_FOLDER = "flame_param"
@@ -187,10 +187,9 @@ def _load_folder(folder: Path) -> tuple[HeadParameters, Path]:
         )
     paths.sort(key=lambda path: (int(path.stem), path.stem))
     frames = [HeadParameters.load(path) for path in paths]
-    names = [*FRAME_KEYS, *(["dynamic_offset"] if frames[0].dynamic_offset is not None else [])]
-    first = frames[0].tensors()
+    first = frames[0].per_frame()
     joined: dict[str, Any] = {}
-    for name in names:
+    for name in first:
         for path, frame in zip(paths, frames):
             found = frame.tensors().get(name)
             if found is None or found.shape[1:] != first[name].shape[1:]:

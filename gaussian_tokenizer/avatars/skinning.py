@@ -15,15 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from gaussian_tokenizer.avatars.anchoring import (
-    face_frames,
-    local_to_world,
-    local_to_world_log_scales,
-    local_to_world_quats,
-    world_to_local,
-    world_to_local_log_scales,
-    world_to_local_quats,
-)
+from gaussian_tokenizer.avatars.anchoring import Local, Placed, face_frames, to_local, to_world
 from gaussian_tokenizer.avatars.gaussians import MIN_SCALE, Gaussians
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion, quaternion_multiply, quaternion_to_matrix
 from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics, interpolate
@@ -33,22 +25,6 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 ANIMATIONS = ("lbs", "face_frames")
 NEWTON_STEPS = 8  # enough for double precision at the determinant below
 SINGULAR = 1e-3  # determinant of a mean of rotations below which "the nearest rotation" has no stable answer
-
-
-class Placed(NamedTuple):
-    """N Gaussians in world space; leading axes `...` are T frames, or nothing on the canonical head."""
-
-    positions: Tensor  # (..., N, 3) meters
-    scales: Tensor  # (..., N, 3) meters
-    quats: Tensor  # (..., N, 4) unit, wxyz
-
-
-class Local(NamedTuple):
-    """N Gaussians relative to their faces, as an avatar stores them."""
-
-    positions: Tensor  # (N, 3) in units of the face scale
-    log_scales: Tensor  # (N, 3)
-    quats: Tensor  # (N, 4) wxyz, any length
 
 
 class Anchors(NamedTuple):
@@ -148,13 +124,7 @@ class Skinning:
     def _local(self) -> Local:
         if isinstance(self.gaussians, Local):
             return self.gaussians
-        positions, scales, quats = self.gaussians
-        frames = face_frames(self._canonical_vertices, self.head_faces)
-        return Local(
-            world_to_local(positions, self.faces, frames),
-            world_to_local_log_scales(scales.log(), self.faces, frames),
-            world_to_local_quats(quats, self.faces, frames),
-        )
+        return to_local(self.gaussians, self.faces, face_frames(self._canonical_vertices, self.head_faces))
 
     @cached_property
     def _anchors(self) -> Anchors:
@@ -167,13 +137,8 @@ class Skinning:
         return Anchors(corners, barycentrics, weights, mixed.nonzero()[:, 0], turns)
 
     def _on_faces(self, vertices: Tensor) -> Placed:
-        """The Gaussians on a mesh of `vertices` (..., V, 3): position, size and turn follow the face each is bound to."""
-        frames = face_frames(vertices, self.head_faces)
-        return Placed(
-            local_to_world(self._local.positions, self.faces, frames),
-            local_to_world_log_scales(self._local.log_scales, self.faces, frames).exp(),
-            local_to_world_quats(self._local.quats, self.faces, frames),
-        )
+        """The Gaussians on a mesh of `vertices` (..., V, 3)."""
+        return to_world(self._local, self.faces, face_frames(vertices, self.head_faces))
 
     def _skinned(self, params: HeadParameters, pose_correctives: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Linear blend skinning: positions (T, N, 3), rotations of joints (T, J, 3, 3), their means (T, N, 3, 3).

@@ -10,6 +10,7 @@ those of a GaussianAvatars file, not exactly there; for the very same, give the 
 import numpy as np
 
 from gaussian_tokenizer.heads.head_model import JOINTS
+from gaussian_tokenizer.heads.rigging import split_quads
 
 RING = 15  # vertices of each row and of each lip ring
 RECEDED = 3e-4  # meters behind the ridge (both lips together) that end the search for it
@@ -61,11 +62,9 @@ def add_teeth(arrays: dict[str, np.ndarray], lip_rings: tuple[np.ndarray, np.nda
 
 def _strip(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Two rows of 15 vertices -> 28 triangles, diagonals mirrored about the middle."""
-    a, b, c, d = above[:-1], below[:-1], below[1:], above[1:]
-    left = (np.arange(len(a)) < len(a) / 2)[:, None]
-    first = np.where(left, np.stack((a, b, c), 1), np.stack((a, b, d), 1))
-    second = np.where(left, np.stack((a, c, d), 1), np.stack((b, c, d), 1))
-    return np.stack((first, second), 1).reshape(-1, 3)
+    cells = len(above) - 1
+    quads = split_quads(above[:-1], below[:-1], below[1:], above[1:], np.arange(cells) < cells / 2)
+    return quads.reshape(-1, 3)
 
 
 def find_lip_rings(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ OFFSET_KEYS = ("static_offset", "dynamic_offset")
 
 @dataclass(frozen=True, eq=False)
 class NpzLayout:
-    """How a parameter file was stored, as far as the tensors do not say it."""
+    """How a parameter file was stored, beyond its tensors."""
 
     keys: tuple[str, ...] = (*REQUIRED_KEYS, *OFFSET_KEYS)
     static_offset_ndim: int = 3  # (1, V, 3); or 2 for (V, 3)
@@ -69,6 +69,10 @@ class HeadParameters:
         values = {f.name: self.__dict__[f.name] for f in fields(self) if f.name != "layout"}
         return {name: value for name, value in values.items() if value is not None}
 
+    def per_frame(self) -> dict[str, Tensor]:
+        """The parameters that have an axis of frames."""
+        return {name: value for name, value in self.tensors().items() if name not in ("shape", "static_offset")}
+
     def frame(self, index: int | slice) -> "HeadParameters":
         """One frame (as T = 1) or a slice of frames; shape and static offset stay."""
         if not isinstance(index, slice):
@@ -77,28 +81,23 @@ class HeadParameters:
                 raise ValueError(f"frame {index} asked of head parameters that hold {self.num_frames} frames")
             index = index % self.num_frames
             index = slice(index, index + 1)
-        per_frame = [*FRAME_KEYS] + (["dynamic_offset"] if self.dynamic_offset is not None else [])
-        return replace(self, layout=None, **{name: self.tensors()[name][index] for name in per_frame})
+        return replace(self, layout=None, **{name: value[index] for name, value in self.per_frame().items()})
 
     def canonical(self, jaw_angle: float = 0.0) -> "HeadParameters":
-        """T = 1: own shape and static offset, the rest that is there zero; the jaw opened by `jaw_angle`, radians."""
-        per_frame = [*FRAME_KEYS] + (["dynamic_offset"] if self.dynamic_offset is not None else [])
-        rest = {name: torch.zeros_like(self.tensors()[name][:1]) for name in per_frame}
+        """T = 1: own shape and static offset, everything else zero; the jaw opened by `jaw_angle`, radians."""
+        rest = {name: torch.zeros_like(value[:1]) for name, value in self.per_frame().items()}
         rest["jaw_pose"][:, 0] = jaw_angle
         return replace(self, layout=None, **rest)
 
     def with_offsets(self, n_vertices: int | None = None) -> "HeadParameters":
-        """The same with both offsets: zeros where one is None. GaussianAvatars reads no file, and no motion, without.
+        """The same with both offsets, zeros where one is None: GaussianAvatars reads no file, and no motion, without them.
 
-        `n_vertices` of the head model is needed where both are None; ValueError without.
+        ValueError if both are None and `n_vertices` of the head model is not given.
         """
-        known = next(
-            (offset.shape[-2] for offset in (self.static_offset, self.dynamic_offset) if offset is not None), None
-        )
-        size = n_vertices if known is None else known
+        static, dynamic = self.static_offset, self.dynamic_offset
+        size = next((offset.shape[-2] for offset in (static, dynamic) if offset is not None), n_vertices)
         if size is None:
             raise ValueError("head parameters without offsets do not say how many vertices their head model has")
-        static, dynamic = self.static_offset, self.dynamic_offset
         if static is None:
             static = self.expr.new_zeros(size, 3)
         if dynamic is None:

@@ -23,6 +23,7 @@ from gaussian_tokenizer.heads.rigging import (
     in_beard,
     rounded,
     smoothstep,
+    split_quads,
     vertices_as_face_points,
 )
 from gaussian_tokenizer.utils.json_files import read_json
@@ -160,10 +161,7 @@ def _triangulate(quads: np.ndarray, vertices: np.ndarray) -> np.ndarray:
     """(F, 4) -> triangles, each quad cut along its shorter diagonal; a repeated last corner means a triangle."""
     a, b, c, d = quads.T
     across = np.linalg.norm(vertices[a] - vertices[c], axis=1), np.linalg.norm(vertices[b] - vertices[d], axis=1)
-    first_cut = ((across[0] <= across[1] + 1e-6) | (c == d))[:, None]
-    first = np.where(first_cut, np.stack((a, b, c), 1), np.stack((a, b, d), 1))
-    second = np.where(first_cut, np.stack((a, c, d), 1), np.stack((b, c, d), 1))
-    both = np.stack((first, second), 1).reshape(-1, 3)
+    both = split_quads(a, b, c, d, (across[0] <= across[1] + 1e-6) | (c == d)).reshape(-1, 3)
     return both[(both[:, 1] != both[:, 2])]
 
 

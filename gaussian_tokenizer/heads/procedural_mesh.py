@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gaussian_tokenizer.heads.procedural_surface import EYE_CENTER, EYE_RADIUS, cast, skin_distance, skin_normal
+from gaussian_tokenizer.heads.rigging import split_quads
 
 FEWEST_FACES, MOST_FACES = 600, 40_000
 # Values of `Mesh.part`.
@@ -79,11 +80,10 @@ class Mesh:
 
     def add_quads(self, upper: np.ndarray, lower: np.ndarray) -> None:
         """Two rows of indices (C,), left to right seen from outside: C - 1 quads, cut along alternating diagonals."""
-        a, b, c, d = upper[:-1], lower[:-1], lower[1:], upper[1:]
-        half = np.arange(len(a)) < len(a) / 2  # diagonals mirrored about the middle, as the head is
-        first = np.where(half[:, None], np.stack((a, b, c), 1), np.stack((a, b, d), 1))
-        second = np.where(half[:, None], np.stack((a, c, d), 1), np.stack((b, c, d), 1))
-        self.add_faces(first, second)
+        cells = len(upper) - 1
+        half = np.arange(cells) < cells / 2  # diagonals mirrored about the middle, as the head is
+        quads = split_quads(upper[:-1], lower[:-1], lower[1:], upper[1:], half)
+        self.add_faces(quads[:, 0], quads[:, 1])
 
 
 def build_mesh(n_faces: int) -> Mesh:

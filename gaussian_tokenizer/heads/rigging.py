@@ -1,4 +1,4 @@
-"""What the makers of head models share: joints from vertices, landmarks on faces, where hair and neck begin.
+"""Shared by the head models without a rig: joints from vertices, landmarks on faces, lines of hair and neck.
 
 Used by the procedural head and by ICT-FaceKit, which come without a rig. The region lines are drawn once for both, in
 meters, with the point between the eyes at (0, 0.022, 0.070): ICT-FaceKit is moved there.
@@ -19,6 +19,13 @@ def fit_joint_regressor(vertices: np.ndarray, support: np.ndarray, target: np.nd
     row = np.zeros(len(vertices))
     row[support] = even + correction
     return row
+
+
+def split_quads(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, along_ac: np.ndarray) -> np.ndarray:
+    """Quads by their corners (Q,) in order -> triangles (Q, 2, 3), cut along a-c where `along_ac` (Q,), else along b-d."""
+    first = np.where(along_ac[:, None], np.stack((a, b, c), 1), np.stack((a, b, d), 1))
+    second = np.where(along_ac[:, None], np.stack((a, c, d), 1), np.stack((b, c, d), 1))
+    return np.stack((first, second), 1)
 
 
 def smoothstep(x: np.ndarray) -> np.ndarray:

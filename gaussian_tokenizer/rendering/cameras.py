@@ -1,4 +1,4 @@
-"""Pinhole cameras: where a set of images was, or is to be, taken from.
+"""Pinhole cameras.
 
 `Cameras` holds C of them with one image size, in the form that splatters want: world-to-camera matrices with OpenCV
 axes (x right, y down, z forward) and intrinsics in pixels. Readers of data sets convert to this at the border; `look_at`
@@ -71,7 +71,7 @@ class Cameras:
         height: int,
         up: Sequence[float] = (0.0, 1.0, 0.0),
     ) -> "Cameras":
-        """Cameras at `eyes`, (C, 3) or (3,) meters, that see `target` (3,) in the middle of the image, `up` upwards.
+        """Cameras at `eyes`, (C, 3) or (3,) meters, with `target` (3,) in the middle of the image and `up` upwards.
 
         `focal` in pixels. The dtype and the device are those of `eyes`, float32 on the CPU if it is no tensor of floats.
         """
@@ -132,7 +132,7 @@ class Cameras:
 
     @classmethod
     def concatenate(cls, cameras: Sequence["Cameras"]) -> "Cameras":
-        """All of them in one, in this order; the image sizes must agree."""
+        """All cameras in one, in this order; the image sizes must agree."""
         if not cameras:
             raise ValueError("no cameras to concatenate, expected at least one Cameras")
         sizes = sorted({(each.width, each.height) for each in cameras})

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of images (B, H, W, 3) in 0..1, differentiable: what trainings minimize and reports say.
+"""PSNR and SSIM of images (B, H, W, 3) in 0..1, differentiable: losses of the trainings and metrics of the reports.
 
 SSIM has a Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004).
 """
@@ -18,15 +18,14 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """(B,) structural similarity of each image, 1 for equal ones; differentiable. Mean over the pixels around which the whole
-    window lies in the image, and over the channels.
+    """(B,) structural similarity of each image, 1 for equal ones: the mean over channels and pixels whose window lies inside.
 
     Raises:
         ValueError: the images are smaller than the window.
     """
     if min(images.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(
-            f"SSIM looks through a window of {SSIM_WINDOW} pixels, found images of {images.shape[2]}x{images.shape[1]}"
+            f"SSIM needs at least its window of {SSIM_WINDOW} pixels, found images of {images.shape[2]}x{images.shape[1]}"
         )
     steps = torch.arange(SSIM_WINDOW, device=images.device, dtype=images.dtype) - SSIM_WINDOW // 2
     weights = (-steps.square() / (2 * SSIM_SIGMA**2)).exp()

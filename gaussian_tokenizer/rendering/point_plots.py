@@ -1,4 +1,4 @@
-"""Images of point clouds: front, three-quarter and profile, colored by the order in which the points were written.
+"""Images of point clouds: front, three-quarter and profile, colored by the order of their generation.
 
 In: clouds (N, 3) in meters, y up, the face towards +z, and the portraits they were made for. Out: PNG files.
 """

@@ -1,7 +1,7 @@
 """`render`: Gaussians and cameras to images, with gradients; the last step from an avatar to pixels.
 
 `gsplat.rasterization` draws what lies on a CUDA device, `rasterizer.rasterize` everything else. Both follow gsplat's
-conventions, so that a model trained on one is drawn alike by the other; which one draws is said once in the log. The
+conventions, so that a model trained with one can be drawn by the other; the log says once which one draws. The
 background is composited here: image = sum of weighted colors + (1 - alpha) * background.
 """
 

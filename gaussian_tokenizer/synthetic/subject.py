@@ -13,12 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gaussian_tokenizer.avatars.anchoring import (
-    face_frames,
-    world_to_local,
-    world_to_local_log_scales,
-    world_to_local_quats,
-)
+from gaussian_tokenizer.avatars.anchoring import Placed, face_frames, to_local
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.gaussians import SH_DC
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
@@ -145,15 +140,19 @@ def _build_avatar(
     widths = width * spacings(layout, counts)[points.faces]
     colors = colors_of(appearance, points.weights, points.normals, points.waves, points.depth)
     faces, frames = torch.from_numpy(points.faces), face_frames(vertices, head.faces)
-    scales = torch.from_numpy(widths[:, None] * relative).float()
-    quats = matrix_to_quaternion(torch.from_numpy(_axes(points.normals))).float()
+    placed = Placed(
+        torch.from_numpy(points.skin + offsets).float(),
+        torch.from_numpy(widths[:, None] * relative).float(),
+        matrix_to_quaternion(torch.from_numpy(_axes(points.normals))).float(),
+    )
+    local = to_local(placed, faces, frames)
     return GaussianAvatar(
-        positions=world_to_local(torch.from_numpy(points.skin + offsets).float(), faces, frames),
+        positions=local.positions,
         faces=faces,
         sh=((torch.from_numpy(colors).float() - 0.5) / SH_DC)[:, None],
         opacities=torch.full((len(faces),), OPACITY).logit(),
-        scales=world_to_local_log_scales(scales.log(), faces, frames),
-        quats=world_to_local_quats(quats, faces, frames),
+        scales=local.log_scales,
+        quats=local.quats,
         params=params,
     ).with_head(head)
 

@@ -1,6 +1,6 @@
 """GaussianTokenizer: clouds of face-anchored points to token ids and back. These files travel with checkpoints.
 
-`GaussianTokenizer` is imported, and registered with `AutoProcessor`, when it is first used: transformers takes seconds.
+`GaussianTokenizer` is imported and registered with `AutoProcessor` on first use: importing transformers takes seconds.
 """
 
 import lazy_loader

@@ -64,8 +64,8 @@ class PointCodec:
             )
         self._sorting_axes = ["xyz".index(axis) for axis in axis_order]
         self._id_dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-        # Lowest id of each slot and the span above it, once a token of a block: numpy is several times slower where it
-        # has to repeat a row of four by itself.
+        # Lowest id of each slot and the span above it, for every token of a block: broadcasting a row of four is several
+        # times slower.
         last_bin = self.n_bins - 1
         self._slot_limits = (
             _per_token([0, 0, 0, self.n_bins], self._id_dtype),
@@ -98,7 +98,8 @@ class PointCodec:
         if not math.isfinite(margin) or margin < 0:
             raise ValueError(f"margin is {margin}; expected a fraction of the box, 0 or more")
         lo, hi = np.full(3, np.inf), np.full(3, -np.inf)
-        for index, item in enumerate(avatars if _is_batch(avatars) else [avatars]):
+        is_batch = isinstance(avatars, Iterable) and not isinstance(avatars, Mapping)
+        for index, item in enumerate(avatars if is_batch else [avatars]):
             positions, _ = self._points(item, index)
             if not np.isfinite(positions).all():
                 raise ValueError(_not_finite(positions, index))
@@ -195,10 +196,10 @@ class PointCodec:
         return positions, faces
 
     def _keys(self, positions: np.ndarray, faces: np.ndarray, index: int) -> tuple[np.ndarray, int, float]:
-        """Sorting keys (N,) int64 in the given order, the number of points outside and the longest way out."""
+        """Sorting keys (N,) int64 in the given order, the number of points outside, and how far out the farthest is."""
         keys = np.empty(len(positions), dtype=np.int64)
         inside = True
-        with np.errstate(all="ignore"):  # NaN and overflow are found by the comparison with the bounds, and named below
+        with np.errstate(all="ignore"):  # NaN and overflow fail the comparison with the bounds and are reported below
             for start in range(0, len(positions), BLOCK):
                 rows = slice(start, start + BLOCK)
                 key = keys[rows]
@@ -264,11 +265,8 @@ class PointCodec:
 
     def _strip(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """Ids without padding, bos and a final eos, and the position of the first one kept."""
-        start, end = 0, len(ids)
-        while end > start and ids[end - 1] == self.pad_token_id:
-            end -= 1
-        while start < end and ids[start] == self.pad_token_id:
-            start += 1
+        content = np.flatnonzero(ids != self.pad_token_id)
+        start, end = (int(content[0]), int(content[-1]) + 1) if len(content) else (0, 0)
         if start < end and ids[start] == self.bos_token_id:
             start += 1
         if start < end and ids[end - 1] == self.eos_token_id and (end - 1 - start) % 4 == 0:
@@ -287,7 +285,7 @@ class PointCodec:
         for start in range(0, len(faces), BLOCK):
             rows = slice(start, start + BLOCK)
             tokens = unsigned[4 * start : 4 * (start + BLOCK)]
-            values = tokens - lowest[: len(tokens)]  # unsigned: what is too low wraps round and is too high
+            values = tokens - lowest[: len(tokens)]  # unsigned: too low wraps around to too high
             if (values > span[: len(tokens)]).any():
                 return None
             meters = values.astype(np.float32)  # as in _set_bounds, which checks this arithmetic for every bin
@@ -299,11 +297,10 @@ class PointCodec:
         return positions, faces
 
     def _first_problem(self, body: np.ndarray, start: int) -> tuple[int, str]:
-        """The number of whole points before the first id that does not fit, and a sequence about it."""
+        """The number of whole points before the first id that does not fit, and what is wrong with it."""
         face_slot = np.arange(len(body)) % 4 == 3
-        fits_coordinate = (body >= 0) & (body < self.n_bins)
-        fits_face = (body >= self.n_bins) & (body < self.bos_token_id)
-        wrong = np.flatnonzero(~np.where(face_slot, fits_face, fits_coordinate))
+        lowest, end = np.where(face_slot, self.n_bins, 0), np.where(face_slot, self.bos_token_id, self.n_bins)
+        wrong = np.flatnonzero((body < lowest) | (body >= end))
         at = int(wrong[0]) if len(wrong) else len(body)
         slot = SLOTS[at % 4]
         wanted = f"[{self.n_bins}, {self.bos_token_id})" if slot == "face" else f"[0, {self.n_bins})"
@@ -318,11 +315,9 @@ class PointCodec:
     def _describe(self, token: int) -> str:
         if not 0 <= token < self.vocab_size:
             return f"beyond the vocabulary of {self.vocab_size}"
-        if token < self.n_bins:
-            return "a coordinate"
-        if token < self.bos_token_id:
-            return f"face {token - self.n_bins}"
-        return ("bos", "eos", "pad")[token - self.bos_token_id]
+        if token >= self.bos_token_id:
+            return ("bos", "eos", "pad")[token - self.bos_token_id]
+        return "a coordinate" if token < self.n_bins else f"face {token - self.n_bins}"
 
     def _set_bounds(self, bounds: Any) -> None:
         try:
@@ -374,10 +369,6 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
 
 def _per_token(slots: list, dtype: Any) -> np.ndarray:
     return np.tile(np.array(slots, dtype=dtype), BLOCK)
-
-
-def _is_batch(items: Any) -> bool:
-    return isinstance(items, Iterable) and not isinstance(items, Mapping)
 
 
 def _not_finite(positions: np.ndarray, index: int) -> str:

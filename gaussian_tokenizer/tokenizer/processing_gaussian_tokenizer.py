@@ -8,7 +8,6 @@ Axis letters: B batch, N points, L tokens (4N + 2), V vertices, F faces, S image
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,28 +159,26 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the settings so that a crash leaves the old file or the new one."""
         path = Path(json_file_path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with open(temporary, "w", encoding="utf-8") as file:
                 file.write(self.to_json_string())
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def get_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read the settings. Defaults are not for files: a wrong bound or bin count would silently move every point."""
+        """Read the settings. A file must state them: a default bound or bin count would silently move every point."""
         where = f"processor_config.json of {pretrained_model_name_or_path}"
         try:
             settings, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         except (AttributeError, RecursionError, UnicodeDecodeError, OSError) as error:
-            # transformers takes whatever is JSON for an object, and calls what is not an OSError, as it does missing files.
+            # transformers takes any JSON for an object, and raises OSError for invalid JSON as for missing files.
             if isinstance(error, OSError) and not isinstance(error.__context__, json.JSONDecodeError):
                 raise
             raise ValueError(f"{where} is not a JSON object: {error}; restore the file it was saved as") from None

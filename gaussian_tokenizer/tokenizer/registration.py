@@ -1,7 +1,7 @@
 """`GaussianTokenizer`, known to `AutoProcessor`: imported from here it is registered under the name in processor_config.json.
 
-Not in the file that defines it, which travels with checkpoints: registered from there, the code of one checkpoint would be
-taken for the tokenizer of all others. Not when the package is imported either: transformers takes seconds.
+Not in the file that defines it, which travels with checkpoints: the code of one checkpoint would become the tokenizer of all
+others. Not in the package's `__init__` either: importing transformers takes seconds.
 """
 
 from transformers import AutoProcessor

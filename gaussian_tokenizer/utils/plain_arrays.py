@@ -6,12 +6,12 @@ a few hundredths of a second because it loads nothing but this file, its sibling
 a third party may stand here.
 """
 
-import json
+import marshal
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -134,27 +134,25 @@ def arrays_in_child(path: Path, keys: Sequence[str]) -> dict[str, PlainArray | P
     if done.returncode:
         reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"status {done.returncode}"
         raise ValueError(f"not a FLAME pickle that can be read within {SECONDS} seconds and its memory ({reason})")
-    header, _, content = done.stdout.partition(b"\n")
-    described = json.loads(header)
-    if "error" in described:
-        raise ValueError(described["error"])
-    return _unpack(described, content)
+    found = marshal.loads(done.stdout)
+    if isinstance(found, str):
+        raise ValueError(found)
+    return {key: _as_array(parts) for key, parts in found.items()}
 
 
 def main(path: str, keys: Sequence[str], output: BinaryIO) -> None:
-    """What the child does: one line of JSON, then the bytes of the arrays."""
+    """What the child does: the arrays, or what is wrong with the file, in the standard library's plainest form."""
     _limit_this_process(MEMORY + 8 * Path(path).stat().st_size)
+    found: dict[str, tuple] | str
     try:
         try:
             content = interpret(Path(path).read_bytes(), FLAME)
         except ValueError as error:
             raise ValueError(f"not a FLAME pickle that is safe to read: {error}") from None
-        described, parts = _pack(read_arrays(content, keys))
+        found = {key: astuple(value) for key, value in read_arrays(content, keys).items()}
     except ValueError as error:
-        described, parts = {"error": str(error)}, []
-    output.write(json.dumps(described).encode() + b"\n")
-    for part in parts:
-        output.write(part)
+        found = str(error)
+    output.write(marshal.dumps(found))
     output.flush()
 
 
@@ -173,27 +171,11 @@ def _shape(value: object) -> tuple[int, ...]:
     return value
 
 
-def _pack(arrays: Mapping[str, PlainArray | PlainSparse]) -> tuple[dict[str, Any], list[bytes]]:
-    described, contents = {}, []
-    for key, value in arrays.items():
-        sparse = isinstance(value, PlainSparse)
-        parts = [value.data, value.indices, value.indptr] if isinstance(value, PlainSparse) else [value]
-        contents += [part.content for part in parts]
-        each = [[part.dtype, part.shape, part.fortran_order, len(part.content)] for part in parts]
-        described[key] = [sparse and value.shape, sparse and value.rows_first, each]  # type: ignore[union-attr]
-    return described, contents
-
-
-def _unpack(described: dict[str, Any], content: bytes) -> dict[str, PlainArray | PlainSparse]:
-    arrays: dict[str, PlainArray | PlainSparse] = {}
-    start = 0
-    for key, (shape, rows_first, each) in described.items():
-        parts = []
-        for dtype, size, fortran_order, length in each:
-            parts.append(PlainArray(dtype, tuple(size), fortran_order, content[start : start + length]))
-            start += length
-        arrays[key] = parts[0] if shape is False else PlainSparse(rows_first, tuple(shape), *parts)
-    return arrays
+def _as_array(parts: tuple) -> PlainArray | PlainSparse:
+    if isinstance(parts[0], str):
+        return PlainArray(*parts)
+    rows_first, shape, *inner = parts
+    return PlainSparse(rows_first, shape, *(PlainArray(*each) for each in inner))
 
 
 def _limit_this_process(memory: int) -> None:

@@ -314,7 +314,7 @@ def test_a_split_that_is_not_there_is_named(script):
 
 
 def test_a_window_that_is_not_whole_points_is_named(script):
-    assert "sliding_window must be a positive multiple of 4" in script("--sliding_window", 126)
+    assert "sliding_window 126 is not a positive multiple of 4" in script("--sliding_window", 126)
 
 
 def test_a_hub_that_cannot_be_written_to_is_said_before_training(script, tmp_path):

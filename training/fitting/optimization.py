@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaussian_tokenizer.avatars.anchoring import Local
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.gaussians import Gaussians
-from gaussian_tokenizer.avatars.skinning import Local, Skinning
+from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, ROTATION_KEYS

@@ -11,13 +11,10 @@ from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
 from gaussian_tokenizer.avatars.anchoring import (
+    Local,
     face_frames,
-    local_to_world,
-    local_to_world_log_scales,
-    local_to_world_quats,
-    world_to_local,
-    world_to_local_log_scales,
-    world_to_local_quats,
+    to_local,
+    to_world,
 )
 from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics, interpolate
 
@@ -83,7 +80,7 @@ def test_a_degenerate_triangle_has_finite_frames_and_gradients():
     assert torch.isfinite(frames.rotations).all() and torch.isfinite(vertices.grad).all()
 
 
-def test_local_to_world_is_the_published_formula():
+def test_to_world_is_the_published_formula():
     vertices, faces = random_mesh(2)
     rng = np.random.default_rng(3)
     local = rng.standard_normal((50, 3))
@@ -92,13 +89,12 @@ def test_local_to_world_is_the_published_formula():
     log_scales = rng.standard_normal((50, 3))
     frames = face_frames(vertices.double(), faces)
     index = torch.from_numpy(point_faces)
-    positions = local_to_world(torch.from_numpy(local), index, frames)
-    world_quats = local_to_world_quats(torch.from_numpy(quats), index, frames)
-    world_scales = local_to_world_log_scales(torch.from_numpy(log_scales), index, frames)
+    stored = Local(*(torch.from_numpy(values) for values in (local, log_scales, quats)))
+    positions, world_scales, world_quats = to_world(stored, index, frames)
     for n, face in enumerate(point_faces):
         center, rotation, scale = frame_by_the_formula(*vertices[faces[face]].double().numpy())
         np.testing.assert_allclose(positions[n], scale * rotation @ local[n] + center, atol=1e-9)
-        np.testing.assert_allclose(world_scales[n].exp(), scale * np.exp(log_scales[n]), rtol=1e-9)
+        np.testing.assert_allclose(world_scales[n], scale * np.exp(log_scales[n]), rtol=1e-9)
         turned = Rotation.from_matrix(rotation) * Rotation.from_quat(quats[n], scalar_first=True)
         found = Rotation.from_quat(world_quats[n].numpy(), scalar_first=True)
         assert (turned.inv() * found).magnitude() < 1e-9
@@ -107,7 +103,7 @@ def test_local_to_world_is_the_published_formula():
 
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 10**6), batched=st.booleans())
-def test_world_to_local_undoes_local_to_world(seed, batched):
+def test_to_local_undoes_to_world(seed, batched):
     vertices, faces = random_mesh(seed, frames=(2,) if batched else (), dtype=torch.float64)
     frames = face_frames(vertices, faces)
     generator = torch.Generator().manual_seed(seed)
@@ -118,13 +114,11 @@ def test_world_to_local_undoes_local_to_world(seed, batched):
 
     local, scales, quats = normal(3), normal(3), torch.nn.functional.normalize(normal(4), dim=-1)
     shape = (2, 30) if batched else (30,)
-    world = local_to_world(local, point_faces, frames)
-    assert world.shape == (*shape, 3)
-    back = world_to_local(world, point_faces, frames)
-    torch.testing.assert_close(back, local.expand_as(back), rtol=1e-6, atol=1e-6)
-    back = world_to_local_log_scales(local_to_world_log_scales(scales, point_faces, frames), point_faces, frames)
-    torch.testing.assert_close(back, scales.expand_as(back))
-    back = world_to_local_quats(local_to_world_quats(quats, point_faces, frames), point_faces, frames)
+    world = to_world(Local(local, scales, quats), point_faces, frames)
+    assert world.positions.shape == (*shape, 3)
+    positions, log_scales, back = to_local(world, point_faces, frames)
+    torch.testing.assert_close(positions, local.expand_as(positions), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(log_scales, scales.expand_as(log_scales))
     aligned = back * (back * quats).sum(-1, keepdim=True).sign()
     torch.testing.assert_close(aligned, quats.expand_as(back), rtol=1e-6, atol=1e-7)
 
@@ -136,10 +130,11 @@ def test_gaussians_follow_a_rigid_motion_of_the_head():
     local, quats = torch.randn(20, 3, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
     point_faces = torch.arange(20)
     before, after = face_frames(vertices, faces), face_frames(vertices @ turn.T + shift, faces)
-    expected = local_to_world(local, point_faces, before) @ turn.T + shift
-    torch.testing.assert_close(local_to_world(local, point_faces, after), expected)
-    turned = motion * Rotation.from_quat(local_to_world_quats(quats, point_faces, before).numpy(), scalar_first=True)
-    found = Rotation.from_quat(local_to_world_quats(quats, point_faces, after).numpy(), scalar_first=True)
+    stored = Local(local, torch.zeros_like(local), quats)
+    still, moved = to_world(stored, point_faces, before), to_world(stored, point_faces, after)
+    torch.testing.assert_close(moved.positions, still.positions @ turn.T + shift)
+    turned = motion * Rotation.from_quat(still.quats.numpy(), scalar_first=True)
+    found = Rotation.from_quat(moved.quats.numpy(), scalar_first=True)
     assert (turned.inv() * found).magnitude().max() < 1e-6
 
 
@@ -150,8 +145,8 @@ def test_gradients_agree_with_finite_differences():
     point_faces = torch.arange(8)
 
     def world(vertices, local, quats):
-        frames = face_frames(vertices, faces)
-        return local_to_world(local, point_faces, frames), local_to_world_quats(quats, point_faces, frames)
+        placed = to_world(Local(local, torch.zeros_like(local), quats), point_faces, face_frames(vertices, faces))
+        return placed.positions, placed.quats
 
     assert torch.autograd.gradcheck(world, (vertices.requires_grad_(), local, quats))
 
