@@ -106,7 +106,7 @@ def _validate(words: list[str]) -> int:
         for problem in verdict.problems:
             print(f"       {problem}")
     bad = sum(bool(verdict.problems) for verdict in verdicts)
-    print(f"{options.corpus}: {f'{bad} of {len(verdicts)} files are bad' if bad else 'whole and consistent'}")
+    print(f"{options.corpus}: {f'{bad} of {len(verdicts)} files are bad' if bad else 'complete and consistent'}")
     return 1 if bad else 0
 
 

@@ -39,11 +39,11 @@ def main() -> None:
     parser.add_argument("--params", type=Path, help="flame_param.npz with the subject's shape (default: the mean head)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for points.safetensors, .ply and .png")
     parser.add_argument("--max_points", type=int, help="generate no more points than this (default: 32,768)")
-    parser.add_argument("--max_points_per_face", type=int, help="the most points of a face")
+    parser.add_argument("--max_points_per_face", type=int, help="most points on a face")
     parser.add_argument("--temperature", type=float, default=0.9, help="below 1: prefer likely tokens")
     parser.add_argument("--top_p", type=float, default=0.95, help="sample from the likeliest tokens of this total mass")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="above 1: follow the condition more closely")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--seed", type=int, default=0, help="of the random sampling")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     arguments = parser.parse_args()
     try:

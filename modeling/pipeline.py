@@ -272,7 +272,7 @@ class AvatarPipeline:
                 tags=["avatar-pointillist", "gaussian-splatting", "3d", "avatars"],
                 pipeline_tag="image-to-3d",
             ),
-            template_path=str(Path(__file__).with_name("pipeline_card.md.j2")),
+            template_path=str(Path(__file__).with_name("templates") / "pipeline_card.md.j2"),
             images=images,
             paragraph=paragraph,
             points=self.point_model.config,

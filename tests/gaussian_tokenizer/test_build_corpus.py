@@ -450,7 +450,7 @@ def test_the_command_builds_counts_and_checks(subjects, tmp_path, capsys):
     assert "points a subject         min 50, median 50, max 50" in capsys.readouterr().out
     assert Image.open(tmp_path / "h.png").format == "PNG"
     assert main(["validate", str(output)]) == 0
-    assert "whole and consistent" in capsys.readouterr().out
+    assert "complete and consistent" in capsys.readouterr().out
     shard = next(output.glob("frames/*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert main(["validate", str(output)]) == 1

@@ -104,7 +104,9 @@ def main() -> None:
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """The demo's own arguments, and those that it passes on to the point model's training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--output_dir", type=Path, default=Path("outputs/demo"))
     add("--head", default="procedural:600", help="head model of the subjects: procedural:N, a file, an ICT folder")

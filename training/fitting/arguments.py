@@ -25,8 +25,8 @@ class FitArguments:
 
     data: str = option("tracked subject, or folder of such: VHAP exports, GaussianAvatars, Pixel3DMM")
     head: str = option("procedural:600, a .safetensors, a FLAME .pkl, an ICT-FaceKit folder")
-    output_dir: str = option("folder for the avatars: one folder a subject, as build_corpus reads them")
-    retry_failed: bool = option("fit subjects that failed before once more", False)
+    output_dir: str = option("folder for the avatars: one folder per subject, as build_corpus reads them")
+    retry_failed: bool = option("retry subjects that failed before", False)
     save_every: int = option("iterations between checkpoints of a subject", 10_000)
     max_eval_images: int = option("held-out images of each kind for the report, evenly spaced", 64)
     max_result_images: int | None = option(

@@ -123,7 +123,7 @@ def test_a_wrong_id_in_the_corpus_is_found_even_where_the_sequence_stays_valid(t
 def test_the_command_compares_with_avatars_and_asks_for_the_right_head(tiny_corpus, avatars, capsys):
     command = ["validate", str(tiny_corpus), "--avatars", str(avatars)]
     assert main([*command, "--head", "procedural:600"]) == 0
-    assert "whole and consistent" in capsys.readouterr().out
+    assert "complete and consistent" in capsys.readouterr().out
     assert main(command) == 1
     assert "--avatars and --head belong together" in capsys.readouterr().err
     assert main([*command, "--head", "procedural:700"]) == 1
