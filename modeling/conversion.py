@@ -34,8 +34,9 @@ def to_gaussians(output: GaussianDecoderOutput, row: int = 0, num_points: int | 
 
 
 def vertex_points(head: HeadModel, params: HeadParameters) -> tuple[Tensor, Tensor]:
-    """The points of a decoder of mode "flame_position": the vertices (V, 3) of a subject's head, meters in canonical space, and for
-    each one of the faces (V,) that meet there.
+    """The points of a decoder of mode "flame_position".
+
+    Vertices (V, 3) of a subject's head, meters in canonical space, and for each of them one of its faces (V,).
     """
     faces = torch.zeros(head.n_vertices, dtype=torch.int64, device=head.device)
     faces[head.faces.flatten()] = torch.arange(head.n_faces, device=head.device).repeat_interleave(3)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublishedTable:
+    """A table of the paper: a row of numbers for each method, None where it has none."""
+
     title: str
     columns: tuple[str, ...]
     rows: dict[str, tuple[float | None, ...]]

@@ -30,6 +30,8 @@ Features = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Metric:
+    """A column of the results table."""
+
     key: str
     title: str
     unit: str

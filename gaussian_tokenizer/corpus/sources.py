@@ -40,8 +40,10 @@ class SubjectSource(Protocol):
 
     @property
     def recipe(self) -> Any:
-        """For generated subjects, what decides them besides their names, as JSON: finished ones are then kept when a killed
-        build is continued. None for subjects in files, which are read again."""
+        """What decides generated subjects besides their names, as JSON; None for subjects in files.
+
+        With a recipe a build that was killed and continues keeps finished subjects; subjects in files are read again.
+        """
 
     def names(self) -> Sequence[str]:
         """One for each subject; folder names, where there are folders."""

@@ -51,6 +51,8 @@ class GaussianDecoderOutput(ModelOutput):
 
 
 class GaussianDecoderPreTrainedModel(PreTrainedModel):
+    """Weight initialization and what transformers needs to know of the Gaussian decoder."""
+
     config: GaussianDecoderConfig
     main_input_name = "positions"
     input_modalities = ["image"]

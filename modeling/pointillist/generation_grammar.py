@@ -17,8 +17,10 @@ from .configuration_pointillist import PointillistConfig
 
 
 class PointGrammar(LogitsProcessor):
-    """Masks every token that the sequence so far does not allow: a wrong slot, a point before its predecessor (with
-    `sorted_points`), an end before `min_points`, or a point beyond `max_points` or `max_points_per_face`.
+    """Masks every token that the sequence so far does not allow.
+
+    A wrong slot, a point before its predecessor (with `sorted_points`), an end before `min_points`, or a point beyond
+    `max_points` or `max_points_per_face`.
     """
 
     def __init__(

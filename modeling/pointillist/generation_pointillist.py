@@ -56,6 +56,8 @@ class PointillistGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 class PointillistGenerationMixin(GenerationMixin):
+    """`generate` for points: grammar, ring cache, limits, guidance, streaming, point features."""
+
     config: PointillistConfig
     condition_encoder: ConditionEncoder
 

@@ -190,6 +190,8 @@ class VocabularyHead(nn.Linear):
 
 
 class PointillistPreTrainedModel(PreTrainedModel):
+    """Weight initialization and what transformers needs to know of the point model."""
+
     config: PointillistConfig
     base_model_prefix = "model"
     input_modalities = ["image", "text"]
