@@ -367,7 +367,6 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         condition_embeds = self.condition_encoder.or_empty(condition_embeds, batch, drop_condition)
         if condition_embeds.shape[0] != batch:
             raise ValueError(f"condition for {condition_embeds.shape[0]} sequences, but {batch} sequences of tokens")
-
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.trainer_pt_utils import get_model_param_count
 
+from gaussian_tokenizer.tokenizer.point_codec import SLOTS
 from modeling import PointillistConfig, PointillistForCausalLM
 from training.common.rows import AvatarRows
-
-SLOTS = ("x", "y", "z", "face")
 
 # Dense bf16 peak of common accelerators in FLOP/s (vendors' data sheets), by a part of the name torch reports.
 PEAK_FLOPS = {
