@@ -90,6 +90,7 @@ def set_slider(page: Page, label: str, steps: int) -> None:
     slider.focus()
     for _ in range(abs(steps)):
         page.keyboard.press("ArrowRight" if steps > 0 else "ArrowLeft")
+    page.wait_for_timeout(500)  # viser sends what changes within 50 ms as one, and only the last slider of it
 
 
 if __name__ == "__main__":
