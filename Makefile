@@ -69,4 +69,4 @@ wheel: $(INSTALLED) ## a wheel of the toolkit, in dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove the environment and outputs
-	rm -rf .venv .venv-newest outputs build dist *.egg-info
+	rm -rf .venv .venv-newest outputs build dist site *.egg-info
