@@ -265,8 +265,11 @@ class PointCodec:
 
     def _strip(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """Ids without padding, bos and a final eos, and the position of the first one kept."""
-        content = np.flatnonzero(ids != self.pad_token_id)
-        start, end = (int(content[0]), int(content[-1]) + 1) if len(content) else (0, 0)
+        start, end = 0, len(ids)
+        while end > start and ids[end - 1] == self.pad_token_id:  # a search of all ids would take as long as decoding
+            end -= 1
+        while start < end and ids[start] == self.pad_token_id:
+            start += 1
         if start < end and ids[start] == self.bos_token_id:
             start += 1
         if start < end and ids[end - 1] == self.eos_token_id and (end - 1 - start) % 4 == 0:
