@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor
 
-from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer import GaussianTokenizer
 
 IMAGENET_WHITE = (1 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
 
