@@ -237,3 +237,14 @@ def test_of_a_fine_mesh_evenly_spaced_vertices_are_read():
     )
     config.point_samples = 31
     assert not torch.allclose(encoder(None, vertices, normals), encoder(None, vertices[:, ::3], normals[:, ::3]))
+
+
+@pytest.mark.parametrize("vision", [True, False])
+@pytest.mark.parametrize("mesh", [True, False])
+def test_of_all_inputs_a_model_selects_those_that_its_encoders_read(vision, mesh):
+    small = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, image_size=28)
+    config = PointillistConfig(**TINY | dict(use_vision_encoder=vision, use_point_encoder=mesh, vision_config=small))
+    given = dict.fromkeys(("input_ids", "pixel_values", "head_vertices", "head_normals"), 0)
+    selected = set(PointillistForCausalLM(config).select_inputs(given))
+    assert ("pixel_values" in selected, "head_vertices" in selected, "head_normals" in selected) == (vision, mesh, mesh)
+    assert "input_ids" not in selected
