@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gaussian_tokenizer.avatars.motions import join_frames
 from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, size_of_image
-from gaussian_tokenizer.captures.tracking import Recording, find_image, join_params
+from gaussian_tokenizer.captures.tracking import Recording, find_image
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -67,8 +68,8 @@ def read_pixel3dmm(folder: Path, head: HeadModel | None) -> Recording:
             raise ValueError(f"{path}: has no image {cropped / path.stem}.jpg or .png; copy the folder cropped/ again")
         frames.append(_to_frame(frame, image, arrays[frame]["camera"], params[frame]))
     eyelids = max(float(np.abs(each["flame"].get("eyelids", np.zeros(1))).max()) for each in arrays.values())
-    names = {frame: str(path) for frame, path in files.items()}
-    return Recording(frames, tuple(files), join_params(params, names), None, {"eyelids_left_out": round(eyelids, 4)})
+    joined = join_frames([*params.values()], [*files.values()], of_subject=True)
+    return Recording(frames, tuple(files), joined, None, {"eyelids_left_out": round(eyelids, 4)})
 
 
 def checkpoint_files(folder: Path) -> dict[int, Path]:

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gaussian_tokenizer.avatars.motions import join_frames
 from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, size_of_image
-from gaussian_tokenizer.captures.tracking import Recording, find_image, join_params
+from gaussian_tokenizer.captures.tracking import Recording, find_image
 from gaussian_tokenizer.captures.transforms_json import (
     SPLITS,
     TRANSFORMS_NAME,
@@ -161,8 +162,13 @@ def _load_params(
                 "all cameras of a timestep see one head"
             )
     loaded = {timestep: HeadParameters.load(path) for timestep, path in sorted(path_of.items())}
-    names = {timestep: str(path) for timestep, path in path_of.items()}
-    params = join_params(loaded, names)
+    for timestep, each in loaded.items():
+        if each.num_frames != 1:
+            raise ValueError(
+                f"{path_of[timestep]}: holds {each.num_frames} frames, expected the 1 of timestep {timestep}; "
+                "is it the file of a whole sequence?"
+            )
+    params = join_frames([*loaded.values()], [path_of[timestep] for timestep in loaded], of_subject=True)
     first_of = _check_sequences(loaded, path_of)
     distances: dict[str, float] = {}
     if head is not None and len(first_of) > 1:
