@@ -2,9 +2,9 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,15 +60,14 @@ class Tracking:
         return torch.from_numpy(rgba.astype(np.float32) / 255)
 
 
-@dataclass(frozen=True, eq=False)
-class Recording:
+class Recording(NamedTuple):
     """Frames and head parameters as read, before any check that they fit together."""
 
     frames: list[Frame]  # by timestep, then camera
     timesteps: tuple[int, ...]  # T of them, sorted
     params: HeadParameters  # T rows
-    splits: dict[str, list[int]] | None = None  # None: not in the data, VHAP's rule is used
-    metadata: dict[str, Any] = field(default_factory=dict)
+    splits: dict[str, list[int]] | None  # None: not in the data, VHAP's rule is used
+    metadata: dict[str, Any]
 
 
 def find_image(folders: Sequence[Path], stem: str) -> Path | None:
