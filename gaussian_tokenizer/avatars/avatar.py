@@ -29,7 +29,7 @@ from gaussian_tokenizer.avatars.avatar_files import (
     write_safetensors,
 )
 from gaussian_tokenizer.avatars.export import save_splats
-from gaussian_tokenizer.avatars.gaussians import MIN_SCALE, Gaussians, num_coefficients, sh_degree_of
+from gaussian_tokenizer.avatars.gaussians import MIN_SCALE, Gaussians, sh_degree_of
 from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -61,7 +61,7 @@ class GaussianAvatar:
         expected: dict[str, tuple] = {"positions": (count, 3), "faces": (count,), "opacities": (count,)}
         expected |= {"scales": (count, 3), "quats": (count, 4)}
         if self.sh is not None:
-            expected["sh"] = (count, num_coefficients(self.sh), 3)
+            expected["sh"] = (count, (sh_degree_of(self.sh) + 1) ** 2, 3)
         for name, value in self.tensors().items():
             dtype = torch.int64 if name == "faces" else torch.float32
             if tuple(value.shape) != expected[name] or value.dtype != dtype:

@@ -28,7 +28,7 @@ class Gaussians:
             "scales": (frames, count, 3),
             "quats": (frames, count, 4),
             "opacities": (count,),
-            "sh": (count, num_coefficients(self.sh), 3),
+            "sh": (count, (self.sh_degree + 1) ** 2, 3),
         }
         for name, shape in expected.items():
             if tuple(getattr(self, name).shape) != shape:
@@ -71,13 +71,8 @@ class Gaussians:
                 raise ValueError(f"{field.name} of Gaussian {row} is {found}, expected a finite number")
 
 
-def num_coefficients(sh: Tensor) -> int:
-    """K of coefficients (N, K, 3); ValueError if they are of no degree from 0 to 3."""
+def sh_degree_of(sh: Tensor) -> int:
+    """The degree of coefficients (N, K, 3); ValueError if it is not 0 to 3."""
     if sh.ndim != 3 or sh.shape[1] not in (1, 4, 9, 16):
         raise ValueError(f"sh is {tuple(sh.shape)}, expected (N, K, 3) with K of 1, 4, 9 or 16")
-    return sh.shape[1]
-
-
-def sh_degree_of(sh: Tensor) -> int:
-    """The degree of coefficients (N, K, 3)."""
     return round(sh.shape[1] ** 0.5) - 1

@@ -41,10 +41,7 @@ def load_motion(path: str | os.PathLike, head: HeadModel) -> HeadParameters:
     """
     path = Path(path)
     motion, path = _load_folder(path) if path.is_dir() else (HeadParameters.load(path), path)
-    try:
-        check_motion(motion, head)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    check_motion(motion, head, f"{path}: the motion")
     return motion
 
 

@@ -165,14 +165,14 @@ def retarget(own: HeadParameters, motion: HeadParameters, head: HeadModel) -> He
     return replace(motion, shape=own.shape.to(like), static_offset=static, layout=None)
 
 
-def check_motion(motion: HeadParameters, head: HeadModel) -> None:
+def check_motion(motion: HeadParameters, head: HeadModel, what: str = "the motion") -> None:
     """ValueError if `motion` was made for a head with other expressions or vertices than `head`."""
-    found, what, expected = motion.expr.shape[-1], "expression components", head.n_expression
+    found, of, expected = motion.expr.shape[-1], "expression components", head.n_expression
     if found == expected and motion.dynamic_offset is not None:
-        found, what, expected = motion.dynamic_offset.shape[-2], "vertices in dynamic_offset", head.n_vertices
+        found, of, expected = motion.dynamic_offset.shape[-2], "vertices in dynamic_offset", head.n_vertices
     if found != expected:
         raise ValueError(
-            f"the motion has {found} {what}, head model {head.name!r} has {expected}; give a motion made with this head "
+            f"{what} has {found} {of}, head model {head.name!r} has {expected}; give a motion made with this head "
             "model, or use the avatar's"
         )
 

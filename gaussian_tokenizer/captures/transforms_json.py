@@ -7,7 +7,7 @@ it names must be in its folder or, in a UNION of sequences, in a sister folder l
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -51,18 +51,15 @@ def read_transforms(path: Path) -> list[Frame]:
     if missing:
         rest = f" (and files of {len(missing) - 1} more of {len(entries)} frames)" if len(missing) > 1 else ""
         raise ValueError(f"{path}: {missing[0]}{rest}; copy or export the data again")
-    try:
-        return sorted_frames(frames)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return sorted_frames(frames, path)
 
 
-def sorted_frames(frames: Sequence[Frame]) -> list[Frame]:
-    """By timestep, then camera; ValueError if two have the same."""
+def sorted_frames(frames: Iterable[Frame], path: Path) -> list[Frame]:
+    """By timestep, then camera; ValueError that names `path` if two have the same."""
     ordered = sorted(frames, key=lambda frame: frame.key)
     for first, second in itertools.pairwise(ordered):
         if first.key == second.key:
-            raise ValueError(f"two frames of timestep {first.timestep} and camera {first.camera}")
+            raise ValueError(f"{path}: two frames of timestep {first.timestep} and camera {first.camera}")
     return ordered
 
 
@@ -109,7 +106,7 @@ def write_frames(folder: Path, frames: Sequence[Frame]) -> None:
     """Write images, masks, head parameters, `transforms*.json` and `canonical_flame_param.npz` into a new folder."""
     (folder / "flame_param").mkdir()
     entries, written = [], {}
-    for frame in sorted_frames(frames):
+    for frame in sorted_frames(frames, folder):
         name = f"{frame.timestep:05d}_{frame.camera:02d}.png"
         params_path = f"flame_param/{frame.timestep:05d}.npz"
         images = {f"images/{name}": frame.image}

@@ -46,10 +46,7 @@ def read_dataset(folder: Path, head: HeadModel | None) -> Recording:
         keys_of = {name: [each.key for each in chosen] for name, chosen in of_split.items()}
         # A frame may be in two splits (GEM puts the only camera into train and val); two images may not be one frame.
         different = {(each.image, *each.key): each for chosen in of_split.values() for each in chosen}
-        try:
-            frames = sorted_frames(list(different.values()))
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error} in transforms_train.json, _val and _test") from None
+        frames = sorted_frames(different.values(), folder / "transforms_*.json")
     if not frames:
         raise ValueError(f"{folder}: its transforms have no frames")
     index = {frame.key: row for row, frame in enumerate(frames)}
