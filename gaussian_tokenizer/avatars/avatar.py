@@ -157,7 +157,7 @@ class GaussianAvatar:
     ) -> Gaussians:
         """The world-space Gaussians in every frame of `params` (None: the avatar's own); arguments as of `Skinning.pose`.
 
-        Computed in the dtype of `params`. To pose one avatar many times, `bind` it once. ValueError for an avatar without
+        Differentiable, in the dtype of `params`. To pose one avatar many times, `bind` it once. ValueError for one without
         colors or a motion of another head model.
         """
         bound = self.bind(None if params is None else params.expr.dtype)

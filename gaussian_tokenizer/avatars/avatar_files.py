@@ -132,14 +132,11 @@ def _find_ply(path: Path) -> Path:
         return path / PLY_NAME
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such avatar; expected a .safetensors file or a folder with {PLY_NAME}")
-    iterations = {}
-    for ply_path in path.glob(f"point_cloud/iteration_*/{PLY_NAME}"):
-        match = re.fullmatch(r"iteration_([0-9]+)", ply_path.parent.name)
-        if match:
-            iterations[int(match[1])] = ply_path
+    paths = path.glob(f"point_cloud/iteration_*/{PLY_NAME}")
+    iterations = [each for each in paths if re.fullmatch(r"iteration_[0-9]+", each.parent.name)]
     if not iterations:
         raise FileNotFoundError(f"{path}: holds neither {PLY_NAME} nor point_cloud/iteration_<N>/{PLY_NAME}")
-    return iterations[max(iterations)]
+    return max(iterations, key=lambda each: int(each.parent.name.removeprefix("iteration_")))
 
 
 def _used_degree(sh: Tensor) -> int:

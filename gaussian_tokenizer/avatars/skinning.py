@@ -33,8 +33,7 @@ class Anchors(NamedTuple):
 class Skinning:
     """N Gaussians bound to one subject's head, made by `GaussianAvatar.bind` or from canonical Gaussians.
 
-    What does not depend on the pose is computed at the first one and kept, with its gradients: in training, bind once a
-    step.
+    What does not depend on the pose is computed once and kept, with its gradients: in training, bind once a step.
     """
 
     def __init__(
