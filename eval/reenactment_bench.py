@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.networks.registry import add_network_flags, open_networks, options_from
+from eval.networks.registry import NetworkOptions, add_network_flags, open_networks
 from eval.reenactment.clips import FILE_NAME, Clip, digest, open_dataset
 from eval.reenactment.methods import (
     BUILT_IN,
@@ -41,6 +41,7 @@ from eval.reenactment.run_folder import RUN_NAME, claim, weights_digest, write
 from eval.reenactment.scores import FeatureFiles, describe_networks, missing_networks, summarize
 from eval.reenactment.speed import measure
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.utils.options import from_options
 from gaussian_tokenizer.utils.versions import installed_versions
 from modeling import AvatarPipeline, GaussianDecoder
 from modeling.pipeline import CANDIDATES
@@ -101,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         export_protocol(arguments.export_protocol, pairs, arguments.seed)
         print(f"{len(pairs)} pairs of {len(clips)} subjects in {arguments.export_protocol}")
         return
-    networks = open_networks(options_from(arguments))
+    networks = open_networks(from_options(NetworkOptions, vars(arguments)))
     decoder = None if arguments.flame_position is None else open_flame_position(arguments.flame_position, pipeline)
     output: Path = arguments.output_dir
     claim(output, identity(arguments, pipeline, decoder, clips))

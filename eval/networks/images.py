@@ -1,11 +1,10 @@
 """Torch networks that read whole images: LPIPS, FID's Inception, CLIP.
 
-Architecture and preprocessing are those of the packages `lpips`, `torch-fidelity` and `transformers`. Only the weights are
-loaded here, as plain tensors that are checked against the network first.
+Architecture and preprocessing are those of the packages `lpips`, `torch-fidelity` and `transformers`; the weights are loaded here,
+as plain tensors that are checked against the network first.
 """
 
 import io
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +21,12 @@ from eval.networks.weights import (
     check_state_dict,
     find_weights,
     in_batches,
-    one_line,
     provenance,
     read_state_dict,
+    wrong_file,
 )
+from gaussian_tokenizer.utils.hub import one_line
+from gaussian_tokenizer.utils.json_files import read_json
 
 LPIPS_FILES = {"alex": ("AlexNet", "alexnet-owt-7be5be79.pth"), "vgg": ("VGG16", "vgg16-397923af.pth")}
 LPIPS_MIN_SIZE = 32  # pixels; AlexNet's poolings leave nothing of a smaller side
@@ -109,7 +110,7 @@ class Inception:
             with torch.random.fork_rng(devices=[]):
                 self.network = FeatureExtractorInceptionV3("inception", ["2048"], **options)
         except RuntimeError as error:
-            raise ValueError(f"{flag} {weights}: {one_line(error, 200)}; expected {expected}") from None
+            raise wrong_file(flag, weights, one_line(error)[:200], expected) from None
         self.network.eval().to(device)
         self.device, self.about = device, provenance("InceptionV3 of FID, pool3", "torch-fidelity", weights)
 
@@ -131,10 +132,8 @@ def open_clip(model: str | None, device: str) -> "ClipImageEncoder | Missing":
         try:
             folder = Path(snapshot_download(model, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError):
-            raise FileNotFoundError(
-                f"--clip_model {model}: neither a folder nor a model in the Hub's cache; expected a CLIP model of "
-                f"transformers ({CLIP_DOWNLOAD})"
-            ) from None
+            problem = "neither a folder nor a model in the Hub's cache; expected a CLIP model of transformers"
+            raise FileNotFoundError(f"--clip_model {model}: {problem} ({CLIP_DOWNLOAD})") from None
     return ClipImageEncoder(folder, model, device)
 
 
@@ -148,31 +147,26 @@ class ClipImageEncoder:
         from transformers import AutoImageProcessor, CLIPModel
 
         flag, expected = "--clip_model", "a CLIP model of transformers, with its preprocessor_config.json"
-        kind = _model_type(folder)
+        config = folder / "config.json"
+        kind = read_json(config).get("model_type") if config.is_file() else None
         if kind != "clip":
-            raise ValueError(f"{flag} {label}: config.json says model_type {kind!r}, not 'clip'; expected {expected}")
+            raise wrong_file(flag, label, f"config.json says model_type {kind!r}, not 'clip'", expected)
         files = sorted(path.name for path in folder.iterdir())
         weights = next((name for name in ("model.safetensors", "pytorch_model.bin") if name in files), None)
         if weights is None or "preprocessor_config.json" not in files:
-            raise ValueError(
-                f"{flag} {label}: holds {', '.join(files)}; expected {expected}, and its weights in one file"
-            )
+            raise wrong_file(flag, label, f"holds {', '.join(files)}", f"{expected}, and its weights in one file")
         try:
             with _quiet_transformers():
                 loaded: Any = CLIPModel.from_pretrained(
                     folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
                 )
         except Exception as error:  # each weights format raises its own kinds
-            reason = one_line(error, 200)
-            raise ValueError(
-                f"{flag} {label}: {weights} does not fit config.json ({reason}); expected {expected}"
-            ) from None
+            problem = f"{weights} does not fit config.json ({one_line(error)[:200]})"
+            raise wrong_file(flag, label, problem, expected) from None
         self.network, lacking = loaded[0], sorted(loaded[1]["missing_keys"])
         if lacking:
-            raise ValueError(
-                f"{flag} {label}: {weights} lacks {len(lacking)} tensors of the model, e.g. {lacking[0]}; "
-                f"expected {expected}"
-            )
+            problem = f"{weights} lacks {len(lacking)} tensors of the model, e.g. {lacking[0]}"
+            raise wrong_file(flag, label, problem, expected)
         self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         self.network.eval().requires_grad_(False).to(device)
         self.device, self.about = device, provenance(f"CLIP, {Path(label).name}", "transformers", folder / weights)
@@ -186,15 +180,6 @@ class ClipImageEncoder:
             return self.network.get_image_features(pixels["pixel_values"].to(self.device)).pooler_output
 
         return in_batches(features, images)
-
-
-def _model_type(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError):
-        raise ValueError(f"--clip_model {folder}: config.json is not a JSON object") from None
 
 
 @contextmanager
