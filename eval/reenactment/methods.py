@@ -1,9 +1,7 @@
 """The rows of the table: from a pair to the frames a method makes of it.
 
-`ours` makes an avatar of each source once, keeps it as a GaussianAvatars folder, and renders it with the driver's head parameters
-and camera; `flame_position` does the same with a decoder that starts from head vertices. `truth`, `copy-source` and `mean-image`
-need no model: the perfect result, one that ignores the motion, and one that ignores the subject. Methods that ran elsewhere enter
-as folders of frames. Avatars and frames are files, so a killed run resumes where it stopped.
+`ours` makes an avatar of each source once and renders it with the driver's head parameters and camera; `flame_position` does the
+same with a decoder that starts from head vertices. Avatars and frames are files, so a killed run resumes where it stopped.
 """
 
 import json
@@ -43,6 +41,7 @@ class Method:
     about: str
     frames: Callable[[Pair], np.ndarray]  # -> (N, H, W, 3) uint8, one for each of `pair.rows`
     absent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # mode -> why it has no row there
+    compared: bool = False  # whether its frames come from elsewhere
 
 
 # The avatars of the first frames of some clips, each with the number of tokens it was generated from.
@@ -50,20 +49,14 @@ Maker = Callable[[Sequence[Clip]], list[tuple[GaussianAvatar, int]]]
 
 
 def truth() -> Method:
-    return Method(
-        "truth",
-        "the true frames: the result of a perfect method",
-        lambda pair: pair.driver.images(pair.rows),
-        {"cross": ("no true image shows one subject with the motion of another",)},
-    )
+    about = "the true frames: the result of a perfect method"
+    absent = {"cross": ("no true image shows one subject with the motion of another",)}
+    return Method("truth", about, lambda pair: pair.driver.images(pair.rows), absent)
 
 
 def copy_source() -> Method:
-    return Method(
-        "copy-source",
-        "the source portrait as every frame: the right subject, no motion",
-        lambda pair: np.repeat(pair.source.images([0]), len(pair.rows), 0),
-    )
+    about = "the source portrait as every frame: the right subject, no motion"
+    return Method("copy-source", about, lambda pair: np.repeat(pair.source.images([0]), len(pair.rows), 0))
 
 
 def mean_image(clips: Sequence[Clip]) -> Method:
@@ -90,7 +83,7 @@ def compared(name: str, folder: Path, pairs: Sequence[Pair]) -> Method:
             absent[mode] = (f"no folder {folder / mode}",)
         elif problems := check_frames(folder, own):
             absent[mode] = tuple(problems)
-    return Method(name, f"frames from {folder}", lambda pair: read_frames(folder, pair), absent)
+    return Method(name, f"frames from {folder}", lambda pair: read_frames(folder, pair), absent, compared=True)
 
 
 def rendered(name: str, about: str, head: HeadModel, output: Path, device: torch.device | str) -> Method:
@@ -135,7 +128,7 @@ def ours_maker(pipeline: AvatarPipeline, seed: int, **generate: Any) -> Maker:
 
     def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
         params = [clip.params.frame(0) for clip in clips]
-        inputs = pipeline.inputs([clip.portrait() for clip in clips], params)
+        inputs = pipeline.inputs([clip.read(0) for clip in clips], params)
         written = pipeline.generate(inputs, seed=seed, **generate)
         parts = zip(*pipeline.decode_points(written), inputs["pixel_values"], params)
         tokens = (written.sequences < pipeline.point_model.config.bos_token_id).sum(1).tolist()
@@ -149,7 +142,7 @@ def flame_position_maker(pipeline: AvatarPipeline, decoder: GaussianDecoder) -> 
 
     def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
         params = [clip.params.frame(0) for clip in clips]
-        portraits = pipeline.inputs([clip.portrait() for clip in clips], params)["pixel_values"]
+        portraits = pipeline.inputs([clip.read(0) for clip in clips], params)["pixel_values"]
         return [(vertex_avatar(pipeline.head, decoder, *each), 0) for each in zip(portraits, params)]
 
     return make
