@@ -4,6 +4,7 @@
 same with a decoder that starts from head vertices. Avatars and frames are files, so a killed run resumes where it stopped.
 """
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,32 @@ class Method:
 
 # The avatars of the first frames of some clips, each with the number of tokens it was generated from.
 Maker = Callable[[Sequence[Clip]], list[tuple[GaussianAvatar, int]]]
+
+
+def make_methods(
+    arguments: argparse.Namespace,
+    folders: dict[str, Path],
+    pipeline: AvatarPipeline,
+    decoder: GaussianDecoder | None,
+    clips: Sequence[Clip],
+    pairs: Sequence[Pair],
+) -> tuple[list[Method], list[dict[str, Any]]]:
+    """Make the avatars; returns the rows of the table, and the generation stats of "ours"."""
+    output: Path = arguments.output_dir
+    others = [compared(name, folder, pairs) for name, folder in folders.items()]
+    for method in others:
+        for mode, problems in method.absent.items():
+            print(f"{method.name}, {mode}: refused\n  " + "\n  ".join(problems), flush=True)
+    limits = {"max_points": arguments.max_points, "max_points_per_face": arguments.max_points_per_face}
+    maker = ours_maker(pipeline, arguments.seed, candidates=arguments.candidates, **limits, progress=False)
+    generation = make_avatars("ours", maker, clips, output, arguments.batch_size)
+    about = {"ours": f"the pipeline {arguments.model}"}
+    if decoder is not None:
+        make_avatars("flame_position", flame_position_maker(pipeline, decoder), clips, output, arguments.batch_size)
+        by = arguments.flame_position
+        about["flame_position"] = f"Gaussians on the vertices of the head, by {by}: the paper's ablation"
+    own = [rendered(name, text, pipeline.head, output, arguments.device) for name, text in about.items()]
+    return [truth(), *own, *others, copy_source(), mean_image(clips)], generation
 
 
 def truth() -> Method:

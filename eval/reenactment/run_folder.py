@@ -24,10 +24,9 @@ def claim(output: Path, own: dict[str, Any]) -> None:
         write(path, json.dumps(own, indent=2) + "\n")
         return
     found = read_json(path)
-    differing = [
-        f"{key} was {found.get(key)!r}, is {own[key]!r}" for key in own if found.get(key, "missing") != own[key]
-    ]
-    if differing:
+    changed = [key for key in own if found.get(key, "missing") != own[key]]
+    if changed:
+        differing = [f"{key} was {found.get(key)!r}, is {own[key]!r}" for key in changed]
         raise ValueError(f"{output}: holds another run ({'; '.join(differing)}); choose another --output_dir")
 
 
