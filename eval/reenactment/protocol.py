@@ -146,7 +146,7 @@ def describe_protocol(settings: Mapping[str, Any]) -> dict[str, str]:
         "APD": "head rotation against the driver's frame: mean absolute difference of three Euler angles in milliradians, which "
         "matches the magnitude of published values; geodesic: the angle between the two rotations in degrees",
         "AED": "mean absolute difference of expression coefficients to the driver's frame",
-        "no face": "a frame without a detected face, or whose driver's has none, is counted and enters no mean of AKD, APD, AED, CSIM",
+        "no face": "a frame without a face, or whose driver's frame has none, is counted and enters no mean of AKD, APD, AED, CSIM",
     }  # fmt: skip
 
 

@@ -1,7 +1,4 @@
-"""The results as text: the cells of the tables, and `results.md` with the layout of the paper's Table S1.
-
-`results` is the content of `results.json`. Measured numbers come first; published ones follow in a block of their own.
-"""
+"""The results (the content of `results.json`) as text: the cells of the tables, and `results.md`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,9 +63,14 @@ def measured_block(results: Mapping[str, Any]) -> str:
     pairs = ", ".join(f"{mode} {count} pairs" for mode, count in results["num_pairs"].items())
     lines = [f"{pairs}; images of {' x '.join(map(str, results['image']))} pixels", "", *table, ""]
     lines += [f"({mark}) {reason}" for reason, mark in footnotes.items()]
-    refused = [f"- {name}, {mode}: {line}" for name, mode, problems in refusals(results) for line in problems]
+    refused = [f"{name}, {mode}: {line}" for name, mode, problems in refusals(results) for line in problems]
     if refused:
-        lines += ["", "Refused rows, because a mean over the remaining frames would not be comparable:", "", *refused]
+        lines += [
+            "",
+            "Refused rows, because a mean over the remaining frames would not be comparable:",
+            "",
+            _list(refused),
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -104,10 +106,8 @@ def faces_not_found(results: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, row in results["methods"].items():
         for mode in results["modes"]:
-            lost = row[mode].get("faces_not_found")
-            if lost:
-                share = 100 * lost["frames"] / lost["of"]
-                count = f"{lost['frames']} of {lost['of']} frames ({share:.1f} %)"
+            if lost := row[mode].get("faces_not_found"):
+                count = f"{lost['frames']} of {lost['of']} frames ({100 * lost['frames'] / lost['of']:.1f} %)"
                 lines.append(f"{name}, {mode}: {count}, {lost['driver']} of the driver's")
     return lines or ["No face detector was available, see networks."]
 
