@@ -6,8 +6,8 @@
     rotations (N, 3, 3)         -> pose_distance_geodesic, pose_distance_euler (APD)
     expressions (N, E)          -> expression_distance (AED)
 
-The networks that compute features, landmarks and rotations are in `eval.networks`. Everything is float64. A row of NaN means that
-no face was found; the distance of that frame is then NaN too, never zero. Definitions and reasons: docs/metrics.md.
+Everything is float64. A row of NaN means that no face was found; the distance of that frame is then NaN too, never zero.
+Definitions and reasons: docs/metrics.md.
 """
 
 import numpy as np
@@ -35,10 +35,7 @@ def ssim(a: ArrayLike, b: ArrayLike) -> Array:
     """(N,) structural similarity of images (N, H, W, 3) uint8 (Wang et al. 2004), 1 for equal ones.
 
     Gaussian window of 11 pixels with sigma 1.5, each channel by itself; the mean over channels and over all pixels whose window
-    lies within the image.
-
-    Raises:
-        ValueError: the images are smaller than the window.
+    lies within the image. ValueError for images smaller than the window.
     """
     a, b = np.asarray(a), np.asarray(b)
     check_images(a, b)
@@ -50,11 +47,8 @@ def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
     """|μx - μy|² + Tr(Σx + Σy - 2 (Σx Σy)^½) of features (N, D) and (M, D): FID where they are Inception's (Heusel et al. 2017).
 
     With centered features X and Y, divided by √(N - 1) and √(M - 1), Σx = XᵀX and Σy = YᵀY, and the non-zero eigenvalues of
-    Σx Σy are the squared singular values of X Yᵀ. The trace of the root is thus the sum of the singular values, without square
-    roots of rounding errors where a rank-deficient covariance (N <= D) has zeros.
-
-    Raises:
-        ValueError: fewer than two rows, different widths, or a value that is not finite.
+    Σx Σy are the squared singular values of X Yᵀ, whose sum is the trace of the root. ValueError for fewer than two rows, different
+    widths, or a value that is not finite.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     for features in (x, y):

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from eval.networks.weights import (
     Missing,
-    cached_checkpoint,
     check_state_dict,
     find_weights,
     in_batches,
@@ -42,8 +41,7 @@ def open_lpips(net: str, weights: str | None, device: str) -> "Lpips | Missing":
         raise ValueError(f"--lpips_net {net!r}: expected one of {', '.join(LPIPS_FILES)}")
     name, file = LPIPS_FILES[net]
     packages = {"lpips": "lpips", "torchvision": "torchvision"}
-    path = weights or cached_checkpoint(file)
-    found = find_weights(f"LPIPS v0.1, {name}", packages, path, "--lpips_weights", file)
+    found = find_weights(f"LPIPS v0.1, {name}", packages, weights, "--lpips_weights", file)
     return found if isinstance(found, Missing) else Lpips(net, found, device)
 
 
@@ -71,9 +69,8 @@ class Lpips:
     def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """(N,) distances of images (N, H, W, 3) uint8."""
         if min(a.shape[1:3]) < LPIPS_MIN_SIZE:
-            raise ValueError(
-                f"LPIPS needs images of at least {LPIPS_MIN_SIZE} pixels a side, found {a.shape[2]}x{a.shape[1]}"
-            )
+            found = f"found {a.shape[2]}x{a.shape[1]}"
+            raise ValueError(f"LPIPS needs images of at least {LPIPS_MIN_SIZE} pixels a side, {found}")
 
         def distances(*pair: Tensor) -> Tensor:
             return self.network(*(part.to(self.device).float() / 255 for part in pair), normalize=True).flatten()
@@ -84,8 +81,7 @@ class Lpips:
 def open_inception(weights: str | None, device: str) -> "Inception | Missing":
     """FID's InceptionV3 with the weights of torch-fidelity or pytorch-fid, given or in torch.hub's cache."""
     packages = {"torch_fidelity": "torch-fidelity", "torchvision": "torchvision"}
-    path = weights or cached_checkpoint(INCEPTION_FILE)
-    found = find_weights("InceptionV3 of FID", packages, path, "--inception_weights", INCEPTION_FILE)
+    found = find_weights("InceptionV3 of FID", packages, weights, "--inception_weights", INCEPTION_FILE)
     return found if isinstance(found, Missing) else Inception(found, device)
 
 

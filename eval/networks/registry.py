@@ -54,9 +54,7 @@ OPENERS: dict[str, Callable[[NetworkOptions], Any]] = {
 def open_networks(options: NetworkOptions) -> Networks:
     """Open every network whose package is installed and whose weights are given.
 
-    Raises:
-        FileNotFoundError: weights that were given do not exist.
-        ValueError: they belong to another network; names the file, what was found and what was expected.
+    FileNotFoundError if the weights do not exist, ValueError if they belong to another network.
     """
     return Networks(**{name: opener(options) for name, opener in OPENERS.items()})
 

@@ -51,11 +51,13 @@ def provenance(name: str, package: str, weights: Path) -> dict[str, str]:
 def find_weights(
     network: str, packages: Mapping[str, str], weights: str | Path | None, flag: str, file: str
 ) -> Path | Missing:
-    """The weights file if weights are given and all packages (module -> name to install) import, else what is missing.
+    """The weights file if all packages (module -> name to install) import, else what is missing.
 
-    Raises:
-        FileNotFoundError: weights are given but do not exist.
+    Without `weights`, a file in torch.hub's cache is taken. FileNotFoundError if `weights` do not exist.
     """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not weights and cached.is_file():
+        weights = cached
     if weights and not Path(weights).is_file():
         raise FileNotFoundError(f"{flag} {weights}: no such file; expected {file}")
     absent = " ".join(package for module, package in packages.items() if find_spec(module) is None)
@@ -75,12 +77,6 @@ def find_weights(
 def wrong_file(flag: str, path: str | Path, problem: str, expected: str) -> ValueError:
     """The error for a file or folder that is not what its flag expects."""
     return ValueError(f"{flag} {path}: {problem}; expected {expected}")
-
-
-def cached_checkpoint(name: str) -> Path | None:
-    """A file that torch.hub downloaded earlier, if it is there."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    return path if path.is_file() else None
 
 
 def read_state_dict(path: Path, flag: str, expected: str) -> dict[str, Tensor]:

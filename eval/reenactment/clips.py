@@ -65,9 +65,8 @@ def open_dataset(
     """The clips of a dataset, one per subject, sorted by subject id.
 
     `camera` is the number of the only camera to take, `num_subjects` takes the first subjects, `num_frames` the first frames of
-    each camera; None takes all. Raises ValueError or FileNotFoundError that names the subject for unreadable data, another head
-    model, images of several sizes (distances in pixels would not be comparable), fewer than two frames, and a subject id that
-    cannot name a file.
+    each camera. ValueError or FileNotFoundError that names the subject for unreadable data, another head model, images of several
+    sizes (distances in pixels would not be comparable), fewer than two frames, and a subject id that cannot name a file.
     """
     if is_url(str(path)) or (Path(path) / MANIFEST_NAME).is_file():
         clips = _corpus_clips(path, head, split, camera, num_frames)
@@ -82,10 +81,8 @@ def open_dataset(
             wanted = "expected at least 2: the first is the source, the others drive"
             raise ValueError(f"{path}: subject {clip.subject_id!r} has {len(clip)} frame, {wanted}")
         if clip.size != clips[0].size:
-            raise ValueError(
-                f"{path}: images of {clip.subject_id!r} are {clip.size} pixels (width, height), those of "
-                f"{clips[0].subject_id!r} {clips[0].size}; resize them to one size"
-            )
+            others = f"those of {clips[0].subject_id!r} {clips[0].size}; resize them to one size"
+            raise ValueError(f"{path}: images of {clip.subject_id!r} are {clip.size} pixels (width, height), {others}")
     return clips
 
 

@@ -4,6 +4,7 @@ Networks read every image once; their features are kept in files. Frames in whic
 A mean is over all frames of all pairs; its interval is over source subjects, because frames of one subject are not independent.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,7 @@ class Metric:
 
 
 BOTH = ("self", "cross")
-_METRICS = [
+_METRICS = (
     Metric("psnr", "PSNR", "dB", True, ("self",), None, 2),
     Metric("ssim", "SSIM", "", True, ("self",), None),
     Metric("lpips", "LPIPS", "", False, ("self",), "lpips"),
@@ -55,7 +56,7 @@ _METRICS = [
     Metric("apd", "APD", "mrad", False, BOTH, "face", 2),
     Metric("apd_geodesic", "APD, geodesic", "°", False, BOTH, "face", 2),
     Metric("aed", "AED", "", False, BOTH, "face", 4),
-]
+)
 METRICS = {metric.key: metric for metric in _METRICS}
 
 
@@ -103,8 +104,10 @@ class FeatureFiles:
         for stack in (images, truth):
             digest.update(b"" if stack is None else stack.tobytes())
         key = digest.hexdigest()
-        if (kept := _read(path, key)) is not None:
-            return kept
+        with contextlib.suppress(OSError, ValueError):  # a damaged file is made again
+            kept, _ = read_npz(path)
+            if str(kept.pop("key", "")) == key:
+                return kept
         features = read_features(images, self.networks)
         if truth is not None:
             features |= {"psnr": metrics.psnr(images, truth), "ssim": metrics.ssim(images, truth)}
@@ -115,15 +118,6 @@ class FeatureFiles:
             arrays: dict[str, Any] = features | {"key": np.array(key)}
             np.savez(file, **arrays)
         return features
-
-
-def _read(path: Path, key: str) -> Features | None:
-    """The features in a file; None if they are of other frames or networks, or the file is damaged."""
-    try:
-        arrays, _ = read_npz(path)
-    except (OSError, ValueError):
-        return None
-    return arrays if str(arrays.pop("key", "")) == key else None
 
 
 def frame_values(pair: Pair, frames: Features, source: Features, driver: Features) -> Features:
