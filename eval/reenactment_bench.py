@@ -162,10 +162,10 @@ def identity(
 ) -> dict[str, Any]:
     """What determines a run's avatars and frames. Networks and compared folders may change: only scores depend on them."""
     networks = [pipeline.point_model, pipeline.gaussian_decoder]
-    settings = [pipeline.tokenizer.to_dict(), *(net.config.to_dict() for net in networks), pipeline.head.hash]
+    settings = [pipeline.tokenizer.to_dict(), *(network.config.to_dict() for network in networks)]
     names = ("mode", "seed", "batch_size", "candidates", "max_points", "max_points_per_face", "num_frames")
     return {
-        "model": weights_digest(networks, settings),
+        "model": weights_digest(networks, settings, pipeline.head.hash),
         "flame_position": None if decoder is None else weights_digest([decoder], [decoder.config.to_dict()]),
         "dataset": digest(clips),
         "subjects": [clip.subject_id for clip in clips],

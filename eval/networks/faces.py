@@ -1,8 +1,4 @@
-"""Networks that read faces: landmarks, head rotation and expression by MediaPipe, identity by ArcFace.
-
-An image in which no face is found gives a row of NaN, never zeros, so that it can be counted. Pixel centers are at
-(column + 0.5, row + 0.5).
-"""
+"""Networks that read faces: landmarks, rotation and expression by MediaPipe, identity by ArcFace; NaN where there is no face."""
 
 import os
 import zipfile
@@ -50,7 +46,7 @@ ARCFACE_TEMPLATE = ARCFACE_FIVE + 0.5
 class FaceReading:
     """The faces of N images; NaN in every row whose image shows none."""
 
-    landmarks: Array  # (N, 68, 2) pixels x, y
+    landmarks: Array  # (N, 68, 2) pixels x, y; centers of pixels are at + 0.5
     rotations: Array  # (N, 3, 3) head to camera
     expressions: Array  # (N, 52) blendshape weights, 0 to 1
 

@@ -1,8 +1,4 @@
-"""Torch networks that read whole images: LPIPS, FID's Inception, CLIP.
-
-Architecture and preprocessing are those of the packages `lpips`, `torch-fidelity` and `transformers`; the weights are loaded here,
-as plain tensors that are checked against the network first.
-"""
+"""Networks that read whole images: LPIPS, FID's Inception, CLIP. Weights are checked before they are loaded."""
 
 import io
 import warnings
@@ -15,15 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.networks.weights import (
-    Missing,
-    check_state_dict,
-    find_weights,
-    in_batches,
-    provenance,
-    read_state_dict,
-    wrong_file,
-)
+from eval.networks.weights import Missing, find_weights, in_batches, provenance, read_state_dict, wrong_file
 from gaussian_tokenizer.utils.hub import one_line
 from gaussian_tokenizer.utils.json_files import read_json
 
@@ -53,14 +41,13 @@ class Lpips:
 
         name, file = LPIPS_FILES[net]
         flag, expected = f"--lpips_net {net} --lpips_weights", f"torchvision's {name} ({file})"
-        state = read_state_dict(weights, flag, expected)
         # The package initializes the backbone at random, and calls torchvision in a deprecated way.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         own = self.network.net.state_dict()
         names = {key: f"features.{key.split('.', 1)[1]}" for key in own}  # slice1.0.weight -> features.0.weight
-        check_state_dict(state, {names[key]: own[key].shape for key in own}, weights, flag, expected)
+        state = read_state_dict(weights, flag, expected, {names[key]: own[key].shape for key in own})
         self.network.net.load_state_dict({key: state[names[key]] for key in own})
         self.network.eval().requires_grad_(False).to(device)
         self.device, self.about = device, provenance(f"LPIPS v0.1, {name}", "lpips", weights)
@@ -95,11 +82,9 @@ class Inception:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         flag, expected = "--inception_weights", f"FID's InceptionV3 with 1,008 classes ({INCEPTION_FILE})"
-        state = read_state_dict(weights, flag, expected)
-        check_state_dict(state, INCEPTION_SHAPES, weights, flag, expected)
         # The package would run code in a pickled file, so it gets the checked tensors instead of the file.
         checked = io.BytesIO()
-        torch.save(dict(state), checked)
+        torch.save(read_state_dict(weights, flag, expected, INCEPTION_SHAPES), checked)
         checked.seek(0)
         options: dict[str, Any] = {"feature_extractor_weights_path": checked}
         try:

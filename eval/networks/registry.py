@@ -52,10 +52,7 @@ OPENERS: dict[str, Callable[[NetworkOptions], Any]] = {
 
 
 def open_networks(options: NetworkOptions) -> Networks:
-    """Open every network whose package is installed and whose weights are given.
-
-    FileNotFoundError if the weights do not exist, ValueError if they belong to another network.
-    """
+    """Open what is installed and given; FileNotFoundError for a file that does not exist, ValueError for another network's."""
     return Networks(**{name: opener(options) for name, opener in OPENERS.items()})
 
 

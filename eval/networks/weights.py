@@ -1,7 +1,6 @@
 """What all networks of the metrics share: being missing, provenance, and weights that are read without running code.
 
-A package that is not installed or weights that were not given make a network `Missing`. A file that was given but is not what its
-flag expects is an error, raised before anything is computed.
+A file that was given but is not what its flag expects is an error, raised before anything is computed.
 """
 
 import hashlib
@@ -22,6 +21,7 @@ from torch import Tensor
 from gaussian_tokenizer.utils.hub import one_line
 
 BATCH = 8  # images per forward pass
+Shapes = Mapping[str, Sequence[int]]  # of tensors by name
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,6 @@ class Missing:
     network: str  # what is missing, e.g. "LPIPS v0.1, AlexNet"
     reason: str
     remedy: str
-
-    def __str__(self) -> str:
-        return f"n/a ({self.reason})"
 
     @property
     def about(self) -> dict[str, str]:
@@ -79,31 +76,27 @@ def wrong_file(flag: str, path: str | Path, problem: str, expected: str) -> Valu
     return ValueError(f"{flag} {path}: {problem}; expected {expected}")
 
 
-def read_state_dict(path: Path, flag: str, expected: str) -> dict[str, Tensor]:
-    """A state dict of tensors from a `.safetensors` file or a torch checkpoint, whose code is never run; else ValueError."""
+def read_state_dict(path: Path, flag: str, expected: str, shapes: Shapes | None = None) -> dict[str, Tensor]:
+    """A state dict of tensors from a `.safetensors` file or a torch checkpoint, whose code is never run.
+
+    ValueError for anything else, and where a tensor of `shapes` is missing or has another shape.
+    """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
         # The rest of torch's message explains how to run the file's code, which is not an option here.
         reason = str(error).strip().split("\n")[0].split(". ")[0]
         raise wrong_file(flag, path, f"not a file of plain tensors ({reason})", expected) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise wrong_file(flag, path, f"holds a {type(state).__name__}, not a state dict", expected)
-    return state
-
-
-def check_state_dict(
-    found: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], path: Path, flag: str, expected: str
-) -> None:
-    """ValueError that names the first tensor of `shapes` that a state dict lacks or holds in another shape."""
-    for name, shape in shapes.items():
-        if name not in found:
-            problem = f"has no tensor {name} among its {len(found)} (the first is {next(iter(found), 'nothing')})"
+    for name, shape in (shapes or {}).items():
+        if name not in state:
+            problem = f"has no tensor {name} among its {len(state)} (the first is {next(iter(state), 'nothing')})"
             raise wrong_file(flag, path, problem, expected)
-        if found[name].shape != tuple(shape):
-            raise wrong_file(flag, path, f"{name} is {tuple(found[name].shape)}, not {tuple(shape)}", expected)
+        if state[name].shape != tuple(shape):
+            raise wrong_file(flag, path, f"{name} is {tuple(state[name].shape)}, not {tuple(shape)}", expected)
+    return state
 
 
 def in_batches(network: Callable[..., Tensor], *images: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 """The bench's data: clips, each with the frames of one tracked subject, their cameras and head parameters.
 
-A dataset is a folder of tracked subjects as `gaussian_tokenizer.captures` reads them, or one split of a corpus. Images are opened
-when they are needed, and composited on white.
+A dataset is a folder of tracked subjects as `gaussian_tokenizer.captures` reads them, or one split of a corpus.
 """
 
 import hashlib
@@ -144,15 +143,17 @@ def _corpus_clips(
         if len(sizes) > 1:
             raise ValueError(f"{where} has images of {sorted(sizes)} pixels; resize them to one size")
         Ks = [[[e["fx"], 0, e["cx"]], [0, e["fy"], e["cy"]], [0, 0, 1]] for e in taken]
-        values = {name: torch.tensor(np.stack([entry[name] for entry in taken])) for name in ("viewmat", *FRAME_KEYS)}
-        cameras = Cameras(values.pop("viewmat").double(), torch.tensor(Ks, dtype=torch.float64), *sizes.pop())
-        values |= {name: torch.tensor(avatar[name]) for name in STATIC_KEYS if avatar.get(name) is not None}
-        params = HeadParameters(**{name: value.float() for name, value in values.items()})
+        viewmats = torch.tensor(np.stack([entry["viewmat"] for entry in taken]), dtype=torch.float64)
+        cameras = Cameras(viewmats, torch.tensor(Ks, dtype=torch.float64), *sizes.pop())
+        values = {name: np.stack([entry[name] for entry in taken]) for name in FRAME_KEYS}
+        values |= {name: avatar[name] for name in STATIC_KEYS if avatar.get(name) is not None}
+        tensors: dict[str, Any] = {name: torch.tensor(each, dtype=torch.float32) for name, each in values.items()}
 
         def read(row: int) -> Image.Image:
             return frames[rows[chosen[row]]]["image"].convert("RGBA")
 
-        return Clip(avatar["avatar_id"], [places[index][0] for index in chosen], cameras, params, read)
+        numbers = [places[index][0] for index in chosen]
+        return Clip(avatar["avatar_id"], numbers, cameras, HeadParameters(**tensors), read)
 
     columns = [name for name in ("avatar_id", *STATIC_KEYS) if name in avatars.features]
     return [clip(avatar) for avatar in avatars.select_columns(columns)]

@@ -87,7 +87,7 @@ def copy_source() -> Method:
 
 
 def mean_image(clips: Sequence[Clip]) -> Method:
-    """Uses no image of the source's or the driver's clip, and thus nothing of the frame it is judged on."""
+    """Uses no image of the source's or the driver's clip, and thus nothing of the frame it is compared with."""
     total = sum(clip.image(0).astype(np.int64) for clip in clips)
 
     def frames(pair: Pair) -> np.ndarray:

@@ -7,7 +7,7 @@ A mean is over all frames of all pairs; its interval is over source subjects, be
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,9 +165,9 @@ def mean_with_interval(per_pair: Sequence[np.ndarray], draws: np.ndarray) -> dic
 
 
 def fid_with_interval(made: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> dict[str, Any]:
-    """FID of all frames against all real ones, and its jackknife interval over subjects (None for a single subject).
+    """FID of all frames against all real ones, and its interval over subjects (None for a single one).
 
-    Not a bootstrap: a resample repeats frames, which alone raises FID by more than it varies.
+    A jackknife, because the repeated frames of a bootstrap alone raise FID by more than it varies.
     """
     value = metrics.frechet_distance(np.concatenate(made), np.concatenate(real))
     low, high, count = None, None, len(made)
@@ -183,11 +183,7 @@ def fid_with_interval(made: Sequence[np.ndarray], real: Sequence[np.ndarray]) ->
 
 
 def summarize(
-    pairs: Sequence[Pair],
-    frames: Sequence[Features],
-    clips: Mapping[str, Features],
-    missing: Mapping[str, str],
-    seed: int,
+    pairs: Sequence[Pair], frames: Sequence[Features], clips: dict[str, Features], missing: dict[str, str], seed: int
 ) -> dict[str, Any]:
     """The results of one method in one mode; `frames` in the order of `pairs`, `clips` by subject."""
     mode, draws = pairs[0].mode, resample(len(pairs), seed)

@@ -58,9 +58,17 @@ def view(options: argparse.Namespace) -> None:
         raise ImportError(f'the viewer needs viser ({error}): pip install "avatar-pointillist[viewer]"') from error
     torch.set_num_threads(1)  # posing gains little from threads, and the browser needs the other cores
     check_address(options.host, options.port)  # before the minutes that generating an avatar may take
-    first = open_avatar(options.avatar, options.head) if options.model is None else make_avatar(options)
+    if options.model is None:
+        name, first = name_of(options.avatar), open_avatar(options.avatar, options.head)
+    else:
+        from gaussian_tokenizer.tokenizer.image_files import open_image
+        from modeling.pipeline import AvatarPipeline
+
+        portrait = open_image(options.image)
+        generated = AvatarPipeline.from_pretrained(options.model)(portrait, seed=options.seed, progress=True)
+        assert isinstance(generated, GaussianAvatar)
+        name, first = options.image.stem, generated
     assert first.head is not None
-    name = name_of(options.avatar) if options.model is None else options.image.stem
     avatars = {name: first}
     if options.compare is not None:
         second = name_of(options.compare)
@@ -79,17 +87,6 @@ def view(options: argparse.Namespace) -> None:
 
 def name_of(path: Path) -> str:
     return path.resolve().name.removesuffix(".safetensors")
-
-
-def make_avatar(options: argparse.Namespace) -> GaussianAvatar:
-    """What the pipeline makes of the portrait."""
-    from gaussian_tokenizer.tokenizer.image_files import open_image
-    from modeling.pipeline import AvatarPipeline
-
-    portrait = open_image(options.image)
-    avatar = AvatarPipeline.from_pretrained(options.model)(portrait, seed=options.seed, progress=True)
-    assert isinstance(avatar, GaussianAvatar)
-    return avatar
 
 
 if __name__ == "__main__":

@@ -101,10 +101,10 @@ class Page:
         self._build_panels(motions)
         self.handles: list[Any] = []
         self.rendered_as = self.rendered_color = ""  # current state of the handles
-        self.judged = False  # whether the speed of the page is known
+        self.measured = False  # whether the speed of the page is known
         self.draw()
         server.on_client_connect(self._reset_view)
-        server.on_client_connect(self._judge)
+        server.on_client_connect(self._measure_speed)
 
     def run(self) -> None:
         """Draw whenever something changes or a motion plays; never returns."""
@@ -143,12 +143,9 @@ class Page:
         style: dict[str, Any] = dict(point_shape="circle", point_shading="flat", precision="float32")
         return self.server.scene.add_point_cloud(name, **posed, point_size=size, **style)
 
-    def _judge(self, client: ClientHandle) -> None:
-        """Switch from points, which every page renders fast, to Gaussians if the first page is fast enough.
-
-        Without a GPU, a page takes a second for each image of 27,000 Gaussians, and a third of a second for any image.
-        """
-        if self.judged:
+    def _measure_speed(self, client: ClientHandle) -> None:
+        """Switch from points to Gaussians if the first page renders fast; without a GPU, these take it a second an image."""
+        if self.measured:
             return
         answer = partial(client.local_storage.get_item, "", timeout=10.0)
         image = partial(client.get_render, 16, 16, transport_format="png", timeout=10.0)
@@ -157,9 +154,9 @@ class Page:
             fast = rendered - answered < SLOW
         except (RuntimeError, TimeoutError):
             if client.client_id not in self.server.get_clients():
-                return  # disconnected: judge the next page
+                return  # disconnected: measure the next page
             fast = False
-        self.judged = True
+        self.measured = True
         if fast:
             self.render_as.value = GAUSSIANS  # type: ignore[misc]  # it has a setter, apart from its getter
             self.changed.set()
@@ -180,8 +177,10 @@ class Page:
         camera.look_at = target * UNITS
         camera.near, camera.far = 1.0, 10_000.0
 
-    def _reset_view(self, client: ClientHandle) -> None:
+    def _reset_view(self, client: ClientHandle | None) -> None:
         """The initial camera of one page, further away where the page is narrow."""
+        if client is None:
+            return
         start, camera = self.server.initial_camera, client.camera
         further = max(1.0, self.aspect / camera.aspect)
         with client.atomic():
@@ -201,12 +200,7 @@ class Page:
         gui.add_markdown(title + "\n\n" + "  \n".join(counts))
         self.style = gui.add_html("")
         reset = gui.add_button("reset view", hint="back to the initial camera")
-
-        @reset.on_click
-        def _(event: GuiEvent) -> None:
-            if event.client is not None:
-                self._reset_view(event.client)
-
+        reset.on_click(lambda event: self._reset_view(event.client))
         controls = gui.add_panel()
         controls.dock_right()
         with controls.add_tab("controls"):
@@ -225,7 +219,8 @@ class Page:
             with gui.add_folder(group):
                 for each in specifications:
                     self.sliders.append((each, gui.add_slider(each.label, each.low, each.high, each.step, 0.0)))
-        for control in (self.color, self.render_as, *(handle for _, handle in self.sliders)):
+        waking: list[Any] = [self.color, self.render_as, *(handle for _, handle in self.sliders)]
+        for control in waking:
             control.on_update(lambda _: self.changed.set())
         self.background.on_update(lambda _: self._paint())
         gui.add_button("reset sliders").on_click(lambda _: self._reset_sliders())

@@ -226,8 +226,8 @@ def test_a_page_that_draws_fast_gets_gaussians(server, folder, monkeypatch, seco
     client = SimpleNamespace(client_id=3, local_storage=storage, get_render=image)
     client.add_notification = lambda title, *text, **options: said.append(title)
     monkeypatch.setattr(server, "get_clients", lambda: {3: client} if there else {})
-    page._judge(client)
-    assert (page.render_as.value, page.judged) == expected
+    page._measure_speed(client)
+    assert (page.render_as.value, page.measured) == expected
     assert said == (["rendering as points"] if expected == ("points", True) else [])
 
 
