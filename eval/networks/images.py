@@ -84,7 +84,7 @@ class Inception:
         flag, expected = "--inception_weights", f"FID's InceptionV3 with 1,008 classes ({INCEPTION_FILE})"
         # The package would run code in a pickled file, so it gets the checked tensors instead of the file.
         checked = io.BytesIO()
-        torch.save(read_state_dict(weights, flag, expected, INCEPTION_SHAPES), checked)
+        torch.save(dict(read_state_dict(weights, flag, expected, INCEPTION_SHAPES)), checked)
         checked.seek(0)
         options: dict[str, Any] = {"feature_extractor_weights_path": checked}
         try:
