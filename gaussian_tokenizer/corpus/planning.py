@@ -1,10 +1,7 @@
-"""What goes where in a corpus: usable subjects, tokenizer, split, shards and the manifest. No file is written here.
-
-Everything follows from the summaries, the head model and the settings. Ids are ranked by a seeded hash, so neither the
-order of folders nor that of processes matters.
-"""
+"""What goes where in a corpus: usable subjects, tokenizer, split, shards and the manifest. No file is written here."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -54,26 +51,20 @@ def sort_out(
         else:
             bad.append({"folder": summary.name, "reason": problem})
     if unlicensed:
-        shown, more = unlicensed[:LISTED_SUBJECTS], len(unlicensed) - LISTED_SUBJECTS
-        names = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-        lines.append(
-            f"  {len(unlicensed)} without license or consent in metadata.json: {names}; say both there, or build with "
-            "--allow_unknown_license if you may use them"
-        )
+        more = len(unlicensed) - LISTED_SUBJECTS
+        names = ", ".join(unlicensed[:LISTED_SUBJECTS]) + (f" and {more} more" if more > 0 else "")
+        advice = "say both there, or build with --allow_unknown_license if you may use them"
+        lines.append(f"  {len(unlicensed)} without license or consent in metadata.json: {names}; {advice}")
     if bad and not (settings.skip_bad and good):
         advice = "mend or remove them" + (", or leave them out with --skip_bad" if good else "")
-        raise ValueError(
-            f"{len(bad)} of {len(summaries)} subjects in {where} cannot be used; {advice}; no corpus was written:\n"
-            + "\n".join(lines)
-        )
+        message = f"{len(bad)} of {len(summaries)} subjects in {where} cannot be used; {advice}; no corpus was written:"
+        raise ValueError("\n".join([message, *lines]))
     return good, bad
 
 
 def split_subjects(subjects: list[SubjectSummary], settings: BuildSettings) -> dict[str, list[SubjectSummary]]:
     """Subjects by split, in the order of a seeded hash of their ids: few change their split when subjects are added."""
-    ordered = sorted(
-        subjects, key=lambda subject: hashlib.sha256(f"{settings.seed}:{subject.avatar_id}".encode()).digest()
-    )
+    ordered = sorted(subjects, key=lambda each: hashlib.sha256(f"{settings.seed}:{each.avatar_id}".encode()).digest())
     validation = settings.num_validation
     if validation is None:
         enough = settings.val_fraction > 0 and len(ordered) > settings.num_test + 1
@@ -89,14 +80,14 @@ def split_subjects(subjects: list[SubjectSummary], settings: BuildSettings) -> d
 
 
 def check_tokenizer(tokenizer: GaussianTokenizer, head: HeadModel) -> None:
-    problem = None
     if tokenizer.n_faces != head.n_faces:
-        problem = f"of {tokenizer.n_faces} faces, head model {head.name!r} has {head.n_faces}"
+        problem = f"{tokenizer.n_faces} faces, head model {head.name!r} has {head.n_faces}"
     elif tokenizer.head_hash not in (None, head.hash):
-        made_for = f"of head model {tokenizer.head_name!r} (hash {tokenizer.head_hash})"
-        problem = f"{made_for}, not of {head.name!r} (hash {head.hash})"
-    if problem is not None:
-        raise ValueError(f"the tokenizer is {problem}; give a tokenizer and a head model that belong together")
+        given = f"{head.name!r} (hash {head.hash})"
+        problem = f"head model {tokenizer.head_name!r} (hash {tokenizer.head_hash}), not of {given}"
+    else:
+        return
+    raise ValueError(f"the tokenizer is of {problem}; give a tokenizer and a head model that belong together")
 
 
 def make_tokenizer(subjects: list[SubjectSummary], head: HeadModel, settings: BuildSettings) -> GaussianTokenizer:
@@ -125,14 +116,13 @@ def plan_shards(
     basis = [FORMAT, versions(), tokenizer_fingerprint(tokenizer), head.hash, "static_offset" in features["avatars"]]
     digests = {summary.number: summary.digest.hex() for subjects in split.values() for summary in subjects}
     plans = []
-    for configuration in features:
-        for name, subjects in split.items():
-            shards = list(_group(subjects, configuration, shard_size, head.n_vertices))
-            for number, rows in enumerate(shards):
-                file = f"{configuration}/{name}-{number:05d}-of-{len(shards):05d}.parquet"
-                content = [*basis, file, [(digests[row.number], row.start, row.stop) for row in rows]]
-                key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-                plans.append(ShardPlan(file, configuration, name, tuple(rows), key))
+    for configuration, (name, subjects) in itertools.product(features, split.items()):
+        shards = list(_group(subjects, configuration, shard_size, head.n_vertices))
+        for number, rows in enumerate(shards):
+            file = f"{configuration}/{name}-{number:05d}-of-{len(shards):05d}.parquet"
+            content = [*basis, file, [(digests[row.number], row.start, row.stop) for row in rows]]
+            key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+            plans.append(ShardPlan(file, configuration, name, tuple(rows), key))
     return plans
 
 
@@ -178,16 +168,12 @@ def make_manifest(
             "num_tokens": 4 * points + 2 * len(subjects),
             "num_out_of_bounds": sum(shard["num_out_of_bounds"] for shard in own),
         }
+    settings = {name: getattr(tokenizer, name) for name in ("n_bins", "vocab_size", "bounds")}
     return {
         "format": FORMAT,
         "versions": versions(),
-        "head": {"name": head.name, "hash": head.hash, "n_vertices": head.n_vertices, "n_faces": head.n_faces},
-        "tokenizer": {
-            "fingerprint": tokenizer_fingerprint(tokenizer),
-            "n_bins": tokenizer.n_bins,
-            "vocab_size": tokenizer.vocab_size,
-            "bounds": tokenizer.bounds,
-        },
+        "head": {name: getattr(head, name) for name in ENTRIES["head"]},
+        "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer), **settings},
         "seed": seed,
         "splits": splits,
         "skipped": bad,

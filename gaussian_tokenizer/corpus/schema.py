@@ -1,7 +1,6 @@
 """The columns of a corpus: one row per subject in `avatars`, one row per image in `frames`.
 
-Lengths are in meters, rotations axis-angle in radians, pixels counted from the upper left corner of the image; cameras are
-world-to-camera with OpenCV axes (x right, y down, z forward).
+In meters, radians (axis-angle) and pixels from the upper left corner; cameras are world-to-camera with OpenCV axes.
 """
 
 from datasets import Array2D, Features, Image, List, Value

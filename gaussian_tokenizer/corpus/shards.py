@@ -1,8 +1,6 @@
-"""One Parquet file of a corpus, from the files that `sources.read_subject` wrote for each subject.
+"""One Parquet file of a corpus, from the files that `sources.read_subject` wrote, with one row group in memory at a time.
 
-Only the ids are made here, because they need the bounds of all subjects. A shard depends only on the files and the
-arguments, so its bytes are the same whichever process writes it and however often the build was interrupted. One row
-group is in memory at a time.
+Only the ids are made here, because they need the bounds of all subjects.
 """
 
 import hashlib
@@ -18,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
+from datasets.features.features import numpy_to_pyarrow_listarray
 from safetensors import safe_open
 
 from gaussian_tokenizer.avatars.anchoring import points_per_face
@@ -183,15 +182,10 @@ def _to_column(values: list, kind: pa.DataType) -> pa.Array:
     """A column of the given type from Python scalars or from arrays, without making Python lists of the arrays."""
     if not isinstance(values[0], np.ndarray):
         return pa.array(values, type=kind)
-    flat = pa.array(np.concatenate([value.reshape(-1) for value in values]))
     if isinstance(kind, pa.ExtensionType):
-        height, width = values[0].shape
-        rows = pa.ListArray.from_arrays(_offsets([width] * (len(values) * height)), flat)
-        return pa.ExtensionArray.from_storage(kind, pa.ListArray.from_arrays(_offsets([height] * len(values)), rows))
+        return pa.ExtensionArray.from_storage(kind, numpy_to_pyarrow_listarray(np.stack(values)))
+    flat = pa.array(np.concatenate(values))
     if isinstance(kind, pa.FixedSizeListType):
         return pa.FixedSizeListArray.from_arrays(flat, type=kind)
-    return pa.ListArray.from_arrays(_offsets([len(value) for value in values]), flat, type=kind)
-
-
-def _offsets(lengths: list[int]) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    ends = np.cumsum([0, *map(len, values)])
+    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), flat, type=kind)

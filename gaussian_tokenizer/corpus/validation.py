@@ -1,11 +1,11 @@
-"""The deep check of a corpus: `validate` reads every byte.
+"""The deep check of a corpus: `validate` computes every checksum, decodes every sequence and opens every image.
 
-`load_corpus` looks at names, sizes and footers only, which is quick. Here every checksum is computed, every sequence
-decoded and every image opened; where the subject folders are given, each subject is compared with what it was made from.
-The Parquet files are streamed, one batch of rows in memory at a time.
+Given the subject folders, it compares each subject with what it was made from. One batch of rows is in memory at a time.
 """
 
+import contextlib
 import functools
+import hashlib
 import json
 import os
 from collections import Counter
@@ -28,13 +28,13 @@ from gaussian_tokenizer.corpus.corpus import (
     open_files,
     read_manifest,
     read_shard,
-    sha256_of,
     tokenizer_fingerprint,
 )
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.utils.hub import one_line
 
 SHOWN_PROBLEMS = 5  # per file
 ROUNDING = 1e-6  # meters, of float32
@@ -54,15 +54,14 @@ def validate(
     head: HeadModel | None = None,
     progress: bool = False,
 ) -> list[Verdict]:
-    """Check every file of a corpus in depth; one verdict per file. Raises only where there is no corpus to check.
+    """One verdict per file of a corpus. Raises only where there is no corpus to check.
 
     With `avatars`, the folder of subject folders the corpus was built from, and their `head` model, every sequence is also
     compared with its avatar, and every image with its file.
     """
-    path = Path(path)
     manifest = read_manifest(str(path), open_files(str(path)))
     originals = None if avatars is None else Originals.of(avatars, head, manifest["head"])
-    check = _Check(path, manifest, originals)
+    check = _Check(Path(path), manifest, originals)
     verdicts = [Verdict(TOKENIZER_FOLDER, check.load_tokenizer())]
     for shard in tqdm(manifest["shards"], "checking shards", disable=not progress):
         verdicts.append(Verdict(shard["file"], _shorten(check.shard(shard))))
@@ -86,10 +85,8 @@ class Originals:
             )
         folders = {}
         for folder in find_subject_folders(avatars):
-            try:
+            with contextlib.suppress(ValueError):  # left out of the corpus too
                 folders[Subject.open(folder).avatar_id] = folder
-            except ValueError:  # left out of the corpus too
-                continue
         return cls(str(avatars), folders, head)
 
     def subject(self, avatar_id: str) -> Subject:
@@ -105,8 +102,6 @@ class Originals:
 
 @dataclass
 class _Check:
-    """A check of one corpus, and what it has seen so far."""
-
     path: Path
     manifest: dict[str, Any]
     originals: Originals | None
@@ -121,7 +116,7 @@ class _Check:
         try:
             self.tokenizer = GaussianTokenizer.from_pretrained(self.path / TOKENIZER_FOLDER)
         except (ValueError, OSError) as error:
-            return [_one_line(error)]
+            return [one_line(error)]
         found = tokenizer_fingerprint(self.tokenizer)
         return [] if found == expected else [f"fingerprint {found}, {MANIFEST_NAME} says {expected}"]
 
@@ -130,17 +125,18 @@ class _Check:
         try:
             check_shard(str(self.path), open_files(str(self.path)), shard, self.manifest["tokenizer"]["fingerprint"])
             with open(file, "rb") as stream:
-                if sha256_of(stream) != shard["sha256"]:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != shard["sha256"]:
                     problems.append("corrupted shard: its bytes are not those that were written (sha256)")
             problems_of = self._avatar if shard["configuration"] == "avatars" else self._frame
             for number, row in enumerate(read_shard(file)):
+                where = f"row {number} ({row['avatar_id']})"
                 try:
                     for problem in problems_of(row, shard["split"]):
-                        problems.append(f"row {number} ({row['avatar_id']}): {problem}")
+                        problems.append(f"{where}: {problem}")
                 except (ValueError, OSError) as error:
-                    problems.append(f"row {number} ({row['avatar_id']}): {_one_line(error)}")
+                    problems.append(f"{where}: {one_line(error)}")
         except Exception as error:  # the type depends on where a Parquet file is damaged
-            problems.append(_one_line(error).removeprefix(f"{file}: "))
+            problems.append(one_line(error).removeprefix(f"{file}: "))
         return problems
 
     def totals(self) -> Iterator[str]:
@@ -167,7 +163,7 @@ class _Check:
             yield f"avatar_id is there twice, first in {self.split_of[avatar_id]}"
         self.split_of.setdefault(avatar_id, split)
         if row["split"] != split:
-            yield f"says it is of the split {row['split']!r}, stands in {split!r}"
+            yield f"is recorded for the split {row['split']!r}, but is in {split!r}"
         if not np.isfinite(row["head_vertices"]).all():
             yield "head_vertices hold NaN or Inf"
         if tokenizer is None:
@@ -211,7 +207,7 @@ class _Check:
             if size != (row["width"], row["height"]):
                 yield f"image of {size} pixels, its camera has {row['width'], row['height']}"
         except ValueError as error:
-            yield f"image does not open ({_one_line(error)})"
+            yield f"image does not open ({one_line(error)})"
         if self.originals is not None:
             frame = self.originals.frames(avatar_id).get(key)
             if frame is None:
@@ -250,7 +246,3 @@ def _differences(
 def _shorten(problems: list[str]) -> list[str]:
     more = len(problems) - SHOWN_PROBLEMS
     return problems if more <= 0 else [*problems[:SHOWN_PROBLEMS], f"and {more} more problems"]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
