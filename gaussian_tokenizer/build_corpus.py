@@ -4,10 +4,7 @@
     python -m gaussian_tokenizer.build_corpus stats CORPUS [--plot stats.png] [--page page.html]
     python -m gaussian_tokenizer.build_corpus validate CORPUS [--avatars DIR --head HEAD]
 
-The same command continues a build that was killed, and ends with the same bytes. On a small CPU, from subjects made on the
-built-in head:
-
-    python -m gaussian_tokenizer.build_corpus --avatars subjects --head procedural:600 --output_dir corpus --num_proc 2
+The same command continues a build that was killed, and ends with the same bytes.
 """
 
 import argparse
@@ -46,8 +43,7 @@ def _build(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Tokenize a folder of avatars into a corpus that datasets.load_dataset opens.",
-        epilog="Other commands: `stats CORPUS` prints and plots its stats, `validate CORPUS` checks every file; each has its "
-        "own --help.",
+        epilog="`stats CORPUS` prints and plots stats, `validate CORPUS` checks every file; each has its own --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -67,16 +63,14 @@ def _build(words: list[str]) -> int:
     print_counts(build(options.avatars, head, options.output_dir, settings, tokenizer, processes, options.overwrite))
     print(f"corpus: {options.output_dir}")
     if options.push_to_hub:
-        address = upload(options.output_dir, options.push_to_hub, "dataset", options.hub_private_repo)
-        print(f"uploaded: {address}")
+        print("uploaded:", upload(options.output_dir, options.push_to_hub, "dataset", options.hub_private_repo))
     return 0
 
 
 def _stats(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} stats")
     parser.add_argument("corpus", help="corpus folder, or its URL")
-    plot = "plot points per face, sequence lengths, bins and entropies as this PNG"
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the stats as this PNG")
     parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page of the stats, portraits and licenses")
     options = parser.parse_args(words)
     corpus = load_corpus(options.corpus)

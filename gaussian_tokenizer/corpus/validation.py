@@ -97,7 +97,7 @@ class Originals:
     @functools.lru_cache(maxsize=1)  # noqa: B019 (an avatar's frames lie together, and one object lives as long as a check)
     def frames(self, avatar_id: str) -> dict[tuple[int, int], Frame]:
         """By timestep and camera."""
-        return {(frame.timestep, frame.camera): frame for frame in self.subject(avatar_id).frames()}
+        return {frame.key: frame for frame in self.subject(avatar_id).frames()}
 
 
 @dataclass

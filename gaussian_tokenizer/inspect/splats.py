@@ -53,7 +53,7 @@ def compressed_ply_facts(path: Path) -> dict[str, Any]:
         count, chunks, bounds_row = counts["vertex"], counts["chunk"], rows["chunk"][CHUNK_NAMES]
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"{path}: not a compressed PLY as SuperSplat writes it: its header lacks, or cannot have, {error}"
+            f"{path}: not a compressed PLY as SuperSplat writes it: its header lacks or misuses {error}"
         ) from None
     if count == 0 or chunks != -(-count // CHUNK):
         raise ValueError(f"{path}: {chunks} chunks of {CHUNK} for {count} Gaussians; the file is damaged")
