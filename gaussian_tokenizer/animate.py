@@ -43,8 +43,7 @@ def main() -> None:
     add("--output", type=Path, help="images: .gif, .mp4, or a folder of PNG (no suffix)")
     add("--ply_sequence", type=Path, help="folder for the Gaussians of every frame, 00000.ply, ...")
     add("--export", type=Path, help="the Gaussians at rest for a splat viewer: .ply, .splat or .compressed.ply")
-    up = "direction of the crown in --export and --ply_sequence; minus_y for SuperSplat (default: y)"
-    add("--up", choices=UP, default="y", help=up)
+    add("--up", choices=UP, default="y", help="direction of the crown in files; minus_y for SuperSplat (default: y)")
     add("--animation", choices=ANIMATIONS, default="lbs", help="how the Gaussians follow the head")
     add("--image_size", type=int, default=256, help="width and height of the images")
     add("--fps", type=float, default=25.0, help="frames per second of .gif and .mp4")
@@ -141,11 +140,9 @@ def draw(bound: Skinning, motion: HeadParameters, arguments: argparse.Namespace)
 
 
 def framing(bound: Skinning, motion: HeadParameters, azimuths: Sequence[float]) -> tuple[torch.Tensor, float]:
-    """Target of the cameras (3,) and side of the square they see there, meters: the head in all frames, with its hair.
-
-    Measured on the mesh without the neck, whose length differs between head models.
-    """
+    """Target of the cameras (3,) and side of the square they see there, meters: the head in all frames, with its hair."""
     head, own = bound.head, bound.own
+    # Without the neck, whose length differs between head models.
     skull = ~head.regions["neck"] if "neck" in head.regions else torch.ones_like(head.template[:, 0], dtype=torch.bool)
     at_rest = head.canonical_vertices(own)[skull]
     height = float(at_rest[:, 1].max() - at_rest[:, 1].min())

@@ -1,10 +1,8 @@
-"""Build, count and check a corpus from the command line.
+"""Build, count and check a corpus. The same command continues a build that was killed, and ends with the same bytes.
 
-    python -m gaussian_tokenizer.build_corpus --avatars DIR --head HEAD --output_dir DIR [--num_proc N] [--push_to_hub REPO]
-    python -m gaussian_tokenizer.build_corpus stats CORPUS [--plot stats.png] [--page page.html]
-    python -m gaussian_tokenizer.build_corpus validate CORPUS [--avatars DIR --head HEAD]
-
-The same command continues a build that was killed, and ends with the same bytes.
+python -m gaussian_tokenizer.build_corpus --avatars DIR --head HEAD --output_dir DIR [--num_proc N] [--push_to_hub REPO]
+python -m gaussian_tokenizer.build_corpus stats CORPUS [--plot stats.png] [--page page.html]
+python -m gaussian_tokenizer.build_corpus validate CORPUS [--avatars DIR --head HEAD]
 """
 
 import argparse
@@ -48,7 +46,7 @@ def _build(words: list[str]) -> int:
     )
     add = parser.add_argument
     add("--avatars", required=True, type=Path, help="folder of subject folders")
-    add("--head", required=True, help="procedural, procedural:600, a .safetensors, a FLAME .pkl, an ICT-FaceKit folder")
+    add("--head", required=True, help="procedural[:faces], .safetensors, FLAME .pkl or ICT-FaceKit folder")
     add("--output_dir", required=True, type=Path, help="corpus folder to make")
     add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
     add_options(parser, BuildSettings)

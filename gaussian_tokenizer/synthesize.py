@@ -73,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--num_subjects", type=int, required=True, help="how many subjects to make")
     add("--output_dir", type=Path, help="folder to put the subjects' folders in")
-    heads = "procedural[:faces], a .safetensors head model, a FLAME .pkl or an ICT-FaceKit folder"
-    add("--head", default="procedural:600", help=heads)
+    add("--head", default="procedural:600", help="procedural[:faces], .safetensors, FLAME .pkl or ICT-FaceKit folder")
     add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
     add_options(parser, SyntheticSettings)
     corpus = parser.add_argument_group("directly to a corpus, instead of --output_dir")

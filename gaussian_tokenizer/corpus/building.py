@@ -81,12 +81,10 @@ def build(
             plans = planning.plan_shards(split, tokenizer, head, features, settings.shard_size)
             records = _finished(staging, plans)
             missing = [(staging, plan, tokenizer, features) for plan in plans if plan.file not in records]
-            done = len(plans) - len(missing)
-            for record in run(_write_and_record, missing, "writing shards", progress, done):
-                records[record["file"]] = record
-        manifest = planning.make_manifest(
-            split, [records[plan.file] for plan in plans], bad, tokenizer, head, settings.seed
-        )
+            written = run(_write_and_record, missing, "writing shards", progress, len(records))
+        records |= {record["file"]: record for record in written}
+        shards = [records[plan.file] for plan in plans]
+        manifest = planning.make_manifest(split, shards, bad, tokenizer, head, settings.seed)
         _remove_unplanned(staging / "corpus", plans)
         for configuration in features.keys() - {plan.configuration for plan in plans}:
             (staging / "corpus" / configuration).rmdir()
@@ -128,12 +126,10 @@ def _lock(staging: Path) -> Iterator[None]:
 
 def _settings_in(staging: Path) -> dict[str, Any]:
     """The settings of the unfinished build; {} if there is none."""
-    if not (staging / "corpus").is_dir():
-        return {}
-    try:
-        return read_json(staging / SETTINGS_NAME)
-    except (FileNotFoundError, ValueError):
-        return {}
+    if (staging / "corpus").is_dir():
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return read_json(staging / SETTINGS_NAME)
+    return {}
 
 
 def _has_progress(staging: Path) -> bool:
@@ -202,7 +198,7 @@ def _write_and_record(
     staging: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, features: dict[str, Features], head: HeadModel
 ) -> dict[str, Any]:
     """One job; `head` is what the runner gives to every job."""
-    record = write_shard(staging / "corpus", staging / "subjects", plan, tokenizer, features[plan.configuration])
+    record = write_shard(staging, plan, tokenizer, features[plan.configuration])
     _write(_record_path(staging, plan.file), to_json({**record, "key": plan.key}))
     return record
 

@@ -112,24 +112,21 @@ def load_corpus(path: str | os.PathLike, tokenizer: GaussianTokenizer | None = N
     location = os.fspath(path).rstrip("/") or "/"
     files = open_files(location)
     manifest = read_manifest(location, files)
+    where = f"{location}/{TOKENIZER_FOLDER}"
     if is_url(location):
         with TemporaryDirectory() as folder:
             for name in files.ls(TOKENIZER_FOLDER, detail=False):
                 Path(folder, Path(name).name).write_bytes(files.cat_file(name))
             own = GaussianTokenizer.from_pretrained(folder)
     else:
-        own = GaussianTokenizer.from_pretrained(f"{location}/{TOKENIZER_FOLDER}")
+        own = GaussianTokenizer.from_pretrained(where)
     found, recorded = tokenizer_fingerprint(own), manifest["tokenizer"]["fingerprint"]
     if found != recorded:
-        raise ValueError(
-            f"{location}/{TOKENIZER_FOLDER}: is not the tokenizer this corpus was made with (fingerprint {found}, "
-            f"{MANIFEST_NAME} says {recorded}); {AGAIN}"
-        )
+        problem = f"fingerprint {found}, {MANIFEST_NAME} says {recorded}"
+        raise ValueError(f"{where}: is not the tokenizer this corpus was made with ({problem}); {AGAIN}")
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != recorded:
-        raise ValueError(
-            f"{location}: was made with another tokenizer ({_describe(own)}) than the one given ({_describe(tokenizer)}); "
-            "use the corpus' own, or build the corpus with --tokenizer"
-        )
+        problem = f"was made with another tokenizer ({_describe(own)}) than the one given ({_describe(tokenizer)})"
+        raise ValueError(f"{location}: {problem}; use the corpus' own, or build the corpus with --tokenizer")
     for shard in manifest["shards"]:
         check_shard(location, files, shard, recorded)
     return Corpus(location, manifest, own, files)

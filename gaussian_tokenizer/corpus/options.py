@@ -34,12 +34,10 @@ def _bounds(text: str) -> str | list[list[float]]:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What decides the bytes of a corpus, besides the subjects and the head model.
-
-    `bounds` are "fit", "default" or [[lo x, y, z], [hi x, y, z]] in meters.
-    """
+    """What decides the bytes of a corpus, besides the subjects and the head model."""
 
     n_bins: int = option(1024, "levels per axis")
+    # "fit", "default" or [[lo x, y, z], [hi x, y, z]] in meters
     bounds: str | Sequence[Sequence[float]] = option("fit", BOUNDS, type=_bounds)
     image_size: int = option(224, "side of the images that the tokenizer prepares, pixels")
     val_fraction: float = option(0.05, "share of the subjects for validation, at least one of two")

@@ -24,11 +24,13 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianT
 
 FIT_MARGIN = 0.05  # of the longest edge of the box around all points
 LISTED_SUBJECTS = 5  # without license or consent
+Split = dict[str, list[SubjectSummary]]
+Entry = dict[str, Any]  # of corpus.json
 
 
 def sort_out(
     summaries: list[SubjectSummary], settings: BuildSettings, where: str, max_points: int | None = None
-) -> tuple[list[SubjectSummary], list[dict[str, str]]]:
+) -> tuple[list[SubjectSummary], list[Entry]]:
     """Usable subjects, and the others with their reasons; ValueError that lists those unless they may be skipped."""
     twins = shared_ids((summary.avatar_id, summary.name) for summary in summaries)
     good, bad, unlicensed, lines = [], [], [], []
@@ -62,7 +64,7 @@ def sort_out(
     return good, bad
 
 
-def split_subjects(subjects: list[SubjectSummary], settings: BuildSettings) -> dict[str, list[SubjectSummary]]:
+def split_subjects(subjects: list[SubjectSummary], settings: BuildSettings) -> Split:
     """Subjects by split, in the order of a seeded hash of their ids: few change their split when subjects are added."""
     ordered = sorted(subjects, key=lambda each: hashlib.sha256(f"{settings.seed}:{each.avatar_id}".encode()).digest())
     validation = settings.num_validation
@@ -71,10 +73,8 @@ def split_subjects(subjects: list[SubjectSummary], settings: BuildSettings) -> d
         validation = max(1, round(settings.val_fraction * len(ordered))) if enough else 0
     held_out = validation + settings.num_test
     if held_out >= len(ordered):
-        raise ValueError(
-            f"{validation} validation and {settings.num_test} test subjects of {len(ordered)} leave none to train on; "
-            "lower --num_validation, --val_fraction or --num_test"
-        )
+        found = f"{validation} validation and {settings.num_test} test subjects of {len(ordered)}"
+        raise ValueError(f"{found} leave none to train on; lower --num_validation, --val_fraction or --num_test")
     parts = ordered[held_out:], ordered[:validation], ordered[validation:held_out]
     return {name: part for name, part in zip(SPLITS, parts) if part}
 
@@ -106,11 +106,7 @@ def make_tokenizer(subjects: list[SubjectSummary], head: HeadModel, settings: Bu
 
 
 def plan_shards(
-    split: dict[str, list[SubjectSummary]],
-    tokenizer: GaussianTokenizer,
-    head: HeadModel,
-    features: dict[str, Features],
-    shard_size: int,
+    split: Split, tokenizer: GaussianTokenizer, head: HeadModel, features: dict[str, Features], shard_size: int
 ) -> list[ShardPlan]:
     """The shards of each configuration (keys of `features`) and split, of about `shard_size` bytes."""
     basis = [FORMAT, versions(), tokenizer_fingerprint(tokenizer), head.hash, "static_offset" in features["avatars"]]
@@ -149,13 +145,8 @@ def _group(subjects: list[SubjectSummary], configuration: str, limit: int, n_ver
 
 
 def make_manifest(
-    split: dict[str, list[SubjectSummary]],
-    shards: list[dict[str, Any]],
-    bad: list[dict[str, str]],
-    tokenizer: GaussianTokenizer,
-    head: HeadModel,
-    seed: int,
-) -> dict[str, Any]:
+    split: Split, shards: list[Entry], bad: list[Entry], tokenizer: GaussianTokenizer, head: HeadModel, seed: int
+) -> Entry:
     """The content of `corpus.json`; `shards` are what `write_shard` returned, `bad` from `sort_out`."""
     splits = {}
     for name, subjects in split.items():

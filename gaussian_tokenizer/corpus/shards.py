@@ -1,7 +1,4 @@
-"""One Parquet file of a corpus, from the files that `sources.read_subject` wrote, with one row group in memory at a time.
-
-Only the ids are made here, because they need the bounds of all subjects.
-"""
+"""One Parquet file of a corpus: the ids, which need the bounds of all subjects, and what `sources.read_subject` wrote."""
 
 import hashlib
 import json
@@ -51,20 +48,18 @@ class ShardPlan:
     key: str  # equal keys, equal bytes
 
 
-def write_shard(
-    folder: Path, subjects: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, features: Features
-) -> dict[str, Any]:
-    """Write `folder / plan.file` atomically from the files in `subjects`; `features` are its columns.
+def write_shard(staging: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, features: Features) -> dict[str, Any]:
+    """Write a file atomically, one row group in memory at a time; `features` are its columns.
 
-    Returns its entry for `corpus.json`, and the counts behind its totals.
+    Returns its entry for `corpus.json`, and the counts behind the totals there.
     """
-    rows = _frame_rows(subjects, plan)
+    rows = _frame_rows(staging / "subjects", plan)
     if plan.configuration == "avatars":
-        rows = _avatar_rows(subjects, plan, tokenizer, features)
+        rows = _avatar_rows(staging / "subjects", plan, tokenizer, features)
     schema = features.arrow_schema
     schema = schema.with_metadata({**schema.metadata, FINGERPRINT_KEY: tokenizer_fingerprint(tokenizer)})
     totals = {"rows": 0, "num_points": 0, "num_out_of_bounds": 0}
-    with atomic_file(folder / plan.file) as file, ThreadPoolExecutor(1) as background:
+    with atomic_file(staging / "corpus" / plan.file) as file, ThreadPoolExecutor(1) as background:
         written = _Written(file.fileno())
         settled = []
         with pq.ParquetWriter(file, schema, **_encoding(schema)) as writer:
@@ -146,10 +141,7 @@ def _frame_rows(folder: Path, plan: ShardPlan) -> Iterator[dict[str, Any]]:
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
-    """Compress everything but images, which are compressed already: twice as fast, and no larger.
-
-    Column statistics of images are left out too: they would store a smallest and a largest image once more.
-    """
+    """Compress all but images, which are compressed already; their statistics would store two of them once more."""
     sink = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), sink)
     leaves = pq.ParquetFile(sink.getvalue()).schema

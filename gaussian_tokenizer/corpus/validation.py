@@ -80,9 +80,8 @@ class Originals:
     def of(cls, avatars: str | os.PathLike, head: HeadModel | None, made_on: dict[str, Any]) -> "Originals":
         if head is None or head.hash != made_on["hash"]:
             found = "none was given" if head is None else f"given is {head.name!r} (hash {head.hash})"
-            raise ValueError(
-                f"the avatars are of head model {made_on['name']!r} (hash {made_on['hash']}), {found}; give theirs with --head"
-            )
+            expected = f"the avatars are of head model {made_on['name']!r} (hash {made_on['hash']})"
+            raise ValueError(f"{expected}, {found}; give theirs with --head")
         folders = {}
         for folder in find_subject_folders(avatars):
             with contextlib.suppress(ValueError):  # left out of the corpus too
@@ -98,6 +97,31 @@ class Originals:
     def frames(self, avatar_id: str) -> dict[tuple[int, int], Frame]:
         """By timestep and camera."""
         return {frame.key: frame for frame in self.subject(avatar_id).frames()}
+
+    def differences(self, row: dict[str, Any], points: dict[str, Any], tokenizer: GaussianTokenizer) -> Iterator[str]:
+        """How the decoded points, the mesh and the metadata differ from those of the subject's folder."""
+        subject, head = self.subject(row["avatar_id"]), self.head
+        avatar = subject.load_avatar(head)
+        params = avatar.params or HeadParameters.zeros(head.n_shape, head.n_expression)
+        vertices = head.canonical_vertices(params.frame(0)).numpy()
+        if not np.allclose(row["head_vertices"].reshape(-1, 3), vertices, rtol=0, atol=ROUNDING):
+            yield f"head_vertices are not those of {subject.path}"
+        if json.loads(row["metadata"]) != subject.metadata:
+            yield f"metadata are not those of {subject.path}"
+        counts = [np.bincount(faces, minlength=head.n_faces) for faces in (points["faces"], avatar.faces.numpy())]
+        if (counts[0] != counts[1]).any():
+            face = int(np.argmax(counts[0] != counts[1]))
+            yield f"{counts[0][face]} points on face {face}, {counts[1][face]} in {subject.path}"
+            return
+        # Any pairing within the faces that stays within half a bin will do; the tokenizer's order is one if there is any.
+        order = tokenizer(avatar, return_order=True, on_out_of_bounds="ignore")["order"]
+        order = order[np.argsort(avatar.faces.numpy()[order], kind="stable")]
+        lo, hi = np.array(tokenizer.bounds)
+        positions = avatar.canonical_points()["positions"].numpy()[order].clip(lo, hi)  # as the tokenizer moves them
+        errors = np.abs(points["positions"][np.argsort(points["faces"], kind="stable")] - positions)
+        wrong = (errors > (hi - lo) / tokenizer.n_bins / 2 + ROUNDING).any(axis=1)
+        if wrong.any():
+            yield f"{wrong.sum()} points are not where they are in {subject.path}, by up to {1000 * errors.max():.3g} mm"
 
 
 @dataclass
@@ -183,8 +207,7 @@ class _Check:
         if histogram.tolist() != row["points_per_face"].tolist():
             yield "points_per_face is not that of the ids"
         if self.originals is not None:
-            subject = self.originals.subject(avatar_id)
-            yield from _differences(row, points, tokenizer, subject, self.originals.head)
+            yield from self.originals.differences(row, points, tokenizer)
 
     def _frame(self, row: dict[str, Any], split: str) -> Iterator[str]:
         """Problems of a row of `frames`; ValueError or OSError if its original cannot be read."""
@@ -214,33 +237,6 @@ class _Check:
                 yield f"no frame of timestep {key[0]} and camera {key[1]} in {self.originals.folders[avatar_id]}"
             elif frame.image_bytes() != data:
                 yield f"image is not that of {self.originals.folders[avatar_id]}"
-
-
-def _differences(
-    row: dict[str, Any], points: dict[str, Any], tokenizer: GaussianTokenizer, subject: Subject, head: HeadModel
-) -> Iterator[str]:
-    """How the decoded points, the mesh and the metadata differ from those of the subject's folder."""
-    avatar = subject.load_avatar(head)
-    params = avatar.params or HeadParameters.zeros(head.n_shape, head.n_expression)
-    vertices = head.canonical_vertices(params.frame(0)).numpy()
-    if not np.allclose(row["head_vertices"].reshape(-1, 3), vertices, rtol=0, atol=ROUNDING):
-        yield f"head_vertices are not those of {subject.path}"
-    if json.loads(row["metadata"]) != subject.metadata:
-        yield f"metadata are not those of {subject.path}"
-    counts = [np.bincount(faces, minlength=head.n_faces) for faces in (points["faces"], avatar.faces.numpy())]
-    if (counts[0] != counts[1]).any():
-        face = int(np.argmax(counts[0] != counts[1]))
-        yield f"{counts[0][face]} points on face {face}, {counts[1][face]} in {subject.path}"
-        return
-    # Any pairing within the faces that stays within half a bin will do; the tokenizer's order is one if there is any.
-    order = tokenizer(avatar, return_order=True, on_out_of_bounds="ignore")["order"]
-    order = order[np.argsort(avatar.faces.numpy()[order], kind="stable")]
-    lo, hi = np.array(tokenizer.bounds)
-    positions = avatar.canonical_points()["positions"].numpy()[order].clip(lo, hi)  # as the tokenizer moves them
-    errors = np.abs(points["positions"][np.argsort(points["faces"], kind="stable")] - positions)
-    wrong = (errors > (hi - lo) / tokenizer.n_bins / 2 + ROUNDING).any(axis=1)
-    if wrong.any():
-        yield f"{wrong.sum()} points are not where they are in {subject.path}, by up to {1000 * errors.max():.3g} mm"
 
 
 def _shorten(problems: list[str]) -> list[str]:

@@ -3,8 +3,8 @@
     python -m gaussian_tokenizer.inspect subjects/synthetic-0-000000 --image sheet.png
     python -m gaussian_tokenizer.inspect export/074_EMO-1 --head flame.safetensors --json
 
-Trackings are checked closely: with a head model, its projection is compared with images and masks. The exit status is 1 if
-there are errors; warnings do not count.
+With a head model, its projection is compared with the images and masks of a tracking. The exit status is 1 if there are
+errors; warnings do not count.
 """
 
 import argparse
@@ -25,10 +25,7 @@ from gaussian_tokenizer.utils.hub import one_line
 
 
 def inspect(path: str | Path, head: str | HeadModel | None = None) -> Report:
-    """Describe and check a file or folder; FileNotFoundError if there is none. `head` as for `load_head`.
-
-    Without a head, a tracking whose metadata names the procedural head is checked with that.
-    """
+    """Describe and check a file or folder; FileNotFoundError if there is none. `head` as for `load_head`."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")

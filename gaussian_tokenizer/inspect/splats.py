@@ -1,7 +1,4 @@
-"""What `inspect` says of PLY, compressed PLY (SuperSplat) and `.splat` (antimatter15) files of world-space Gaussians.
-
-ValueError for a file that is cut short or holds NaN or Inf.
-"""
+"""What `inspect` says of PLY, compressed PLY (SuperSplat) and `.splat` (antimatter15) files of world-space Gaussians."""
 
 import re
 from pathlib import Path
@@ -52,9 +49,7 @@ def compressed_ply_facts(path: Path) -> dict[str, Any]:
         }
         count, chunks, bounds_row = counts["vertex"], counts["chunk"], rows["chunk"][CHUNK_NAMES]
     except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a compressed PLY as SuperSplat writes it: its header lacks or misuses {error}"
-        ) from None
+        raise ValueError(f"{path}: not SuperSplat's compressed PLY: its header lacks or misuses {error}") from None
     if count == 0 or chunks != -(-count // CHUNK):
         raise ValueError(f"{path}: {chunks} chunks of {CHUNK} for {count} Gaussians; the file is damaged")
     with open(path, "rb") as file:
@@ -68,7 +63,8 @@ def compressed_ply_facts(path: Path) -> dict[str, Any]:
         chunk = np.fromfile(file, bounds_row, chunks)
     bounds = np.stack([chunk[name] for name in CHUNK_NAMES], 1)
     _check_finite(path, "bound", bounds)
-    degree = round((len(rows["sh"].names) / 3 + 1) ** 0.5) - 1 if "sh" in rows else 0
+    rest = len(rows["sh"].names or ()) if "sh" in rows else 0
+    degree = round((rest / 3 + 1) ** 0.5) - 1
     return _facts(count, degree, bounds[:, :3].min(0), bounds[:, 3:].max(0))
 
 

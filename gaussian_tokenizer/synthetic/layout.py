@@ -97,10 +97,7 @@ def default_num_points(n_faces: int) -> int:
 def sparse_counts(
     layout: FaceLayout, num_points: int, hair: str, beard: str, min_points_per_face: int = MIN_POINTS_PER_FACE
 ) -> np.ndarray:
-    """Points on every face (F,), each 0 or 4..15; about `num_points` in total, more with much hair, fewer without.
-
-    A smaller `min_points_per_face` spreads the points over more faces: few points then cover a coarse head better.
-    """
+    """Points on every face (F,), each 0 or 4..15; about `num_points` in total, more with much hair, fewer without."""
     chosen = ZONES | {"scalp": HAIR[hair], "beard": BEARD[beard]}
     reference = sum(REFERENCE.get(zone, ZONES[zone][0]) * layout.zone_area(zone) for zone in layout.zones)
     counts = np.zeros(len(layout.zone), np.int64)

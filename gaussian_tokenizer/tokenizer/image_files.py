@@ -1,7 +1,6 @@
 """Image files, opened safely: a list of formats and a limit of pixels that is checked before decoding.
 
-A file of 445 kB may hold 12,500 x 12,500 pixels, and some of Pillow's formats start other programs (EPS). Travels with
-checkpoints.
+Some of Pillow's formats start other programs (EPS). Travels with checkpoints.
 """
 
 import io
@@ -12,7 +11,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-MAX_PIXELS = 2**26  # 8192 x 8192: 256 MiB as RGBA
+MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as RGBA; a file of 445 kB may hold 12,500 x 12,500
 
 
 def open_image(source: str | os.PathLike | bytes) -> Image.Image:

@@ -56,11 +56,10 @@ class PointCodec:
         # One int64 sorting key a point: the coordinate bins in sorting order, then the face in the low bits.
         self._coordinate_bits = (self.n_bins - 1).bit_length()
         self._face_bits = (self.n_faces - 1).bit_length()
-        if 3 * self._coordinate_bits + self._face_bits > 63 or self.vocab_size > 2**32:
-            raise ValueError(
-                f"n_bins={n_bins} and n_faces={n_faces} need 3 x {self._coordinate_bits} + {self._face_bits} bits a "
-                "point; at most 63 fit a sorting key, and at most 2**32 ids a vocabulary: lower n_bins"
-            )
+        bits = 3 * self._coordinate_bits + self._face_bits
+        if bits > 63 or self.vocab_size > 2**32:
+            found = f"n_bins={n_bins} and n_faces={n_faces} need {bits} bits per point and {self.vocab_size} ids"
+            raise ValueError(f"{found}; at most 63 fit a sorting key and 2**32 a vocabulary: lower n_bins")
         self._sorting_axes = ["xyz".index(axis) for axis in axis_order]
         self._id_dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
         # Lowest id of each slot and the span above it, for every token of a block: broadcasting a row of four is slower.
@@ -131,8 +130,7 @@ class PointCodec:
             assert decoded is not None
             # An eos right behind the kept points is not lost, only what comes after it.
             dropped = len(body) - 4 * n_points - int(body[4 * n_points] == self.eos_token_id)
-        positions, faces = decoded
-        points = {"positions": positions, "faces": faces}
+        points: dict[str, Any] = dict(zip(("positions", "faces"), decoded))
         return points if errors == "strict" else points | {"dropped": dropped}
 
     def batch_decode(self, batch: Any, errors: str = "strict") -> list[dict[str, Any]]:
@@ -153,15 +151,11 @@ class PointCodec:
             try:
                 head_hash, canonical_points = item.head_hash, item.canonical_points
             except AttributeError:
-                raise ValueError(
-                    f"cloud {index} is a {type(item).__name__}; expected an avatar, or a mapping with `positions` "
-                    "(N, 3) and `faces` (N,)"
-                ) from None
+                expected = "an avatar, or a mapping with `positions` (N, 3) and `faces` (N,)"
+                raise ValueError(f"cloud {index} is a {type(item).__name__}; expected {expected}") from None
             if None not in (self.head_hash, head_hash) and head_hash != self.head_hash:
-                raise ValueError(
-                    f"avatar {index} was made on the head model {head_hash}, this tokenizer on {self.head_hash} "
-                    f"({self.head_name}); use the tokenizer of its own head model"
-                )
+                problem = f"on the head model {head_hash}, this tokenizer on {self.head_hash} ({self.head_name})"
+                raise ValueError(f"avatar {index} was made {problem}; use the tokenizer of its own head model")
             item = canonical_points()
         missing = {"positions", "faces"} - set(item)
         if missing:
@@ -324,10 +318,9 @@ class PointCodec:
                 # What makes encode(decode(ids)) == ids: a decoded center must fall back into its own bin.
                 centers = bins.astype(np.float32) * scale[axis] + offset[axis]
                 if not np.array_equal(self._quantize(centers.astype(np.float64), lo[axis], hi[axis]), bins):
-                    raise ValueError(
-                        f"float32 cannot tell {self.n_bins} bins apart between {lo[axis]} and {hi[axis]} on axis "
-                        f"{name}: widen the bounds, move them towards zero or lower n_bins"
-                    )
+                    problem = f"{self.n_bins} bins apart between {lo[axis]} and {hi[axis]} on axis {name}"
+                    advice = "widen the bounds, move them towards zero or lower n_bins"
+                    raise ValueError(f"float32 cannot tell {problem}: {advice}")
         self.bounds = [lo.tolist(), hi.tolist()]
         self._lo, self._hi = lo, hi
         self._slot_meters = _per_token([*scale, 0], np.float32), _per_token([*offset, 0], np.float32)

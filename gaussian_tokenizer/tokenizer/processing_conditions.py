@@ -44,9 +44,9 @@ def pixel_values(images: Any, size: int) -> np.ndarray:
 
 def head_condition(head_vertices: Any, head_faces: Any, n_faces: int) -> dict[str, np.ndarray]:
     """Vertices (V, 3) or (B, V, 3) -> `head_vertices` (B, V, 3) float32 and, with faces (F, 3), `head_normals`."""
-    is_list = isinstance(head_vertices, (list, tuple))
-    meshes = [as_array(each, "head_vertices") for each in (head_vertices if is_list else [head_vertices])]
-    vertices = np.stack(meshes) if is_list else meshes[0]
+    if isinstance(head_vertices, (list, tuple)):
+        head_vertices = np.stack([as_array(each, "head_vertices") for each in head_vertices])
+    vertices = as_array(head_vertices, "head_vertices")
     vertices = vertices[None] if vertices.ndim == 2 else vertices
     if vertices.ndim != 3 or vertices.shape[2] != 3 or vertices.size == 0 or vertices.dtype.kind not in "fiu":
         raise ValueError(f"head_vertices are {vertices.dtype} {vertices.shape}; expected (V, 3) or (B, V, 3)")

@@ -125,8 +125,8 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
         data: dict[str, Any] = {}
         if return_tensors is None:
             masks = [np.ones(len(ids), dtype=np.uint8) for ids in sequences]
-            lists = {"input_ids": sequences, "attention_mask": masks, "num_out_of_bounds": counts}
-            data = lists if batched else {name: values[0] for name, values in lists.items()}
+            data = {"input_ids": sequences, "attention_mask": masks, "num_out_of_bounds": counts}
+            data = data if batched else {name: values[0] for name, values in data.items()}
         else:
             width = max(len(ids) for ids in sequences)
             data["input_ids"] = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
