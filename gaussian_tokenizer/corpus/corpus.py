@@ -1,7 +1,7 @@
 """A corpus: tokenized avatars with their conditions, as a folder that `datasets.load_dataset` opens and streams.
 
-    <corpus>/avatars/<split>-00000-of-0000N.parquet   one row a subject
-    <corpus>/frames/<split>-00000-of-0000N.parquet    one row an image; an avatar's rows lie together
+    <corpus>/avatars/<split>-00000-of-0000N.parquet   one row per subject
+    <corpus>/frames/<split>-00000-of-0000N.parquet    one row per image; an avatar's rows lie together
     <corpus>/tokenizer/                               the GaussianTokenizer the ids were made with
     <corpus>/corpus.json                              head model, tokenizer, rows and checksum of every shard
     <corpus>/README.md                                the dataset card
@@ -66,11 +66,11 @@ class Corpus:
         return tuple(self.manifest["splits"])
 
     def avatars(self, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
-        """One row a subject: `input_ids`, `num_points`, `points_per_face`, head parameters, `head_vertices`, ..."""
+        """One row per subject: `input_ids`, `num_points`, `points_per_face`, head parameters, `head_vertices`, ..."""
         return self._load("avatars", split, streaming)
 
     def frames(self, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
-        """One row an image: `avatar_id`, `image`, camera and head parameters. ValueError if the corpus has none."""
+        """One row per image: `avatar_id`, `image`, camera and head parameters. ValueError if the corpus has none."""
         return self._load("frames", split, streaming)
 
     def frame_rows(self, split: str = "train") -> dict[str, range]:

@@ -58,7 +58,7 @@ def sort_out(
         advice = "say both there, or build with --allow_unknown_license if you may use them"
         lines.append(f"  {len(unlicensed)} without license or consent in metadata.json: {names}; {advice}")
     if bad and not (settings.skip_bad and good):
-        advice = "mend or remove them" + (", or leave them out with --skip_bad" if good else "")
+        advice = "fix or remove them" + (", or leave them out with --skip_bad" if good else "")
         message = f"{len(bad)} of {len(summaries)} subjects in {where} cannot be used; {advice}; no corpus was written:"
         raise ValueError("\n".join([message, *lines]))
     return good, bad

@@ -187,7 +187,7 @@ class _Check:
             yield f"avatar_id is there twice, first in {self.split_of[avatar_id]}"
         self.split_of.setdefault(avatar_id, split)
         if row["split"] != split:
-            yield f"says it is of the split {row['split']!r}, stands in {split!r}"
+            yield f"says it is of the split {row['split']!r}, but is in {split!r}"
         if not np.isfinite(row["head_vertices"]).all():
             yield "head_vertices hold NaN or Inf"
         if tokenizer is None:

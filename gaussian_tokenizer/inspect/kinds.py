@@ -120,16 +120,12 @@ def _kind_of_file(path: Path) -> Kind:
 
 
 def _kind_of_ply(path: Path) -> Kind:
-    kinds: dict[str, Kind] = {
-        "compressed": (
-            _splats(compressed_ply_facts),
-            "world-space Gaussians in SuperSplat's compressed PLY",
-            [VIEWERS],
-        ),
-        "bound": (_avatar, "a PLY of Gaussians", [_animate(path)]),
-        "world": (_splats(world_ply_facts), "a PLY of world-space Gaussians, for splat viewers", [VIEWERS]),
-    }
-    return kinds[ply_kind(path)]
+    kind = ply_kind(path)
+    if kind == "compressed":
+        return _splats(compressed_ply_facts), "world-space Gaussians in SuperSplat's compressed PLY", [VIEWERS]
+    if kind == "bound":
+        return _avatar, "a PLY of Gaussians", [_animate(path)]
+    return _splats(world_ply_facts), "a PLY of world-space Gaussians, for splat viewers", [VIEWERS]
 
 
 def _animate(path: Path) -> str:

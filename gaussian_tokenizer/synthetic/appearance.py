@@ -44,7 +44,7 @@ class Appearance:
     hair_thickness: float
     hair_length: float  # how far long hair falls
     beard_thickness: float
-    wave_vectors: np.ndarray  # (W, 3) radians a meter, of the slow variation of hair and beard
+    wave_vectors: np.ndarray  # (W, 3) radians per meter, of the slow variation of hair and beard
     wave_phases: np.ndarray  # (W,)
 
 

@@ -1,4 +1,4 @@
-"""Synthetic subjects: complete avatars of people who do not exist, a function of a head model and a seed.
+"""Synthetic subjects: complete avatars that are a function of a head model and a seed.
 
 A seed gives an identity (normally distributed coefficients of the shape basis) and an appearance. Gaussians are placed on
 the canonical head where `layout` says; hair and beard are lifted off the skin into a smooth volume, long hair falls. There

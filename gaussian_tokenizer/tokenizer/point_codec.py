@@ -53,7 +53,7 @@ class PointCodec:
             if not isinstance(value, (str, type(None))):
                 raise ValueError(f"{name} is {value!r}; expected text, or None where the head model is not known")
         self.head_name, self.head_hash = head_name, head_hash
-        # One int64 sorting key a point: the coordinate bins in sorting order, then the face in the low bits.
+        # One int64 sorting key per point: the coordinate bins in sorting order, then the face in the low bits.
         self._coordinate_bits = (self.n_bins - 1).bit_length()
         self._face_bits = (self.n_faces - 1).bit_length()
         bits = 3 * self._coordinate_bits + self._face_bits

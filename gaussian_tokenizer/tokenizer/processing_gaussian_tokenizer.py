@@ -17,7 +17,7 @@ from transformers import BatchFeature, ProcessorMixin
 from .point_codec import DEFAULT_BOUNDS, PointCodec, one_of, positive_integer
 from .processing_conditions import head_condition, pixel_values
 
-MAX_IMAGE_SIZE = 2**14  # 3 GB an image
+MAX_IMAGE_SIZE = 2**14  # 3 GB per image
 
 
 class GaussianTokenizer(PointCodec, ProcessorMixin):
