@@ -149,10 +149,9 @@ class PointillistConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Raise `ValueError` for fields that are out of range or contradict each other."""
         check_fields(self, LIMITS)
-        if self.sliding_window < 4 or self.sliding_window % 4:
-            raise ValueError(
-                f"sliding_window {self.sliding_window} is not a positive multiple of 4, the tokens of a point"
-            )
+        window = self.sliding_window
+        if window < 4 or window % 4:
+            raise ValueError(f"sliding_window {window} is not a positive multiple of 4, the tokens of a point")
         pairs = ("num_attention_heads", "num_key_value_heads"), ("point_hidden_size", "point_attention_heads")
         for name, divisor in pairs:
             if getattr(self, name) % getattr(self, divisor):
@@ -164,6 +163,3 @@ class PointillistConfig(PreTrainedConfig):
                 f"head_dim {self.head_dim} * partial_rotary_factor {self.partial_rotary_factor} = {rotated} "
                 "must be an even whole number of channels"
             )
-
-
-__all__ = ["PointillistConfig"]

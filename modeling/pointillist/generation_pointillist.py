@@ -26,7 +26,6 @@ from .generation_sampling import TokenSampler
 from .generation_streamer import PointStreamer  # noqa: F401  (so that it travels with a checkpoint)
 from .modeling_compatibility import (
     CACHE_NAME,
-    cache_argument,
     forward_pass,
     holds_cache,
     rename_cache,
@@ -83,10 +82,10 @@ class PointillistGenerationMixin(GenerationMixin):
         """Generate point clouds. Everything of `GenerationMixin.generate` works; the arguments below are ours.
 
         Args:
-            inputs: (B, L) ids of a beginning, padded on the left; default `bos` for each condition.
+            inputs: (B, L) ids of a prompt, padded on the left; default `bos` for each condition.
             pixel_values, head_vertices, head_normals, condition_embeds, condition_mask: see `forward`.
             guidance_scale: classifier-free guidance; logits = empty + scale * (condition - empty). None or 1: off.
-            grammar: False lets every token through (`sorted_points` False: only the order).
+            grammar: False allows every token (`sorted_points` False: any order of the points).
             min_points, max_points, max_points_per_face: limits that the grammar keeps, prompt included.
             output_point_features: also return the hidden states that predicted each point, from the same pass
                 (implies `return_dict_in_generate`).
@@ -130,8 +129,6 @@ class PointillistGenerationMixin(GenerationMixin):
         if ((inputs == bos).cumsum(1).bool() & (inputs > bos)).any():
             raise ValueError("a prompt must not hold eos or padding after bos: cut the end token off, pad on the left")
         condition = self.condition_encoder.or_empty(condition, len(inputs), None)
-        if len(condition) != len(inputs):
-            raise ValueError(f"{len(inputs)} prompts but conditions for {len(condition)}")
         kwargs.setdefault("attention_mask", (inputs != bos + 2).long())  # padding
         return inputs, condition
 
@@ -253,7 +250,7 @@ class PointLoop:
             return ids
         num_points = (ids[:, prompt:] < config.bos_token_id).sum(1) // 4
         own = whole_points(features, num_points) if self.output_point_features else None
-        fields = dict(sequences=ids, point_features=own, num_points=num_points, **cache_argument(self.cache))
+        fields = dict(sequences=ids, point_features=own, num_points=num_points, **{CACHE_NAME: self.cache})
         return PointillistGenerateOutput(**fields)
 
     def first(
@@ -309,8 +306,8 @@ class PointLoop:
             mask = self.model.create_masks_for_generate(self.model.config, metadata, mask, self.cache)
         step = self.forward if length - begin == 1 else self.model.__call__
         positions = torch.arange(begin, length, device=ids.device)[None] + self.shift
-        options = dict(use_cache=self.cache is not None, logits_to_keep=1, return_dict=True)
-        outputs = step(tokens, mask, positions, self.cache, **options, **self.condition)
+        options = dict(cache=self.cache, use_cache=self.cache is not None, logits_to_keep=1, return_dict=True)
+        outputs = step(tokens, mask, positions, **options, **self.condition)
         logits, hidden = outputs.logits[:, -1].float(), outputs.last_hidden_state[: len(ids), -1]
         if self.guidance_scale is not None:
             guided, empty = logits.chunk(2)

@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_pointillist import PointillistConfig
 from .generation_pointillist import PointillistGenerationMixin
 from .generation_ring_cache import additive_mask, self_attention_mask
-from .modeling_compatibility import CACHE_NAMES, cache_argument, holds_cache, takes_cache
+from .modeling_compatibility import CACHE_NAME, CACHE_NAMES, holds_cache, takes_cache
 from .modeling_condition import ConditionEncoder
 
 T = TypeVar("T")
@@ -272,9 +272,10 @@ class PointillistModel(PointillistPreTrainedModel):
             condition_mask = additive_mask(condition_mask.bool(), x.dtype).expand(-1, 1, x.shape[1], -1)
 
         rotary = rotary_embedding(self.config, position_ids)
+        own: dict[str, Any] = {CACHE_NAME: cache}
         for layer in self.layers:
-            x = layer(x, condition, mask, condition_mask, rotary, **cache_argument(cache), **kwargs)
-        return PointillistOutput(last_hidden_state=self.norm(x), **cache_argument(cache))
+            x = layer(x, condition, mask, condition_mask, rotary, **own, **kwargs)
+        return PointillistOutput(last_hidden_state=self.norm(x), **own)
 
 
 class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMixin):
@@ -335,7 +336,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> PointillistOutput:
-        """One pass over token ids (B, L).
+        """One pass.
 
         Args:
             input_ids: (B, L) ids of `GaussianTokenizer`, or `inputs_embeds` (B, L, D).
@@ -350,16 +351,11 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        batch = len(tokens)
         if condition_embeds is None:
             condition_embeds = self.encode_condition(pixel_values, head_vertices, head_normals)
-        condition_embeds = self.condition_encoder.or_empty(condition_embeds, batch, drop_condition)
-        if condition_embeds.shape[0] != batch:
-            raise ValueError(f"condition for {condition_embeds.shape[0]} sequences, but {batch} sequences of tokens")
-        condition = condition_embeds, condition_mask
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, *condition, use_cache=use_cache, **kwargs
-        )
+        condition = self.condition_encoder.or_empty(condition_embeds, len(tokens), drop_condition)
+        options = dict(cache=cache, use_cache=use_cache, condition=condition, condition_mask=condition_mask)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **options, **kwargs)
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         outputs["last_hidden_state"] = hidden = outputs.last_hidden_state[:, kept]
         if labels is not None and self.config.loss_within_slot:
@@ -392,6 +388,3 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
     def num_decoder_parameters(self) -> int:
         """Parameters without the encoders of the condition, as the paper counts them."""
         return sum(p.numel() for module in (self.model, self.lm_head) for p in module.parameters())
-
-
-__all__ = ["PointillistForCausalLM", "PointillistModel", "PointillistPreTrainedModel"]
