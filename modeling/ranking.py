@@ -1,7 +1,4 @@
-"""The likeliest of several clouds generated for one subject.
-
-A point drawn too high skips all that belonged before it, because the sorted order never goes back: such a cloud falls apart, and
-the model gives it a low likelihood. The hidden states that come with a generation give it at the cost of one matrix product.
+"""The likeliest of several clouds generated for one subject: a cloud that falls apart has a low likelihood.
 
 Axes: B subjects, C candidates of each, N points, D width.
 """
@@ -23,10 +20,8 @@ def mean_log_likelihood(model: PointillistForCausalLM, generated: PointillistGen
     count, config = generated.point_features.shape[1], model.config
     tokens = generated.sequences[:, 1 : 1 + 4 * count].unflatten(1, (count, 4))
     real = torch.arange(count, device=tokens.device) < generated.num_points[:, None]
-    slots = (
-        (slice(0, config.n_bins), tokens[..., :3]),
-        (slice(config.n_bins, config.first_special), tokens[..., 3:] - config.n_bins),
-    )
+    faces = slice(config.n_bins, config.first_special)
+    slots = (slice(0, config.n_bins), tokens[..., :3]), (faces, tokens[..., 3:] - config.n_bins)
     total = torch.zeros(len(tokens), device=tokens.device)
     for (rows, labels), features in zip(slots, generated.point_features.split((3, 1), dim=2)):
         scores = model.lm_head(features, (rows,)).float().log_softmax(-1)

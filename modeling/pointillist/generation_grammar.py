@@ -1,13 +1,4 @@
-"""The grammar of a point cloud sequence, as a logits processor that runs where the logits are.
-
-A sequence is `bos, (x, y, z, face)*, eos`, and its points are sorted by (y, z, x, face). `PointGrammar` gives every token that
-would break this a score of minus infinity: coordinates in coordinate slots, faces in face slots, the end only between points,
-no point before its predecessor (Meshtron's order-enforced sampling, for points), and the optional limits on the number of
-points, in total and on a face. It never leads into a dead end: a coordinate is allowed only if the point can still be completed,
-and where no further point fits the sequence must end.
-
-Everything is tensor arithmetic on the last eight ids: no host synchronization, any batch, prompts padded on the left.
-"""
+"""The grammar of a sequence, `bos, (x, y, z, face)*, eos` with points sorted by (y, z, x, face), as a logits processor."""
 
 import torch
 from torch import Tensor
@@ -19,8 +10,10 @@ from .configuration_pointillist import PointillistConfig
 class PointGrammar(LogitsProcessor):
     """Masks every token that the sequence so far does not allow.
 
-    A wrong slot, a point before its predecessor (with `sorted_points`), an end before `min_points`, or a point beyond
-    `max_points` or `max_points_per_face`.
+    A wrong slot, a point before its predecessor (with `sorted_points`: Meshtron's order-enforced sampling), an end within a point
+    or before `min_points`, or a point beyond `max_points` or `max_points_per_face`. There are no dead ends: a coordinate is allowed
+    only if the point can still be completed, and where no further point fits the sequence must end. It is tensor arithmetic on
+    the last eight ids: no host synchronization, any batch, prompts padded on the left.
     """
 
     def __init__(
@@ -57,21 +50,20 @@ class PointGrammar(LogitsProcessor):
         last = self.n_bins - 1
         has_previous = (points > 0) & self.sorted_points
 
-        # Which faces are open, and from which face on: same place as the last point -> not before its face.
+        # At the place of the last point a face must not come before that point's.
         open_faces = self.open_faces(input_ids, start, points)  # (B or 1, F)
         face_ids = torch.arange(self.n_faces, device=device) + self.n_bins
         same_place = has_previous & (x == px) & (y == py) & (z == pz)
         face_from = torch.where(same_place, pface, self.n_bins)
         tie_possible = (open_faces & (face_ids >= pface[:, None])).any(1)
 
-        # The least x, z, y that still allow a completion (see the module docstring): ties reach down the order y, z, x, face.
+        # The least x, z, y that still allow a completion: ties reach down the order y, z, x, face.
         tie_x = px + (~tie_possible).long()  # least x on the last point's y and z
         tie_z = pz + (x < tie_x).long()  # least z on its y, given x
         tie_y = py + (tie_z > last).long()  # least y, given x
-        zero = torch.zeros_like(px)
-        x_from = torch.where(has_previous & (py == last) & (pz == last), tie_x, zero)
-        y_from = torch.where(has_previous, tie_y, zero)
-        z_from = torch.where(has_previous & (y == py), tie_z, zero)
+        x_from = tie_x.where(has_previous & (py == last) & (pz == last), 0)
+        y_from = tie_y.where(has_previous, 0)
+        z_from = tie_z.where(has_previous & (y == py), 0)
 
         low = torch.stack((x_from, y_from, z_from, face_from)).gather(0, slot[None])[0]
         high = torch.where(slot == 3, self.bos, self.n_bins)
@@ -85,11 +77,9 @@ class PointGrammar(LogitsProcessor):
         if self.max_points is not None:
             room &= points < self.max_points
         allowed &= (~between | room)[:, None]
-        may_end = between & ((points >= self.min_points) | ~room)
-        allowed[:, self.eos] = may_end
         # A finished row is padded by the caller whatever its scores are; keep one of them finite.
         finished = input_ids[:, -1] > self.bos
-        allowed[:, self.eos] |= finished
+        allowed[:, self.eos] = between & ((points >= self.min_points) | ~room) | finished
         return scores.masked_fill(~allowed, -torch.inf)
 
     def open_faces(self, input_ids: Tensor, start: Tensor, points: Tensor) -> Tensor:

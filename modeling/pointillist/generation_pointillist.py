@@ -1,13 +1,11 @@
-"""`generate()` for point clouds: grammar, ring cache, point features and progress around transformers' generation.
+"""`generate()` for point clouds: transformers' generation with an inner loop made for sequences of 100,000 tokens.
 
-`PointillistGenerationMixin` keeps the contract of `GenerationMixin` (configs, processors, stopping criteria, streamers, caches)
-and replaces its inner loop by one made for sequences of 100,000 tokens: ids and features go into buffers allocated once, the
-condition is encoded once, and the cache never moves. Beyond the window it rolls (Meshtron) or, with
-`window_policy="reprefill"`, restarts from the newest half (DeepMesh): past the window these are different models.
+Ids and features go into buffers allocated once, the condition is encoded once, and the cache never moves.
 
 Axes: B batch, L tokens, N points, D width.
 """
 
+import math
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +26,6 @@ from .generation_sampling import TokenSampler
 from .generation_streamer import PointStreamer  # noqa: F401  (so that it travels with a checkpoint)
 from .modeling_compatibility import (
     CACHE_NAME,
-    cache_argument,
     forward_pass,
     holds_cache,
     rename_cache,
@@ -56,7 +53,7 @@ class PointillistGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 class PointillistGenerationMixin(GenerationMixin):
-    """`generate` for points: grammar, ring cache, limits, guidance, streaming, point features."""
+    """`generate` for points, with the contract of `GenerationMixin`: configs, processors, stopping criteria, streamers, caches."""
 
     config: PointillistConfig
     condition_encoder: ConditionEncoder
@@ -85,14 +82,15 @@ class PointillistGenerationMixin(GenerationMixin):
         """Generate point clouds. Everything of `GenerationMixin.generate` works; the arguments below are ours.
 
         Args:
-            inputs: (B, L) ids of a beginning, padded on the left; default `bos` for each condition.
+            inputs: (B, L) ids of a prompt, padded on the left; default `bos` for each condition.
             pixel_values, head_vertices, head_normals, condition_embeds, condition_mask: see `forward`.
             guidance_scale: classifier-free guidance; logits = empty + scale * (condition - empty). None or 1: off.
-            grammar: False lets every token through (`sorted_points` False: only the order).
+            grammar: False allows every token (`sorted_points` False: any order of the points).
             min_points, max_points, max_points_per_face: limits that the grammar keeps, prompt included.
             output_point_features: also return the hidden states that predicted each point, from the same pass
                 (implies `return_dict_in_generate`).
-            window_policy: "rolling" (default) or "reprefill", see the module docstring.
+            window_policy: beyond the window, "rolling" (default) drops the oldest token at each step (Meshtron), "reprefill"
+                restarts from the newest half (DeepMesh): there these are different models.
             progress: show a progress bar; default: if more than 2,000 tokens may be generated.
             cache (or past_key_values): a cache of transformers or a `RingCache`, empty or with the prompt's first tokens.
 
@@ -114,11 +112,7 @@ class PointillistGenerationMixin(GenerationMixin):
         loop = PointLoop(scale, output_point_features, window_policy, progress, max_points, grammar and sorted_points)
         self._choose_loop(loop, generation_config or self.generation_config, kwargs)
         return super().generate(  # type: ignore[misc]  # declared for models, not for their mixins
-            inputs,
-            generation_config=generation_config,
-            logits_processor=logits_processor,
-            condition_embeds=condition_embeds,
-            **kwargs,
+            inputs, generation_config, logits_processor, condition_embeds=condition_embeds, **kwargs
         )
 
     def _prompts(self, inputs: Tensor | None, condition: Tensor | None, kwargs: dict) -> tuple[Tensor, Tensor]:
@@ -134,10 +128,7 @@ class PointillistGenerationMixin(GenerationMixin):
             raise ValueError(f"a prompt must be (B, L) ids that begin with bos ({bos}); found {inputs}")
         if ((inputs == bos).cumsum(1).bool() & (inputs > bos)).any():
             raise ValueError("a prompt must not hold eos or padding after bos: cut the end token off, pad on the left")
-        if condition is None:
-            condition = self.condition_encoder.or_empty(None, len(inputs), None)
-        if len(condition) != len(inputs):
-            raise ValueError(f"{len(inputs)} prompts but conditions for {len(condition)}")
+        condition = self.condition_encoder.or_empty(condition, len(inputs), None)
         kwargs.setdefault("attention_mask", (inputs != bos + 2).long())  # padding
         return inputs, condition
 
@@ -147,7 +138,7 @@ class PointillistGenerationMixin(GenerationMixin):
         if {"min_length", "min_new_tokens"} & kwargs.keys():
             raise ValueError("the grammar limits the number of points: give min_points instead of min_new_tokens")
         if limits.max_points is not None:
-            prompted = -(-int((inputs < limits.bos).sum(1).max()) // 4)
+            prompted = math.ceil(int((inputs < limits.bos).sum(1).max()) / 4)
             if prompted > limits.max_points:
                 raise ValueError(
                     f"found a prompt of {prompted} points, but max_points={limits.max_points} counts the prompt's points too: "
@@ -195,8 +186,8 @@ class PointillistGenerationMixin(GenerationMixin):
 class PointLoop:
     """The decoding loop behind `generate()`: greedy or sampled, one token a step for every row.
 
-    Its forward passes read the prompt, then a token at a time, whatever the cache. With guidance every row runs twice, the second
-    time under the empty condition. The options are those of `generate`, and `ring`: whether the cache is ours to choose.
+    With guidance every row runs twice, the second time under the empty condition. The options are those of `generate`, and `ring`:
+    whether the cache is ours to choose.
     """
 
     guidance_scale: float | None
@@ -258,12 +249,9 @@ class PointLoop:
         if not generation_config.return_dict_in_generate:
             return ids
         num_points = (ids[:, prompt:] < config.bos_token_id).sum(1) // 4
-        return PointillistGenerateOutput(
-            sequences=ids,  # type: ignore[arg-type]  # declared as LongTensor
-            point_features=whole_points(features, num_points) if self.output_point_features else None,
-            num_points=num_points,
-            **cache_argument(self.cache),
-        )
+        own = whole_points(features, num_points) if self.output_point_features else None
+        fields = dict(sequences=ids, point_features=own, num_points=num_points, **{CACHE_NAME: self.cache})
+        return PointillistGenerateOutput(**fields)
 
     def first(
         self, model, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
@@ -317,16 +305,9 @@ class PointLoop:
             metadata = torch.empty(*tokens.shape, 0, dtype=self.model.dtype, device=ids.device)
             mask = self.model.create_masks_for_generate(self.model.config, metadata, mask, self.cache)
         step = self.forward if length - begin == 1 else self.model.__call__
-        outputs = step(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=torch.arange(begin, length, device=ids.device)[None] + self.shift,
-            cache=self.cache,
-            use_cache=self.cache is not None,
-            logits_to_keep=1,
-            return_dict=True,
-            **self.condition,
-        )
+        positions = torch.arange(begin, length, device=ids.device)[None] + self.shift
+        options = dict(cache=self.cache, use_cache=self.cache is not None, logits_to_keep=1, return_dict=True)
+        outputs = step(tokens, mask, positions, **options, **self.condition)
         logits, hidden = outputs.logits[:, -1].float(), outputs.last_hidden_state[: len(ids), -1]
         if self.guidance_scale is not None:
             guided, empty = logits.chunk(2)
@@ -342,7 +323,7 @@ def whole_points(features: Tensor, num_points: Tensor) -> Tensor:
 
 
 def every_rank_finished(finished: bool, synced_gpus: bool, device: torch.device) -> bool:
-    """Whether nothing is left to do on this rank or, where all must keep running together (`synced_gpus`), on any rank."""
+    """Whether nothing is left to do on this rank or, where all must run together (`synced_gpus`), on any rank."""
     if not synced_gpus:
         return finished
     unfinished_ranks = torch.tensor(0 if finished else 1, device=device)
@@ -353,10 +334,7 @@ def every_rank_finished(finished: bool, synced_gpus: bool, device: torch.device)
 def cache_of_generation(
     model, generation_config: GenerationConfig, model_kwargs: dict, ring: bool
 ) -> EncoderDecoderCache | None:
-    """The cache of tokens beside one of the condition's keys and values; None without `use_cache`.
-
-    Default and "static": a ring, unless the caller brought a cache. Otherwise what is in `model_kwargs`.
-    """
+    """A ring by default and for "static", unless the caller brought a cache; else that of `model_kwargs`, if any."""
     if not model_kwargs["use_cache"]:
         return None
     cache = model_kwargs[CACHE_NAME]

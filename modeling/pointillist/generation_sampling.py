@@ -1,8 +1,6 @@
-"""Drawing the next token of every row from the tokens that its slot allows.
+"""Drawing the next token of every row: where all rows are in one slot, from the tokens of that slot alone.
 
-The grammar allows coordinates and the end in a coordinate slot, faces in a face slot. Where every row of a batch is in the same
-slot, temperature, top-k, top-p and the draw itself read those tokens alone: sorting 34,332 faces for each coordinate would cost
-more than the decoder.
+Sorting 34,332 faces for each coordinate would cost more than the decoder.
 """
 
 from collections.abc import Callable

@@ -1,16 +1,13 @@
-"""Everything that depends on the version of transformers or uses its internals.
+"""What depends on the version of transformers: since 5.24 it calls the key/value cache `cache`, before that `past_key_values`.
 
-Since 5.24 transformers calls the key/value cache `cache`, before that `past_key_values`: as an argument of `forward` and
-`generate`, as a field of outputs, and in its own layers. Our code says `cache`; both names are accepted as an argument and can be
-read from our outputs. `CACHE_NAME` is the one to pass to transformers. Once 5.24 is the oldest version supported, everything here
-but `forward_pass` and `synchronizes_ranks` can go.
+Our code says `cache`; both names are accepted as an argument and can be read from our outputs. `CACHE_NAME` is the one to pass to
+transformers. Once 5.24 is the oldest version supported, everything here but `forward_pass` and `synchronizes_ranks` can go.
 """
 
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 from inspect import get_annotations
-from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -19,11 +16,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_manage
 
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(GenerateDecoderOnlyOutput)})
-
-
-def cache_argument(cache: Cache | None) -> dict[str, Any]:
-    """The cache as a keyword argument of transformers' functions and outputs."""
-    return {CACHE_NAME: cache}
 
 
 def rename_cache(arguments: dict, name: str = "cache") -> dict:
@@ -59,8 +51,7 @@ def holds_cache(output: type) -> type:
 def forward_pass(model, cache: Cache | None, generation_config) -> Callable:
     """The call that decodes a token: compiled where the cache has fixed shapes and transformers deems the hardware fit for it.
 
-    `_valid_auto_compile_criteria` is private, but a copy of what it knows about quantizers, offloading and devices would age, and
-    `cache_implementation="static"` should compile where it does in every other model.
+    `_valid_auto_compile_criteria` is private, but a copy of what it knows about quantizers, offloading and devices would age.
     """
     if cache is not None and model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
         return model.get_compiled_call(generation_config.compile_config)
@@ -68,8 +59,5 @@ def forward_pass(model, cache: Cache | None, generation_config) -> Callable:
 
 
 def synchronizes_ranks(model) -> bool:
-    """Whether every rank must take part in each forward pass, because weights are sharded (ZeRO-3, FSDP).
-
-    `GenerationMixin.generate` determines this too, but does not pass it to a custom decoding loop.
-    """
+    """Whether every rank must take part in each forward pass, because weights are sharded (ZeRO-3, FSDP)."""
     return torch.distributed.is_initialized() and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))

@@ -1,9 +1,5 @@
 """The condition of the point model: the tokens of a portrait and a head mesh that cross-attention reads.
 
-The portrait goes through DINOv2 (transformers' `Dinov2Model`), the head mesh through a Perceiver-style encoder: learned queries
-attend to Fourier-embedded vertices and normals, then to each other. Both are projected to the decoder's width and
-concatenated along the token axis (method figure of AvatarPointillist). One learned token stands for "no condition".
-
 Axes: B batch, V vertices, M condition tokens, D width.
 """
 
@@ -25,7 +21,10 @@ def evenly_spaced(count: int, total: int, device: torch.device) -> Tensor:
 
 
 class PointEncoder(nn.Module):
-    """Vertices and normals (B, V, 3) -> latents (B, point_latents, point_hidden_size)."""
+    """Vertices and normals (B, V, 3) -> latents (B, point_latents, point_hidden_size).
+
+    As in a Perceiver, learned queries attend to the Fourier-embedded vertices and normals, then to each other.
+    """
 
     def __init__(self, config: PointillistConfig):
         super().__init__()
@@ -42,11 +41,9 @@ class PointEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, vertices: Tensor, normals: Tensor) -> Tensor:
-        shapes = tuple(vertices.shape), tuple(normals.shape)
-        if shapes[0] != shapes[1] or vertices.ndim != 3 or vertices.shape[-1] != 3:
-            raise ValueError(
-                f"head_vertices and head_normals must both be (B, V, 3), found {shapes[0]} and {shapes[1]}"
-            )
+        shape, other = tuple(vertices.shape), tuple(normals.shape)
+        if shape != other or len(shape) != 3 or shape[-1] != 3:
+            raise ValueError(f"head_vertices and head_normals must both be (B, V, 3), found {shape} and {other}")
         samples = self.config.point_samples
         if samples is not None and samples < vertices.shape[1]:
             read = evenly_spaced(samples, vertices.shape[1], vertices.device)
@@ -67,7 +64,7 @@ class PointEncoder(nn.Module):
 
 
 class ConditionEncoder(nn.Module):
-    """Portrait and head mesh -> condition tokens (B, M, D)."""
+    """Portrait, through DINOv2, and head mesh -> condition tokens (B, M, D), side by side (method figure of AvatarPointillist)."""
 
     def __init__(self, config: PointillistConfig):
         super().__init__()
@@ -88,10 +85,9 @@ class ConditionEncoder(nn.Module):
         self.freeze()
 
     def freeze(self) -> None:
-        """Freeze the portrait encoder, if so configured, and its mask token, since portraits are never masked.
+        """Freeze the portrait encoder, if so configured, and its mask token: portraits are never masked.
 
-        A trainable parameter that no loss reaches would stall distributed training. The constructor, `use_vision` and
-        `PointillistForCausalLM.from_pretrained` have already done this.
+        A trainable parameter that no loss reaches would stall distributed training. The models do this themselves.
         """
         if self.config.use_vision_encoder:
             vision: Any = self.vision
@@ -123,8 +119,10 @@ class ConditionEncoder(nn.Module):
         return self.norm(torch.cat(tokens, dim=1)) if tokens else None
 
     def or_empty(self, condition: Tensor | None, batch: int, drop: Tensor | None) -> Tensor:
-        """The condition, or the learned empty token where there is none or `drop` (B,) is True."""
+        """The condition (B, M, D), or the learned empty token where there is none or `drop` (B,) is True."""
         empty = self.empty[None].expand(batch, -1, -1)
-        if condition is None or drop is None:
-            return empty if condition is None else condition
-        return torch.where(drop[:, None, None].bool(), empty, condition)
+        if condition is None:
+            return empty
+        if len(condition) != batch:
+            raise ValueError(f"condition for {len(condition)} sequences, but {batch} sequences of tokens")
+        return condition if drop is None else torch.where(drop[:, None, None].bool(), empty, condition)

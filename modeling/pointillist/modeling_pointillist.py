@@ -1,13 +1,5 @@
 """The autoregressive point model: a causal transformer decoder that generates a canonical point cloud token by token.
 
-In: token ids (B, L) of `GaussianTokenizer` and condition tokens (B, M, D), made once from a portrait and a head mesh.
-Out: logits (B, L, vocabulary) and the last hidden states; those that *predict* the four tokens of a point become that point's
-feature in the Gaussian decoder.
-
-Each block is self-attention with rotary positions and a sliding window, cross-attention to the condition, and a GELU feed-forward,
-all pre-normalized by RMSNorm: x-transformers' `Decoder(cross_attend=True)`, whose weights load through `convert_x_transformers`
-(AvatarPointillist supplementary, section D).
-
 Axes: B batch, L tokens, M condition tokens, H heads, D width, W window.
 """
 
@@ -32,7 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_pointillist import PointillistConfig
 from .generation_pointillist import PointillistGenerationMixin
 from .generation_ring_cache import additive_mask, self_attention_mask
-from .modeling_compatibility import CACHE_NAMES, cache_argument, holds_cache, takes_cache
+from .modeling_compatibility import CACHE_NAME, CACHE_NAMES, holds_cache, takes_cache
 from .modeling_condition import ConditionEncoder
 
 T = TypeVar("T")
@@ -118,17 +110,10 @@ class PointillistAttention(nn.Module):
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=None if self.is_cross else self.config.sliding_window,
-            **kwargs,
-        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        window = None if self.is_cross else self.config.sliding_window
+        options = dict(dropout=dropout, scaling=self.scaling, sliding_window=window)
+        output, weights = attend(self, query, key, value, attention_mask, **options, **kwargs)
         return self.o_proj(output.flatten(-2)), weights
 
     def condition_keys_values(
@@ -142,8 +127,8 @@ class PointillistAttention(nn.Module):
             raise ValueError("the decoder reads a condition: give `condition` (B, M, D), or use PointillistForCausalLM")
         key, value = self.heads(self.k_proj(condition)), self.heads(self.v_proj(condition))
         if cache is not None:
-            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
             cache.is_updated[self.layer_idx] = True
+            return cache.cross_attention_cache.update(key, value, self.layer_idx)
         return key, value
 
 
@@ -238,7 +223,11 @@ def with_smooth_bins(weight: Tensor, config: PointillistConfig) -> Tensor:
 
 
 class PointillistModel(PointillistPreTrainedModel):
-    """The decoder without its head: embeddings, blocks, final norm. Its condition (B, M, D) is already encoded."""
+    """The decoder without its head: embeddings, blocks, final norm. Its condition (B, M, D) is already encoded.
+
+    Each block is self-attention with rotary positions and a sliding window, cross-attention to the condition, and a GELU
+    feed-forward, all pre-normalized by RMSNorm: x-transformers' `Decoder(cross_attend=True)` (supplementary, section D).
+    """
 
     _keys_to_ignore_on_load_unexpected = [r"^condition_encoder\.", r"^lm_head\."]  # of PointillistForCausalLM
 
@@ -283,9 +272,10 @@ class PointillistModel(PointillistPreTrainedModel):
             condition_mask = additive_mask(condition_mask.bool(), x.dtype).expand(-1, 1, x.shape[1], -1)
 
         rotary = rotary_embedding(self.config, position_ids)
+        own: dict[str, Any] = {CACHE_NAME: cache}
         for layer in self.layers:
-            x = layer(x, condition, mask, condition_mask, rotary, **cache_argument(cache), **kwargs)
-        return PointillistOutput(last_hidden_state=self.norm(x), **cache_argument(cache))
+            x = layer(x, condition, mask, condition_mask, rotary, **own, **kwargs)
+        return PointillistOutput(last_hidden_state=self.norm(x), **own)
 
 
 class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMixin):
@@ -312,7 +302,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         return loaded
 
     def select_inputs(self, inputs: Mapping[str, T]) -> dict[str, T]:
-        """Those of `inputs` that the encoders of this model read: pixel_values, head_vertices and head_normals, or some of them."""
+        """Those of `inputs` (pixel_values, head_vertices, head_normals) that the encoders of this model read."""
         names = ("pixel_values",) * self.config.use_vision_encoder
         names += ("head_vertices", "head_normals") * self.config.use_point_encoder
         return {name: inputs[name] for name in names if name in inputs}
@@ -346,7 +336,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> PointillistOutput:
-        """One pass over token ids (B, L).
+        """One pass.
 
         Args:
             input_ids: (B, L) ids of `GaussianTokenizer`, or `inputs_embeds` (B, L, D).
@@ -361,30 +351,17 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        batch = len(tokens)
         if condition_embeds is None:
             condition_embeds = self.encode_condition(pixel_values, head_vertices, head_normals)
-        condition_embeds = self.condition_encoder.or_empty(condition_embeds, batch, drop_condition)
-        if condition_embeds.shape[0] != batch:
-            raise ValueError(f"condition for {condition_embeds.shape[0]} sequences, but {batch} sequences of tokens")
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            condition=condition_embeds,
-            condition_mask=condition_mask,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        condition = self.condition_encoder.or_empty(condition_embeds, len(tokens), drop_condition)
+        options = dict(cache=cache, use_cache=use_cache, condition=condition, condition_mask=condition_mask)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **options, **kwargs)
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         outputs["last_hidden_state"] = hidden = outputs.last_hidden_state[:, kept]
-        loss = None
         if labels is not None and self.config.loss_within_slot:
-            loss = self.loss_within_slot(hidden, labels, kwargs.get("num_items_in_batch"))
-            return PointillistOutput(loss=loss, **outputs)
-        logits = self.lm_head(hidden)
+            own = self.loss_within_slot(hidden, labels, kwargs.get("num_items_in_batch"))
+            return PointillistOutput(loss=own, **outputs)
+        loss, logits = None, self.lm_head(hidden)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return PointillistOutput(loss=loss, logits=logits, **outputs)
@@ -411,6 +388,3 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
     def num_decoder_parameters(self) -> int:
         """Parameters without the encoders of the condition, as the paper counts them."""
         return sum(p.numel() for module in (self.model, self.lm_head) for p in module.parameters())
-
-
-__all__ = ["PointillistForCausalLM", "PointillistModel", "PointillistPreTrainedModel"]
