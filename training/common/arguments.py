@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from training.common.configs import find_config
-from training.common.parser import DataclassParser
+from training.common.parser import dataclass_parser
 from training.common.process import Interrupted
 
 
@@ -30,6 +30,7 @@ def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
         ValueError: the file is no mapping, or a name is not a field.
     """
     names = [field.name for cls in classes for field in fields(cls) if field.init]
+    flags = ["--help", "--help_all", *(f"--{name}" for name in names)]
     settings = {}
     if argv and not argv[0].startswith("-"):
         path = find_config(argv[0])
@@ -37,12 +38,17 @@ def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
         for name in settings:
             if name not in names:
                 raise ValueError(f"{path}: no field {name!r}{nearest(name, names)}")
-    parser = DataclassParser(classes, settings, description, show_all="--help_all" in argv)
-    for argument in argv:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and not any(known.startswith(flag) for known in parser.flags):
-            raise ValueError(f"no field {flag}{nearest(flag, parser.flags)}; --help lists all")
-    return parser.instances(argv)
+    words = []
+    for word in argv:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            flag = f"--{flag[2:].replace('-', '_')}"
+            if not any(known.startswith(flag) for known in flags):
+                raise ValueError(f"no field {flag}{nearest(flag, flags)}; --help lists all")
+            word = flag + equals + value
+        words.append(word)
+    values = vars(dataclass_parser(classes, settings, description, "--help_all" in words).parse_args(words))
+    return tuple(cls(**{field.name: values[field.name] for field in fields(cls) if field.init}) for cls in classes)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
