@@ -32,9 +32,8 @@ from training.pretraining.windows import EvaluationWindows, TrainWindows, collat
 
 
 def main() -> None:
-    model_arguments, data, arguments = parse_arguments(
-        sys.argv[1:], ModelArguments, DataArguments, PretrainArguments, description=__doc__.split("\n\n")[0]
-    )
+    classes = (ModelArguments, DataArguments, PretrainArguments)
+    model_arguments, data, arguments = parse_arguments(sys.argv[1:], *classes, description=__doc__)
     warn_of_missing_processes(arguments.world_size)
     checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, arguments.output_dir)
     set_seed(arguments.seed)

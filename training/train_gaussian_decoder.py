@@ -46,14 +46,8 @@ from training.decoder.trainer import DecoderTrainer
 
 
 def main() -> None:
-    decoder_arguments, frames, losses, arguments = parse_arguments(
-        sys.argv[1:],
-        DecoderArguments,
-        FrameArguments,
-        LossArguments,
-        DecoderTrainingArguments,
-        description=__doc__.split("\n\n")[0],
-    )
+    classes = (DecoderArguments, FrameArguments, LossArguments, DecoderTrainingArguments)
+    decoder_arguments, frames, losses, arguments = parse_arguments(sys.argv[1:], *classes, description=__doc__)
     warn_of_missing_processes(arguments.world_size)
     checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, arguments.output_dir)
     set_seed(arguments.seed)
@@ -63,14 +57,12 @@ def main() -> None:
     point_model = open_point_model("--point_model", decoder_arguments.point_model, corpus)
     perceptual = perceptual_loss(losses)
     model = build_decoder(decoder_arguments, point_model, corpus)
-    use_heads = point_model.config.use_point_encoder
+    heldout = SubjectRows(corpus, frames.eval_split, point_model.config.use_point_encoder, frames.max_eval_avatars)
     trainer = DecoderTrainer(
         model=model,
         args=arguments,
-        train_dataset=train_subjects(SubjectRows(corpus, "train", use_heads), frames, arguments, point_model),
-        eval_dataset=EvaluationSubjects(
-            SubjectRows(corpus, frames.eval_split, use_heads, frames.max_eval_avatars), frames.max_eval_frames
-        ),
+        train_dataset=train_subjects(corpus, frames, arguments, point_model),
+        eval_dataset=EvaluationSubjects(heldout, frames.max_eval_frames),
         data_collator=partial(collate_subjects, pad_token_id=point_model.config.pad_token_id),
         point_model=point_model,
         head=head,
@@ -103,26 +95,17 @@ def check_head(corpus: Corpus, head: HeadModel, name: str) -> None:
 
 
 def train_subjects(
-    subjects: SubjectRows,
-    frames: FrameArguments,
-    arguments: DecoderTrainingArguments,
-    point_model: PointillistForCausalLM,
+    corpus: Corpus, frames: FrameArguments, arguments: DecoderTrainingArguments, point_model: PointillistForCausalLM
 ) -> TrainSubjects:
     """The training set, with sequences of the point model where the arguments ask for them."""
-    sequences = []
+    subjects, sequences = SubjectRows(corpus, "train", point_model.config.use_point_encoder), []
     if frames.self_generated_ratio:
         folder = Path(frames.feature_cache or arguments.output_dir) / "generated_sequences"
         point_model.to(arguments.device)
         sequences = generated_sequences(point_model, subjects, folder, arguments.seed, not arguments.disable_tqdm)
-    return TrainSubjects(
-        subjects,
-        arguments.max_steps * arguments.items_per_step,
-        frames.num_targets,
-        arguments.seed,
-        frames.random_source,
-        sequences,
-        frames.self_generated_ratio,
-    )
+    num_items = arguments.max_steps * arguments.items_per_step
+    drawn = (num_items, frames.num_targets, arguments.seed, frames.random_source)
+    return TrainSubjects(subjects, *drawn, sequences, frames.self_generated_ratio)
 
 
 def perceptual_loss(losses: LossArguments) -> PerceptualLoss | None:

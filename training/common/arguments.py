@@ -1,8 +1,6 @@
 """Arguments of the training scripts: a YAML file for the run, any field of it again on the command line.
 
-A script names dataclasses, and gets an instance of each. A field is an option `--name value`, read by its type; a value of the file
-replaces the default and is converted and checked like a word of the command line. A name that no class has is refused with
-the nearest one. Nothing here loads transformers, which fitting does not need.
+A script names dataclasses, and gets an instance of each. Nothing here loads transformers, which fitting does not need.
 """
 
 import difflib
@@ -17,6 +15,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
+from gaussian_tokenizer.utils.hub import one_line
 from training.common.configs import find_config
 from training.common.parser import dataclass_parser
 from training.common.process import Interrupted
@@ -24,6 +23,8 @@ from training.common.process import Interrupted
 
 def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
     """`[run.yaml] [--field value ...]` -> one instance of each dataclass; the command line wins over the file.
+
+    The help begins with the first paragraph of `description`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -47,7 +48,8 @@ def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
                 raise ValueError(f"no field {flag}{nearest(flag, flags)}; --help lists all")
             word = flag + equals + value
         words.append(word)
-    values = vars(dataclass_parser(classes, settings, description, "--help_all" in words).parse_args(words))
+    parser = dataclass_parser(classes, settings, description.split("\n\n")[0], "--help_all" in words)
+    values = vars(parser.parse_args(words))
     return tuple(cls(**{field.name: values[field.name] for field in fields(cls) if field.init}) for cls in classes)
 
 
@@ -62,7 +64,7 @@ def read_yaml(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: not YAML ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected fields and values, found {type(content).__name__}")
     return content
@@ -74,10 +76,9 @@ def flag_named(flag: str, value: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{flag} {value}: no such model here, neither as a folder with config.json and model.safetensors nor in the "
-            f"cache of the Hub; correct it, or download it while online (HF_HUB_OFFLINE=0) ({reason})"
+            f"cache of the Hub; correct it, or download it while online (HF_HUB_OFFLINE=0) ({one_line(error)})"
         ) from error
 
 

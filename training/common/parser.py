@@ -43,9 +43,7 @@ def dataclass_parser(
         rest = parser.add_argument_group("The rest of transformers' TrainingArguments.")
         if inherited:
             parser.add_argument("--help_all", action="help", help=argparse.SUPPRESS)
-            lists = (
-                "--help_all lists the other fields of transformers' TrainingArguments; they can be given like these."
-            )
+            lists = "--help_all lists the other fields of transformers' TrainingArguments, which work like these."
             parser.epilog = None if show_all else lists
         for f in sorted((f for f in fields(cls) if f.init), key=lambda f: f.name in inherited):
             seldom = f.name in inherited and f.name not in MOST_USED
