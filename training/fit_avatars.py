@@ -5,10 +5,8 @@
     accelerate launch training/fit_avatars.py training/configs/fit_paper.yaml --data tracked --head flame.safetensors \\
         --output_dir avatars --shorten 20                                                  # on one GPU or several, 30,000 steps
 
-Subjects are distributed over the processes that `accelerate launch` starts. The same command resumes an interrupted run: finished
-subjects are kept, interrupted ones continue from their checkpoints, failed ones are named (`--retry_failed true` tries them again).
-Every field of the YAML file can also be given on the command line. The output is what `gaussian_tokenizer.build_corpus` reads;
-each subject's folder also has `fit_report.json` and `fit.png`.
+The same command resumes an interrupted run: finished subjects are kept, interrupted ones continue from their checkpoints, failed
+ones are named. The output is what `gaussian_tokenizer.build_corpus` reads, each folder with `fit_report.json` and `fit.png`.
 """
 
 import hashlib
@@ -40,7 +38,7 @@ from training.fitting.images import evenly_spread
 from training.fitting.optimization import Fit, optimize
 from training.fitting.queue import Job, order_of
 from training.fitting.report import fit_report, write_report
-from training.fitting.state import FitState
+from training.fitting.state import FitState, saved_identity
 
 POLL_SECONDS = 1.0
 STEPS_BETWEEN_UPDATES = 50  # of the numbers in the progress bar
@@ -133,8 +131,8 @@ class Worker:
         tracking = load_tracking(job.source, self.head)
         fit = Fit(tracking, self.head, self.settings, self.device, self.arguments.image_cache)
         identity = {"settings": self.settings.to_dict(), "data": fingerprint(tracking, self.head)}
-        if job.failure() is not None:
-            job.forget_unless(identity)  # its data may have been corrected
+        if job.failure() is not None and job.checkpoint.exists() and saved_identity(job.checkpoint) != identity:
+            job.checkpoint.unlink()  # its data may have been corrected
         job.check_checkpoint(identity)
         state = FitState.load(job.checkpoint, self.device) if job.checkpoint.exists() else fit.begin()
         self.optimize(job, fit, state, identity)

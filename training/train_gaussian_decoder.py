@@ -7,7 +7,7 @@
         --lpips_weights vgg16-397923af.pth
     ... --resume_from_checkpoint true                                                                   # resume exactly
 
-Every field of the YAML file can also be given on the command line. The output folder holds a decoder that
+The output folder holds a decoder that
 `GaussianDecoder.from_pretrained` opens, a model card and `training_report.json`.
 """
 
@@ -20,14 +20,14 @@ import torch
 from transformers import set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
+from gaussian_tokenizer.avatars.avatar_files import check_hash
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
-from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.checks import check_width
 from modeling.point_features import FeatureCache
 from training.common.arguments import exit_on_user_error, flag_named, parse_arguments
-from training.common.exact_trainer import checkpoint_to_resume, steps_ahead
+from training.common.exact_trainer import checkpoint_to_resume
 from training.common.model_card import model_card
 from training.common.models import open_point_model
 from training.common.process import warn_of_missing_processes
@@ -53,7 +53,8 @@ def main() -> None:
     set_seed(arguments.seed)
     corpus = load_corpus(frames.corpus)
     head = load_head(frames.head)
-    check_head(corpus, head, frames.head)
+    made_on = corpus.manifest["head"]
+    check_hash(f"--head {frames.head}: the corpus {corpus.path}", made_on["name"], made_on["hash"], head)
     point_model = open_point_model("--point_model", decoder_arguments.point_model, corpus)
     perceptual = perceptual_loss(losses)
     model = build_decoder(decoder_arguments, point_model, corpus)
@@ -71,27 +72,11 @@ def main() -> None:
         cache=FeatureCache(frames.feature_cache, point_model) if frames.feature_cache else None,
         animation=frames.animation,
     )
-    if trainer.is_world_process_zero():
-        subjects = trainer.train_dataset.subjects
-        print(
-            f"{get_model_param_count(model) / 1e6:.1f} M parameters, mode {model.config.mode}; {len(subjects)} subjects with "
-            f"{len(subjects.frames)} frames; "
-            + steps_ahead(checkpoint, arguments.max_steps, f"{arguments.items_per_step} subjects")
-            + f", {frames.num_targets} frames of each",
-            flush=True,
-        )
-    metrics = trainer.train_and_evaluate(checkpoint)
+    subjects = trainer.train_dataset.subjects
+    about = f"{get_model_param_count(model) / 1e6:.1f} M parameters, mode {model.config.mode}; "
+    about += f"{len(subjects)} subjects with {len(subjects.frames)} frames; "
+    metrics = trainer.train_and_evaluate(checkpoint, about, f"subjects, {frames.num_targets} frames of each")
     trainer.save_finished(partial(summarize, trainer, corpus, metrics))
-
-
-def check_head(corpus: Corpus, head: HeadModel, name: str) -> None:
-    """Raise `ValueError` unless the corpus was made on this head model."""
-    made_on = corpus.manifest["head"]
-    if made_on["hash"] != head.hash:
-        raise ValueError(
-            f"the corpus {corpus.path} was made on head model {made_on['name']!r} (hash {made_on['hash']}), but --head "
-            f"{name} has hash {head.hash}; give that head model"
-        )
 
 
 def train_subjects(
@@ -113,11 +98,6 @@ def perceptual_loss(losses: LossArguments) -> PerceptualLoss | None:
     if not losses.lpips_weight:
         print("note: trained without LPIPS (--lpips_weight 0), unlike the paper", file=sys.stderr, flush=True)
         return None
-    if losses.lpips_weights is None:
-        raise ValueError(
-            f"--lpips_weight {losses.lpips_weight} needs the weights of its network: give --lpips_weights FILE (torchvision's "
-            "vgg16-397923af.pth), or leave the perceptual loss out with --lpips_weight 0"
-        )
     return PerceptualLoss(losses.lpips_weights)
 
 

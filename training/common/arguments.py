@@ -16,19 +16,16 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from gaussian_tokenizer.utils.hub import one_line
-from training.common.configs import find_config
 from training.common.parser import dataclass_parser
 from training.common.process import Interrupted
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
     """`[run.yaml] [--field value ...]` -> one instance of each dataclass; the command line wins over the file.
 
-    The help begins with the first paragraph of `description`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is no mapping, or a name is not a field.
+    The help begins with the first paragraph of `description`. ValueError if the file is no mapping, or a name is not a field.
     """
     names = [field.name for cls in classes for field in fields(cls) if field.init]
     flags = ["--help", "--help_all", *(f"--{name}" for name in names)]
@@ -51,6 +48,19 @@ def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
     parser = dataclass_parser(classes, settings, description.split("\n\n")[0], "--help_all" in words)
     values = vars(parser.parse_args(words))
     return tuple(cls(**{field.name: values[field.name] for field in fields(cls) if field.init}) for cls in classes)
+
+
+def find_config(name: str) -> Path:
+    """The YAML file at the path `name`, or the toolkit's config of that name: `debug` is training/configs/debug.yaml.
+
+    Raises `FileNotFoundError` that lists the names where there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    if name not in shipped:
+        raise FileNotFoundError(f"{name}: no such config file; give a path, or a name of {', '.join(shipped)}")
+    return shipped[name]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

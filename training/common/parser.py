@@ -28,11 +28,7 @@ def dataclass_parser(
 
     Fields that a class inherits from another package, such as the hundred of `TrainingArguments`, are shown by `--help_all`,
     and by `--help` if they are among the most used.
-
-    Args:
-        classes: the first lines of their docstrings are the titles of the groups.
-        settings: values of fields that replace the defaults.
-        show_all: whether the help shows inherited fields too.
+    Titles of groups are the first lines of docstrings; `settings` replace the defaults.
     """
     usage = "%(prog)s [config.yaml] [--field value ...]"
     parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=_Help)
@@ -47,9 +43,9 @@ def dataclass_parser(
             parser.epilog = None if show_all else lists
         for f in sorted((f for f in fields(cls) if f.init), key=lambda f: f.name in inherited):
             seldom = f.name in inherited and f.name not in MOST_USED
-            keywords = _takes(hints[f.name]) | _default(f, settings)
-            text = argparse.SUPPRESS if seldom and not show_all else explanation(cls, f.name) + _noted(keywords)
-            (rest if seldom else group).add_argument(f"--{f.name}", help=text, **keywords)
+            default, note = _default(f, settings)
+            text = argparse.SUPPRESS if seldom and not show_all else explanation(cls, f.name) + note
+            (rest if seldom else group).add_argument(f"--{f.name}", help=text, **default, **_takes(hints[f.name]))
     return parser
 
 
@@ -63,9 +59,8 @@ def inherited_fields(cls: type) -> list[str]:
 
 def explanation(cls: type, name: str) -> str:
     """The help of a field, or that of a base class for a field that only gets another default."""
-    declared = [vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__]
-    texts = [f.metadata.get("help", "") for f in declared if f is not None]
-    return next((text for text in texts if text), "")
+    declared = (vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__)
+    return next((f.metadata["help"] for f in declared if f is not None and "help" in f.metadata), "")
 
 
 def true_or_false(word: str) -> bool:
@@ -93,23 +88,17 @@ def _takes(hint: Any) -> dict[str, Any]:
     return {"type": kind, "metavar": TYPES.get(getattr(kind, "__name__", ""), "VALUE"), **more}
 
 
-def _default(field: Field, settings: Mapping[str, Any]) -> dict[str, Any]:
-    if field.name in settings:
-        value = settings[field.name]
-        # argparse converts and checks defaults that are text.
-        return {"default": str(value) if isinstance(value, bool | int | float) else value}
-    if field.default_factory is not MISSING:
-        return {"default": field.default_factory()}
-    return {"required": True} if field.default is MISSING else {"default": field.default}
-
-
-def _noted(keywords: Mapping[str, Any]) -> str:
-    """What the help says of a field's default."""
-    default = keywords.get("default")
-    if default is None:
-        return " (required)" if "required" in keywords else ""
-    shown = default.value if isinstance(default, Enum) else default
-    return f" (default: {shown})".replace("%", "%%")
+def _default(field: Field, settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The arguments of `add_argument` for a default, and what the help says of it."""
+    value = settings.get(field.name, field.default)
+    if field.name in settings and isinstance(value, bool | int | float):
+        value = str(value)  # argparse converts and checks defaults that are text
+    elif field.name not in settings and field.default_factory is not MISSING:
+        value = field.default_factory()
+    if value is MISSING:
+        return {"required": True}, " (required)"
+    shown = value.value if isinstance(value, Enum) else value
+    return {"default": value}, "" if value is None else f" (default: {shown})".replace("%", "%%")
 
 
 class _Help(argparse.HelpFormatter):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from gaussian_tokenizer.avatars.skinning import ANIMATIONS
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import GaussianDecoderConfig, PointillistConfig
-from training.common.models import box, shared_fields
+from training.common.models import shared_fields
 from training.common.parser import option
 from training.common.training_arguments import PretrainArguments
 
@@ -36,7 +36,7 @@ class DecoderArguments:
         if frozen is None:
             frozen = point_config.use_vision_encoder and point_config.freeze_vision_encoder
         return GaussianDecoderConfig(
-            **shared_fields(self, GaussianDecoderConfig) | {"freeze_vision_encoder": frozen} | box(tokenizer),
+            **shared_fields(self, GaussianDecoderConfig, tokenizer) | {"freeze_vision_encoder": frozen},
             point_feature_size=point_config.hidden_size,
             vision_config=point_config.vision_config,
         )
@@ -87,4 +87,3 @@ class DecoderTrainingArguments(PretrainArguments):
     weight_decay: float = 0.05
     per_device_train_batch_size: int = 1
     per_device_eval_batch_size: int = 1
-    max_grad_norm: float = 1.0

@@ -21,12 +21,12 @@ class PerceptualLoss(nn.Module):
     `weights` is torchvision's `vgg16-397923af.pth`, or another state dict of its VGG16: nothing is downloaded.
     """
 
-    def __init__(self, weights: str | Path):
+    def __init__(self, weights: str | Path | None):
         super().__init__()
-        path = Path(weights)
+        path = Path(weights or "")
         if not path.is_file():
             raise FileNotFoundError(
-                f"--lpips_weights {path}: no such file; expected torchvision's VGG16 (vgg16-397923af.pth), downloaded once "
+                f"--lpips_weights {weights}: no such file; give torchvision's VGG16 (vgg16-397923af.pth), downloaded once "
                 "while online. To train without the perceptual loss say --lpips_weight 0"
             )
         try:

@@ -48,11 +48,7 @@ class SubjectRows:
         return {"input_ids": self.rows.sequence(row)} | shapes | self.rows.condition(row, pick)
 
     def targets(self, frame_rows: list[int]) -> dict[str, np.ndarray]:
-        """Images (C, H, W, 4) float32 in 0..1 with their opacity, cameras and head parameters of those frames.
-
-        Raises:
-            ValueError: two images are not of one size.
-        """
+        """Images (C, H, W, 4) float32 in 0..1 with their opacity, cameras and head parameters of those frames."""
         frames = [self.frames[row] for row in frame_rows]
         images = [rgba(frame["image"]) for frame in frames]
         for frame, image in zip(frames, images):

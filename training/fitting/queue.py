@@ -55,11 +55,6 @@ class Job:
                 "it to begin again"
             )
 
-    def forget_unless(self, identity: Mapping[str, Any]) -> None:
-        """Remove a checkpoint of another fit."""
-        if self.checkpoint.exists() and saved_identity(self.checkpoint) != dict(identity):
-            self.checkpoint.unlink()
-
     def failure(self) -> dict[str, Any] | None:
         """`reason` and number of `attempts` if the subject failed."""
         try:

@@ -39,7 +39,8 @@ ERROR_GAIN = 4  # factor by which errors are amplified in the image
 def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_images: int) -> dict[str, Any]:
     """The content of `fit_report.json`; metrics of a split without images are None."""
     avatar, splits = avatar.to(fit.head.device), fit.tracking.splits
-    judged, metrics = [], {}
+    judged: list[int] = []
+    metrics: dict[str, Any] = {}
     for name, split in (("", "val"), ("_timesteps", "test"), ("_train", "train")):
         indices = evenly_spread(fit.tracking, splits[split], max_images)
         metrics[f"psnr{name}"], metrics[f"ssim{name}"] = image_metrics(fit, avatar, indices)

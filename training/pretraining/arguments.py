@@ -7,7 +7,7 @@ from transformers import Dinov2Config
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
 from training.common.arguments import flag_named
-from training.common.models import box, shared_fields
+from training.common.models import shared_fields
 from training.common.parser import option
 
 
@@ -58,9 +58,10 @@ class ModelArguments:
                 image_size=tokenizer.image_size,
             )
         frozen = bool(self.vision_model) if self.freeze_vision_encoder is None else self.freeze_vision_encoder
-        vocabulary = {"n_bins": tokenizer.n_bins, "n_faces": tokenizer.n_faces}
         return PointillistConfig(
-            **shared_fields(self, PointillistConfig) | {"freeze_vision_encoder": frozen} | vocabulary | box(tokenizer),
+            **shared_fields(self, PointillistConfig, tokenizer) | {"freeze_vision_encoder": frozen},
+            n_bins=tokenizer.n_bins,
+            n_faces=tokenizer.n_faces,
             vision_config=vision,
         )
 
