@@ -5,8 +5,8 @@
     accelerate launch --config_file accelerate_config.yaml training/pretrain.py training/configs/paper.yaml --corpus CORPUS
     ... --resume_from_checkpoint true                                                                  # resume exactly
 
-The output folder holds a model that
-`AutoModelForCausalLM.from_pretrained` opens, its tokenizer, a model card and `training_report.json`.
+The output folder holds a model that `AutoModelForCausalLM.from_pretrained` opens, its tokenizer, a model card and
+`training_report.json`. Every field of the YAML file can also be given on the command line.
 """
 
 import sys

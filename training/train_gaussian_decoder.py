@@ -7,8 +7,8 @@
         --lpips_weights vgg16-397923af.pth
     ... --resume_from_checkpoint true                                                                   # resume exactly
 
-The output folder holds a decoder that
-`GaussianDecoder.from_pretrained` opens, a model card and `training_report.json`.
+The output folder holds a decoder that `GaussianDecoder.from_pretrained` opens, a model card and `training_report.json`. Every
+field of the YAML file can also be given on the command line.
 """
 
 import copy

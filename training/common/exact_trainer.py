@@ -68,9 +68,8 @@ class ExactTrainer(Trainer):
     def train_and_evaluate(self, checkpoint: str | None, about: str, items: str) -> dict[str, float]:
         """Print what is trained on how many items, train; returns the metrics of the last step."""
         if self.is_world_process_zero():
-            print(
-                about + steps_ahead(checkpoint, self.args.max_steps, f"{self.args.items_per_step} {items}"), flush=True
-            )
+            ahead = steps_ahead(checkpoint, self.args.max_steps, f"{self.args.items_per_step} {items}")
+            print(about + ahead, flush=True)
         self.train(resume_from_checkpoint=checkpoint)
         evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
         if evaluations and evaluations[-1]["step"] == self.state.global_step:
