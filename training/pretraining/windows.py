@@ -1,12 +1,6 @@
-"""Training windows: the corpus as an endless, exactly repeatable sequence of batches.
+"""Windows of `sliding_window` tokens that begin between two points (truncated training: Meshtron).
 
-A token sequence may be ten times as long as the attention window, so the model is trained on windows of `sliding_window` tokens
-that begin between two points (truncated training: Meshtron). Item i of `TrainWindows` depends only on the seed and on i, so a
-resumed run, or one with another number of workers, sees the same data. A window that would extend beyond the sequence is moved
-inside: both ends of the sequence are then seen as often as its middle, and the tokens next to them up to three times as often.
-
-`EvaluationWindows` predict every held-out token once, with at least half a window of context where there is that much.
-Axes: B batch, L tokens, V vertices.
+A token sequence may be ten times as long as the attention window. Axes: B batch, L tokens.
 """
 
 from collections.abc import Mapping
@@ -23,7 +17,10 @@ from training.common.rows import AvatarRows, shuffled_row
 
 @dataclass(eq=False)
 class TrainWindows(Dataset):
-    """`num_items` windows; each epoch has every avatar once, in another order."""
+    """`num_items` windows; each epoch has every avatar once, in another order.
+
+    Item i depends only on the seed and on i, so a resumed run, or one with another number of workers, sees the same data.
+    """
 
     rows: AvatarRows
     window: int  # tokens in a window, a multiple of 4
@@ -43,18 +40,14 @@ class TrainWindows(Dataset):
         ids = self.rows.sequence(row)
         start = window_start(len(ids), self.window, random)
         ids = ids[start : start + self.window]
-        return {
-            "input_ids": ids,
-            "labels": ids,
-            "drop_condition": random.random() < self.condition_dropout,
-            **self.rows.condition(row, random),
-        }
+        dropped = random.random() < self.condition_dropout
+        return {"input_ids": ids, "labels": ids, "drop_condition": dropped, **self.rows.condition(row, random)}
 
 
 def window_start(length: int, window: int, random: np.random.Generator) -> int:
-    """A random start between two points: no token is covered less often than one in the middle of a long sequence.
+    """A random start between two points; a window that would extend beyond the sequence is moved inside.
 
-    Whole windows cannot do better: a window that covers the first token covers all of the first window.
+    Both ends of a sequence are then seen as often as its middle, and the tokens next to them up to three times as often.
     """
     last = max(0, -(-(length - window) // 4) * 4)
     start = 4 * int(random.integers(-(window // 4) + 1, -(-length // 4)))
@@ -64,7 +57,7 @@ def window_start(length: int, window: int, random: np.random.Generator) -> int:
 class EvaluationWindows(Dataset):
     """Windows that together predict each token once, of all avatars or the first `max_avatars`.
 
-    A window after the first starts half a window earlier and counts only its newer half (labels are -100 elsewhere).
+    A window after the first starts half a window earlier, as context, and counts only its newer half (labels are -100 elsewhere).
     """
 
     def __init__(self, rows: AvatarRows, window: int, max_avatars: int | None = None):
@@ -96,11 +89,8 @@ def collate_windows(items: list[Mapping[str, Any]], pad_token_id: int) -> dict[s
         for name, padding in (("input_ids", pad_token_id), ("labels", -100))
     )
     labels[:, 0] = -100  # nothing predicts the first token
-    batch = {
-        "input_ids": input_ids,
-        "labels": labels,
-        "drop_condition": torch.tensor([item["drop_condition"] for item in items]),
-    }
+    dropped = torch.tensor([item["drop_condition"] for item in items])
+    batch = {"input_ids": input_ids, "labels": labels, "drop_condition": dropped}
     for name in ("pixel_values", "head_vertices", "head_normals"):
         if name in items[0]:
             batch[name] = torch.from_numpy(np.stack([item[name] for item in items]))
