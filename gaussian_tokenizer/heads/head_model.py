@@ -9,24 +9,22 @@ uses them: joints are regressed from the shaped vertices, correctives are linear
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
 from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix
 from gaussian_tokenizer.heads.head_parameters import ROTATION_KEYS, HeadParameters
-from gaussian_tokenizer.utils.atomic import atomic_file
-from gaussian_tokenizer.utils.json_files import parse_json
+from gaussian_tokenizer.utils.tensor_files import TensorFormat
 
 JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
-FORMAT = "avatar-pointillist head model 1"
+HEAD_FILE = TensorFormat(
+    "a head model file", "head_model", "avatar-pointillist head model 1", "make one with HeadModel.save"
+)
 WEIGHT_ERROR = 1e-3  # of skinning weights, in all: many times what float32 or a text file costs
 # The tensors that decide where a vertex goes: what the hash covers, in this order.
 GEOMETRY = (
@@ -70,7 +68,7 @@ class HeadModel:
     regions: Mapping[str, Tensor]  # name -> (V,) bool
 
     def __post_init__(self) -> None:
-        scalars = [name for name, value in self.__dict__.items() if isinstance(value, Tensor) and value.ndim == 0]
+        scalars = [name for name, value in self._tensors().items() if value.ndim == 0]
         if scalars:
             raise ValueError(f"head model {self.name!r}: {', '.join(scalars)} is one number, expected an array")
         vertices, joints = self.template.shape[0], len(JOINTS)
@@ -121,6 +119,9 @@ class HeadModel:
     def n_joints(self) -> int:
         return self.skinning_weights.shape[-1]
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.__dict__.items() if isinstance(value, Tensor)}
+
     @functools.cached_property
     def hash(self) -> str:
         """16 hex digits that name the geometry: equal for equal tensors, whatever the model or its file is called."""
@@ -137,11 +138,7 @@ class HeadModel:
 
     def to(self, device: torch.device | str) -> "HeadModel":
         """The same model with every tensor on `device`."""
-        moved = {
-            field.name: value.to(device)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
+        moved = {name: value.to(device) for name, value in self._tensors().items()}
         regions = {region: mask.to(device) for region, mask in self.regions.items()}
         return dataclasses.replace(self, **moved, regions=regions)  # type: ignore[arg-type]
 
@@ -224,31 +221,17 @@ class HeadModel:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
-        tensors = {
-            field.name: value.detach().cpu().contiguous()
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        tensors |= {f"region.{region}": mask.cpu().contiguous() for region, mask in self.regions.items()}
-        strings = {"name": self.name, "parents": self.parents, "expression_names": self.expression_names}
-        # One metadata entry: safetensors does not promise the order of several, and equal models give equal files.
-        content = serialize(tensors, metadata={"head_model": json.dumps({"format": FORMAT} | strings)})
-        with atomic_file(path) as file:
-            file.write(content)
+        regions = {f"region.{region}": mask for region, mask in self.regions.items()}
+        about = {"name": self.name, "parents": self.parents, "expression_names": self.expression_names}
+        HEAD_FILE.write(path, self._tensors() | regions, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "HeadModel":
         """Read what `save` wrote; `ValueError` naming the file if it is cut, not a head model, or inconsistent."""
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such head model file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or convert it again") from error
-        strings = _read_metadata(path, metadata)
+        with HEAD_FILE.opened(path) as (about, file):
+            strings = _read_metadata(about)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         regions = {
             key.removeprefix("region."): tensors.pop(key) for key in sorted(tensors) if key.startswith("region.")
         }
@@ -288,18 +271,10 @@ def blend_joints(weights: Tensor, transforms: Tensor, points: Tensor) -> tuple[T
     return (blended[..., :3] @ points[..., None])[..., 0] + blended[..., 3], blended[..., :3]
 
 
-def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict:
-    try:
-        strings = parse_json(metadata["head_model"], path)
-        if strings.pop("format") != FORMAT:
-            raise ValueError("another format")
-        name, parents, expressions = strings["name"], strings["parents"], strings["expression_names"]
-        if not isinstance(parents, list) or any(type(parent) is not int for parent in parents):
-            raise ValueError("parents must be whole numbers")
-        if not isinstance(expressions, list) or any(not isinstance(each, str) for each in (name, *expressions)):
-            raise ValueError("names must be text")
-        return {"name": name, "parents": tuple(parents), "expression_names": tuple(expressions)}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a head model file (no {FORMAT!r} metadata); make one with HeadModel.save"
-        ) from error
+def _read_metadata(about: Mapping[str, Any]) -> dict[str, Any]:
+    name, parents, expressions = about["name"], about["parents"], about["expression_names"]
+    if not isinstance(parents, list) or any(type(parent) is not int for parent in parents):
+        raise ValueError("parents must be whole numbers")
+    if not isinstance(expressions, list) or any(not isinstance(each, str) for each in (name, *expressions)):
+        raise ValueError("names must be text")
+    return {"name": name, "parents": tuple(parents), "expression_names": tuple(expressions)}
