@@ -1,9 +1,6 @@
 """The head model: a triangle mesh with blendshapes, pose correctives and linear blend skinning.
 
-Everything an avatar is anchored to. `HeadParameters` go in, posed vertices and one rigid transform per joint come out,
-differentiable and batched over frames. A head model is made once, by `loading.load_head`, and is
-kept as one safetensors file. The formulas are those of SMPL (Loper et al. 2015, eq. 2-10) as FLAME (Li et al. 2017)
-uses them: joints are regressed from the shaped vertices, correctives are linear in the entries of R - I.
+Formulas: SMPL (Loper et al. 2015, eq. 2-10) as used by FLAME (Li et al. 2017).
 """
 
 import dataclasses
@@ -25,17 +22,10 @@ JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
 HEAD_FILE = TensorFormat(
     "a head model file", "head_model", "avatar-pointillist head model 1", "make one with HeadModel.save"
 )
-WEIGHT_ERROR = 1e-3  # of skinning weights, in all: many times what float32 or a text file costs
-# The tensors that decide where a vertex goes: what the hash covers, in this order.
-GEOMETRY = (
-    "template",
-    "faces",
-    "shape_dirs",
-    "expression_dirs",
-    "pose_dirs",
-    "joint_regressor",
-    "skinning_weights",
-)
+PARENTS = (-1, 0, 1, 1, 1)  # of the joints, in every model that is built here
+WEIGHT_ERROR = 1e-3  # of the sum of a vertex's skinning weights: well above rounding errors
+# What the hash covers, in this order: the tensors that decide where a vertex goes.
+GEOMETRY = ("template", "faces", "shape_dirs", "expression_dirs", "pose_dirs", "joint_regressor", "skinning_weights")
 
 
 class PosedHead(NamedTuple):
@@ -68,9 +58,10 @@ class HeadModel:
     regions: Mapping[str, Tensor]  # name -> (V,) bool
 
     def __post_init__(self) -> None:
+        what = f"head model {self.name!r}"
         scalars = [name for name, value in self._tensors().items() if value.ndim == 0]
         if scalars:
-            raise ValueError(f"head model {self.name!r}: {', '.join(scalars)} is one number, expected an array")
+            raise ValueError(f"{what}: {', '.join(scalars)} is one number, expected an array")
         vertices, joints = self.template.shape[0], len(JOINTS)
         expected = {
             "template": (vertices, 3),
@@ -88,16 +79,16 @@ class HeadModel:
         found |= {f"region {region}": mask for region, mask in self.regions.items()}
         for field, shape in expected.items():
             if tuple(found[field].shape) != shape:
-                raise ValueError(f"head model {self.name!r}: {field} is {tuple(found[field].shape)}, expected {shape}")
+                raise ValueError(f"{what}: {field} is {tuple(found[field].shape)}, expected {shape}")
         for region, mask in self.regions.items():
             if mask.dtype != torch.bool:
-                raise ValueError(f"head model {self.name!r}: region {region} is {mask.dtype}, expected torch.bool")
+                raise ValueError(f"{what}: region {region} is {mask.dtype}, expected torch.bool")
         if not vertices or not self.n_faces:
-            raise ValueError(f"head model {self.name!r}: {vertices} vertices and {self.n_faces} faces, expected a mesh")
+            raise ValueError(f"{what}: {vertices} vertices and {self.n_faces} faces, expected a mesh")
         if len(self.parents) != joints or self.parents[0] != -1:
-            raise ValueError(f"head model {self.name!r}: parents are {self.parents}, expected {joints} with -1 first")
+            raise ValueError(f"{what}: parents are {self.parents}, expected {joints} with -1 first")
         if any(not 0 <= parent < joint for joint, parent in enumerate(self.parents) if joint):
-            raise ValueError(f"head model {self.name!r}: parents {self.parents} must come before their children")
+            raise ValueError(f"{what}: parents {self.parents} must come before their children")
 
     @property
     def n_vertices(self) -> int:
@@ -124,7 +115,7 @@ class HeadModel:
 
     @functools.cached_property
     def hash(self) -> str:
-        """16 hex digits that name the geometry: equal for equal tensors, whatever the model or its file is called."""
+        """16 hex digits that identify the geometry, whatever the model or its file is called."""
         digest = hashlib.sha256(repr(self.parents).encode())
         for field in GEOMETRY:
             tensor = getattr(self, field)
@@ -173,10 +164,9 @@ class HeadModel:
         return self.shaped(params.canonical())[0]
 
     def pose(self, params: HeadParameters, pose_correctives: bool = True) -> PosedHead:
-        """Pose every frame of `params`; computed in the dtype and on the device of `params`.
+        """Pose every frame of `params`, in their dtype and on their device.
 
-        The translation is applied last and is part of `joint_transforms`, so that
-        vertex = sum_j weight_j * (joint_transform_j applied to the shaped and corrected vertex).
+        The translation is part of `joint_transforms`: vertex = sum_j weight_j * joint_transform_j(rest vertex).
         """
         rest_vertices, transforms = self.articulate(params, pose_correctives)
         vertices, _ = blend_joints(self.skinning_weights.to(rest_vertices), transforms, rest_vertices)
@@ -232,9 +222,8 @@ class HeadModel:
         with HEAD_FILE.opened(path) as (about, file):
             strings = _read_metadata(about)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        regions = {
-            key.removeprefix("region."): tensors.pop(key) for key in sorted(tensors) if key.startswith("region.")
-        }
+        masks = [key for key in sorted(tensors) if key.startswith("region.")]
+        regions = {key.removeprefix("region."): tensors.pop(key) for key in masks}
         expected = {field.name for field in dataclasses.fields(cls)} - {*strings, "regions"}
         if set(tensors) != expected:
             missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
@@ -253,11 +242,11 @@ class HeadModel:
             if tensors[key].numel() and not 0 <= int(tensors[key].min()) <= int(tensors[key].max()) < size:
                 raise ValueError(f"{path}: {key} has an index outside 0..{size - 1}")
         sums = head.skinning_weights.sum(1)
-        worst = int((sums - 1).abs().argmax())
-        if abs(float(sums[worst]) - 1) > WEIGHT_ERROR or float(head.skinning_weights.min()) < -WEIGHT_ERROR:
+        worst, least = int((sums - 1).abs().argmax()), float(head.skinning_weights.min())
+        if abs(float(sums[worst]) - 1) > WEIGHT_ERROR or least < -WEIGHT_ERROR:
             raise ValueError(
                 f"{path}: skinning_weights of vertex {worst} sum to {float(sums[worst]):.4g}, the least weight is "
-                f"{float(head.skinning_weights.min()):.4g}; expected weights from 0 that sum to 1: make the file again"
+                f"{least:.4g}; expected weights from 0 that sum to 1: make the file again"
             )
         return head
 

@@ -1,30 +1,24 @@
 """ICT-FaceKit (the ICT Face Model Light: MIT license, made from scans) as a head model.
 
-Upstream is a folder of OBJ files in one topology: a neutral head, identity modes, expressions; each file holds absolute
-positions, the shape is the difference from the neutral. There is no rig, so joints and skinning weights are made here:
-the eyeballs turn about their centers, the jaw follows what the `jawOpen` shape moves, the neck blends by height.
-Centimeters become meters, quads are cut along their shorter diagonal, and the head is moved so that the point between
-the eyes is where the procedural head has it. Paper: Li et al., "Learning Formation of Physically-Based Face
-Attributes", CVPR 2020.
+Upstream is a folder of OBJ files of one topology: a neutral head, identities, expressions. It has no rig: joints and skinning
+weights are made here. Paper: Li et al., "Learning Formation of Physically-Based Face Attributes", CVPR 2020.
 """
 
 import re
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from gaussian_tokenizer.heads.head_model import JOINTS, HeadModel
 from gaussian_tokenizer.heads.rigging import (
     BETWEEN_EYES,
     above_hairline,
     below_jaw,
+    build_head,
     fit_joint_regressor,
     in_beard,
-    rounded,
     smoothstep,
     split_quads,
-    vertices_as_face_points,
 )
 from gaussian_tokenizer.utils.json_files import read_json
 
@@ -46,14 +40,14 @@ NECK, ROOT = np.array((0.0, -9.5, -0.8)), np.array((0.0, -15.5, -1.6))
 def read_ict(folder: str | Path, teeth: bool = False) -> HeadModel:
     """The upstream folder, or its `FaceXModel`, -> `HeadModel` with the identities and expressions that have a file.
 
-    Kept: face, head and neck, the sockets of mouth and eyes, and the eyeballs (34,332 triangles); with `teeth` the
-    gums, tongue and teeth as well. Lashes and the films around the eyes are left out.
+    Centimeters become meters. Kept are skin, eye and mouth sockets and eyeballs (34,332 triangles), with `teeth` gums, tongue and
+    teeth as well; not eyelashes and the films around the eyes.
     """
     folder = _model_folder(Path(folder))
     neutral, faces = _read_neutral(folder / NEUTRAL)
-    names = _read_indices(folder / INDICES)
+    names, landmark_vertices = _read_indices(folder / INDICES)
     identities = sorted(path.stem for path in folder.glob("identity*.obj") if re.fullmatch(r"identity\d+", path.stem))
-    expressions = [name for name in names["expressions"] if (folder / f"{name}.obj").is_file()]
+    expressions = [name for name in names if (folder / f"{name}.obj").is_file()]
     if "jawOpen" not in expressions:
         raise FileNotFoundError(f"{folder}: lacks jawOpen.obj, from which the weights of the jaw are made")
     shape_dirs = _differences(folder, identities, neutral)
@@ -69,28 +63,24 @@ def read_ict(folder: str | Path, teeth: bool = False) -> HeadModel:
     centers = {name: _sphere_center(neutral[vertices]) for name, vertices in SCLERA_VERTICES.items()}
     origin = (centers["left_eye"] + centers["right_eye"]) / 2 - 100 * BETWEEN_EYES
     weights = _skinning_weights(neutral, expression_dirs[:, :, expressions.index("jawOpen")])
-    regressor = _joint_regressor(neutral[kept], kept, centers)
     new_index = np.full(N_VERTICES, -1)
     new_index[kept] = np.arange(len(kept))
-    landmarks = new_index[names["idx_to_landmark_verts"]]
+    landmarks = new_index[landmark_vertices]
     if (landmarks < 0).any():
         raise ValueError(f"{folder / INDICES}: a landmark lies on a part that is not kept")
-    landmark_faces, barycentrics = vertices_as_face_points(triangles, landmarks)
-    regions = _regions((neutral - origin) / 100, np.asarray(names["idx_to_landmark_verts"]))
-    return HeadModel(
-        name="ict-facekit",
-        template=rounded((neutral[kept] - origin) / 100),
-        faces=torch.from_numpy(triangles.astype(np.int64)),
-        shape_dirs=rounded(shape_dirs[kept] / 100),
-        expression_dirs=rounded(expression_dirs[kept] / 100),
-        pose_dirs=torch.zeros(len(kept), 3, 9 * (len(JOINTS) - 1)),
-        joint_regressor=rounded(regressor),
-        skinning_weights=rounded(weights[kept]),
-        parents=(-1, 0, 1, 1, 1),
-        expression_names=tuple(expressions),
-        landmark_faces=torch.from_numpy(landmark_faces),
-        landmark_barycentrics=torch.from_numpy(barycentrics).float(),
-        regions={name: torch.from_numpy(mask[kept]) for name, mask in regions.items()},
+    regions = _regions((neutral - origin) / 100, landmark_vertices)
+    return build_head(
+        "ict-facekit",
+        triangles,
+        expressions,
+        landmarks,
+        {name: mask[kept] for name, mask in regions.items()},
+        template=(neutral[kept] - origin) / 100,
+        shape_dirs=shape_dirs[kept] / 100,
+        expression_dirs=expression_dirs[kept] / 100,
+        pose_dirs=np.zeros((len(kept), 3, 9 * (len(JOINTS) - 1))),
+        joint_regressor=_joint_regressor(neutral[kept], kept, centers),
+        skinning_weights=weights[kept],
     )
 
 
@@ -130,7 +120,8 @@ def _read_neutral(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return vertices, np.array([face if len(face) == 4 else [*face, face[-1]] for face in faces])
 
 
-def _read_indices(path: Path) -> dict:
+def _read_indices(path: Path) -> tuple[list[str], np.ndarray]:
+    """Names of the expressions, and the vertices (68,) of the landmarks."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it holds the names of the expressions and the landmarks")
     try:
@@ -142,7 +133,7 @@ def _read_indices(path: Path) -> dict:
     plain = all(re.fullmatch(r"\w+", name) for name in expressions)
     if not plain or landmarks.shape != (68,) or landmarks.dtype.kind != "i" or not (landmarks < N_VERTICES).all():
         raise ValueError(f"{path}: expected names in expressions and 68 vertices in idx_to_landmark_verts")
-    return {"expressions": expressions, "idx_to_landmark_verts": landmarks}
+    return expressions, landmarks
 
 
 def _differences(folder: Path, names: list[str], neutral: np.ndarray) -> np.ndarray:
@@ -190,25 +181,21 @@ def _skinning_weights(neutral: np.ndarray, jaw_open: np.ndarray) -> np.ndarray:
 
 def _joint_regressor(vertices: np.ndarray, kept: np.ndarray, centers: dict[str, np.ndarray]) -> np.ndarray:
     skin, (_, y, z) = kept < SKIN_VERTICES.stop, vertices.T
-    supports = {
+    joints = {
         "root": (ROOT, skin & (y < -13)),
         "neck": (NECK, skin & (y > -12.5) & (y < -7) & (z < 6.5)),
         "jaw": (JAW_HINGE, skin & (np.abs(y - JAW_HINGE[1]) < 3) & (z < 7)),
     }
     for name, sclera in SCLERA_VERTICES.items():
-        supports[name] = centers[name], (kept >= sclera.start) & (kept < sclera.stop)
-    return np.stack([fit_joint_regressor(vertices, supports[name][1], supports[name][0]) for name in JOINTS])
+        joints[name] = centers[name], (kept >= sclera.start) & (kept < sclera.stop)
+    return fit_joint_regressor(vertices, joints)
 
 
 def _regions(points: np.ndarray, landmarks: np.ndarray) -> dict[str, np.ndarray]:
-    """Names -> (V,) bool, from the parts, the landmarks and the lines of `head_building`; `points` in meters."""
-    count = len(points)
+    """Names -> (V,) bool, from the parts, the landmarks and the lines of `rigging`; `points` in meters."""
 
     def vertices(*parts: slice) -> np.ndarray:
-        mask = np.zeros(count, bool)
-        for part in parts:
-            mask[part] = True
-        return mask
+        return np.isin(np.arange(len(points)), np.r_[parts])
 
     x, y, z = np.abs(points[:, 0]), points[:, 1], points[:, 2]
     marks = points[landmarks]
@@ -217,9 +204,8 @@ def _regions(points: np.ndarray, landmarks: np.ndarray) -> dict[str, np.ndarray]
     # The ear stands out from the side of the head, behind the jaw and below the height of the brows.
     ears = skin & (x > np.interp(y, (-0.035, -0.020, 0.0, 0.03), (0.0685, 0.074, 0.0775, 0.0795)))
     ears &= (y > -0.036) & (y < 0.034) & (z < 0.012) & (z > -0.055)
-    lips = front & (
-        _in_polygon(points, marks[48:60]) | (_distance_to_line(points, marks[[*range(48, 60), 48]]) < 0.0015)
-    )
+    lips = _in_polygon(points, marks[48:60]) | (_distance_to_line(points, marks[[*range(48, 60), 48]]) < 0.0015)
+    lips &= front
     brows = front & (np.minimum(*(_distance_to_line(points, marks[a:b]) for a, b in ((17, 22), (22, 27)))) < 0.005)
     half_width = np.interp(y, (marks[33, 1], marks[30, 1], marks[28, 1], marks[27, 1]), (0.018, 0.018, 0.010, 0.008))
     nose = front & (x < half_width) & (y > marks[33, 1] - 0.002) & (y < marks[27, 1] + 0.002)
