@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gaussian_tokenizer.heads.procedural_surface import EYE_CENTER, EYE_RADIUS, cast, skin_distance, skin_normal
-from gaussian_tokenizer.heads.rigging import split_quads
+from gaussian_tokenizer.heads.rigging import split_quads, strip_of_quads
 
 FEWEST_FACES, MOST_FACES = 600, 40_000
 Part = IntEnum("Part", "SKIN POCKET LEFT_EYE RIGHT_EYE LEFT_EAR RIGHT_EAR UPPER_TEETH LOWER_TEETH TONGUE", start=0)
@@ -82,10 +82,7 @@ class Mesh:
         self.faces = np.concatenate((self.faces, *(np.reshape(f, (-1, 3)) for f in faces)))
 
     def add_quads(self, upper: np.ndarray, lower: np.ndarray) -> None:
-        """Two rows of indices (C,), left to right seen from outside: C - 1 quads, cut along alternating diagonals."""
-        cells = len(upper) - 1
-        half = np.arange(cells) < cells / 2  # diagonals mirrored about the middle, as the head is
-        quads = split_quads(upper[:-1], lower[:-1], lower[1:], upper[1:], half)
+        quads = strip_of_quads(upper, lower)
         self.add_faces(quads[:, 0], quads[:, 1])
 
 

@@ -64,6 +64,13 @@ def split_quads(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, alon
     return np.stack((first, second), 1)
 
 
+def strip_of_quads(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """Two rows of vertices (C,), left to right seen from outside -> triangles (C - 1, 2, 3)."""
+    cells = len(upper) - 1
+    half = np.arange(cells) < cells / 2  # diagonals mirrored about the middle, as the head is
+    return split_quads(upper[:-1], lower[:-1], lower[1:], upper[1:], half)
+
+
 def smoothstep(x: np.ndarray) -> np.ndarray:
     """0 below 0, 1 above 1, 3x^2 - 2x^3 between."""
     x = np.clip(x, 0, 1)

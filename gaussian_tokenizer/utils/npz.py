@@ -1,7 +1,6 @@
-"""NumPy's `.npz` from anywhere: plain arrays, within a limit of memory that is known before anything is unpacked.
+"""Untrusted `.npz` files: plain arrays, never pickled objects, and a limit of memory that is checked before unpacking.
 
-A zip of three megabytes may hold six gigabytes: the sizes in the entries' headers are summed and checked before anything
-is unpacked, and no more is unpacked than they announce. Arrays of objects, which are pickles, are never opened.
+A zip of three megabytes may hold six gigabytes; no more is unpacked than the entries' headers announce.
 """
 
 import os
