@@ -79,8 +79,8 @@ def padded(path: Path, sh: Tensor, folder_degree: int | None, sh_degree: int | N
 
 def read_safetensors(path: Path) -> dict[str, Any]:
     """The fields of an avatar in a file that `write_safetensors` wrote; their shapes are not checked here."""
-    about, tensors = AVATAR_FILE.read(path)
-    name, digest = _head_identity(about, path)
+    with AVATAR_FILE.opened(path) as (about, tensors):
+        name, digest = _head_identity(about)
     check_finite(str(path), tensors)
     parameters = {key.removeprefix("params."): tensors.pop(key) for key in list(tensors) if key.startswith("params.")}
     try:
@@ -171,13 +171,15 @@ def _metadata_content(path: Path) -> dict | None:
 
 def _read_metadata(folder: Path) -> tuple[str | None, str | None]:
     """Name and hash of the head model, as far as the folder says them."""
-    path = folder / METADATA_NAME
-    return _head_identity(_metadata_content(path) or {}, path)
+    try:
+        return _head_identity(_metadata_content(folder / METADATA_NAME) or {})
+    except TypeError as error:
+        raise ValueError(f"{folder / METADATA_NAME}: {error}") from None
 
 
-def _head_identity(content: dict, path: Path) -> tuple[str | None, str | None]:
+def _head_identity(content: dict) -> tuple[str | None, str | None]:
     name, digest = content.get("head_name"), content.get("head_hash")
     for key, value in (("head_name", name), ("head_hash", digest)):
         if not isinstance(value, str | None):
-            raise ValueError(f"{path}: {key} is {value!r}, expected a string")
+            raise TypeError(f"{key} is {value!r}, expected a string")
     return name, digest

@@ -6,7 +6,6 @@ With the teeth that GaussianAvatars adds (`flame_teeth`) the mesh has 5,143 vert
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ def read_flame(
     try:
         arrays = _arrays(arrays_in_child(path, KEYS), expressions)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error.__cause__
+        raise ValueError(f"{path}: {error}") from None
     if teeth:
         try:
             add_teeth(arrays, lip_rings, expressions)
@@ -107,8 +106,8 @@ def _arrays(plain: Mapping[str, PlainArray | PlainSparse], expressions: int) -> 
 
 def _dense(value: PlainArray | PlainSparse) -> np.ndarray:
     if isinstance(value, PlainArray):
-        order: Literal["F", "C"] = "F" if value.fortran_order else "C"
-        return np.frombuffer(value.content, value.dtype).reshape(value.shape, order=order)
+        flat = np.frombuffer(value.content, value.dtype)
+        return flat.reshape(value.shape, order="F" if value.fortran_order else "C")
     return _dense_from_sparse(value) if value.rows_first else _dense_from_sparse(value).T
 
 

@@ -61,9 +61,9 @@ def add_teeth(arrays: dict[str, np.ndarray], lip_rings: tuple[np.ndarray, np.nda
 def find_lip_rings(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The ridges of the lips: 15 vertices of the upper and 15 of the lower, each from the subject's right to the left.
 
-    The mouth is the most forward of the mesh's borders; its leftmost and rightmost vertices are the corners. From its upper and lower
-    arc the search goes outward ring by ring; the ring that is furthest forward at the middle is the ridge. `ValueError` if a mesh,
-    vertices (V, 3) and faces (F, 3), has no such mouth.
+    The mouth is the most forward border of the mesh, vertices (V, 3) and faces (F, 3); its leftmost and rightmost vertices are the
+    corners. From its upper and lower arc the search goes outward ring by ring; the ring that is furthest forward at the middle is
+    the ridge. `ValueError` if a mesh has no such mouth.
     """
     upper_arc, lower_arc = _mouth_arcs(vertices, faces)
     neighbors = _neighbors(len(vertices), faces)

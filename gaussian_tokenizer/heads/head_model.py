@@ -219,9 +219,8 @@ class HeadModel:
     def load(cls, path: str | Path) -> "HeadModel":
         """Read what `save` wrote; `ValueError` naming the file if it is cut, not a head model, or inconsistent."""
         path = Path(path)
-        with HEAD_FILE.opened(path) as (about, file):
+        with HEAD_FILE.opened(path) as (about, tensors):
             strings = _read_metadata(about)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         masks = [key for key in sorted(tensors) if key.startswith("region.")]
         regions = {key.removeprefix("region."): tensors.pop(key) for key in masks}
         expected = {field.name for field in dataclasses.fields(cls)} - {*strings, "regions"}

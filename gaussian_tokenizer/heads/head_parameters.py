@@ -73,8 +73,7 @@ class HeadParameters:
             index = operator.index(index)
             if not -self.num_frames <= index < self.num_frames:
                 raise ValueError(f"frame {index} asked of head parameters that hold {self.num_frames} frames")
-            index = index % self.num_frames
-            index = slice(index, index + 1)
+            index = slice(index % self.num_frames, index % self.num_frames + 1)
         return replace(self, layout=None, **{name: value[index] for name, value in self.per_frame().items()})
 
     def canonical(self, jaw_angle: float = 0.0) -> "HeadParameters":

@@ -9,23 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from gaussian_tokenizer.heads import rigging
 from gaussian_tokenizer.heads.head_model import JOINTS, HeadModel
-from gaussian_tokenizer.heads.rigging import (
-    BETWEEN_EYES,
-    above_hairline,
-    below_jaw,
-    build_head,
-    fit_joint_regressor,
-    in_beard,
-    smoothstep,
-    split_quads,
-)
 from gaussian_tokenizer.utils.json_files import read_json
 
 NEUTRAL, INDICES = "generic_neutral_mesh.obj", "vertex_indices.json"
 N_VERTICES, N_FACES = 26_719, 26_384
-# Faces of the parts (first, one past the last) and vertices of the eyeballs, from the upstream documentation.
-SKIN, SOCKETS, GUMS_AND_TEETH, EYEBALLS = (0, 11_144), (11_144, 14_034), (14_034, 21_496), (21_496, 24_692)
+# Faces and vertices of the parts, from the upstream documentation.
+SKIN, SOCKETS, GUMS_AND_TEETH, EYEBALLS = np.split(np.arange(24_692), (11_144, 14_034, 21_496))
 SKIN_VERTICES, MOUTH_VERTICES = slice(0, 11_248), (slice(11_248, 13_294), slice(14_062, 21_451))
 EYE_VERTICES = {"left_eye": slice(21_451, 23_021), "right_eye": slice(23_021, 24_591)}
 SCLERA_VERTICES = {"left_eye": slice(21_451, 22_221), "right_eye": slice(23_021, 23_791)}
@@ -53,15 +44,13 @@ def read_ict(folder: str | Path, teeth: bool = False) -> HeadModel:
     shape_dirs = _differences(folder, identities, neutral)
     expression_dirs = _differences(folder, expressions, neutral)
 
-    kept_faces = np.concatenate([faces[slice(*part)] for part in (SKIN, SOCKETS, EYEBALLS)])
-    if teeth:
-        kept_faces = np.concatenate((kept_faces, faces[slice(*GUMS_AND_TEETH)]))
-    triangles = _triangulate(kept_faces, neutral)
+    parts = (SKIN, SOCKETS, EYEBALLS, GUMS_AND_TEETH) if teeth else (SKIN, SOCKETS, EYEBALLS)
+    triangles = _triangulate(faces[np.concatenate(parts)], neutral)
     kept, triangles = np.unique(triangles, return_inverse=True)
     triangles = triangles.reshape(-1, 3)
 
     centers = {name: _sphere_center(neutral[vertices]) for name, vertices in SCLERA_VERTICES.items()}
-    origin = (centers["left_eye"] + centers["right_eye"]) / 2 - 100 * BETWEEN_EYES
+    origin = (centers["left_eye"] + centers["right_eye"]) / 2 - 100 * rigging.BETWEEN_EYES
     weights = _skinning_weights(neutral, expression_dirs[:, :, expressions.index("jawOpen")])
     new_index = np.full(N_VERTICES, -1)
     new_index[kept] = np.arange(len(kept))
@@ -69,7 +58,7 @@ def read_ict(folder: str | Path, teeth: bool = False) -> HeadModel:
     if (landmarks < 0).any():
         raise ValueError(f"{folder / INDICES}: a landmark lies on a part that is not kept")
     regions = _regions((neutral - origin) / 100, landmark_vertices)
-    return build_head(
+    return rigging.build_head(
         "ict-facekit",
         triangles,
         expressions,
@@ -152,7 +141,7 @@ def _triangulate(quads: np.ndarray, vertices: np.ndarray) -> np.ndarray:
     """(F, 4) -> triangles, each quad cut along its shorter diagonal; a repeated last corner means a triangle."""
     a, b, c, d = quads.T
     across = np.linalg.norm(vertices[a] - vertices[c], axis=1), np.linalg.norm(vertices[b] - vertices[d], axis=1)
-    both = split_quads(a, b, c, d, (across[0] <= across[1] + 1e-6) | (c == d)).reshape(-1, 3)
+    both = rigging.split_quads(a, b, c, d, (across[0] <= across[1] + 1e-6) | (c == d)).reshape(-1, 3)
     return both[(both[:, 1] != both[:, 2])]
 
 
@@ -165,13 +154,13 @@ def _sphere_center(points: np.ndarray) -> np.ndarray:
 def _skinning_weights(neutral: np.ndarray, jaw_open: np.ndarray) -> np.ndarray:
     """(V, 5): how far each vertex takes part in the turn of the jaw is read from the jawOpen shape."""
     weights = np.zeros((len(neutral), len(JOINTS)))
-    weights[:, 0] = 1 - smoothstep((neutral[:, 1] + 15.5) / 6.0)
+    weights[:, 0] = 1 - rigging.smoothstep((neutral[:, 1] + 15.5) / 6.0)
     angle = np.deg2rad(JAW_OPEN_DEGREES)
     arm = (neutral - JAW_HINGE)[:, 1:]
     turned = arm @ np.array(((np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle)))) - arm  # about +x
     # The part of the shape that lies along the turn; damped (by 3 mm) where the turn itself hardly moves anything.
     share = (jaw_open[:, 1:] * turned).sum(1) / ((turned**2).sum(1) + 0.09)
-    weights[:, 2] = smoothstep(1.05 * np.clip(share, 0, 1)) * (1 - weights[:, 0])
+    weights[:, 2] = rigging.smoothstep(1.05 * np.clip(share, 0, 1)) * (1 - weights[:, 0])
     weights[UPPER_TEETH], weights[LOWER_TEETH] = np.eye(5)[1], np.eye(5)[2]
     for name, vertices in EYE_VERTICES.items():
         weights[vertices] = np.eye(5)[JOINTS.index(name)]
@@ -188,7 +177,7 @@ def _joint_regressor(vertices: np.ndarray, kept: np.ndarray, centers: dict[str, 
     }
     for name, sclera in SCLERA_VERTICES.items():
         joints[name] = centers[name], (kept >= sclera.start) & (kept < sclera.stop)
-    return fit_joint_regressor(vertices, joints)
+    return rigging.fit_joint_regressor(vertices, joints)
 
 
 def _regions(points: np.ndarray, landmarks: np.ndarray) -> dict[str, np.ndarray]:
@@ -209,15 +198,15 @@ def _regions(points: np.ndarray, landmarks: np.ndarray) -> dict[str, np.ndarray]
     brows = front & (np.minimum(*(_distance_to_line(points, marks[a:b]) for a, b in ((17, 22), (22, 27)))) < 0.005)
     half_width = np.interp(y, (marks[33, 1], marks[30, 1], marks[28, 1], marks[27, 1]), (0.018, 0.018, 0.010, 0.008))
     nose = front & (x < half_width) & (y > marks[33, 1] - 0.002) & (y < marks[27, 1] + 0.002)
-    eye_centers = BETWEEN_EYES + np.stack((np.where(points[:, 0] < 0, -0.031, 0.031), 0 * x, 0 * x), 1)
+    eye_centers = rigging.BETWEEN_EYES + np.stack((np.where(points[:, 0] < 0, -0.031, 0.031), 0 * x, 0 * x), 1)
     eyelids = front & (np.linalg.norm(points - eye_centers, axis=1) < 0.0195)
-    scalp = skin & above_hairline(points) & ~ears
-    neck = skin & below_jaw(points) & ~ears
+    scalp = skin & rigging.above_hairline(points) & ~ears
+    neck = skin & rigging.below_jaw(points) & ~ears
     face = skin & ~scalp & ~neck & ~ears & (z > 0.005)
     return {
         "face": face,
         "scalp": scalp,
-        "beard": face & in_beard(points) & ~lips & ~nose,
+        "beard": face & rigging.in_beard(points) & ~lips & ~nose,
         "brows": brows,
         "lips": lips,
         "eyelids": eyelids,

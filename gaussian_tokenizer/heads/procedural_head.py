@@ -9,17 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gaussian_tokenizer.heads import rigging
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.procedural_mesh import Mesh, Part, build_mesh
 from gaussian_tokenizer.heads.procedural_surface import EYE_CENTER
-from gaussian_tokenizer.heads.rigging import (
-    above_hairline,
-    below_jaw,
-    build_head,
-    fit_joint_regressor,
-    in_beard,
-    smoothstep,
-)
 
 EYES, EARS = (Part.LEFT_EYE, Part.RIGHT_EYE), (Part.LEFT_EAR, Part.RIGHT_EAR)
 TEETH = (Part.UPPER_TEETH, Part.LOWER_TEETH)
@@ -85,11 +78,9 @@ IDENTITY: dict[str, tuple[Move, ...]] = {
 MOUTH_CORNER, CORNER_RADII = (25.0, -47.0, 87.0), (17.0, 14.0, 22.0)
 RIGHT_CORNER = (-25.0, -47.0, 87.0)
 EXPRESSIONS: dict[str, tuple[Move, ...]] = {
-    "jaw_drop": (),
-    "lips_part": (),
-    "lids_close_left": (),
-    "lids_close_right": (),
-    "lids_widen": (),
+    **dict.fromkeys(
+        ("jaw_drop", "lips_part", "lids_close_left", "lids_close_right", "lids_widen"), ()
+    ),  # see _expression
     "smile_left": (
         Move(MOUTH_CORNER, CORNER_RADII, (6, 7, -4), one_side=True),
         Move((36, -16, 78), (19, 17, 24), (1.5, 4, 2.5), one_side=True),
@@ -100,10 +91,7 @@ EXPRESSIONS: dict[str, tuple[Move, ...]] = {
     ),
     "frown": (Move(MOUTH_CORNER, CORNER_RADII, (0.5, -7, -1)), Move((0, -60, 92), (16, 9, 20), (0, 2, 1.5))),
     "mouth_wide": (Move(MOUTH_CORNER, (20, 18, 26), (6.5, -1, -3)),),
-    "pucker": (
-        Move(MOUTH_CORNER, (14, 14, 22), (-8.5, 0, 4)),
-        Move((0, -47, 96), (19, 14, 26), (0, 0, 6)),
-    ),
+    "pucker": (Move(MOUTH_CORNER, (14, 14, 22), (-8.5, 0, 4)), Move((0, -47, 96), (19, 14, 26), (0, 0, 6))),
     "mouth_left": (Move((0, -48, 92), (36, 18, 40), (6, 0, 0)),),
     "mouth_right": (Move((0, -48, 92), (36, 18, 40), (-6, 0, 0)),),
     "cheek_puff": (Move((46, -38, 62), (24, 20, 34), (7.5, 0, 4)),),
@@ -126,7 +114,7 @@ def build_procedural_head(n_faces: int = 10144) -> HeadModel:
     weights = _skinning_weights(mesh)
     shape_dirs = np.stack([_identity(mesh, name, moves) for name, moves in IDENTITY.items()], -1)
     expression_dirs = np.stack([_expression(mesh, weights, name, moves) for name, moves in EXPRESSIONS.items()], -1)
-    return build_head(
+    return rigging.build_head(
         "procedural" if n_faces == 10144 else f"procedural:{n_faces}",
         mesh.faces,
         list(EXPRESSIONS),
@@ -222,16 +210,18 @@ def _skinning_weights(mesh: Mesh) -> np.ndarray:
     """(V, 5), rows sum to 1: chin, lower lip, lower teeth and tongue follow the jaw, the rest of the head the neck."""
     p = mesh.vertices
     weights = np.zeros((len(p), 5))
-    weights[:, 0] = 1 - smoothstep((p[:, 1] + 150) / 75)
+    weights[:, 0] = 1 - rigging.smoothstep((p[:, 1] + 150) / 75)
     # Below the plane through the hinge and the mouth line, softly in the cheeks, sharply between the lips.
     hinge = np.array(JOINT_POSITIONS["jaw"])
     along = np.array((0, -47.0, 97.0)) - hinge
     downward = np.array((0, -along[2], along[1])) / np.linalg.norm(along)
-    soft = smoothstep(0.5 + ((p - hinge) @ downward) / 30)
-    between_lips = (1 - smoothstep((np.abs(p[:, 0]) - 9) / 16)) * np.exp(-(((p[:, 1] + 47) / 20) ** 4)) * (p[:, 2] > 45)
+    soft = rigging.smoothstep(0.5 + ((p - hinge) @ downward) / 30)
+    between_lips = (
+        (1 - rigging.smoothstep((np.abs(p[:, 0]) - 9) / 16)) * np.exp(-(((p[:, 1] + 47) / 20) ** 4)) * (p[:, 2] > 45)
+    )
     jaw = soft + between_lips * ((1 - mesh.side) / 2 - soft)
-    jaw *= smoothstep((p[:, 2] - 2) / 38) * smoothstep((p[:, 1] + 128) / 32)
-    jaw[above_hairline(p / 1000)] = 0  # hair stays with the skull
+    jaw *= rigging.smoothstep((p[:, 2] - 2) / 38) * rigging.smoothstep((p[:, 1] + 128) / 32)
+    jaw[rigging.above_hairline(p / 1000)] = 0  # hair stays with the skull
     weights[:, 2] = jaw * (1 - weights[:, 0])
     for joint, parts in enumerate(((*EARS, Part.UPPER_TEETH), (Part.LOWER_TEETH, Part.TONGUE), EYES[:1], EYES[1:]), 1):
         weights[mesh.of(*parts)] = np.eye(5)[joint]
@@ -249,7 +239,7 @@ def _joint_regressor(mesh: Mesh) -> np.ndarray:
         mesh.of(Part.RIGHT_EYE),
     )
     joints = zip(JOINT_POSITIONS.values(), supports, strict=True)
-    return fit_joint_regressor(p, dict(zip(JOINT_POSITIONS, joints, strict=True)))
+    return rigging.fit_joint_regressor(p, dict(zip(JOINT_POSITIONS, joints, strict=True)))
 
 
 def _pose_correctives(mesh: Mesh) -> np.ndarray:
@@ -267,8 +257,8 @@ def _regions(mesh: Mesh) -> dict[str, np.ndarray]:
     p, skin = mesh.vertices, mesh.of(Part.SKIN)
     x, y, z = np.abs(p[:, 0]), p[:, 1], p[:, 2]
     to_eye = np.linalg.norm(p - _eye_centers(p), axis=1)
-    scalp = skin & above_hairline(p / 1000)
-    neck = skin & below_jaw(p / 1000)
+    scalp = skin & rigging.above_hairline(p / 1000)
+    neck = skin & rigging.below_jaw(p / 1000)
     lips = skin & (((x / 26.5) ** 2 + ((y + 48) / np.where(y > -47.4, 6.2, 8.6)) ** 2) < 1) & (z > 60)
     nose = skin & (x < np.interp(y, (-32, -14, 10, 26), (19, 18, 10, 7))) & (y > -31) & (y < 26) & (z > 80)
     brows = skin & (x > 8) & (x < 50) & (z > 40) & (np.abs(y - np.interp(x, (8, 28, 50), (36.5, 41.5, 35))) < 5)
@@ -276,7 +266,7 @@ def _regions(mesh: Mesh) -> dict[str, np.ndarray]:
     return {
         "face": face,
         "scalp": scalp,
-        "beard": face & in_beard(p / 1000) & ~lips & ~nose,
+        "beard": face & rigging.in_beard(p / 1000) & ~lips & ~nose,
         "brows": brows,
         "lips": lips,
         "eyelids": skin & (to_eye < 17.5) & (z > 66),
@@ -310,13 +300,10 @@ def _landmark_vertices(mesh: Mesh) -> np.ndarray:
     left_eye = [mirrored(eye)[i] for i in (3, 2, 1, 0, 5, 4)]  # inner corner first, over the upper lid
     targets = [*jaw, (0, -90, 92), *mirrored(jaw)[::-1], *brow, *mirrored(brow)[::-1], *nose, *under, *eye, *left_eye]
     targets += [*upper, (0, -40, 100), *mirrored(upper)[::-1], *lower, *inner_upper, *inner_lower]
-    below = np.zeros(68, bool)
-    below[[*range(55, 60), *range(65, 68)]] = True
-    chosen = np.zeros(68, np.int64)
-    for index, target in enumerate(targets):
-        distance = ((mesh.vertices - target) ** 2).sum(1)
-        allowed = mesh.of(Part.SKIN)
-        if index >= 48:
-            allowed &= (mesh.side <= 0) if below[index] else (mesh.side >= 0)
-        chosen[index] = np.where(allowed, distance, np.inf).argmin()
-    return chosen
+    distance = ((mesh.vertices - np.array(targets)[:, None]) ** 2).sum(2)  # (68, V)
+    distance[:, ~mesh.of(Part.SKIN)] = np.inf
+    below = [*range(55, 60), *range(65, 68)]  # on the lower lip
+    above = [index for index in range(48, 68) if index not in below]
+    distance[np.ix_(below, mesh.side > 0)] = np.inf
+    distance[np.ix_(above, mesh.side < 0)] = np.inf
+    return distance.argmin(1)

@@ -119,13 +119,9 @@ def _cells(counts: tuple, scale: float) -> list[int]:
 
 def _columns(scale: float) -> np.ndarray:
     """Azimuths in degrees from -180 to 180 (the last column repeats the first), symmetric."""
-    half = _between(AZIMUTHS, _cells(COLUMN_CELLS, scale))
+    parts = zip(AZIMUTHS, AZIMUTHS[1:], _cells(COLUMN_CELLS, scale), strict=False)
+    half = np.concatenate((*(np.linspace(a, b, n, endpoint=False) for a, b, n in parts), AZIMUTHS[-1:]))
     return np.concatenate((-half[:0:-1], half))
-
-
-def _between(keys: tuple, cells: list[int]) -> np.ndarray:
-    parts = [np.linspace(a, b, n, endpoint=False) for a, b, n in zip(keys, keys[1:], cells, strict=False)]
-    return np.concatenate((*parts, [keys[-1]]))
 
 
 def _cut_columns(azimuths: np.ndarray, cut: tuple[float, float]) -> np.ndarray:

@@ -33,8 +33,8 @@ class TensorFormat:
             file.write(content)
 
     @contextmanager
-    def opened(self, path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
-        """The metadata and the open file; what the block finds wrong with either is a ValueError that names the file."""
+    def opened(self, path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """The metadata and the tensors, mapped from the file; what the block finds wrong is a ValueError that names the file."""
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such {self.what.partition(' ')[2]}")
         try:
@@ -43,12 +43,7 @@ class TensorFormat:
                 about = parse_json(metadata.get(self.entry, "{}"), f"metadata entry {self.entry}")
                 if (found := about.get("format")) != self.version:
                     raise ValueError(f"its metadata says format {found!r}, expected {self.version!r}")
-                yield about, file
+                yield about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{path}: not {self.what} ({reason}); {self.remedy}") from None
-
-    def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The metadata and all tensors of a file."""
-        with self.opened(path) as (about, file):
-            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

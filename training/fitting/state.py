@@ -93,9 +93,9 @@ class FitState:
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "FitState":
         """Read a checkpoint; ValueError if it is damaged."""
-        with CHECKPOINT.opened(path) as (about, file):
+        with CHECKPOINT.opened(path) as (about, tensors):
             # Copies, because the tensors are mapped from the file, which the next checkpoint replaces.
-            tensors = {name: file.get_tensor(name).clone().to(device) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: value.clone().to(device) for name, value in tensors.items()}
             gaussians = GaussianParams(**{field.name: tensors[field.name] for field in fields(GaussianParams)})
             head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
             statistics = {name: tensors[name] for name in STATISTICS}
