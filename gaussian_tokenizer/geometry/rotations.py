@@ -25,10 +25,7 @@ def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
 
 
 def matrix_to_quaternion(matrix: Tensor) -> Tensor:
-    """(..., 3, 3) rotation matrices -> (..., 4) unit quaternions wxyz with w >= 0.
-
-    Shepperd's method: of the four ways to write the quaternion, take the one that divides by the largest component.
-    """
+    """(..., 3, 3) rotation matrices -> (..., 4) unit quaternions wxyz with w >= 0, by Shepperd's method."""
     m00, m01, m02, m10, m11, m12, m20, m21, m22 = matrix.flatten(-2).unbind(-1)
     # Row i is 4 * q_i * q, so the row with the largest diagonal entry 4 * q_i^2 is the safest to normalize.
     entries = (

@@ -29,14 +29,11 @@ GEOMETRY = ("template", "faces", "shape_dirs", "expression_dirs", "pose_dirs", "
 
 
 class PosedHead(NamedTuple):
-    """`vertices` (T, V, 3) meters; `joint_transforms` (T, J, 4, 4) take rest points to the posed head.
+    """What `HeadModel.pose` gives."""
 
-    `rest_vertices` (T, V, 3) are the vertices they act on: shaped, with expression, offsets and pose correctives.
-    """
-
-    vertices: Tensor
-    joint_transforms: Tensor
-    rest_vertices: Tensor
+    vertices: Tensor  # (T, V, 3) meters
+    joint_transforms: Tensor  # (T, J, 4, 4), act on the rest vertices
+    rest_vertices: Tensor  # (T, V, 3) shaped, with expression, offsets and pose correctives
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,36 +215,32 @@ class HeadModel:
     @classmethod
     def load(cls, path: str | Path) -> "HeadModel":
         """Read what `save` wrote; `ValueError` naming the file if it is cut, not a head model, or inconsistent."""
-        path = Path(path)
-        with HEAD_FILE.opened(path) as (about, tensors):
+        with HEAD_FILE.opened(Path(path)) as (about, tensors):
             strings = _read_metadata(about)
-        masks = [key for key in sorted(tensors) if key.startswith("region.")]
-        regions = {key.removeprefix("region."): tensors.pop(key) for key in masks}
-        expected = {field.name for field in dataclasses.fields(cls)} - {*strings, "regions"}
-        if set(tensors) != expected:
-            missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-            raise ValueError(f"{path}: not a head model, missing tensors {missing}, unknown tensors {unknown}")
-        for key, tensor in tensors.items():
-            wanted = torch.int64 if key in ("faces", "landmark_faces") else torch.float32
-            if tensor.dtype != wanted:
-                raise ValueError(f"{path}: {key} is {tensor.dtype}, expected {wanted}")
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{path}: {key} has NaN or Inf")
-        try:
+            masks = [key for key in sorted(tensors) if key.startswith("region.")]
+            regions = {key.removeprefix("region."): tensors.pop(key) for key in masks}
+            expected = {field.name for field in dataclasses.fields(cls)} - {*strings, "regions"}
+            if set(tensors) != expected:
+                missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+                raise ValueError(f"missing tensors {missing}, unknown tensors {unknown}")
+            for key, tensor in tensors.items():
+                wanted = torch.int64 if key in ("faces", "landmark_faces") else torch.float32
+                if tensor.dtype != wanted:
+                    raise ValueError(f"{key} is {tensor.dtype}, expected {wanted}")
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{key} has NaN or Inf")
             head = cls(**tensors, **strings, regions=regions)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        for key, size in (("faces", head.n_vertices), ("landmark_faces", head.n_faces)):
-            if tensors[key].numel() and not 0 <= int(tensors[key].min()) <= int(tensors[key].max()) < size:
-                raise ValueError(f"{path}: {key} has an index outside 0..{size - 1}")
-        sums = head.skinning_weights.sum(1)
-        worst, least = int((sums - 1).abs().argmax()), float(head.skinning_weights.min())
-        if abs(float(sums[worst]) - 1) > WEIGHT_ERROR or least < -WEIGHT_ERROR:
-            raise ValueError(
-                f"{path}: skinning_weights of vertex {worst} sum to {float(sums[worst]):.4g}, the least weight is "
-                f"{least:.4g}; expected weights from 0 that sum to 1: make the file again"
-            )
-        return head
+            for key, size in (("faces", head.n_vertices), ("landmark_faces", head.n_faces)):
+                if tensors[key].numel() and not 0 <= int(tensors[key].min()) <= int(tensors[key].max()) < size:
+                    raise ValueError(f"{key} has an index outside 0..{size - 1}")
+            sums = head.skinning_weights.sum(1)
+            worst, least = int((sums - 1).abs().argmax()), float(head.skinning_weights.min())
+            if abs(float(sums[worst]) - 1) > WEIGHT_ERROR or least < -WEIGHT_ERROR:
+                raise ValueError(
+                    f"skinning_weights of vertex {worst} sum to {float(sums[worst]):.4g}, the least weight is {least:.4g}; "
+                    "expected weights from 0 that sum to 1"
+                )
+            return head
 
 
 def blend_joints(weights: Tensor, transforms: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,10 +83,7 @@ class HeadParameters:
         return replace(self, layout=None, **rest)
 
     def with_offsets(self, n_vertices: int | None = None) -> "HeadParameters":
-        """The same with both offsets, zeros where one is None: GaussianAvatars' viewer fails without them.
-
-        ValueError if both are None and `n_vertices` of the head model is not given.
-        """
+        """The same with both offsets, as GaussianAvatars' viewer needs, zeros where one is None; ValueError if V is unknown."""
         static, dynamic = self.static_offset, self.dynamic_offset
         size = next((offset.shape[-2] for offset in (static, dynamic) if offset is not None), n_vertices)
         if size is None:

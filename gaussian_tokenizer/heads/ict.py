@@ -34,7 +34,11 @@ def read_ict(folder: str | Path, teeth: bool = False) -> HeadModel:
     Centimeters become meters. Kept are skin, eye and mouth sockets and eyeballs (34,332 triangles), with `teeth` gums, tongue and
     teeth as well; not eyelashes and the films around the eyes.
     """
-    folder = _model_folder(Path(folder))
+    folder = Path(folder)
+    if (folder / "FaceXModel" / NEUTRAL).is_file():
+        folder = folder / "FaceXModel"
+    elif not (folder / NEUTRAL).is_file():
+        raise FileNotFoundError(f"{folder}: no {NEUTRAL} here or in FaceXModel; expected an ICT-FaceKit folder")
     neutral, faces = _read_neutral(folder / NEUTRAL)
     names, landmark_vertices = _read_indices(folder / INDICES)
     identities = sorted(path.stem for path in folder.glob("identity*.obj") if re.fullmatch(r"identity\d+", path.stem))
@@ -91,13 +95,6 @@ def read_obj(path: Path, with_faces: bool = True) -> tuple[np.ndarray, list[list
         if len(face) not in (3, 4) or min(face) < 0 or max(face) >= len(vertices):
             raise ValueError(f"{path}: face {index} is {face}, expected 3 or 4 of the {len(vertices)} vertices")
     return vertices, faces
-
-
-def _model_folder(folder: Path) -> Path:
-    for candidate in (folder / "FaceXModel", folder):
-        if (candidate / NEUTRAL).is_file():
-            return candidate
-    raise FileNotFoundError(f"{folder}: no {NEUTRAL} here or in FaceXModel; expected an ICT-FaceKit folder")
 
 
 def _read_neutral(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,8 @@ from gaussian_tokenizer.heads.procedural_surface import EYE_CENTER
 
 EYES, EARS = (Part.LEFT_EYE, Part.RIGHT_EYE), (Part.LEFT_EAR, Part.RIGHT_EAR)
 TEETH = (Part.UPPER_TEETH, Part.LOWER_TEETH)
+MOUTH_PARTS = (Part.POCKET, *TEETH, Part.TONGUE)
+HARD_PARTS = (*EYES, *TEETH, Part.TONGUE)  # moved by the joints only, not by expressions of the skin around
 JOINT_POSITIONS = {  # millimeters
     "root": (0.0, -150.0, -22.0),
     "neck": (0.0, -88.0, -18.0),
@@ -150,15 +152,6 @@ def _eye_centers(p: np.ndarray) -> np.ndarray:
     return EYE_CENTER * np.where(p[:, :1] >= 0, (1, 1, 1), (-1, 1, 1))
 
 
-def _in_mouth(mesh: Mesh) -> np.ndarray:
-    return mesh.of(Part.POCKET, *TEETH, Part.TONGUE)
-
-
-def _is_hard(mesh: Mesh) -> np.ndarray:
-    """(V,) bool: moved by the joints only, not by expressions of the skin around."""
-    return mesh.of(*EYES, *TEETH, Part.TONGUE)
-
-
 def _identity(mesh: Mesh, name: str, moves: tuple[Move, ...]) -> np.ndarray:
     p = mesh.vertices
     ear = mesh.of(*EARS)
@@ -171,7 +164,7 @@ def _identity(mesh: Mesh, name: str, moves: tuple[Move, ...]) -> np.ndarray:
     if name == "eye_size":
         return _displacement(p, moves) * ~ear[:, None]
     # What is inside the mouth moves with the lips in front of it.
-    p = np.where(_in_mouth(mesh)[:, None], np.stack((p[:, 0], *(0 * p[:, :2] + LIP_LINE).T), 1), p)
+    p = np.where(mesh.of(*MOUTH_PARTS)[:, None], np.stack((p[:, 0], *(0 * p[:, :2] + LIP_LINE).T), 1), p)
     # Eyeballs and ears move rigidly, and the lids nearly as the eyeballs do, so that neither cuts through the other.
     centers = _eye_centers(p)
     along = np.where(mesh.of(*EYES), 1.0, 0.95 * np.exp(-((np.linalg.norm(p - centers, axis=1) / 21) ** 6)))[:, None]
@@ -188,12 +181,12 @@ def _expression(mesh: Mesh, weights: np.ndarray, name: str, moves: tuple[Move, .
         return weights[:, 2:3] * np.stack((0 * x, turned_y - y, turned_z - z), -1)
     if name == "lips_part":
         up = _flat_bump(p, *UPPER_LIP) * (mesh.side > 0) * weights[:, 1]
-        down = _flat_bump(p, *LOWER_LIP) * weights[:, 2] * ~_is_hard(mesh)
+        down = _flat_bump(p, *LOWER_LIP) * weights[:, 2] * ~mesh.of(*HARD_PARTS)
         return up[:, None] * np.array((0, 3.5, 0.8)) + down[:, None] * np.array((0, -5.0, 0.5))
     if name.startswith("lids"):
         on_side = {"lids_close_left": p[:, 0] > 0, "lids_close_right": p[:, 0] < 0, "lids_widen": True}[name]
         return _lid_motion(mesh, mesh.travel * on_side * (-0.3 if name == "lids_widen" else 1.0))
-    return _displacement(p, moves) * ~_is_hard(mesh)[:, None]
+    return _displacement(p, moves) * ~mesh.of(*HARD_PARTS)[:, None]
 
 
 def _lid_motion(mesh: Mesh, travel: np.ndarray) -> np.ndarray:
@@ -275,7 +268,7 @@ def _regions(mesh: Mesh) -> dict[str, np.ndarray]:
         "ears": mesh.of(*EARS),
         "nose": nose,
         "neck": neck,
-        "mouth_interior": _in_mouth(mesh),
+        "mouth_interior": mesh.of(*MOUTH_PARTS),
         "teeth": mesh.of(*TEETH),
         "tongue": mesh.of(Part.TONGUE),
     }
@@ -302,8 +295,8 @@ def _landmark_vertices(mesh: Mesh) -> np.ndarray:
     targets += [*upper, (0, -40, 100), *mirrored(upper)[::-1], *lower, *inner_upper, *inner_lower]
     distance = ((mesh.vertices - np.array(targets)[:, None]) ** 2).sum(2)  # (68, V)
     distance[:, ~mesh.of(Part.SKIN)] = np.inf
-    below = [*range(55, 60), *range(65, 68)]  # on the lower lip
-    above = [index for index in range(48, 68) if index not in below]
-    distance[np.ix_(below, mesh.side > 0)] = np.inf
-    distance[np.ix_(above, mesh.side < 0)] = np.inf
+    lower_lip = [*range(55, 60), *range(65, 68)]
+    upper_lip = sorted({*range(48, 68)} - {*lower_lip})
+    distance[upper_lip] = np.where(mesh.side < 0, np.inf, distance[upper_lip])
+    distance[lower_lip] = np.where(mesh.side > 0, np.inf, distance[lower_lip])
     return distance.argmin(1)

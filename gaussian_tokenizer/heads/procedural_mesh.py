@@ -321,8 +321,7 @@ def _add_eyeball(mesh: Mesh, segments: int, angles: np.ndarray, mirror: int) -> 
     radius = EYE_RADIUS + 0.5 * np.clip(np.cos(polar * 90 / 35), 0, 1) * (polar < np.deg2rad(35))
     rings = np.stack((np.sin(polar) * np.cos(around), np.sin(polar) * np.sin(around), np.cos(polar) + 0 * around), -1)
     center = EYE_CENTER * (mirror, 1, 1)
-    tip = np.array((0, 0, EYE_RADIUS + 0.5))
-    front = mesh.add((center + tip)[None], part)
+    front = mesh.add(np.add(center, (0, 0, EYE_RADIUS + 0.5))[None], part)
     rings = mesh.add(center + radius[..., None] * rings, part)
     back = mesh.add((center - (0, 0, EYE_RADIUS))[None], part)
     mesh.iris[front] = True

@@ -44,10 +44,7 @@ def _rounded(values: np.ndarray) -> torch.Tensor:
 
 
 def fit_joint_regressor(vertices: np.ndarray, joints: Mapping[str, tuple[Any, np.ndarray]]) -> np.ndarray:
-    """(J, V) weights that give each joint's position (3,) from the vertices of its support (V,) bool.
-
-    The weights of a joint sum to 1 and are the closest to a plain mean.
-    """
+    """(J, V) weights that give each joint (3,) from its support (V,) bool and sum to 1: those closest to a plain mean."""
     rows = np.zeros((len(JOINTS), len(vertices)))
     for row, (target, support) in zip(rows, (joints[name] for name in JOINTS), strict=True):
         chosen = vertices[support]

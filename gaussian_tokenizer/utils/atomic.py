@@ -43,10 +43,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Make a new empty folder that becomes `path` when the block ends without an exception.
-
-    A folder at `path` is replaced whole: on Linux by an atomic exchange; elsewhere by two renames.
-    """
+    """Make a new empty folder that becomes `path`, in place of a folder there, when the block ends without an exception."""
     path = Path(path)
     _require_folder(path.parent)
     if path.exists() and not path.is_dir():
@@ -63,7 +60,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         if not path.exists():
             os.rename(temporary, path)
         elif not exchange_names(temporary, path):
-            old = _temporary_name(path)
+            old = _temporary_name(path)  # not atomic, but only outside Linux and where the file system has no exchange
             os.rename(path, old)
             os.rename(temporary, path)
             os.rename(old, temporary)

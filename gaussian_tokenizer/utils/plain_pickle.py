@@ -63,8 +63,6 @@ class _Machine:
             _OPCODES[opcode](self)
         raise ValueError(f"it has more than {MAX_STEPS:,} opcodes")
 
-    # the file
-
     def take(self, count: int) -> bytes:
         start, self.position = self.position, self.position + count
         if count < 0 or self.position > len(self.content):
@@ -79,8 +77,6 @@ class _Machine:
         if end < 0:
             raise ValueError("it is cut short")
         return self.take(end + 1 - self.position)[:-1]
-
-    # the stack
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -110,8 +106,6 @@ class _Machine:
             self.stack.pop()
         else:
             self.above_mark()
-
-    # containers
 
     def make_tuple(self, count: int) -> None:
         self.push(tuple(reversed([self.pop() for _ in range(count)])))
@@ -146,8 +140,6 @@ class _Machine:
         if index not in self.memo:
             raise ValueError(f"it refers to a value {str(index)[:20]} that it has not made")
         self.push(self.memo[index])
-
-    # objects
 
     def find(self, module: object, name: object) -> Name:
         if not (isinstance(module, str) and isinstance(name, str)):
