@@ -155,7 +155,7 @@ class HeadParameters:
         everything = {**arrays, **layout.other_arrays}
         ordered = [key for key in layout.keys if key in everything]
         ordered += [key for key in everything if key not in layout.keys]
-        # What np.savez does, entry for entry, but free in its key names.
+        # As np.savez, entry for entry, but with any key names.
         with zipfile.ZipFile(file, "w", layout.compression) as archive:
             for key in ordered:
                 with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:

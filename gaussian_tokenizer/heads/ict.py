@@ -149,7 +149,7 @@ def _sphere_center(points: np.ndarray) -> np.ndarray:
 
 
 def _skinning_weights(neutral: np.ndarray, jaw_open: np.ndarray) -> np.ndarray:
-    """(V, 5): how far each vertex takes part in the turn of the jaw is read from the jawOpen shape."""
+    """(V, 5); how much each vertex turns with the jaw is measured on the jawOpen shape."""
     weights = np.zeros((len(neutral), len(JOINTS)))
     weights[:, 0] = 1 - rigging.smoothstep((neutral[:, 1] + 15.5) / 6.0)
     angle = np.deg2rad(JAW_OPEN_DEGREES)

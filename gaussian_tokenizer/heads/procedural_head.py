@@ -43,6 +43,7 @@ class Move(NamedTuple):
 
 
 WIDE = 1e6
+# Directions without moves are computed in `_identity` and `_expression`.
 IDENTITY: dict[str, tuple[Move, ...]] = {
     "head_size": (Move((0, 0, 0), (WIDE, WIDE, WIDE), scale=(0.035, 0.035, 0.035)),),
     "head_width": (Move((0, 20, 0), (WIDE, 120, WIDE), scale=(0.045, 0, 0)),),
@@ -74,15 +75,12 @@ IDENTITY: dict[str, tuple[Move, ...]] = {
         Move((0, -70, 84), (44, 36, 50), (1.6, 0, 0)),
         Move((31, 22, 76), (24, 22, 30), (0, 0.9, 0), one_side=True),
     ),
-    "ear_size": (),
-    "ear_protrusion": (),
+    **dict.fromkeys(("ear_size", "ear_protrusion"), ()),
 }
 MOUTH_CORNER, CORNER_RADII = (25.0, -47.0, 87.0), (17.0, 14.0, 22.0)
 RIGHT_CORNER = (-25.0, -47.0, 87.0)
 EXPRESSIONS: dict[str, tuple[Move, ...]] = {
-    **dict.fromkeys(
-        ("jaw_drop", "lips_part", "lids_close_left", "lids_close_right", "lids_widen"), ()
-    ),  # see _expression
+    **dict.fromkeys(("jaw_drop", "lips_part", "lids_close_left", "lids_close_right", "lids_widen"), ()),
     "smile_left": (
         Move(MOUTH_CORNER, CORNER_RADII, (6, 7, -4), one_side=True),
         Move((36, -16, 78), (19, 17, 24), (1.5, 4, 2.5), one_side=True),

@@ -104,7 +104,7 @@ def build_mesh(n_faces: int) -> Mesh:
 
 
 def _resolution(n_faces: int) -> tuple[float, float]:
-    """Scales of columns and rows whose face count falls short of `n_faces` by least; near-equal scales preferred."""
+    """Scales of columns and rows that give the most faces up to `n_faces`; near-equal scales preferred."""
     if not FEWEST_FACES <= n_faces <= MOST_FACES:
         raise ValueError(f"procedural head of {n_faces} faces: expected {FEWEST_FACES} to {MOST_FACES}")
     stretches = (1.0, 0.96, 1.04, 0.92, 1.08, 0.88, 1.12)
@@ -132,9 +132,7 @@ class PartCells(NamedTuple):
     """How finely the parts beside the skin are divided."""
 
     pocket_rows: int
-    teeth: tuple[
-        int, int
-    ]  # cells along an arch, and strips: of a coarse head the fronts only, else edges and backs too
+    teeth: tuple[int, int]  # cells along an arch, and strips: fronts only, or also edges and backs
     tongue: tuple[int, int]  # cells across and along
     eye: tuple[int, np.ndarray]  # segments around, and the angles of the rings
     ear: tuple[int, int, int]  # segments around, rings in front of the rim, rings behind it

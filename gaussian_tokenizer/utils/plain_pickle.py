@@ -83,7 +83,7 @@ class _Machine:
 
     def pop(self) -> Any:
         if not self.stack:
-            raise ValueError("it takes more from its stack than lies there")
+            raise ValueError("it pops from an empty stack")
         return self.stack.pop()
 
     def top(self) -> Any:
@@ -107,9 +107,6 @@ class _Machine:
         else:
             self.above_mark()
 
-    def make_tuple(self, count: int) -> None:
-        self.push(tuple(reversed([self.pop() for _ in range(count)])))
-
     def make_dictionary(self) -> None:
         items = self.above_mark()
         self.push({})
@@ -120,14 +117,14 @@ class _Machine:
         if isinstance(target, list):
             target.extend(values)
         elif not isinstance(target, Thing):
-            raise ValueError("it appends to something that is no list")
+            raise ValueError("it appends to something that is not a list")
 
     def set_items(self, values: list) -> None:
         target = self.top()
         if isinstance(target, Thing):
             return
         if not isinstance(target, dict) or len(values) % 2:
-            raise ValueError("it sets items of something that is no dictionary")
+            raise ValueError("it sets items of something that is not a dictionary")
         # Other keys name nothing that is read, and hashing or comparing them could take arbitrarily long.
         target.update((k, v) for k, v in zip(values[::2], values[1::2]) if isinstance(k, str) and len(k) < LONGEST_KEY)
 
@@ -143,7 +140,7 @@ class _Machine:
 
     def find(self, module: object, name: object) -> Name:
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError("it has a name that is no text")
+            raise ValueError("it has a name that is not text")
         if (module, name) not in self.allowed:
             raise ValueError(f"it names {module[:99]}.{name[:99]}, which no such file needs; nothing of it was run")
         return Name(self.allowed[module, name])
@@ -153,7 +150,7 @@ class _Machine:
 
     def call(self, called: object, arguments: object) -> None:
         if not isinstance(called, Name) or not isinstance(arguments, tuple):
-            raise ValueError("it calls something that is no function")
+            raise ValueError("it calls something that is not a function")
         meaning = called.meaning
         made_of = arguments[0].meaning if arguments and isinstance(arguments[0], Name) else ""
         if meaning == "encode":  # how Python 3 writes bytes in protocol 2
@@ -177,15 +174,15 @@ class _Machine:
 
     def call_with_names(self) -> None:
         self.pop()
-        self.call(*self.pop_two())
+        self.call(*self.pop_last(2))
 
-    def pop_two(self) -> list:
-        """The two values on top, in the order in which they were pushed."""
-        return [self.pop(), self.pop()][::-1]
+    def pop_last(self, count: int) -> list:
+        """The values on top, in the order in which they were pushed."""
+        return [self.pop() for _ in range(count)][::-1]
 
     def encode(self, arguments: tuple) -> bytes:
         if len(arguments) != 2 or not isinstance(arguments[0], str) or arguments[1] not in ("latin1", "latin-1"):
-            raise ValueError("it encodes something else than bytes")
+            raise ValueError("it encodes something other than bytes")
         self.encoded += len(arguments[0])
         if self.encoded > len(self.content):
             raise ValueError("it makes more bytes than it has")
@@ -194,7 +191,7 @@ class _Machine:
     def build(self) -> None:
         state, target = self.pop(), self.top()
         if not isinstance(target, Thing):
-            raise ValueError("it sets the state of something that is no object")
+            raise ValueError("it sets the state of something that is not an object")
         target.state = state
 
     def refer(self, identifier: Any) -> None:
@@ -205,7 +202,7 @@ class _Machine:
 
 def _quoted(line: bytes) -> str:
     if len(line) < 2 or line[:1] not in (b"'", b'"') or line[-1:] != line[:1]:
-        raise ValueError("it has a text without quotes")
+        raise ValueError("it has a string without quotes")
     return codecs.escape_decode(line[1:-1])[0].decode("latin1")  # type: ignore[attr-defined]
 
 
@@ -261,9 +258,9 @@ _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"1": _Machine.above_mark,
     b"2": lambda m: m.push(m.top()),
     b")": lambda m: m.push(()),
-    b"\x85": lambda m: m.make_tuple(1),
-    b"\x86": lambda m: m.make_tuple(2),
-    b"\x87": lambda m: m.make_tuple(3),
+    b"\x85": lambda m: m.push(tuple(m.pop_last(1))),
+    b"\x86": lambda m: m.push(tuple(m.pop_last(2))),
+    b"\x87": lambda m: m.push(tuple(m.pop_last(3))),
     b"t": lambda m: m.push(tuple(m.above_mark())),
     b"]": lambda m: m.push([]),
     b"l": lambda m: m.push(m.above_mark()),
@@ -271,7 +268,7 @@ _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"e": lambda m: m.append(m.above_mark()),
     b"}": lambda m: m.push({}),
     b"d": _Machine.make_dictionary,
-    b"s": lambda m: m.set_items(m.pop_two()),
+    b"s": lambda m: m.set_items(m.pop_last(2)),
     b"u": lambda m: m.set_items(m.above_mark()),
     b"\x8f": lambda m: m.push(Thing("set", ())),
     b"\x90": lambda m: m.append(m.above_mark()),
@@ -284,9 +281,9 @@ _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"h": lambda m: m.recall(m.number("<B")),
     b"j": lambda m: m.recall(m.number("<I")),
     b"c": lambda m: m.push(m.find_lines()),
-    b"\x93": lambda m: m.push(m.find(*m.pop_two())),
-    b"R": lambda m: m.call(*m.pop_two()),
-    b"\x81": lambda m: m.call(*m.pop_two()),
+    b"\x93": lambda m: m.push(m.find(*m.pop_last(2))),
+    b"R": lambda m: m.call(*m.pop_last(2)),
+    b"\x81": lambda m: m.call(*m.pop_last(2)),
     b"\x92": _Machine.call_with_names,
     b"i": lambda m: m.call(m.find_lines(), tuple(m.above_mark())),
     b"o": _Machine.call_marked,
