@@ -99,7 +99,7 @@ def read_array(value: object) -> PlainArray | PlainSparse:
         shape = _shape(_member(state, "_shape" if isinstance(state, dict) and "_shape" in state else "shape"))
         parts = [read_array(_member(state, key)) for key in ("data", "indices", "indptr")]
         if len(shape) != 2 or not all(isinstance(part, PlainArray) for part in parts):
-            raise ValueError("a sparse matrix whose parts are not arrays")
+            raise ValueError("a sparse matrix whose parts are no arrays")
         return PlainSparse(value.meaning == "rows", shape, *parts)  # type: ignore[arg-type]
     if not isinstance(value.state, tuple) or len(value.state) != 5:
         raise ValueError("an array without its content")
@@ -158,7 +158,7 @@ def _member(state: object, key: str) -> Any:
 
 def _shape(value: object) -> tuple[int, ...]:
     if not isinstance(value, tuple) or len(value) > 8 or not all(type(n) is int and 0 <= n < 2**40 for n in value):
-        raise ValueError("an array whose shape is not a tuple of sizes")
+        raise ValueError("an array whose shape is no tuple of sizes")
     return value
 
 

@@ -83,7 +83,7 @@ class _Machine:
 
     def pop(self) -> Any:
         if not self.stack:
-            raise ValueError("it pops from an empty stack")
+            raise ValueError("it takes more from its stack than is there")
         return self.stack.pop()
 
     def top(self) -> Any:
@@ -117,14 +117,14 @@ class _Machine:
         if isinstance(target, list):
             target.extend(values)
         elif not isinstance(target, Thing):
-            raise ValueError("it appends to something that is not a list")
+            raise ValueError("it appends to something that is no list")
 
     def set_items(self, values: list) -> None:
         target = self.top()
         if isinstance(target, Thing):
             return
         if not isinstance(target, dict) or len(values) % 2:
-            raise ValueError("it sets items of something that is not a dictionary")
+            raise ValueError("it sets items of something that is no dictionary")
         # Other keys name nothing that is read, and hashing or comparing them could take arbitrarily long.
         target.update((k, v) for k, v in zip(values[::2], values[1::2]) if isinstance(k, str) and len(k) < LONGEST_KEY)
 
@@ -150,7 +150,7 @@ class _Machine:
 
     def call(self, called: object, arguments: object) -> None:
         if not isinstance(called, Name) or not isinstance(arguments, tuple):
-            raise ValueError("it calls something that is not a function")
+            raise ValueError("it calls something that is no function")
         meaning = called.meaning
         made_of = arguments[0].meaning if arguments and isinstance(arguments[0], Name) else ""
         if meaning == "encode":  # how Python 3 writes bytes in protocol 2
@@ -191,7 +191,7 @@ class _Machine:
     def build(self) -> None:
         state, target = self.pop(), self.top()
         if not isinstance(target, Thing):
-            raise ValueError("it sets the state of something that is not an object")
+            raise ValueError("it sets the state of something that is no object")
         target.state = state
 
     def refer(self, identifier: Any) -> None:
