@@ -10,6 +10,7 @@ from tiny_model import TINY
 from transformers import AutoModel, AutoModelForCausalLM, Dinov2Config
 
 from modeling import PointillistConfig, PointillistForCausalLM, PointillistModel
+from modeling.pointillist import modeling_pointillist
 from modeling.pointillist.modeling_condition import ConditionEncoder
 
 pytestmark = pytest.mark.newest
@@ -30,6 +31,27 @@ def test_a_token_sees_exactly_its_window(tiny_model, condition):
     changed[:, 10] = (changed[:, 10] + 1) % 16
     moved = (tiny_model(changed, condition_embeds=condition).logits - base).abs().amax((0, 2)) > 1e-5
     assert moved.nonzero().flatten().tolist() == list(range(10, 10 + window))
+
+
+def test_a_sequence_as_long_as_the_window_needs_no_mask_and_gives_the_same_bits(tiny_model, condition, monkeypatch):
+    window = tiny_model.config.sliding_window
+    ids = random_ids(tiny_model.config, 2, window)
+
+    def loss_and_gradients(ids):
+        tiny_model.zero_grad()
+        loss = tiny_model(ids, condition_embeds=condition, labels=ids, use_cache=False).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in tiny_model.model.parameters() if p.grad is not None)]
+
+    masks = []
+    original = modeling_pointillist.self_attention_mask
+    monkeypatch.setattr(modeling_pointillist, "self_attention_mask", lambda *a: masks.append(original(*a)) or masks[-1])
+    found = loss_and_gradients(ids)
+    loss_and_gradients(torch.cat((ids, ids[:, :4]), 1))
+    assert masks[0] is None and masks[1] is not None
+    triangle = torch.ones(window, window, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    monkeypatch.setattr(modeling_pointillist, "self_attention_mask", lambda *a: triangle)
+    assert all(torch.equal(a, b) for a, b in zip(found, loss_and_gradients(ids), strict=True))
 
 
 @torch.no_grad()
