@@ -51,21 +51,20 @@ class PointillistOutput(ModelOutput):
 
 
 def rotary_embedding(config: PointillistConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, L, rotated channels) in float32 of positions (B, L)."""
+    """Cosines and sines (B, 1, L, half of the rotated channels) in float32 of positions (B, L)."""
     channels = int(config.head_dim * config.partial_rotary_factor)
     exponent = torch.arange(0, channels, 2, device=position_ids.device, dtype=torch.float32) / channels
     angles = position_ids[:, None, :, None].float() * config.rope_theta**-exponent
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first channels of x (B, H, L, head_dim), channel i paired with i + half; the rest pass unchanged."""
-    rotated, passed = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
-    rotated = rotated.float()
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((rotated.to(x.dtype), passed), dim=-1)
+    half = cos.shape[-1]
+    first, second, passed = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    first, second = first.float(), second.float()
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*(part.to(x.dtype) for part in rotated), passed), dim=-1)
 
 
 class PointillistAttention(nn.Module):
