@@ -18,10 +18,12 @@ from gaussian_tokenizer.rendering.point_plots import draw_comparison
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
+from gaussian_tokenizer.utils.precision import choose_bf16
 
 from .checks import check_head
 from .pointillist.modeling_pointillist import PointillistForCausalLM
 
+DTYPES = ("auto", "float32", "bfloat16")
 OPTIONS = ("max_points", "max_points_per_face", "temperature", "top_p", "guidance_scale")
 
 
@@ -41,6 +43,11 @@ def main() -> None:
     add("--top_p", type=float, default=0.95, help="sample from the likeliest tokens of this total mass")
     add("--guidance_scale", type=float, default=1.0, help="above 1: follow the condition more closely")
     add("--seed", type=int, default=0, help="of the random sampling")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="precision; auto: bfloat16 on a device that is fast in it (default: as the model was saved)",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     arguments = parser.parse_args()
     try:
@@ -52,7 +59,7 @@ def main() -> None:
 def generate(arguments: argparse.Namespace) -> None:
     """Generate the points of the portrait and write the files."""
     model, tokenizer = open_model(arguments.model)
-    model = model.to(arguments.device)
+    model = model.to(arguments.device, dtype_for(arguments.dtype, arguments.device))
     head = load_head(arguments.head)
     check_head(tokenizer, head, f"--head {arguments.head}")
     params = HeadParameters.load(arguments.params) if arguments.params else None
@@ -77,6 +84,17 @@ def generate(arguments: argparse.Namespace) -> None:
     write_point_ply(arguments.output_dir / "points.ply", points["positions"], points["faces"])
     draw_comparison(arguments.output_dir / "points.png", [("portrait", portrait, {"generated": points["positions"]})])
     print(f"{len(points['faces']):,} points in {arguments.output_dir}: points.safetensors, points.ply, points.png")
+
+
+def dtype_for(name: str | None, device: str) -> torch.dtype | None:
+    """The precision that `--dtype` names, with a note where the device matters; None: as the model was saved."""
+    if name is None:
+        return None
+    bf16, reason = choose_bf16(None if name == "auto" else name == "bfloat16", device, f"--dtype {name}")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    if ":" in reason:
+        print(f"note: {str(dtype).removeprefix('torch.')} ({reason})", file=sys.stderr)
+    return dtype
 
 
 def open_model(name: str) -> tuple[PointillistForCausalLM, GaussianTokenizer]:

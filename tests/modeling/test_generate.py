@@ -14,6 +14,7 @@ from transformers import Dinov2Config
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.utils import precision
 from modeling import PointillistConfig, PointillistForCausalLM, generate
 
 HEAD = build_procedural_head(600)
@@ -143,3 +144,21 @@ def test_files_that_are_not_there_are_named(command, tmp_path):
 def test_settings_out_of_range_are_said(command):
     assert "max_points" in command(max_points=0)
     assert "max_points_per_face" in command(max_points_per_face=0)
+
+
+def test_the_precision_is_that_of_the_device_or_the_flag(command, image, monkeypatch, capsys):
+    seen = []
+    original = PointillistForCausalLM.generate
+    monkeypatch.setattr(
+        PointillistForCausalLM, "generate", lambda self, **kw: seen.append(self.dtype) or original(self, **kw)
+    )
+    for fast, dtype in ((True, None), (True, "auto"), (False, "auto"), (False, "bfloat16"), (True, "float32")):
+        monkeypatch.setattr(precision, "supports_bf16", lambda device, fast=fast: fast)
+        command(portrait=image(), **({"dtype": dtype} if dtype else {}))
+    assert seen == [torch.float32, torch.bfloat16, torch.float32, torch.bfloat16, torch.float32]
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: bfloat16 (--dtype auto: this CPU has AMX or AVX-512 bf16)",
+        "note: float32 (--dtype auto: this CPU has neither AMX nor AVX-512 bf16)",
+        "note: bfloat16 (--dtype bfloat16: slow, this CPU has neither AMX nor AVX-512 bf16)",
+    ]

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,12 +70,35 @@ class ExactTrainer(Trainer):
         """Print what is trained on how many items, train; returns the metrics of the last step."""
         if self.is_world_process_zero():
             ahead = steps_ahead(checkpoint, self.args.max_steps, f"{self.args.items_per_step} {items}")
-            print(about + ahead, flush=True)
+            print(f"{about}{self.precision} ({self.args.precision_reason}); {ahead}", flush=True)
+        if checkpoint is not None:
+            self.check_precision(checkpoint)
         self.train(resume_from_checkpoint=checkpoint)
         evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
         if evaluations and evaluations[-1]["step"] == self.state.global_step:
             return evaluations[-1]
         return self.evaluate()
+
+    @property
+    def precision(self) -> str:
+        """What the trained network computes in."""
+        return {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision, "float32")
+
+    def check_precision(self, checkpoint: str) -> None:
+        """A resumed run goes on in the precision of its checkpoint; in another only if the user, not `auto`, chose that."""
+        before = json.loads((Path(checkpoint) / "training_arguments.json").read_text()).get("precision", self.precision)
+        if before == self.precision:
+            return
+        said = (
+            f"{checkpoint} was trained in {before}, but would go on in {self.precision} ({self.args.precision_reason})"
+        )
+        if self.args.bf16_auto:
+            same, other = ("true", "false") if before == "bfloat16" else ("false", "true")
+            raise ValueError(
+                f"{said}: give --bf16 {same} to go on as before, or --bf16 {other} to change the precision"
+            )
+        if self.is_world_process_zero():
+            print(f"warning: {said}; the losses will not be those of one run", file=sys.stderr, flush=True)
 
     def batch_sums(self, model, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, ...) float64: what to add up over the items of the evaluation set, such as errors and counts."""
@@ -123,8 +147,9 @@ class ExactTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             arguments = {k: v for k, v in self.args.to_sanitized_dict().items() if "token" not in k}
+            own = {"save_total_limit": self.limit, "precision": self.precision}
             with atomic_file(self.unfinished / "training_arguments.json") as file:
-                file.write(json.dumps(arguments | {"save_total_limit": self.limit}, indent=2, sort_keys=True).encode())
+                file.write(json.dumps(arguments | own, indent=2, sort_keys=True).encode())
             with atomic_file(self.unfinished / COMPLETE) as file:
                 file.write(b"")
         self.remove_old_checkpoints()
@@ -178,8 +203,9 @@ class ExactTrainer(Trainer):
             if not self.is_world_process_zero():
                 return
             report, card = summarize()
+            precision = {"precision": self.precision, "precision_reason": self.args.precision_reason}
             (staging / "README.md").write_text(card)
-            (staging / "training_report.json").write_text(json.dumps(report, indent=2))
+            (staging / "training_report.json").write_text(json.dumps(report | precision, indent=2))
             (staging / "training_log.json").write_text(json.dumps(self.state.log_history, indent=1))
             # Old weights go first and new ones come last: a folder without weights does not load, so no mix is taken for a model.
             for stale in [*output.glob("model*.safetensors"), *output.glob("model.safetensors.index.json")]:

@@ -10,10 +10,12 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 MOST_USED = (
-    "seed", "gradient_accumulation_steps", "bf16", "activation_checkpointing", "torch_compile", "dataloader_num_workers",
+    "seed", "gradient_accumulation_steps", "activation_checkpointing", "torch_compile", "dataloader_num_workers",
     "use_cpu", "disable_tqdm", "hub_model_id", "hub_private_repo",
 )  # fmt: skip
-TYPES = {"int": "INT", "float": "FLOAT", "str": "TEXT", "true_or_false": "true|false"}
+TYPES = {
+    "int": "INT", "float": "FLOAT", "str": "TEXT", "true_or_false": "true|false", "true_false_or_auto": "true|false|auto",
+}  # fmt: skip
 
 
 def option(text: str, default: Any = MISSING) -> Any:
@@ -72,8 +74,13 @@ def true_or_false(word: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, found {word!r}")
 
 
+def true_false_or_auto(word: str) -> bool | str:
+    """The same, or "auto"."""
+    return word.lower() if word.lower() == "auto" else true_or_false(word)
+
+
 def _takes(hint: Any) -> dict[str, Any]:
-    """The arguments of `add_argument` for a type. Of a union, an enum decides, else bool, else str, else the first member."""
+    """The arguments of `add_argument` for a type. Of a union an enum decides, else bool (with str: or auto), str, the first."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
     kinds = [kind for kind in members if kind is not NoneType]
     for kind in kinds:
@@ -83,6 +90,8 @@ def _takes(hint: Any) -> dict[str, Any]:
     kind = next((kind for kind in (bool, str) if kind in kinds), kinds[0])
     if kind is bool:
         kind, more = true_or_false, {"nargs": "?", "const": True}
+        if str in kinds:
+            kind = true_false_or_auto
     elif get_origin(kind) is list:
         kind, more = get_args(kind)[0], {"nargs": "+"}
     return {"type": kind, "metavar": TYPES.get(getattr(kind, "__name__", ""), "VALUE"), **more}

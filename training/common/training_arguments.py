@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from gaussian_tokenizer.utils.precision import choose_bf16
 from training.common.parser import option
 
 
@@ -22,6 +23,7 @@ class PretrainArguments(TrainingArguments):
     warmup_steps: float = 1000
     max_steps: int = option("length of the training in optimizer steps", 50_000)
     resume_from_checkpoint: str | None = option("a checkpoint, or true: the newest complete one, if any", None)
+    bf16: bool | str = option("train in bfloat16; auto: where the device is fast in it", False)  # type: ignore[assignment]
     push_to_hub: bool = option("upload the finished folder to the Hub", False)
     per_device_train_batch_size: int = 4
     per_device_eval_batch_size: int = 4
@@ -54,7 +56,32 @@ class PretrainArguments(TrainingArguments):
             # `accelerate launch` gives every process one thread by default.
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(self.num_threads or max(1, (os.cpu_count() or 1) // processes))
+        self.choose_precision()
         super().__post_init__()
+
+    def choose_precision(self) -> None:
+        """Replace `--bf16 auto` by true or false, and note why.
+
+        DeepSpeed takes the precision from the launcher's configuration, and `auto` leaves it so, as under any launcher that asks
+        for a precision.
+        """
+        self.bf16_auto = self.bf16 == "auto"
+        deepspeed = bool(self.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.bf16_auto and self.deepspeed:
+            raise ValueError(
+                "--bf16 auto: the file of --deepspeed sets the precision; give --bf16 true or false as it says"
+            )
+        if self.bf16 is True and deepspeed and not torch.cuda.is_available():
+            raise ValueError(
+                "--bf16 true: DeepSpeed on CPUs takes the precision of its launcher; give accelerate launch "
+                "--mixed_precision bf16, or set it in its config file, and leave --bf16 out"
+            )
+        if (self.bf16_auto and deepspeed) or (launched != "no" and self.bf16 is not True):
+            self.bf16, self.precision_reason = False, "the configuration of the launcher"
+        else:
+            asked, device = None if self.bf16_auto else bool(self.bf16), "cpu" if self.use_cpu else "cuda"
+            self.bf16, self.precision_reason = choose_bf16(asked, device, f"--bf16 {str(self.bf16).lower()}")
 
     @property
     def items_per_step(self) -> int:

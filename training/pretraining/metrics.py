@@ -96,14 +96,14 @@ def flops_per_token(config, num_parameters: int, window: float, condition_tokens
     return 6 * weights + 12 * config.num_hidden_layers * inner * (window / 2 + condition_tokens)
 
 
-def peak_flops(device: torch.device) -> float:
-    """FLOP/s of a device: by the data sheet of a known accelerator, else measured by a float32 matrix product."""
+def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a device: by the data sheet of a known accelerator, else measured by a matrix product, on CPUs of this type."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_FLOPS.items():
             if part in name:
                 return flops
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" else dtype
     a = torch.randn(1024, 1024, device=device, dtype=dtype)
     best = math.inf
     for _ in range(8):

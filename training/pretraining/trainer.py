@@ -2,6 +2,8 @@
 
 import time
 
+import torch
+
 from training.common.exact_trainer import ExactTrainer
 from training.pretraining.metrics import decoder_parameters, flops_per_token, peak_flops, slot_metrics, slot_sums
 
@@ -18,7 +20,7 @@ class PointillistTrainer(ExactTrainer):
         self.tokens_since_log, self.last_log = 0, time.perf_counter()
         self.num_decoder_parameters = decoder_parameters(self.accelerator.unwrap_model(self.model))
         self.context = min(self.train_dataset.window, float(self.train_dataset.rows.lengths.mean()))
-        self.peak = peak_flops(self.args.device)
+        self.peak = peak_flops(self.args.device, getattr(torch, self.precision))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.tokens_since_log += int((inputs["labels"] != -100).sum())
