@@ -98,7 +98,7 @@ class Case:
         self.optimizer.step()
         self.optimizer.zero_grad()
         ticks.append(time.perf_counter())
-        self.loss = float(loss)
+        self.loss = float(loss.detach())
         seconds = tuple(after - before for before, after in pairwise(ticks))
         if timed and sum(seconds) < sum(self.best):
             self.best = seconds
