@@ -1,14 +1,16 @@
 """How loops become machine code and run on several threads.
 
 `compiled` is numba's compiler with the settings of this package, `in_threads` calls a compiled loop for one part of its
-range after the other, on as many threads as torch uses. The threads are Python's, begun for a call and joined at its end:
-compiled loops release the interpreter's lock. numba's own pools of threads are not used, because the portable one must not
-be entered by two threads at once and none of them survives a fork. What a part computes depends on that part alone, so
-results have the same bits for any number of threads.
+range after the other, on as many threads as torch uses. The threads are Python's: compiled loops release the interpreter's
+lock. numba's own threads are not used, because the portable kind must not be entered by two threads at once and does not
+survive a fork. What a part computes depends on that part alone, so results have the same bits for any number of threads.
 """
 
+import contextlib
+import functools
+import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -36,9 +38,13 @@ def inlined(function: Callable) -> Callable:
 
 
 def in_threads(loop: Callable, count: int, size: int, *arguments: Any) -> None:
-    """Call loop(start, end, *arguments) for the parts of `size` of 0..count; a free thread takes the next part."""
-    threads = min(torch.get_num_threads(), -(-count // size))
-    if threads <= 1:
+    """Call loop(start, end, *arguments) for the parts of `size` of 0..count; a free thread takes the next part.
+
+    The calling thread works too and does not wait for helpers that have not begun, so that on a busy machine it does
+    everything itself. It also does where no thread can be started.
+    """
+    helpers = min(torch.get_num_threads(), -(-count // size)) - 1
+    if helpers <= 0:
         loop(0, count, *arguments)
         return
     starts = iter(range(0, count, size))
@@ -47,8 +53,19 @@ def in_threads(loop: Callable, count: int, size: int, *arguments: Any) -> None:
         for start in starts:
             loop(start, min(start + size, count), *arguments)
 
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(work) for _ in range(threads - 1)]
-        work()
-    for other in others:
-        other.result()
+    begun: list[Future] = []
+    with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is ending
+        begun.extend(_pool(helpers).submit(work) for _ in range(helpers))
+    work()
+    for helper in begun:
+        if not helper.cancel():
+            helper.result()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "rasterizer")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of these threads
