@@ -64,7 +64,7 @@ def render(
             _log_once("gsplat draws (CUDA)")
             colors, alpha, depth = _with_gsplat(on_gpu, gaussians, cameras, eps2d, near, far)
         else:
-            _log_once("the rasterizer in PyTorch draws (CPU)")
+            _log_once("the toolkit's rasterizer draws (CPU)")
             colors, alpha, depth = _with_ours(gaussians, cameras, eps2d, near, far)
     except torch.cuda.OutOfMemoryError as error:
         raise torch.cuda.OutOfMemoryError(
@@ -175,7 +175,7 @@ def _gsplat_rasterization() -> Callable | None:
         raise
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
         logger.warning(
-            "gsplat does not work here (%s: %s); the slower rasterizer in PyTorch draws on the CPU instead. "
+            "gsplat does not work here (%s: %s); the toolkit's slower rasterizer draws on the CPU instead. "
             'For gsplat: pip install "avatar-pointillist[render]", with a CUDA toolkit (nvcc) of the version of torch',
             type(error).__name__,
             error,
