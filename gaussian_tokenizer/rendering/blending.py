@@ -306,6 +306,27 @@ def _add_lanes(lanes, sums, row):
         sums[row, index] = lanes[index, 0]
 
 
+@inlined
+def _load_tile(tile, left, top, remaining, stops, grad_colors, grad_alphas, grad_depths, planes):
+    """Set the planes of the way back: where the pixels ended, and their gradients, 0 outside the image; the latest stop."""
+    height, width = grad_alphas.shape
+    latest = stops[tile, 0, 0]
+    for y in range(TILE):
+        for x in range(TILE):
+            for plane in range(8):
+                planes[y, 0, plane, x] = 0
+            planes[y, 0, TRANSMITTANCE, x] = remaining[tile, y, x]
+            planes[y, 0, STOP, x] = stops[tile, y, x]
+            latest = max(latest, stops[tile, y, x])
+    for y in range(min(TILE, height - top)):
+        for x in range(min(TILE, width - left)):
+            planes[y, 0, ALPHA, x] = grad_alphas[top + y, left + x]
+            planes[y, 0, DEPTH, x] = grad_depths[top + y, left + x]
+            for channel in range(3):
+                planes[y, 0, RED + channel, x] = grad_colors[top + y, left + x, channel]
+    return latest
+
+
 @compiled
 def blend_backward(
     start,
@@ -327,8 +348,7 @@ def blend_backward(
     With g = dL/dlog alpha of a pixel: the sums over the tile's pixels of g, g dy, g dy^2, g u, g u dy, g u^2, and of weight times
     the gradient of red, green, blue and depth.
     """
-    height, width = grad_alphas.shape
-    n_across = (width + TILE - 1) // TILE
+    n_across = (grad_alphas.shape[1] + TILE - 1) // TILE
     kind = features.dtype.type
     planes, lanes = np.empty((TILE, 1, 8, TILE), features.dtype), np.empty((N_SUMS, TILE), features.dtype)
     columns = np.arange(TILE).astype(features.dtype)
@@ -337,20 +357,7 @@ def blend_backward(
     open_rows = np.empty(TILE, np.bool_)
     for tile in range(start, end):
         left, top = tile % n_across * TILE, tile // n_across * TILE
-        latest = kind(0)
-        for y in range(TILE):
-            for x in range(TILE):
-                for plane in range(8):
-                    planes[y, 0, plane, x] = kind(0)
-                planes[y, 0, TRANSMITTANCE, x] = remaining[tile, y, x]
-                planes[y, 0, STOP, x] = stops[tile, y, x]
-                latest = max(latest, stops[tile, y, x])
-        for y in range(min(TILE, height - top)):
-            for x in range(min(TILE, width - left)):
-                planes[y, 0, ALPHA, x] = grad_alphas[top + y, left + x]
-                planes[y, 0, DEPTH, x] = grad_depths[top + y, left + x]
-                for channel in range(3):
-                    planes[y, 0, RED + channel, x] = grad_colors[top + y, left + x, channel]
+        latest = _load_tile(tile, left, top, remaining, stops, grad_colors, grad_alphas, grad_depths, planes)
         count = min(starts[tile + 1] - starts[tile], int(latest))
         for place in range(count - 1, -1, -1):
             if place % CHECK_EVERY == CHECK_EVERY - 1 or place == count - 1:
