@@ -43,16 +43,17 @@ def main() -> None:
     config = model.config
 
     train, heldout = (
-        AvatarRows(corpus, split, config.use_vision_encoder, config.use_point_encoder)
+        AvatarRows(corpus, split, config.use_vision_encoder, config.use_point_encoder, config.mesh_aware_faces)
         for split in ("train", data.eval_split)
     )
+    window, grouped = config.sliding_window * config.tokens_per_position, config.level == "point"
     num_items = arguments.max_steps * arguments.items_per_step
     trainer = PointillistTrainer(
         model=model,
         args=arguments,
-        train_dataset=TrainWindows(train, config.sliding_window, num_items, arguments.seed, data.condition_dropout),
-        eval_dataset=EvaluationWindows(heldout, config.sliding_window, data.max_eval_avatars),
-        data_collator=partial(collate_windows, pad_token_id=config.pad_token_id),
+        train_dataset=TrainWindows(train, window, num_items, arguments.seed, data.condition_dropout, grouped),
+        eval_dataset=EvaluationWindows(heldout, window, data.max_eval_avatars, grouped),
+        data_collator=partial(collate_windows, pad_token_id=config.pad_token_id, grouped=grouped),
     )
     if trainer.is_world_process_zero():
         print(

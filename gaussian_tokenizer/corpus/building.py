@@ -30,11 +30,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Features
 
 from gaussian_tokenizer.corpus.card import write_card
 from gaussian_tokenizer.corpus.corpus import (
     CARD_NAME,
+    FACES_NAME,
     FORMAT,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
@@ -110,6 +112,7 @@ def build(
         for configuration in features.keys() - {plan.configuration for plan in plans}:
             (staging / "corpus" / configuration).rmdir()
         tokenizer.save_pretrained(staging / "corpus" / TOKENIZER_FOLDER)
+        np.save(staging / "corpus" / FACES_NAME, head.faces.numpy().astype(np.int32))
         write_card(staging / "corpus" / CARD_NAME, manifest, good, features, tokenizer.axis_order)
         _write_json(staging / "corpus" / MANIFEST_NAME, manifest)
         _check_output(output, overwrite)  # again, because building took its time

@@ -1,8 +1,6 @@
 """Configuration of the autoregressive point model: the paper's decoder by default.
 
-A `PointillistConfig` gives the vocabulary (`n_bins` levels an axis, `n_faces` faces), the size of the decoder, its attention
-window, and the encoders that turn a portrait and a head mesh into the tokens that cross-attention reads. Sizes: AvatarPointillist
-supplementary, section D; 1,024 levels, 10,144 faces and the window of 12,000 tokens: paper.
+Sizes: AvatarPointillist supplementary, section D; 1,024 levels, 10,144 faces and the window of 12,000 tokens: paper.
 """
 
 import math
@@ -15,12 +13,12 @@ from transformers import Dinov2Config, PreTrainedConfig
 SIZE, LAYERS = (1, 2**31 - 1), (1, 10_000)  # the most that an index of a tensor holds, and that a list of names may
 POSITIVE, OCTAVES = (1e-12, 1e12), (0, 64)
 LIMITS = {
-    **dict.fromkeys(("n_bins", "n_faces", "hidden_size", "intermediate_size", "num_attention_heads"), SIZE),
-    **dict.fromkeys(("num_key_value_heads", "head_dim", "point_latents", "point_hidden_size", "point_samples"), SIZE),
+    **dict.fromkeys(("n_bins", "n_faces", "hidden_size", "intermediate_size", "head_dim"), SIZE),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "point_attention_heads"), SIZE),
+    **dict.fromkeys(("point_latents", "point_hidden_size", "point_samples"), SIZE),
     **dict.fromkeys(("num_hidden_layers", "point_layers"), LAYERS),
     **dict.fromkeys(("rope_theta", "point_extent"), POSITIVE),
     **dict.fromkeys(("partial_rotary_factor", "rms_norm_eps", "attention_dropout"), (0, 1)),
-    "point_attention_heads": SIZE,
     "initializer_range": (0, 1e3),
     "point_frequencies": OCTAVES,
 }
@@ -61,13 +59,18 @@ class PointillistConfig(PreTrainedConfig):
     Args:
         n_bins: quantization levels an axis; coordinate ids are `[0, n_bins)`.
         n_faces: faces of the head model; face ids are `[n_bins, n_bins + n_faces)`. Then begin, end, padding.
+        level: "token" (the paper), or "point": one position of the decoder a point, whose tokens small heads spell.
+        mesh_aware_faces: at the point level, whether a face is described by its center and normal on the subject's mesh; what is
+            spelled of a point after its face are offsets from that center.
+        slot_order: at the point level, the order in which x, y, z and the face (f) of a point are spelled (default "yfzx" with
+            mesh-aware faces, else "yzxf").
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, head_dim: the decoder.
-        num_key_value_heads: key/value heads of self-attention; fewer than the query heads means grouped queries
-            (default: all, as in the paper).
+        num_key_value_heads: of self-attention; fewer than the query heads means grouped queries (default: all, as in the paper).
         partial_rotary_factor: share of each head that RoPE rotates (0.5 is x-transformers' default, hence the paper's).
         rope_theta: base wavelength of RoPE.
         rms_norm_eps: added to the mean square; tiny, because x-transformers' RMSNorm has none.
-        sliding_window: how many tokens a token attends to, itself included; a multiple of 4.
+        sliding_window: how many tokens a token attends to, itself included; a multiple of 4 (default 12,000: paper). At the point
+            level counted in points (default 3,000).
         attention_dropout: dropout on attention weights while training.
         loss_within_slot: normalize the loss over faces for a face, over the other tokens for all else, as generation under the
             grammar does; saves most logits of a large vocabulary (default: over the whole vocabulary).
@@ -76,8 +79,8 @@ class PointillistConfig(PreTrainedConfig):
         use_point_encoder: whether there is a Perceiver-style encoder of the head mesh.
         point_latents, point_hidden_size, point_layers, point_attention_heads: its learned queries and size.
         point_samples: how many vertices of a finer mesh are read, evenly spaced in its order (default: all).
-        point_frequencies: octaves of the Fourier embedding; point_extent: meters mapped to [-1, 1].
-        point_center: meters, subtracted from head vertices before the Fourier embedding.
+        point_frequencies: octaves of the Fourier embedding; point_extent: meters mapped to [-1, 1]; point_center: meters,
+            subtracted from head vertices before it.
     """
 
     model_type = "avatar_pointillist"
@@ -87,6 +90,9 @@ class PointillistConfig(PreTrainedConfig):
     n_bins: int = 1024
     n_faces: int = 10144
     vocab_size: int | None = None
+    level: str = "token"
+    mesh_aware_faces: bool = False
+    slot_order: str | None = None
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -101,7 +107,7 @@ class PointillistConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
     loss_within_slot: bool = False
-    sliding_window: int = 12000
+    sliding_window: int | None = None
     layer_types: list[str] | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -125,8 +131,7 @@ class PointillistConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         check_fields(self, LIMITS)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         expected = self.first_special + 3
         if self.vocab_size not in (None, expected):
             raise ValueError(
@@ -135,9 +140,12 @@ class PointillistConfig(PreTrainedConfig):
             )
         self.vocab_size = expected
         self.bos_token_id, self.eos_token_id, self.pad_token_id = expected - 3, expected - 2, expected - 1
+        if self.level == "point" and self.slot_order is None:
+            self.slot_order = "yfzx" if self.mesh_aware_faces else "yzxf"
+        if self.sliding_window is None:
+            self.sliding_window = 12000 // self.tokens_per_position
         self.layer_types = ["sliding_attention"] * self.num_hidden_layers
-        if self.point_center is None:
-            self.point_center = [0.0, 0.0, 0.0]
+        self.point_center = self.point_center or [0.0, 0.0, 0.0]
         self.vision_config = dinov2_config(self.vision_config) if self.use_vision_encoder else None
         super().__post_init__(**kwargs)
 
@@ -146,33 +154,42 @@ class PointillistConfig(PreTrainedConfig):
         """The id of bos, the first of the special tokens: all smaller ids are coordinates and faces."""
         return self.n_bins + self.n_faces
 
+    @property
+    def tokens_per_position(self) -> int:
+        """How many tokens a position of the decoder stands for."""
+        return 4 if self.level == "point" else 1
+
     def slot_tokens(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Ids of the faces, and of everything else: coordinates, then special tokens."""
         bos = self.first_special
         return (slice(self.n_bins, bos),), (slice(0, self.n_bins), slice(bos, bos + 3))
 
     def validate_architecture(self):
-        """Raise `ValueError` for fields out of range or in contradiction."""
+        """Raise `ValueError` for fields that are out of range or contradict each other."""
         check_fields(self, LIMITS)
-        if self.sliding_window < 4 or self.sliding_window % 4:
+        if self.level not in ("token", "point"):
+            raise ValueError(f'level is {self.level!r}, expected "token" or "point"')
+        if self.level == "token" and (self.mesh_aware_faces or self.slot_order is not None):
+            raise ValueError('mesh_aware_faces and slot_order need level="point"')
+        if self.slot_order is not None and sorted(self.slot_order) != sorted("xyzf"):
+            raise ValueError(
+                f'slot_order is {self.slot_order!r}, expected the letters x, y, z, f in some order, as "yfzx"'
+            )
+        assert self.sliding_window is not None
+        if self.sliding_window < 1 or (self.sliding_window * self.tokens_per_position) % 4:
             raise ValueError(
                 f"sliding_window {self.sliding_window} is not a positive multiple of 4, the tokens of a point"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+        pairs = ("num_attention_heads", "num_key_value_heads"), ("point_hidden_size", "point_attention_heads")
+        for name, divisor in pairs:
+            if getattr(self, name) % getattr(self, divisor):
+                found = f"{name} {getattr(self, name)} is not a multiple of {divisor} {getattr(self, divisor)}"
+                raise ValueError(found)
         rotated = self.head_dim * self.partial_rotary_factor
         if rotated != int(rotated) or int(rotated) % 2:
             raise ValueError(
                 f"head_dim {self.head_dim} * partial_rotary_factor {self.partial_rotary_factor} = {rotated} "
                 "must be an even whole number of channels"
-            )
-        if self.point_hidden_size % self.point_attention_heads:
-            raise ValueError(
-                f"point_hidden_size {self.point_hidden_size} is not a multiple of "
-                f"point_attention_heads {self.point_attention_heads}"
             )
 
 

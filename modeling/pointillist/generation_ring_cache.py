@@ -1,11 +1,7 @@
 """A key/value cache for sliding windows that never moves what it holds, and the masks of self-attention.
 
-Keys are rotated when written, so attention depends on relative positions alone and their order in memory does not matter:
-token p lives in slot p mod W, and each new token overwrites the one that just left the window. A decoding step writes one row
-and reads W, the least any exact cache can do (transformers' own sliding caches copy all W rows every step).
-
-`RingCache` is for one prompt and then one token a step. It serves both `generate()`'s default cache (buffers sliced to what is
-filled) and its static cache (full buffers and a mask: fixed shapes for `torch.compile`). Window and rolling: Meshtron.
+Keys are rotated when written, so their order in memory does not matter: each new token overwrites the one that just left the
+window. A decoding step writes one row (transformers' sliding caches copy all W rows every step). Window and rolling: Meshtron.
 """
 
 from typing import Any
@@ -22,7 +18,6 @@ from .modeling_compatibility import cache_argument
 class RingLayer(CacheLayerMixin):
     """Keys and values (B, H, W, D) of one layer's last W tokens, token p in slot p mod W."""
 
-    is_compileable = True
     is_sliding = True
     keys: Tensor
     values: Tensor
@@ -31,7 +26,7 @@ class RingLayer(CacheLayerMixin):
     def __init__(self, capacity: int, static: bool):
         super().__init__()
         self.capacity = capacity
-        self.static = static
+        self.static = self.is_compileable = static
         self.length = 0  # tokens seen, on the host
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -98,18 +93,13 @@ class RingCache(Cache):
     """A ring for each layer of the decoder.
 
     A query attends to `window` tokens, itself included (`config.sliding_window`). No sequence may exceed `max_length`, if given,
-    which limits the memory. `static`: fixed shapes for `torch.compile`.
+    which limits the memory. `static`: full buffers and a mask, fixed shapes for `torch.compile`; else what is filled.
     """
 
     def __init__(self, num_layers: int, window: int, max_length: int | None = None, static: bool = False):
         capacity = window if max_length is None else min(window, max_length)
         super().__init__(layers=[RingLayer(capacity, static) for _ in range(num_layers)])
-        self.window = window
-        self.static = static
-
-    @property
-    def is_compileable(self) -> bool:
-        return self.static
+        self.window, self.static = window, static
 
 
 def self_attention_mask(
@@ -127,13 +117,10 @@ def self_attention_mask(
         return attention_mask
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if not isinstance(cache, RingCache) or inputs_embeds.shape[1] > 1:
-        return create_sliding_window_causal_mask(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **cache_argument(cache),
+        inputs: dict[str, Any] = dict(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids
         )
+        return create_sliding_window_causal_mask(config=config, **inputs, **cache_argument(cache))
     mask = ring_mask(cache, attention_mask, inputs_embeds.dtype, inputs_embeds.device)
     if mask is None or "flash" not in str(config._attn_implementation):
         return mask
@@ -153,10 +140,9 @@ def ring_mask(
         )
     if attention_mask is None and not cache.static:
         return None
-    # The new token's column.
     now = layer.position if layer.is_initialized else torch.zeros(1, dtype=torch.long, device=device)
     slots = torch.arange(layer.capacity if cache.static else min(layer.length + 1, layer.capacity), device=device)
-    column = now - (now - slots) % layer.capacity  # the latest column written to each slot, the new token included
+    column = now - (now - slots) % layer.capacity  # the latest column written to each slot, the new token's included
     visible = (column >= 0)[None]
     if attention_mask is not None:
         visible = visible & attention_mask[:, column.clamp(min=0)].bool()

@@ -1,9 +1,7 @@
-"""Points as they are generated: a streamer that turns the tokens of `generate()` into points, one at a time.
+"""Points as they are generated: a streamer that turns the tokens of `generate()` into points, one at a time."""
 
-Iterate over it in one thread while `model.generate(..., streamer=streamer)` runs in another, or give a callback.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from queue import Queue
 
 import torch
@@ -13,8 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 class PointStreamer(BaseStreamer):
     """Decodes every four tokens with a `GaussianTokenizer` into a point `{"positions": (1, 3), "faces": (1,)}`.
 
-    Each point is passed to `callback` or, without one, returned by the iterator, which waits `timeout` seconds for the next point
-    before it raises `queue.Empty` (None: without limit).
+    Each point is passed to `callback`. Without one, iterate over it in one thread while `model.generate(..., streamer=streamer)`
+    runs in another; the iterator waits `timeout` seconds for a point before it raises `queue.Empty` (None: without limit).
     """
 
     def __init__(self, tokenizer, callback: Callable[[dict], None] | None = None, timeout: float | None = None):
@@ -26,10 +24,9 @@ class PointStreamer(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         """Token ids, (1, L) of the prompt or (1,) of a step."""
-        value = value.reshape(-1, value.shape[-1]) if value.ndim > 1 else value[:, None]
         if len(value) != 1:
             raise ValueError(f"PointStreamer follows one sequence, found a batch of {len(value)}: stream one by one")
-        for token in value[0].tolist():
+        for token in value.flatten().tolist():
             if token < self.tokenizer.bos_token_id:
                 self.pending.append(token)
             if len(self.pending) == 4:
@@ -40,11 +37,5 @@ class PointStreamer(BaseStreamer):
         self.pending = []
         self.queue.put(None)
 
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict:
-        point = self.queue.get(timeout=self.timeout)
-        if point is None:
-            raise StopIteration
-        return point
+    def __iter__(self) -> Iterator[dict]:
+        return iter(partial(self.queue.get, timeout=self.timeout), None)

@@ -1,9 +1,7 @@
-"""Everything that depends on the version of transformers or uses its internals.
+"""What depends on the version of transformers: since 5.24 it calls the key/value cache `cache`, before that `past_key_values`.
 
-Since 5.24 transformers calls the key/value cache `cache`, before that `past_key_values`: as an argument of `forward` and
-`generate`, as a field of outputs, and in its own layers. Our code says `cache`; both names are accepted as an argument and can be
-read from our outputs. `CACHE_NAME` is the one to pass to transformers. Once 5.24 is the oldest version supported, everything here
-but `forward_pass` and `synchronizes_ranks` can go.
+Our code says `cache`; both names are accepted as an argument and can be read from our outputs. `CACHE_NAME` is the one to pass to
+transformers. Once 5.24 is the oldest version supported, everything here but `forward_pass` and `synchronizes_ranks` can go.
 """
 
 from collections.abc import Callable
@@ -56,20 +54,18 @@ def holds_cache(output: type) -> type:
     return output
 
 
-def forward_pass(model, cache: Cache | None, generation_config) -> Callable:
-    """The call that decodes a token: compiled where the cache has fixed shapes and transformers deems the hardware fit for it.
+def forward_pass(model, cache: Cache | None, generation_config, part=None) -> Callable:
+    """The call of `model` or a `part` of it that decodes a position.
 
-    `_valid_auto_compile_criteria` is private, but a copy of what it knows about quantizers, offloading and devices would age, and
-    `cache_implementation="static"` should compile where it does in every other model.
+    It is compiled where the cache has fixed shapes and transformers deems the hardware fit for it.
+
+    `_valid_auto_compile_criteria` is private, but a copy of what it knows about quantizers, offloading and devices would age.
     """
     if cache is not None and model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
-        return model.get_compiled_call(generation_config.compile_config)
-    return model.__call__
+        return (part or model).get_compiled_call(generation_config.compile_config)
+    return (part or model).__call__
 
 
 def synchronizes_ranks(model) -> bool:
-    """Whether every rank must take part in each forward pass, because weights are sharded (ZeRO-3, FSDP).
-
-    `GenerationMixin.generate` determines this too, but does not pass it to a custom decoding loop.
-    """
+    """Whether every rank must take part in each forward pass, because weights are sharded (ZeRO-3, FSDP)."""
     return torch.distributed.is_initialized() and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))

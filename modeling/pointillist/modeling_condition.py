@@ -1,9 +1,5 @@
 """The condition of the point model: the tokens of a portrait and a head mesh that cross-attention reads.
 
-The portrait goes through DINOv2 (transformers' `Dinov2Model`), the head mesh through a Perceiver-style encoder: learned queries
-attend to Fourier-embedded vertices and normals, then to each other. Both are projected to the decoder's width and
-concatenated along the token axis (method figure of AvatarPointillist). One learned token stands for "no condition".
-
 Axes: B batch, V vertices, M condition tokens, D width.
 """
 
@@ -25,7 +21,10 @@ def evenly_spaced(count: int, total: int, device: torch.device) -> Tensor:
 
 
 class PointEncoder(nn.Module):
-    """Vertices and normals (B, V, 3) -> latents (B, point_latents, point_hidden_size)."""
+    """Vertices and normals (B, V, 3) -> latents (B, point_latents, point_hidden_size).
+
+    As in a Perceiver, learned queries attend to the Fourier-embedded vertices and normals, then to each other.
+    """
 
     def __init__(self, config: PointillistConfig):
         super().__init__()
@@ -67,7 +66,7 @@ class PointEncoder(nn.Module):
 
 
 class ConditionEncoder(nn.Module):
-    """Portrait and head mesh -> condition tokens (B, M, D)."""
+    """Portrait, through DINOv2, and head mesh -> condition tokens (B, M, D), side by side (method figure of AvatarPointillist)."""
 
     def __init__(self, config: PointillistConfig):
         super().__init__()
@@ -88,10 +87,9 @@ class ConditionEncoder(nn.Module):
         self.freeze()
 
     def freeze(self) -> None:
-        """Freeze the portrait encoder, if so configured, and its mask token, since portraits are never masked.
+        """Freeze the portrait encoder, if so configured, and its mask token: portraits are never masked.
 
-        A trainable parameter that no loss reaches would stall distributed training. The constructor, `use_vision` and
-        `PointillistForCausalLM.from_pretrained` have already done this.
+        A trainable parameter that no loss reaches would stall distributed training. The models do this themselves.
         """
         if self.config.use_vision_encoder:
             vision: Any = self.vision

@@ -8,13 +8,15 @@ import numpy as np
 from gaussian_tokenizer.corpus.corpus import Corpus
 
 HEAD_COLUMNS = ("head_vertices", "head_normals")
+CONDITIONS = ("pixel_values", *HEAD_COLUMNS, "face_centers", "face_normals")
 
 
 class AvatarRows:
     """The sequences and conditions of one split of a corpus."""
 
-    def __init__(self, corpus: Corpus, split: str, use_images: bool, use_heads: bool):
+    def __init__(self, corpus: Corpus, split: str, use_images: bool, use_heads: bool, use_faces: bool = False):
         self.tokenizer = corpus.tokenizer
+        self.faces = corpus.head_faces() if use_faces else None
         self.avatars = corpus.avatars(split).with_format("numpy")
         self.frames, self.frame_rows = None, {}
         if use_images:
@@ -28,7 +30,7 @@ class AvatarRows:
             self.frames = corpus.frames(split).select_columns(["image"])
         # Every column that is read costs a fifth of a millisecond a row.
         self.sequences = self.avatars.select_columns(["input_ids"])
-        self.conditions = self.avatars.select_columns(["avatar_id", *(HEAD_COLUMNS if use_heads else ())])
+        self.conditions = self.avatars.select_columns(["avatar_id", *(HEAD_COLUMNS if use_heads or use_faces else ())])
         self.use_heads = use_heads
         # A point has four tokens; bos and eos enclose the sequence.
         self.lengths = 4 * np.asarray(self.avatars["num_points"], dtype=np.int64) + 2
@@ -51,6 +53,9 @@ class AvatarRows:
             condition["pixel_values"] = self.tokenizer(images=self.frames[chosen]["image"])["pixel_values"][0]
         if self.use_heads:
             condition |= {name: np.asarray(avatar[name], np.float32) for name in HEAD_COLUMNS}
+        if self.faces is not None:
+            vertices = np.asarray(avatar["head_vertices"], np.float32)[None]
+            condition |= {name: own[0] for name, own in self.tokenizer.face_condition(vertices, self.faces).items()}
         return condition
 
 
