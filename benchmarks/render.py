@@ -18,6 +18,7 @@ import argparse
 import ctypes
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,8 +31,10 @@ from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.rasterizer import MIN_ALPHA, project, rasterize
-from gaussian_tokenizer.rendering.rasterizer_reference import rasterize_reference
 from gaussian_tokenizer.rendering.splatting import render
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+from rasterizer_reference import rasterize_reference
 
 REFERENCE_POINTS, REFERENCE_PIXELS = 5_000, 128
 AVATAR_POINTS, AVATAR_PIXELS = 27_000, 512

@@ -3,9 +3,8 @@
     python eval/reenactment_bench.py --model outputs/demo/pipeline --dataset subjects --mode both --output_dir outputs/bench
 
 An avatar is made of the first frame of each clip and driven by the rest of the clip (self) or by another subject's clip (cross).
-Writes results.json (every number, with the protocol), results.md (the table), grid.png, a video of every pair, and report.html,
-one page with all of it. Frames of other methods enter as folders (--compare NAME=DIR), made from what --export_protocol writes;
-see docs/reenactment_bench.md for the layout. A killed run resumes when the same command is given again.
+Writes results.json, results.md, grid.png, a video of every pair, and report.html with all of it. Frames of other methods enter as
+folders, made from what --export_protocol writes (docs/reenactment_bench.md). The same command resumes a killed run.
 """
 
 import argparse
@@ -19,28 +18,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.networks.registry import add_network_flags, open_networks, options_from
+from eval.networks.registry import NetworkOptions, add_network_flags, open_networks
 from eval.reenactment.clips import FILE_NAME, Clip, digest, open_dataset
-from eval.reenactment.methods import (
-    BUILT_IN,
-    Method,
-    compared,
-    copy_source,
-    flame_position_maker,
-    make_avatars,
-    mean_image,
-    ours_maker,
-    rendered,
-    truth,
-)
+from eval.reenactment.methods import BUILT_IN, Method, make_methods
 from eval.reenactment.protocol import MODES, Pair, by_mode, describe, describe_protocol, export_protocol, make_pairs
 from eval.reenactment.report import markdown, measured_block
 from eval.reenactment.report_html import page
 from eval.reenactment.report_images import draw_grid, save_pair_video
-from eval.reenactment.run_folder import RUN_NAME, claim, weights_digest, write
+from eval.reenactment.run_folder import claim, weights_digest, write
 from eval.reenactment.scores import FeatureFiles, describe_networks, missing_networks, summarize
 from eval.reenactment.speed import measure
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.utils.hub import one_line
+from gaussian_tokenizer.utils.options import from_options
 from gaussian_tokenizer.utils.versions import installed_versions
 from modeling import AvatarPipeline, GaussianDecoder
 from modeling.pipeline import CANDIDATES
@@ -51,34 +41,26 @@ PACKAGES = ("avatar-pointillist", "torch", "transformers", "numpy", "pillow", "g
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="pipeline: a folder or a Hub id")
-    parser.add_argument("--dataset", required=True, help="folder of tracked subjects, or a corpus folder")
-    parser.add_argument("--mode", choices=(*MODES, "both"), default="both", help="reenactment mode (default: both)")
-    parser.add_argument("--output_dir", type=Path, help="folder for the results; the same command resumes in it")
-    parser.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="frames of another method, <DIR>/<mode>/<source>__<driver>/00001.png or .mp4; may be repeated",
-    )
-    parser.add_argument("--export_protocol", type=Path, metavar="DIR", help="write what another method needs, and exit")
-    parser.add_argument("--flame_position", metavar="DIR", help="decoder of mode flame_position, for a row of its own")
-    parser.add_argument("--num_subjects", type=int, help="only the first subjects, sorted by name (default: all)")
-    parser.add_argument("--num_frames", type=int, help="only the first frames of each camera (default: all)")
-    parser.add_argument("--camera", type=int, help="number of the only camera to use (default: all cameras)")
-    parser.add_argument("--split", default="validation", help="split of a corpus: validation (default) or test")
-    parser.add_argument("--seed", type=int, default=0, help="seed of avatars, pairs and intervals (default: 0)")
-    parser.add_argument("--batch_size", type=int, default=4, help="avatars generated together (default: 4)")
-    parser.add_argument(
-        "--candidates",
-        type=int,
-        default=CANDIDATES,
-        help=f"point clouds generated per source; the most likely one is decoded (default: {CANDIDATES})",
-    )
-    parser.add_argument("--max_points", type=int, help="maximum number of points of an avatar (default: no limit)")
-    parser.add_argument("--max_points_per_face", type=int, default=15, help="maximum per mesh face (default: 15)")
-    parser.add_argument("--num_threads", type=int, default=1, help="threads of torch (default: 1)")
+    add = parser.add_argument
+    add("--model", required=True, help="pipeline: a folder or a Hub id")
+    add("--dataset", required=True, help="folder of tracked subjects, or a corpus folder")
+    add("--mode", choices=(*MODES, "both"), default="both", help="reenactment mode (default: both)")
+    add("--output_dir", type=Path, help="folder for the results; the same command resumes in it")
+    compare = "frames of another method, <DIR>/<mode>/<source>__<driver>/00001.png or .mp4; may be repeated"
+    add("--compare", action="append", default=[], metavar="NAME=DIR", help=compare)
+    add("--export_protocol", type=Path, metavar="DIR", help="write what another method needs, and exit")
+    add("--flame_position", metavar="DIR", help="decoder of mode flame_position, for a row of its own")
+    add("--num_subjects", type=int, help="only the first subjects, sorted by name (default: all)")
+    add("--num_frames", type=int, help="only the first frames of each camera (default: all)")
+    add("--camera", type=int, help="number of the only camera to use (default: all cameras)")
+    add("--split", default="validation", help="split of a corpus: validation (default) or test")
+    add("--seed", type=int, default=0, help="seed of avatars, pairs and intervals (default: 0)")
+    add("--batch_size", type=int, default=4, help="avatars generated together (default: 4)")
+    candidates = f"point clouds generated per source; the most likely one is decoded (default: {CANDIDATES})"
+    add("--candidates", type=int, default=CANDIDATES, help=candidates)
+    add("--max_points", type=int, help="maximum number of points of an avatar (default: no limit)")
+    add("--max_points_per_face", type=int, default=15, help="maximum per mesh face (default: 15)")
+    add("--num_threads", type=int, default=1, help="threads of torch (default: 1)")
     add_network_flags(parser)
     arguments = parser.parse_args()
     try:
@@ -101,34 +83,34 @@ def run(arguments: argparse.Namespace) -> None:
         export_protocol(arguments.export_protocol, pairs, arguments.seed)
         print(f"{len(pairs)} pairs of {len(clips)} subjects in {arguments.export_protocol}")
         return
-    networks = open_networks(options_from(arguments))
+    networks = open_networks(from_options(NetworkOptions, vars(arguments)))
     decoder = None if arguments.flame_position is None else open_flame_position(arguments.flame_position, pipeline)
     output: Path = arguments.output_dir
-    claim(output, identity(arguments, pipeline, decoder, clips))
+    own = identity(arguments, pipeline, decoder, clips)
+    claim(output, own)
 
     methods, generation = make_methods(arguments, folders, pipeline, decoder, clips, pairs)
     files = FeatureFiles(output / "scores", networks)
-    run_name = {"model_name": str(arguments.model), "dataset_name": str(arguments.dataset)}
+    num_pairs = {mode: len(pairs_of_mode) for mode, pairs_of_mode in by_mode(pairs).items()}
     results = {
         "format": FORMAT,
-        "run": run_name | json.loads((output / RUN_NAME).read_text()),
-        "modes": list(by_mode(pairs)),
-        "num_pairs": {mode: len(own) for mode, own in by_mode(pairs).items()},
+        "run": {"model_name": arguments.model, "dataset_name": arguments.dataset, **own},
+        "modes": list(num_pairs),
+        "num_pairs": num_pairs,
         "subjects": [clip.subject_id for clip in clips],
         "image": list(clips[0].size),
         "pairs": [describe(pair) for pair in pairs],
         "protocol": describe_protocol(vars(arguments)),
         "networks": describe_networks(networks),
         "versions": installed_versions(PACKAGES),
-        "methods": score(methods, pairs, clips, files, arguments.seed, folders),
+        "methods": score(methods, pairs, clips, files, arguments.seed),
     }
     avatar = GaussianAvatar.load(output / "avatars" / "ours" / pairs[0].source.subject_id, head=pipeline.head)
     results["speed"] = measure(avatar.to(arguments.device), pairs[0], generation, arguments.device)
     results = for_json(results)
     draw_grid(output / "grid.png", pairs, methods)
-    videos = [
-        save_pair_video(pair.path(output / "videos"), pair, methods) for pair in tqdm(pairs, desc="videos", unit="pair")
-    ]
+    progress = tqdm(pairs, desc="videos", unit="pair")
+    videos = [save_pair_video(pair.path(output / "videos"), pair, methods) for pair in progress]
     results["seconds"] = round(time.perf_counter() - begin, 1)
     write(output / "results.md", markdown(results))
     write(output / "report.html", page(results, output, videos))
@@ -169,7 +151,7 @@ def open_flame_position(name: str, pipeline: AvatarPipeline) -> GaussianDecoder:
     try:
         decoder = GaussianDecoder.from_pretrained(name).eval().to(pipeline.device)
     except OSError as error:
-        raise FileNotFoundError(f"--flame_position {name}: {' '.join(str(error).split())}") from None
+        raise FileNotFoundError(f"--flame_position {name}: {one_line(error)}") from None
     if decoder.config.mode != "flame_position":
         raise ValueError(f"--flame_position {name}: its mode is {decoder.config.mode!r}, expected 'flame_position'")
     return decoder
@@ -180,10 +162,10 @@ def identity(
 ) -> dict[str, Any]:
     """What determines a run's avatars and frames. Networks and compared folders may change: only scores depend on them."""
     networks = [pipeline.point_model, pipeline.gaussian_decoder]
-    settings = [pipeline.tokenizer.to_dict(), *(net.config.to_dict() for net in networks), pipeline.head.hash]
+    settings = [pipeline.tokenizer.to_dict(), *(network.config.to_dict() for network in networks)]
     names = ("mode", "seed", "batch_size", "candidates", "max_points", "max_points_per_face", "num_frames")
     return {
-        "model": weights_digest(networks, settings),
+        "model": weights_digest(networks, settings, pipeline.head.hash),
         "flame_position": None if decoder is None else weights_digest([decoder], [decoder.config.to_dict()]),
         "dataset": digest(clips),
         "subjects": [clip.subject_id for clip in clips],
@@ -192,47 +174,15 @@ def identity(
     }
 
 
-def make_methods(
-    arguments: argparse.Namespace,
-    folders: dict[str, Path],
-    pipeline: AvatarPipeline,
-    decoder: GaussianDecoder | None,
-    clips: Sequence[Clip],
-    pairs: Sequence[Pair],
-) -> tuple[list[Method], list[dict[str, Any]]]:
-    """Make the avatars; returns the rows of the table, and the generation stats of "ours"."""
-    output: Path = arguments.output_dir
-    others = [compared(name, folder, pairs) for name, folder in folders.items()]
-    for method in others:
-        for mode, problems in method.absent.items():
-            print(f"{method.name}, {mode}: refused\n  " + "\n  ".join(problems), flush=True)
-    limits = {"max_points": arguments.max_points, "max_points_per_face": arguments.max_points_per_face}
-    maker = ours_maker(pipeline, arguments.seed, candidates=arguments.candidates, **limits, progress=False)
-    generation = make_avatars("ours", maker, clips, output, arguments.batch_size)
-    about = {"ours": f"the pipeline {arguments.model}"}
-    if decoder is not None:
-        make_avatars("flame_position", flame_position_maker(pipeline, decoder), clips, output, arguments.batch_size)
-        about["flame_position"] = (
-            f"Gaussians on the vertices of the head, by {arguments.flame_position}: the paper's ablation"
-        )
-    own = [rendered(name, text, pipeline.head, output, arguments.device) for name, text in about.items()]
-    return [truth(), *own, *others, copy_source(), mean_image(clips)], generation
-
-
 def score(
-    methods: Sequence[Method],
-    pairs: Sequence[Pair],
-    clips: Sequence[Clip],
-    files: FeatureFiles,
-    seed: int,
-    folders: dict[str, Path],
+    methods: Sequence[Method], pairs: Sequence[Pair], clips: Sequence[Clip], files: FeatureFiles, seed: int
 ) -> dict[str, Any]:
     """Render and score every frame of every method: `results["methods"]`."""
     missing = missing_networks(files.networks)
     true = {clip.subject_id: files.of_clip(clip) for clip in tqdm(clips, desc="true frames", unit="clip")}
     rows: dict[str, dict[str, Any]] = {}
     for method in methods:
-        rows[method.name] = {"about": method.about, "compared": method.name in folders}
+        rows[method.name] = {"about": method.about, "compared": method.compared}
         for mode, own in by_mode(pairs).items():
             if mode in method.absent:
                 rows[method.name][mode] = {"absent": list(method.absent[mode])}

@@ -1,7 +1,6 @@
 """The ground floor of the AvatarPointillist toolkit: heads, avatars, tokens, corpora. No neural network lives here.
 
-What the package offers stands in `__init__.pyi` and is imported when it is first used: transformers and datasets take seconds, and
-looking at an avatar needs neither.
+`__init__.pyi` lists what it offers; transformers and datasets are imported on first use, because they take seconds.
 """
 
 import lazy_loader

@@ -2,9 +2,8 @@
 
     python -m gaussian_tokenizer.animate --avatar subjects/synthetic-0-000000 --motion talk --output talk.gif
 
-The motion is built in (talk, nod, look_around, expressions), tracked (a flame_param.npz or a folder of them), or a
-turntable around the head at rest. Output: images as .gif, .mp4 or a folder of PNG, the posed Gaussians as a numbered PLY
-sequence, or the avatar at rest as one file for a splat viewer. Runs on a CPU.
+The motion is built in, tracked (a flame_param.npz or a folder of them), or a turntable around the head at rest. Output:
+images, the posed Gaussians as a numbered PLY sequence, or the avatar at rest as one file for a splat viewer.
 """
 
 import argparse
@@ -25,6 +24,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.splatting import render
+from gaussian_tokenizer.utils.hub import one_line
 
 DISTANCE = 1.0  # meters from the camera to the middle of the head
 ROOM = 1.5  # side of the image, in heights of the skull
@@ -37,18 +37,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--avatar", required=True, help="a .safetensors avatar, a GaussianAvatars folder or its point_cloud.ply")
-    add(
-        "--head",
-        help="head model: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder (default: the built-in one, if the "
-        "avatar was made on that)",
-    )
-    motions = f"{', '.join(MOTIONS)}, turntable, or a flame_param.npz or a folder of them"
-    add("--motion", default="talk", help=f"{motions} (default: talk)")
+    add("--head", help="procedural[:faces], .safetensors, FLAME .pkl, ICT folder (default: the avatar's, if built in)")
+    motions = f"{', '.join(MOTIONS)}, turntable, or a flame_param.npz or a folder of them (default: talk)"
+    add("--motion", default="talk", help=motions)
     add("--output", type=Path, help="images: .gif, .mp4, or a folder of PNG (no suffix)")
     add("--ply_sequence", type=Path, help="folder for the Gaussians of every frame, 00000.ply, ...")
     add("--export", type=Path, help="the Gaussians at rest for a splat viewer: .ply, .splat or .compressed.ply")
-    up = "direction of the crown in --export and --ply_sequence; minus_y for SuperSplat (default: y)"
-    add("--up", choices=UP, default="y", help=up)
+    add("--up", choices=UP, default="y", help="direction of the crown in files; minus_y for SuperSplat (default: y)")
     add("--animation", choices=ANIMATIONS, default="lbs", help="how the Gaussians follow the head")
     add("--image_size", type=int, default=256, help="width and height of the images")
     add("--fps", type=float, default=25.0, help="frames per second of .gif and .mp4")
@@ -60,12 +55,11 @@ def main() -> None:
     try:
         animate(arguments)
     except (ValueError, OSError, ImportError) as error:
-        parser.exit(1, f"error: {' '.join(str(error).split())}\n")
+        parser.exit(1, f"error: {one_line(error)}\n")
 
 
 @torch.no_grad()
 def animate(arguments: argparse.Namespace) -> None:
-    """Run the command with its parsed arguments."""
     check(arguments)
     avatar = open_avatar(arguments.avatar, arguments.head)
     assert avatar.head is not None
@@ -110,16 +104,15 @@ def check(arguments: argparse.Namespace) -> None:
 
 def choose_motion(arguments: argparse.Namespace, head: HeadModel) -> HeadParameters:
     """Head parameters of the frames to show; those of a turntable are at rest."""
-    num_frames = 48 if arguments.num_frames is None else arguments.num_frames
-    if arguments.motion == "turntable":
+    motion, num_frames = arguments.motion, arguments.num_frames or 48
+    if motion == "turntable":
         return HeadParameters.zeros(head.n_shape, head.n_expression, num_frames)
-    if arguments.motion in MOTIONS:
-        return synthetic_motion(arguments.motion, head, num_frames)
-    if not Path(arguments.motion).exists():
-        raise FileNotFoundError(
-            f"--motion {arguments.motion}: no such file or folder; built in are {', '.join(MOTIONS)} and turntable"
-        )
-    return load_motion(arguments.motion, head).frame(slice(arguments.num_frames))
+    if motion in MOTIONS:
+        return synthetic_motion(motion, head, num_frames)
+    if not Path(motion).exists():
+        built_in = f"built in are {', '.join(MOTIONS)} and turntable"
+        raise FileNotFoundError(f"--motion {motion}: no such file or folder; {built_in}")
+    return load_motion(motion, head).frame(slice(arguments.num_frames))
 
 
 def posed_parts(bound: Skinning, motion: HeadParameters, animation: str, at_once: int = 1) -> Iterator[Gaussians]:
@@ -130,12 +123,10 @@ def posed_parts(bound: Skinning, motion: HeadParameters, animation: str, at_once
 
 def draw(bound: Skinning, motion: HeadParameters, arguments: argparse.Namespace) -> np.ndarray:
     """(T, size, size, 3) uint8, the avatar in every frame of the motion."""
-    turntable = arguments.motion == "turntable"
-    azimuths = [arguments.azimuth]
-    if turntable:
-        azimuths = [arguments.azimuth + 360 * index / motion.num_frames for index in range(motion.num_frames)]
+    turntable, size = arguments.motion == "turntable", arguments.image_size
+    steps = motion.num_frames if turntable else 1
+    azimuths = [arguments.azimuth + 360 * index / steps for index in range(steps)]
     target, extent = framing(bound, motion.frame(0) if turntable else motion, azimuths)
-    size = arguments.image_size
     cameras = Cameras.orbit(target, DISTANCE, azimuths, 0.0, DISTANCE * size / extent, size, size)
     images = []
     with tqdm(total=motion.num_frames, desc="images", unit="frame") as progress:
@@ -149,12 +140,9 @@ def draw(bound: Skinning, motion: HeadParameters, arguments: argparse.Namespace)
 
 
 def framing(bound: Skinning, motion: HeadParameters, azimuths: Sequence[float]) -> tuple[torch.Tensor, float]:
-    """Target of the cameras (3,) and side of the square they see there, meters: the head in all frames, with its hair.
-
-    Measured on the mesh without the neck, whose length differs between head models, so that all are framed alike; a head
-    that moves or has much hair gets the room it takes.
-    """
+    """Target of the cameras (3,) and side of the square they see there, meters: the head in all frames, with its hair."""
     head, own = bound.head, bound.own
+    # Without the neck, whose length differs between head models.
     skull = ~head.regions["neck"] if "neck" in head.regions else torch.ones_like(head.template[:, 0], dtype=torch.bool)
     at_rest = head.canonical_vertices(own)[skull]
     height = float(at_rest[:, 1].max() - at_rest[:, 1].min())

@@ -1,13 +1,8 @@
-"""Build, count and check a corpus from the command line.
+"""Build, count and check a corpus. The same command continues a build that was killed, and ends with the same bytes.
 
-    python -m gaussian_tokenizer.build_corpus --avatars DIR --head HEAD --output_dir DIR [--num_proc N] [--push_to_hub REPO]
-    python -m gaussian_tokenizer.build_corpus stats CORPUS [--plot stats.png] [--page page.html]
-    python -m gaussian_tokenizer.build_corpus validate CORPUS [--avatars DIR --head HEAD]
-
-The same command continues a build that was killed, and ends with the same bytes. On a small CPU, from subjects made on the
-built-in head:
-
-    python -m gaussian_tokenizer.build_corpus --avatars subjects --head procedural:600 --output_dir corpus --num_proc 2
+python -m gaussian_tokenizer.build_corpus --avatars DIR --head HEAD --output_dir DIR [--num_proc N] [--push_to_hub REPO]
+python -m gaussian_tokenizer.build_corpus stats CORPUS [--plot stats.png] [--page page.html]
+python -m gaussian_tokenizer.build_corpus validate CORPUS [--avatars DIR --head HEAD]
 """
 
 import argparse
@@ -46,13 +41,12 @@ def _build(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Tokenize a folder of avatars into a corpus that datasets.load_dataset opens.",
-        epilog="Other commands: `stats CORPUS` prints and plots its stats, `validate CORPUS` checks every file; each has its "
-        "own --help.",
+        epilog="`stats CORPUS` prints and plots stats, `validate CORPUS` checks every file; each has its own --help.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--avatars", required=True, type=Path, help="folder of subject folders")
-    add("--head", required=True, help="procedural, procedural:600, a .safetensors, a FLAME .pkl, an ICT-FaceKit folder")
+    add("--head", required=True, help="procedural[:faces], .safetensors, FLAME .pkl or ICT-FaceKit folder")
     add("--output_dir", required=True, type=Path, help="corpus folder to make")
     add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
     add_options(parser, BuildSettings)
@@ -67,16 +61,14 @@ def _build(words: list[str]) -> int:
     print_counts(build(options.avatars, head, options.output_dir, settings, tokenizer, processes, options.overwrite))
     print(f"corpus: {options.output_dir}")
     if options.push_to_hub:
-        address = upload(options.output_dir, options.push_to_hub, "dataset", options.hub_private_repo)
-        print(f"uploaded: {address}")
+        print("uploaded:", upload(options.output_dir, options.push_to_hub, "dataset", options.hub_private_repo))
     return 0
 
 
 def _stats(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} stats")
     parser.add_argument("corpus", help="corpus folder, or its URL")
-    plot = "plot points per face, sequence lengths, bins and entropies as this PNG"
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the stats as this PNG")
     parser.add_argument("--page", type=Path, metavar="FILE", help="HTML page of the stats, portraits and licenses")
     options = parser.parse_args(words)
     corpus = load_corpus(options.corpus)

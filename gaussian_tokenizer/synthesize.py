@@ -3,11 +3,9 @@
     python -m gaussian_tokenizer.synthesize --num_subjects 200 --head procedural:600 --output_dir subjects --num_proc 2
     python -m gaussian_tokenizer.synthesize --num_subjects 10000 --head procedural:600 --corpus corpus --num_proc 2
 
-With `--output_dir`, each subject becomes a folder in the layout of GaussianAvatars and VHAP (see `captures.subject`): the
-avatar, its head parameters, and rendered images with their cameras and timesteps. Folders are written atomically. With
+With `--output_dir`, each subject becomes a folder in the layout of GaussianAvatars and VHAP (see `captures.subject`). With
 `--corpus`, the subjects go directly into the corpus that `build_corpus` would make of those folders, byte for byte. Run
-again, the command keeps what is finished and makes the rest; the number of processes does not change a byte. Time grows
-with the number of subjects, memory does not.
+again, the command keeps what is finished; the number of processes does not change a byte.
 """
 
 import argparse
@@ -23,9 +21,7 @@ from typing import Any
 from gaussian_tokenizer.avatars.avatar_files import METADATA_NAME
 from gaussian_tokenizer.captures.subject import write_subject
 from gaussian_tokenizer.corpus.building import build
-from gaussian_tokenizer.corpus.corpus import load_corpus
-from gaussian_tokenizer.corpus.identity_stats import identity_stats, shapes_of_corpus, shapes_of_folders
-from gaussian_tokenizer.corpus.options import BuildSettings, print_counts
+from gaussian_tokenizer.corpus.options import BuildSettings, count_of, print_counts
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.synthetic.source import SyntheticSettings, SyntheticSource, render_subject
@@ -43,8 +39,8 @@ def synthesize(
 ) -> list[Path]:
     """Make the missing folders `synthetic-<seed>-<index>` in `output`; returns all of them.
 
-    `head` as for `load_head`, `settings` are fields of SyntheticSettings. ValueError if a folder of that name exists and was
-    made with other settings (then nothing is written).
+    `head` as for `load_head`, `settings` are fields of SyntheticSettings. ValueError, before anything is written, if a folder
+    of that name was made with other settings.
     """
     chosen = SyntheticSettings(**settings)
     source = SyntheticSource(num_subjects, chosen)
@@ -77,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--num_subjects", type=int, required=True, help="how many subjects to make")
     add("--output_dir", type=Path, help="folder to put the subjects' folders in")
-    heads = "procedural[:faces], a .safetensors head model, a FLAME .pkl or an ICT-FaceKit folder"
-    add("--head", default="procedural:600", help=heads)
+    add("--head", default="procedural:600", help="procedural[:faces], .safetensors, FLAME .pkl or ICT-FaceKit folder")
     add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
     add_options(parser, SyntheticSettings)
     corpus = parser.add_argument_group("directly to a corpus, instead of --output_dir")
@@ -99,8 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _to_folders(options: argparse.Namespace) -> None:
     settings = asdict(from_options(SyntheticSettings, vars(options)))
     folders = synthesize(options.output_dir, options.num_subjects, options.head, options.num_proc, **settings)
-    print(f"{len(folders)} subjects in {options.output_dir}")
-    print(f"identities: {identity_stats(load_head(options.head), shapes_of_folders(folders))}")
+    print(f"{count_of(len(folders), 'subject')} in {options.output_dir}")
 
 
 def _to_corpus(options: argparse.Namespace) -> None:
@@ -109,7 +103,6 @@ def _to_corpus(options: argparse.Namespace) -> None:
     head = load_head(options.head)
     print_counts(build(source, head, options.corpus, settings, num_proc=options.num_proc, overwrite=options.overwrite))
     print(f"corpus: {options.corpus}")
-    print(f"identities: {identity_stats(head, shapes_of_corpus(load_corpus(options.corpus)))}")
 
 
 def _write(folder: Path, settings: SyntheticSettings, head: HeadModel) -> None:
@@ -127,9 +120,7 @@ def _is_finished(folder: Path, settings: SyntheticSettings, head: HeadModel) -> 
         raise ValueError(f"{folder}: exists, but is no synthetic subject; choose another output folder") from None
     expected = {"recipe": asdict(settings), "head_hash": head.hash}
     if found != expected:
-        raise ValueError(
-            f"{folder}: made with {found}, asked for {expected}; choose another output folder or remove it"
-        )
+        raise ValueError(f"{folder}: made with {found}, not {expected}; choose another output folder or remove it")
     return True
 
 

@@ -10,13 +10,13 @@ from .pointillist.configuration_pointillist import PointillistConfig
 def check_vocabulary(
     config: PointillistConfig,
     tokenizer: GaussianTokenizer,
-    model_name: str = "the point model",
-    tokenizer_name: str = "the tokenizer",
+    model: str = "the point model",
+    other: str = "the tokenizer",
 ) -> None:
-    """Raise `ValueError` unless the point model has the tokenizer's vocabulary."""
+    """Raise `ValueError`, which calls the two `model` and `other`, unless the point model has the tokenizer's vocabulary."""
     if (config.n_bins, config.n_faces) != (tokenizer.n_bins, tokenizer.n_faces):
         raise ValueError(
-            f"{model_name} has {config.n_bins} levels and {config.n_faces} faces, {tokenizer_name} {tokenizer.n_bins} and "
+            f"{model} has {config.n_bins} levels and {config.n_faces} faces, {other} {tokenizer.n_bins} and "
             f"{tokenizer.n_faces}; take both from one training, or build the corpus with the model's tokenizer"
         )
 

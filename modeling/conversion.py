@@ -1,7 +1,4 @@
-"""Input and output of the Gaussian decoder: head vertices as points, and its batched, padded output as `Gaussians` of one avatar.
-
-`GaussianDecoder` travels with its checkpoint and therefore knows nothing of this toolkit. Everything here is in canonical space.
-"""
+"""Between the Gaussian decoder, which knows nothing of this toolkit, and its heads and `Gaussians`, in canonical space."""
 
 import torch
 from torch import Tensor
@@ -34,10 +31,7 @@ def to_gaussians(output: GaussianDecoderOutput, row: int = 0, num_points: int | 
 
 
 def vertex_points(head: HeadModel, params: HeadParameters) -> tuple[Tensor, Tensor]:
-    """The points of a decoder of mode "flame_position".
-
-    Vertices (V, 3) of a subject's head, meters in canonical space, and for each of them one of its faces (V,).
-    """
+    """Points of a "flame_position" decoder: vertices (V, 3) of a subject's head, meters, and one face (V,) of each vertex."""
     faces = torch.zeros(head.n_vertices, dtype=torch.int64, device=head.device)
     faces[head.faces.flatten()] = torch.arange(head.n_faces, device=head.device).repeat_interleave(3)
     return head.canonical_vertices(params), faces

@@ -4,7 +4,7 @@ The counterpart is `TransformerWrapper(num_tokens=vocabulary, max_seq_len=W, use
 depth=n, heads=H, attn_dim_head=d, cross_attend=True, rotary_pos_emb=True, use_rmsnorm=True))`. Names change, and the
 output channels of q and k that RoPE rotates are permuted: x-transformers pairs channels (2i, 2i + 1), we pair (i, i + half).
 
-    python -m modeling.convert_x_transformers weights.safetensors --config config.json --output_dir DIR
+    pointillist convert-x-transformers weights.safetensors --config config.json --output_dir DIR
 """
 
 import argparse
@@ -33,13 +33,11 @@ BLOCKS = {  # names within each of a layer's three blocks
 ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 
 
-def convert_state_dict(
-    weights: dict[str, Tensor], config: PointillistConfig, norm_unit_offset: bool = True
-) -> dict[str, Tensor]:
+def convert_state_dict(weights: dict[str, Tensor], config: PointillistConfig) -> dict[str, Tensor]:
     """The state dict of a `TransformerWrapper`, or of an `AutoregressiveWrapper` around one, under our names.
 
-    The condition encoders have no counterpart there. `norm_unit_offset`: its norms store gain - 1 (x-transformers' default,
-    `norm_add_unit_offset=True`). Raises `ValueError` for a weight that is missing or left over.
+    Its norms store gain - 1 (x-transformers' default, `norm_add_unit_offset=True`). The condition encoders have no counterpart
+    there. Raises `ValueError` for a weight that is missing or left over.
     """
     weights = {name.removeprefix("net."): w for name, w in weights.items()}
     names = weight_names(config.num_hidden_layers)
@@ -64,7 +62,7 @@ def convert_state_dict(
     for theirs, ours in names.items():
         weight = weights[theirs]
         if theirs.endswith(".g"):
-            weight = weight + float(norm_unit_offset)
+            weight = weight + 1.0
         elif ours.endswith(ROTATED):
             weight = weight.unflatten(0, (-1, config.head_dim))[:, channels].flatten(0, 1)
         converted[ours] = weight
@@ -82,11 +80,9 @@ def weight_names(num_layers: int) -> dict[str, str]:
     return names
 
 
-def load_x_transformers(
-    model: PointillistForCausalLM, weights: dict[str, Tensor], norm_unit_offset: bool = True
-) -> None:
+def load_x_transformers(model: PointillistForCausalLM, weights: dict[str, Tensor]) -> None:
     """Copy x-transformers weights into the decoder of `model`; its condition encoders stay as they are."""
-    converted = convert_state_dict(weights, model.config, norm_unit_offset)
+    converted = convert_state_dict(weights, model.config)
     for name, parameter in model.named_parameters():
         found, expected = tuple(converted.get(name, parameter).shape), tuple(parameter.shape)
         if found != expected:
@@ -95,13 +91,13 @@ def load_x_transformers(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="pointillist convert-x-transformers", description=__doc__.splitlines()[0])
     parser.add_argument("weights", type=Path, help="safetensors file of the x-transformers state dict")
     parser.add_argument("--config", type=Path, help="config.json of the model; default: the paper's")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the checkpoint is written")
     arguments = parser.parse_args()
     try:
-        convert_file(arguments.weights, arguments.config, arguments.output_dir)
+        convert_file(**vars(arguments))
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {' '.join(str(error).split())}\n")
     print(f"wrote {arguments.output_dir}")

@@ -5,16 +5,12 @@
 
 A pipeline is a folder, or a repository of the Hub, with a normal subfolder for each component:
 
+    tokenizer/, point_model/, gaussian_decoder/, head/   (head.safetensors, a HeadModel)
     pipeline.json        format and components
-    tokenizer/           GaussianTokenizer
-    point_model/         PointillistForCausalLM
-    gaussian_decoder/    GaussianDecoder
-    head/                head.safetensors, a HeadModel
     README.md, images/   the model card and its images
     *.py                 a copy of the components' code: transformers looks for it here, whatever the subfolder
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -33,7 +29,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_folder
-from gaussian_tokenizer.utils.json_files import read_json
+from gaussian_tokenizer.utils.json_files import read_json, write_json
 
 from .checks import check_head, check_vocabulary, check_width
 from .conversion import to_gaussians
@@ -45,7 +41,7 @@ from .ranking import likeliest
 FORMAT = "avatar-pointillist pipeline 1"
 INDEX_NAME, HEAD_NAME = "pipeline.json", "head.safetensors"
 COMPONENTS = ("tokenizer", "point_model", "gaussian_decoder", "head")
-# A point sampled too high skips all that would have come before it, because the sorted order never goes back: prefer likely tokens.
+# A point sampled too high skips all that would come before it, because the sorted order never goes back: prefer likely tokens.
 SAMPLING = {"temperature": 0.9, "top_p": 0.95}
 CANDIDATES = 4  # one cloud in eight of the demo's model falls apart, all of four hardly ever
 
@@ -105,8 +101,7 @@ class AvatarPipeline:
         Returns:
             `GaussianAvatar` in canonical pose with the head model attached: `avatar.posed(motion)` animates it.
 
-        Raises:
-            ValueError: an image that cannot be read, parameters of another head model.
+        Raises `ValueError` for an image that cannot be read or parameters of another head model.
         """
         many = isinstance(image, (list, tuple))
         images = list(image) if many else [image]
@@ -132,12 +127,7 @@ class AvatarPipeline:
 
     @torch.no_grad()
     def generate(
-        self,
-        inputs: Mapping[str, Tensor],
-        *,
-        seed: int | None = None,
-        candidates: int = CANDIDATES,
-        **options: Any,
+        self, inputs: Mapping[str, Tensor], *, seed: int | None = None, candidates: int = CANDIDATES, **options: Any
     ) -> PointillistGenerateOutput:
         """Sequences of B subjects, each the likeliest of its candidates, and the hidden states that predicted the points."""
         if candidates < 1:
@@ -160,9 +150,8 @@ class AvatarPipeline:
         points = [self.tokenizer.decode(ids.cpu(), errors="truncate") for ids in output.sequences]
         counts = [len(own["faces"]) for own in points]
         if 0 in counts:
-            raise ValueError(
-                f"sequence {counts.index(0)} ended before its first point: give min_points, or another seed"
-            )
+            row = counts.index(0)
+            raise ValueError(f"sequence {row} ended before its first point: give min_points, or another seed")
         assert output.point_features is not None
         return points, [features[:count] for features, count in zip(output.point_features, counts)]
 
@@ -178,15 +167,13 @@ class AvatarPipeline:
         own = params.canonical().to(self.device)
         faces = torch.as_tensor(points["faces"], device=self.device)
         positions = torch.as_tensor(points["positions"], device=self.device)
-        anchors = None
+        inputs = {"positions": positions, "pixel_values": pixel_values}
+        if config.reads_point_features and features is not None:
+            inputs["point_features"] = features
         if config.read_anchors:
-            anchors = nearest_on_faces(positions, faces, self.head.canonical_vertices(own), self.head.faces)[None]
-        decoded = self.gaussian_decoder(
-            positions=positions[None],
-            point_features=features[None] if config.reads_point_features and features is not None else None,
-            pixel_values=pixel_values[None],
-            anchors=anchors,
-        )
+            vertices = self.head.canonical_vertices(own)
+            inputs["anchors"] = nearest_on_faces(positions, faces, vertices, self.head.faces)
+        decoded = self.gaussian_decoder(**{name: value[None] for name, value in inputs.items()})
         return GaussianAvatar.from_gaussians(to_gaussians(decoded), faces, own, self.head)
 
     @classmethod
@@ -195,17 +182,17 @@ class AvatarPipeline:
     ) -> "AvatarPipeline":
         """Open a folder that `save_pretrained` wrote, or a repository of the Hub with the same content.
 
-        Raises FileNotFoundError for a folder or repository that is not there or lacks a component (named), ValueError
-        for components that do not belong together.
+        Raises `FileNotFoundError` for a folder or repository that is not there or lacks a component, `ValueError` for components
+        that do not belong together.
         """
         folder = Path(name)
         if not folder.is_dir():
             folder = _downloaded(str(name))
-        if not (folder / INDEX_NAME).is_file():
+        index = folder / INDEX_NAME
+        if not index.is_file():
             raise FileNotFoundError(f"{name}: has no {INDEX_NAME}; save a pipeline with AvatarPipeline.save_pretrained")
-        found = read_json(folder / INDEX_NAME).get("format")
-        if found != FORMAT:
-            raise ValueError(f"{folder / INDEX_NAME}: format {found!r}, expected {FORMAT!r}")
+        if (found := read_json(index).get("format")) != FORMAT:
+            raise ValueError(f"{index}: format {found!r}, expected {FORMAT!r}")
         missing = [component for component in COMPONENTS if not (folder / component).is_dir()]
         if missing:
             raise FileNotFoundError(f"{name}: lacks {', '.join(missing)}; a pipeline has {', '.join(COMPONENTS)}")
@@ -249,41 +236,24 @@ class AvatarPipeline:
                 (new / "images").mkdir()
             names = [Path(shutil.copy(image, new / "images")).name for image in images]
             (new / "README.md").write_text(self._card(names, card, license), encoding="utf-8")
-            index = {"format": FORMAT, "components": list(COMPONENTS)}
-            (new / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+            write_json(new / INDEX_NAME, {"format": FORMAT, "components": list(COMPONENTS)})
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        images: Sequence[str | os.PathLike] = (),
-        card: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        license: str = "other",
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **contents: Any
     ) -> str:
-        """Upload the folder as a model repository; returns its address."""
+        """Upload what `save_pretrained(folder, **contents)` writes as a model repository; returns its address."""
         with TemporaryDirectory() as temporary:
-            self.save_pretrained(Path(temporary) / "pipeline", images, card, license)
+            self.save_pretrained(Path(temporary) / "pipeline", **contents)
             address = create_repo(repo_id, private=private, exist_ok=True, token=token)
             upload_folder(repo_id=address.repo_id, folder_path=Path(temporary) / "pipeline", token=token)
             return str(address)
 
     def _card(self, images: Sequence[str], paragraph: str | None, license: str) -> str:
-        card = ModelCard.from_template(
-            ModelCardData(
-                license=license,
-                library_name="avatar-pointillist",
-                tags=["avatar-pointillist", "gaussian-splatting", "3d", "avatars"],
-                pipeline_tag="image-to-3d",
-            ),
-            template_path=str(Path(__file__).with_name("templates") / "pipeline_card.md.j2"),
-            images=images,
-            paragraph=paragraph,
-            points=self.point_model.config,
-            decoder=self.gaussian_decoder.config,
-            head=self.head,
-        )
-        return str(card) + "\n"
+        tags = ["avatar-pointillist", "gaussian-splatting", "3d", "avatars"]
+        data = ModelCardData(license=license, library_name=tags[0], tags=tags, pipeline_tag="image-to-3d")
+        template = str(Path(__file__).with_name("templates") / "pipeline_card.md.j2")
+        parts = dict(points=self.point_model.config, decoder=self.gaussian_decoder.config, head=self.head)
+        return f"{ModelCard.from_template(data, template, images=images, paragraph=paragraph, **parts)}\n"
 
 
 def _downloaded(name: str) -> Path:

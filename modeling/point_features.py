@@ -1,11 +1,4 @@
-"""Point features: the point model's hidden states over whole sequences, for training the Gaussian decoder.
-
-In: token ids of `GaussianTokenizer` (B, L) and the condition of the point model. Out: (B, N, 4, D), for every point the last
-hidden states at the positions that *predict* its x, y, z and face (AvatarPointillist, method figure). They equal those of
-`generate(..., output_point_features=True)` on the same ids, because attention is limited to the window. Sequences are read in
-chunks, so that memory grows with the window and the chunk, not with the square of the length.
-
-The point model is frozen while the decoder is trained: `FeatureCache` keeps its features on disk.
+"""Point features: the point model's hidden states over whole sequences, for training the Gaussian decoder, and a cache for them.
 
 Axes: B batch, L tokens, N points, D width, W window.
 """
@@ -50,7 +43,9 @@ def point_features(
     condition_embeds: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """Hidden states that predict the tokens of each point, by teacher forcing, in evaluation mode.
+    """Last hidden states that *predict* the tokens of each point, by teacher forcing, in evaluation mode.
+
+    They equal those of `generate(..., output_point_features=True)` on the same ids, because attention is limited to the window.
 
     Args:
         input_ids: (B, L) whole sequences, bos first, then four tokens a point, then eos (which may be missing), then padding.
@@ -61,8 +56,7 @@ def point_features(
     Returns:
         (B, N, 4, D) in the precision of the model, N points of the longest row; zero beyond a row's end.
 
-    Raises:
-        ValueError: a row is not a sequence, or `chunk` is not positive.
+    Raises `ValueError` if a row is not a sequence, or `chunk` is not positive.
     """
     counts = num_points(input_ids, model)
     if chunk < 1:
@@ -75,8 +69,6 @@ def point_features(
         if condition_embeds is None:
             condition_embeds = model.encode_condition(pixel_values, head_vertices, head_normals)
         condition = model.condition_encoder.or_empty(condition_embeds, len(input_ids), None)
-        if len(condition) != len(input_ids):
-            raise ValueError(f"condition for {len(condition)} sequences, but {len(input_ids)} sequences of tokens")
         faces = {"face_centers": face_centers, "face_normals": face_normals}
         pieces = list(_pieces(model, input_ids[:, : length + 1], chunk, condition, faces))
     finally:
@@ -127,17 +119,14 @@ class FeatureCache:
     def __init__(self, folder: str | os.PathLike, model: PointillistForCausalLM, dtype: torch.dtype = torch.float16):
         if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float16 or torch.bfloat16, found {dtype}")
-        self.folder = Path(folder)
+        self.folder, self.model, self.dtype = Path(folder), model, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.model = model
-        self.dtype = dtype
         self.fingerprint = fingerprint(model)
 
     def features(self, model: PointillistForCausalLM, input_ids: Tensor, **condition: Tensor | None) -> Tensor:
         """`point_features(model, input_ids, **condition)` for a batch, each row from its file if there is one.
 
-        Raises:
-            ValueError: a model other than the cache's, what `point_features` refuses, or a feature too large for `dtype`.
+        Raises `ValueError` for a model other than the cache's, what `point_features` refuses, or a feature too large for `dtype`.
         """
         if model is not self.model:
             raise ValueError("this cache holds features of another model: make a FeatureCache for this one")
@@ -153,10 +142,7 @@ class FeatureCache:
         return pad_sequence(rows, batch_first=True).to(model.device, model.dtype)
 
     def get(self, sequence: Tensor, condition: dict[str, Tensor], compute: Callable[[], Tensor]) -> Tensor:
-        """Features (N, 4, D) of one sequence (1, L) under its condition, in `dtype` on the CPU.
-
-        Read from the disk, or computed by `compute()` (1, N, 4, D) and written.
-        """
+        """Features (N, 4, D) of one sequence (1, L), in `dtype` on the CPU: read, or computed by `compute()` and written."""
         digest = hashlib.sha256(f"{self.fingerprint} {self.dtype}".encode())
         inputs = {"input_ids": sequence.long(), **condition}
         _hash_tensors(digest, {name: value[0] for name, value in inputs.items()})

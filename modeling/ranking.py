@@ -1,7 +1,4 @@
-"""The likeliest of several clouds generated for one subject.
-
-A point drawn too high skips all that belonged before it, because the sorted order never goes back: such a cloud falls apart, and
-the model gives it a low likelihood. The hidden states that come with a generation give it at the cost of one matrix product.
+"""The likeliest of several clouds generated for one subject: a cloud that falls apart has a low likelihood.
 
 Axes: B subjects, C candidates of each, N points, D width.
 """

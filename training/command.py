@@ -4,14 +4,14 @@
     pointillist synthesize --help
     pointillist pretrain debug --corpus CORPUS     # a config of the toolkit by its name
 
-A command runs its module in this process, as `python -m MODULE` would. The table holds names, not imports, so that nothing is
-loaded before it is needed.
+A command runs its module in this process, as `python -m MODULE` would.
 """
 
 import difflib
 import runpy
 import sys
 
+# Names, not imports: nothing is loaded before it is needed.
 COMMANDS = {
     "synthesize": ("gaussian_tokenizer.synthesize", "make synthetic subjects, as folders or as a corpus"),
     "inspect": ("gaussian_tokenizer.inspect", "describe a file or folder and what is wrong with it"),

@@ -5,10 +5,8 @@
     accelerate launch training/fit_avatars.py training/configs/fit_paper.yaml --data tracked --head flame.safetensors \\
         --output_dir avatars --shorten 20                                                  # on one GPU or several, 30,000 steps
 
-Subjects are distributed over the processes that `accelerate launch` starts. The same command resumes an interrupted run: finished
-subjects are kept, interrupted ones continue from their checkpoints, failed ones are named (`--retry_failed true` tries them again).
-Every field of the YAML file can also be given on the command line. The output is what `gaussian_tokenizer.build_corpus` reads;
-each subject's folder also has `fit_report.json` and `fit.png`.
+The same command resumes an interrupted run: finished subjects are kept, interrupted ones continue from their checkpoints, failed
+ones are named. The output is what `gaussian_tokenizer.build_corpus` reads, each folder with `fit_report.json` and `fit.png`.
 """
 
 import hashlib
@@ -32,6 +30,7 @@ from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.utils.disk import disk_is_full
+from gaussian_tokenizer.utils.hub import one_line
 from training.common.arguments import exit_on_user_error, parse_arguments
 from training.common.process import Interrupted, StopSignals, warn_of_missing_processes
 from training.fitting.arguments import FitArguments, FitSettings
@@ -39,7 +38,7 @@ from training.fitting.images import evenly_spread
 from training.fitting.optimization import Fit, optimize
 from training.fitting.queue import Job, order_of
 from training.fitting.report import fit_report, write_report
-from training.fitting.state import FitState
+from training.fitting.state import FitState, saved_identity
 
 POLL_SECONDS = 1.0
 STEPS_BETWEEN_UPDATES = 50  # of the numbers in the progress bar
@@ -47,7 +46,7 @@ IN_METADATA = ("psnr", "psnr_tokenized", "num_points", "iterations")  # entries 
 
 
 def main() -> None:
-    arguments, settings = parse_arguments(sys.argv[1:], FitArguments, FitSettings, description=__doc__.split("\n\n")[0])
+    arguments, settings = parse_arguments(sys.argv[1:], FitArguments, FitSettings, description=__doc__)
     # Subjects are independent, so the processes form no group in which one could delay or stop the others.
     process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     warn_of_missing_processes(processes)
@@ -61,16 +60,14 @@ def main() -> None:
     worker = Worker(arguments, settings, head)
     if process == 0:
         print(f"{len(jobs)} subjects, {sum(finished)} finished; {processes} processes, {worker.device}", flush=True)
-    with worker.signals:
-        try:
+    try:
+        with worker.signals:
             worker.work_through(order_of(jobs, process, processes))
-        except OSError as error:
-            if not disk_is_full(error):
-                raise
-            raise ValueError(
-                f"the disk is full ({error}). Finished subjects and earlier checkpoints are complete; free space and run the same "
-                "command again"
-            ) from error
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        advice = "Finished subjects and earlier checkpoints are complete; free space and run the same command again"
+        raise ValueError(f"the disk is full ({error}). {advice}") from error
     failures = {job.name: failure["reason"] for job in jobs if (failure := job.failure()) is not None}
     if process == 0:
         print(f"{len(jobs) - len(failures)} avatars in {arguments.output_dir}", flush=True)
@@ -95,7 +92,7 @@ class Worker:
         return Interrupted(f"{where}; run the same command again to resume from there", self.signals.received[0])
 
     def work_through(self, jobs: list[Job]) -> None:
-        failed = {job.name: failure for job in jobs if (failure := job.failure()) is not None}
+        before = {job.name: job.failure() for job in jobs}
         while jobs:
             elsewhere = []
             for job in jobs:
@@ -109,9 +106,7 @@ class Worker:
                     elif job.is_finished(self.settings.to_dict()):
                         job.clean()
                     # Not a subject on which another process has just failed.
-                    elif job.failure() is None or (
-                        self.arguments.retry_failed and job.failure() == failed.get(job.name)
-                    ):
+                    elif (last := job.failure()) is None or (self.arguments.retry_failed and last == before[job.name]):
                         self.attempt(job)
             jobs = elsewhere
             if jobs:  # a process that fits one of them may die
@@ -126,7 +121,7 @@ class Worker:
         except Exception as error:
             if isinstance(error, OSError) and disk_is_full(error):
                 raise
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             if not isinstance(error, ValueError | OSError):
                 reason = f"{type(error).__name__}: {reason}"
             job.record_failure(reason, traceback=traceback.format_exc().splitlines())
@@ -136,8 +131,8 @@ class Worker:
         tracking = load_tracking(job.source, self.head)
         fit = Fit(tracking, self.head, self.settings, self.device, self.arguments.image_cache)
         identity = {"settings": self.settings.to_dict(), "data": fingerprint(tracking, self.head)}
-        if job.failure() is not None:
-            job.forget_unless(identity)  # its data may have been corrected
+        if job.failure() is not None and job.checkpoint.exists() and saved_identity(job.checkpoint) != identity:
+            job.checkpoint.unlink()  # its data may have been corrected
         job.check_checkpoint(identity)
         state = FitState.load(job.checkpoint, self.device) if job.checkpoint.exists() else fit.begin()
         self.optimize(job, fit, state, identity)
@@ -146,11 +141,8 @@ class Worker:
         staging = job.work / "result"
         shutil.rmtree(staging, ignore_errors=True)
         frames = result_frames(fit, avatar, self.arguments.max_result_images)
-        metadata = tracking.metadata | {
-            "avatar_id": tracking.subject_id,
-            "fit": {name: report[name] for name in IN_METADATA},
-        }
-        write_subject(staging, avatar, frames, metadata)
+        metadata = {"avatar_id": tracking.subject_id, "fit": {name: report[name] for name in IN_METADATA}}
+        write_subject(staging, avatar, frames, tracking.metadata | metadata)
         write_report(fit, avatar, report, staging)
         staging.rename(job.result)
         job.clean()
@@ -162,29 +154,21 @@ class Worker:
         """Run the remaining steps, with checkpoints and a progress bar."""
         clocks = {"wall": time.perf_counter, "cpu": time.process_time}
         begin = {name: clock() - state.seconds[name] for name, clock in clocks.items()}
+        total, done, hidden = fit.settings.iterations, state.iteration, self.arguments.disable_tqdm
+
+        def after_step(state: FitState, loss: float) -> None:
+            bar.update()
+            if state.iteration % STEPS_BETWEEN_UPDATES == 0:
+                bar.set_postfix(points=f"{len(state.gaussians):,}", loss=f"{loss:.4f}")
+            if state.iteration == total or self.signals.received or state.iteration % self.arguments.save_every == 0:
+                state.seconds = {name: clock() - begin[name] for name, clock in clocks.items()}
+                state.save(job.checkpoint, identity)
+            if self.signals.received:
+                raise self.interrupted(f"{job.name} saved after {state.iteration:,} of {total:,} steps")
+
         with tqdm(
-            desc=job.name,
-            total=fit.settings.iterations,
-            initial=state.iteration,
-            unit="step",
-            position=self.place,
-            mininterval=1.0,
-            disable=self.arguments.disable_tqdm,
+            desc=job.name, total=total, initial=done, unit="step", position=self.place, mininterval=1.0, disable=hidden
         ) as bar:
-
-            def after_step(state: FitState, loss: float) -> None:
-                bar.update()
-                last = state.iteration == fit.settings.iterations
-                if state.iteration % STEPS_BETWEEN_UPDATES == 0:
-                    bar.set_postfix(points=f"{len(state.gaussians):,}", loss=f"{loss:.4f}")
-                if last or self.signals.received or state.iteration % self.arguments.save_every == 0:
-                    state.seconds = {name: clock() - begin[name] for name, clock in clocks.items()}
-                    state.save(job.checkpoint, identity)
-                if self.signals.received:
-                    raise self.interrupted(
-                        f"{job.name} saved after {state.iteration:,} of {fit.settings.iterations:,} steps"
-                    )
-
             optimize(fit, state, after_step)
 
 

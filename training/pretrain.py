@@ -5,8 +5,8 @@
     accelerate launch --config_file accelerate_config.yaml training/pretrain.py training/configs/paper.yaml --corpus CORPUS
     ... --resume_from_checkpoint true                                                                  # resume exactly
 
-Every field of the YAML file can also be given on the command line. The output folder holds a model that
-`AutoModelForCausalLM.from_pretrained` opens, its tokenizer, a model card and `training_report.json`.
+The output folder holds a model that `AutoModelForCausalLM.from_pretrained` opens, its tokenizer, a model card and
+`training_report.json`. Every field of the YAML file can also be given on the command line.
 """
 
 import sys
@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from modeling import PointillistForCausalLM
 from training.common.arguments import exit_on_user_error, flag_named, parse_arguments
-from training.common.exact_trainer import checkpoint_to_resume, steps_ahead
+from training.common.exact_trainer import checkpoint_to_resume
 from training.common.model_card import model_card
 from training.common.models import open_point_model
 from training.common.process import warn_of_missing_processes
@@ -32,9 +32,8 @@ from training.pretraining.windows import EvaluationWindows, TrainWindows, collat
 
 
 def main() -> None:
-    model_arguments, data, arguments = parse_arguments(
-        sys.argv[1:], ModelArguments, DataArguments, PretrainArguments, description=__doc__.split("\n\n")[0]
-    )
+    classes = (ModelArguments, DataArguments, PretrainArguments)
+    model_arguments, data, arguments = parse_arguments(sys.argv[1:], *classes, description=__doc__)
     warn_of_missing_processes(arguments.world_size)
     checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, arguments.output_dir)
     set_seed(arguments.seed)
@@ -42,10 +41,8 @@ def main() -> None:
     model = build_model(model_arguments, corpus)
     config = model.config
 
-    train, heldout = (
-        AvatarRows(corpus, split, config.use_vision_encoder, config.use_point_encoder, config.mesh_aware_faces)
-        for split in ("train", data.eval_split)
-    )
+    conditions = (config.use_vision_encoder, config.use_point_encoder, config.mesh_aware_faces)
+    train, heldout = (AvatarRows(corpus, split, *conditions) for split in ("train", data.eval_split))
     window, grouped = config.sliding_window * config.tokens_per_position, config.level == "point"
     num_items = arguments.max_steps * arguments.items_per_step
     trainer = PointillistTrainer(
@@ -55,14 +52,9 @@ def main() -> None:
         eval_dataset=EvaluationWindows(heldout, window, data.max_eval_avatars, grouped),
         data_collator=partial(collate_windows, pad_token_id=config.pad_token_id, grouped=grouped),
     )
-    if trainer.is_world_process_zero():
-        print(
-            f"{decoder_parameters(model) / 1e6:.1f} M parameters in the decoder, "
-            f"{get_model_param_count(model) / 1e6:.1f} M in all; {len(train)} avatars, {int(train.lengths.sum()):,} tokens; "
-            + steps_ahead(checkpoint, arguments.max_steps, f"{arguments.items_per_step} windows"),
-            flush=True,
-        )
-    metrics = trainer.train_and_evaluate(checkpoint)
+    sizes = f"{decoder_parameters(model) / 1e6:.1f} M parameters in the decoder, {get_model_param_count(model) / 1e6:.1f} M in all"
+    about = f"{sizes}; {len(train)} avatars, {int(train.lengths.sum()):,} tokens; "
+    metrics = trainer.train_and_evaluate(checkpoint, about, "windows")
     trainer.save_finished(partial(summarize, trainer, corpus, train, heldout, metrics))
 
 

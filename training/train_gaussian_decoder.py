@@ -7,8 +7,8 @@
         --lpips_weights vgg16-397923af.pth
     ... --resume_from_checkpoint true                                                                   # resume exactly
 
-Every field of the YAML file can also be given on the command line. The output folder holds a decoder that
-`GaussianDecoder.from_pretrained` opens, a model card and `training_report.json`.
+The output folder holds a decoder that `GaussianDecoder.from_pretrained` opens, a model card and `training_report.json`. Every
+field of the YAML file can also be given on the command line.
 """
 
 import copy
@@ -20,14 +20,14 @@ import torch
 from transformers import set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
+from gaussian_tokenizer.avatars.avatar_files import check_hash
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
-from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.checks import check_width
 from modeling.point_features import FeatureCache
 from training.common.arguments import exit_on_user_error, flag_named, parse_arguments
-from training.common.exact_trainer import checkpoint_to_resume, steps_ahead
+from training.common.exact_trainer import checkpoint_to_resume
 from training.common.model_card import model_card
 from training.common.models import open_point_model
 from training.common.process import warn_of_missing_processes
@@ -46,31 +46,24 @@ from training.decoder.trainer import DecoderTrainer
 
 
 def main() -> None:
-    decoder_arguments, frames, losses, arguments = parse_arguments(
-        sys.argv[1:],
-        DecoderArguments,
-        FrameArguments,
-        LossArguments,
-        DecoderTrainingArguments,
-        description=__doc__.split("\n\n")[0],
-    )
+    classes = (DecoderArguments, FrameArguments, LossArguments, DecoderTrainingArguments)
+    decoder_arguments, frames, losses, arguments = parse_arguments(sys.argv[1:], *classes, description=__doc__)
     warn_of_missing_processes(arguments.world_size)
     checkpoint = checkpoint_to_resume(arguments.resume_from_checkpoint, arguments.output_dir)
     set_seed(arguments.seed)
     corpus = load_corpus(frames.corpus)
     head = load_head(frames.head)
-    check_head(corpus, head, frames.head)
+    made_on = corpus.manifest["head"]
+    check_hash(f"--head {frames.head}: the corpus {corpus.path}", made_on["name"], made_on["hash"], head)
     point_model = open_point_model("--point_model", decoder_arguments.point_model, corpus)
     perceptual = perceptual_loss(losses)
     model = build_decoder(decoder_arguments, point_model, corpus)
-    use_heads = point_model.config.use_point_encoder
+    heldout = SubjectRows(corpus, frames.eval_split, point_model.config.use_point_encoder, frames.max_eval_avatars)
     trainer = DecoderTrainer(
         model=model,
         args=arguments,
-        train_dataset=train_subjects(SubjectRows(corpus, "train", use_heads), frames, arguments, point_model),
-        eval_dataset=EvaluationSubjects(
-            SubjectRows(corpus, frames.eval_split, use_heads, frames.max_eval_avatars), frames.max_eval_frames
-        ),
+        train_dataset=train_subjects(corpus, frames, arguments, point_model),
+        eval_dataset=EvaluationSubjects(heldout, frames.max_eval_frames),
         data_collator=partial(collate_subjects, pad_token_id=point_model.config.pad_token_id),
         point_model=point_model,
         head=head,
@@ -79,50 +72,25 @@ def main() -> None:
         cache=FeatureCache(frames.feature_cache, point_model) if frames.feature_cache else None,
         animation=frames.animation,
     )
-    if trainer.is_world_process_zero():
-        subjects = trainer.train_dataset.subjects
-        print(
-            f"{get_model_param_count(model) / 1e6:.1f} M parameters, mode {model.config.mode}; {len(subjects)} subjects with "
-            f"{len(subjects.frames)} frames; "
-            + steps_ahead(checkpoint, arguments.max_steps, f"{arguments.items_per_step} subjects")
-            + f", {frames.num_targets} frames of each",
-            flush=True,
-        )
-    metrics = trainer.train_and_evaluate(checkpoint)
+    subjects = trainer.train_dataset.subjects
+    about = f"{get_model_param_count(model) / 1e6:.1f} M parameters, mode {model.config.mode}; "
+    about += f"{len(subjects)} subjects with {len(subjects.frames)} frames; "
+    metrics = trainer.train_and_evaluate(checkpoint, about, f"subjects, {frames.num_targets} frames of each")
     trainer.save_finished(partial(summarize, trainer, corpus, metrics))
 
 
-def check_head(corpus: Corpus, head: HeadModel, name: str) -> None:
-    """Raise `ValueError` unless the corpus was made on this head model."""
-    made_on = corpus.manifest["head"]
-    if made_on["hash"] != head.hash:
-        raise ValueError(
-            f"the corpus {corpus.path} was made on head model {made_on['name']!r} (hash {made_on['hash']}), but --head "
-            f"{name} has hash {head.hash}; give that head model"
-        )
-
-
 def train_subjects(
-    subjects: SubjectRows,
-    frames: FrameArguments,
-    arguments: DecoderTrainingArguments,
-    point_model: PointillistForCausalLM,
+    corpus: Corpus, frames: FrameArguments, arguments: DecoderTrainingArguments, point_model: PointillistForCausalLM
 ) -> TrainSubjects:
     """The training set, with sequences of the point model where the arguments ask for them."""
-    sequences = []
+    subjects, sequences = SubjectRows(corpus, "train", point_model.config.use_point_encoder), []
     if frames.self_generated_ratio:
         folder = Path(frames.feature_cache or arguments.output_dir) / "generated_sequences"
         point_model.to(arguments.device)
         sequences = generated_sequences(point_model, subjects, folder, arguments.seed, not arguments.disable_tqdm)
-    return TrainSubjects(
-        subjects,
-        arguments.max_steps * arguments.items_per_step,
-        frames.num_targets,
-        arguments.seed,
-        frames.random_source,
-        sequences,
-        frames.self_generated_ratio,
-    )
+    num_items = arguments.max_steps * arguments.items_per_step
+    drawn = (num_items, frames.num_targets, arguments.seed, frames.random_source)
+    return TrainSubjects(subjects, *drawn, sequences, frames.self_generated_ratio)
 
 
 def perceptual_loss(losses: LossArguments) -> PerceptualLoss | None:
@@ -130,11 +98,6 @@ def perceptual_loss(losses: LossArguments) -> PerceptualLoss | None:
     if not losses.lpips_weight:
         print("note: trained without LPIPS (--lpips_weight 0), unlike the paper", file=sys.stderr, flush=True)
         return None
-    if losses.lpips_weights is None:
-        raise ValueError(
-            f"--lpips_weight {losses.lpips_weight} needs the weights of its network: give --lpips_weights FILE (torchvision's "
-            "vgg16-397923af.pth), or leave the perceptual loss out with --lpips_weight 0"
-        )
     return PerceptualLoss(losses.lpips_weights)
 
 

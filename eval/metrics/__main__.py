@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from eval.networks.registry import OPENERS, Missing, NetworkOptions, add_network_flags, options_from
+from eval.networks.registry import OPENERS, Missing, NetworkOptions, add_network_flags
+from gaussian_tokenizer.utils.options import from_options
 
 NETWORK_OF_METRIC = {"LPIPS": "lpips", "FID": "inception", "AKD, APD, AED": "face", "CSIM": "arcface", "CLIP": "clip"}
 
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = "list the metrics, the network each needs, and what is missing on this machine"
     doctor = commands.add_parser("doctor", help=about, description=f"{about[0].upper()}{about[1:]}. Downloads nothing.")
     add_network_flags(doctor)
-    rows = _diagnosis(options_from(parser.parse_args(arguments)))
+    rows = _diagnosis(from_options(NetworkOptions, vars(parser.parse_args(arguments))))
     _print_table([("metric", "status", "network", "weights, or what is missing and what to do"), *rows])
     print("\nThe formulas of all metrics are ready: features, landmarks and rotations from elsewhere need no network.")
     return int(any(status == "wrong" for _, status, *_ in rows))

@@ -6,12 +6,16 @@
     rotations (N, 3, 3)         -> pose_distance_geodesic, pose_distance_euler (APD)
     expressions (N, E)          -> expression_distance (AED)
 
-The networks that compute features, landmarks and rotations are in `eval.networks`. Everything is float64. A row of NaN means that
-no face was found; the distance of that frame is then NaN too, never zero. Definitions and reasons: docs/metrics.md.
+Everything is float64. A row of NaN means that no face was found; the distance of that frame is then NaN too, never zero.
+Definitions and reasons: docs/metrics.md.
 """
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+
+from eval.networks.weights import check_images
+from gaussian_tokenizer.rendering import image_metrics
 
 Array = NDArray[np.float64]
 
@@ -20,7 +24,8 @@ MAX_ROTATION_ERROR = 1e-3  # of R Rᵀ - I: single precision stays below 1e-5, z
 
 def psnr(a: ArrayLike, b: ArrayLike) -> Array:
     """(N,) peak signal-to-noise ratio in dB of images (N, H, W, 3) uint8, 10 log10(255² / mean square); inf for equal ones."""
-    a, b = _images(a, b)
+    a, b = np.asarray(a), np.asarray(b)
+    check_images(a, b)
     error = np.array([np.square(x.astype(np.float64) - y).mean() for x, y in zip(a, b)])
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255.0**2 / error)
@@ -30,16 +35,10 @@ def ssim(a: ArrayLike, b: ArrayLike) -> Array:
     """(N,) structural similarity of images (N, H, W, 3) uint8 (Wang et al. 2004), 1 for equal ones.
 
     Gaussian window of 11 pixels with sigma 1.5, each channel by itself; the mean over channels and over all pixels whose window
-    lies within the image.
-
-    Raises:
-        ValueError: the images are smaller than the window.
+    lies within the image. ValueError for images smaller than the window.
     """
-    import torch
-
-    from gaussian_tokenizer.rendering import image_metrics
-
-    a, b = _images(a, b)
+    a, b = np.asarray(a), np.asarray(b)
+    check_images(a, b)
     pairs = ((torch.from_numpy(x / 255.0)[None], torch.from_numpy(y / 255.0)[None]) for x, y in zip(a, b))
     return np.array([float(image_metrics.ssim(*pair)) for pair in pairs])  # one at a time: SSIM holds five copies
 
@@ -48,18 +47,14 @@ def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:
     """|μx - μy|² + Tr(Σx + Σy - 2 (Σx Σy)^½) of features (N, D) and (M, D): FID where they are Inception's (Heusel et al. 2017).
 
     With centered features X and Y, divided by √(N - 1) and √(M - 1), Σx = XᵀX and Σy = YᵀY, and the non-zero eigenvalues of
-    Σx Σy are the squared singular values of X Yᵀ. The trace of the root is thus the sum of the singular values, without square
-    roots of rounding errors where a rank-deficient covariance (N <= D) has zeros.
-
-    Raises:
-        ValueError: fewer than two rows, different widths, or a value that is not finite.
+    Σx Σy are the squared singular values of X Yᵀ, whose sum is the trace of the root. ValueError for fewer than two rows, different
+    widths, or a value that is not finite.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     for features in (x, y):
         if features.ndim != 2 or len(features) < 2 or features.shape[1] != x.shape[-1]:
-            raise ValueError(
-                f"the Fréchet distance compares features (N, D) and (M, D) with at least two rows, found {x.shape} and {y.shape}"
-            )
+            wanted = "features (N, D) and (M, D) with at least two rows"
+            raise ValueError(f"the Fréchet distance compares {wanted}, found {x.shape} and {y.shape}")
         if not np.isfinite(features).all():
             row = int(np.argmin(np.isfinite(features).all(1)))
             raise ValueError(f"row {row} of the features is not finite; leave out and count frames without features")
@@ -109,14 +104,6 @@ def cosine_similarity(a: ArrayLike, b: ArrayLike) -> Array:
         return (a * b).sum(-1) / np.sqrt(np.square(a).sum(-1) * np.square(b).sum(-1))
 
 
-def _images(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape or a.ndim != 4 or a.shape[3] != 3 or not a.dtype == b.dtype == np.uint8:
-        found = f"{a.shape} {a.dtype} and {b.shape} {b.dtype}"
-        raise ValueError(f"expected two stacks of images (N, H, W, 3) uint8 of one size, found {found}")
-    return a, b
-
-
 def _spread(features: Array) -> Array:
     """A matrix S of at most D rows with SᵀS the unbiased covariance of features (N, D)."""
     centered = (features - features.mean(0)) / np.sqrt(len(features) - 1)
@@ -136,14 +123,11 @@ def _rotations(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
     for matrices in (a, b):
         error = np.abs(matrices @ matrices.swapaxes(-2, -1) - np.eye(3)).max((-2, -1))
         with np.errstate(invalid="ignore"):
-            wrong = (error > MAX_ROTATION_ERROR) | (
-                np.linalg.det(matrices) < 0
-            )  # False for NaN, where no face was found
+            # False for NaN, where no face was found.
+            wrong = (error > MAX_ROTATION_ERROR) | (np.linalg.det(matrices) < 0)
         if wrong.any():
-            row = int(np.argmax(wrong))
-            raise ValueError(
-                f"matrix {row} is not a rotation: {matrices[row].tolist()}; give NaN where no face was found"
-            )
+            row, remedy = int(np.argmax(wrong)), "give NaN where no face was found"
+            raise ValueError(f"matrix {row} is not a rotation: {matrices[row].tolist()}; {remedy}")
     return a, b
 
 

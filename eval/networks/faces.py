@@ -1,8 +1,4 @@
-"""Networks that read faces: landmarks, head rotation and expression by MediaPipe, identity by ArcFace.
-
-An image in which no face is found gives a row of NaN, never zeros, so that it can be counted. Landmarks are in pixels, with
-pixel centers at (column + 0.5, row + 0.5).
-"""
+"""Networks that read faces: landmarks, rotation and expression by MediaPipe, identity by ArcFace; NaN where there is no face."""
 
 import os
 import zipfile
@@ -13,18 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from eval.networks.weights import Missing, check_images, find_weights, provenance
+from eval.networks.weights import Missing, check_images, find_weights, provenance, wrong_file
 
 Array = NDArray[np.float64]
 
-LANDMARK_FILE = "face_landmarker.task"
+LANDMARK_FLAG, LANDMARK_FILE = "--landmark_weights", "face_landmarker.task"
+LANDMARK_EXPECTED = f"MediaPipe's {LANDMARK_FILE}"
 LANDMARK_MEMBERS = (
     "face_detector.tflite",
     "face_landmarks_detector.tflite",
     "face_blendshapes.tflite",
     "geometry_pipeline_metadata_landmarks.binarypb",
 )
-LANDMARK_NETWORK = "FaceLandmarker, mediapipe"
 EXPRESSIONS = 52
 
 # Of the 478 vertices of MediaPipe's mesh, those nearest to the 68 iBUG points, on which AKD is published. In iBUG's order:
@@ -39,26 +35,26 @@ MESH_68 = (
 )  # fmt: skip
 
 # Where ArcFace expects eyes, nose and mouth corners in its 112 x 112 crop (x, y); in InsightFace pixel centers are integers.
-ARCFACE_SIZE = 112
+ARCFACE_SIZE, ARCFACE_FILE = 112, "w600k_r50.onnx"
 ARCFACE_FIVE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 ARCFACE_TEMPLATE = ARCFACE_FIVE + 0.5
-ARCFACE_FILE = "w600k_r50.onnx"
 
 
 @dataclass(frozen=True)
 class FaceReading:
     """The faces of N images; NaN in every row whose image shows none."""
 
-    landmarks: Array  # (N, 68, 2) pixels x, y
+    landmarks: Array  # (N, 68, 2) pixels x, y; centers of pixels are at + 0.5
     rotations: Array  # (N, 3, 3) head to camera
     expressions: Array  # (N, 52) blendshape weights, 0 to 1
 
 
 def open_face(weights: str | None) -> "FaceLandmarks | Missing":
     """MediaPipe's FaceLandmarker."""
-    found = find_weights(LANDMARK_NETWORK, {"mediapipe": "mediapipe"}, weights, "--landmark_weights", LANDMARK_FILE)
+    packages = {"mediapipe": "mediapipe"}
+    found = find_weights("FaceLandmarker, mediapipe", packages, weights, LANDMARK_FLAG, LANDMARK_FILE)
     return found if isinstance(found, Missing) else FaceLandmarks(found)
 
 
@@ -78,10 +74,8 @@ class FaceLandmarks:
         try:
             self.landmarker = vision.FaceLandmarker.create_from_options(options)
         except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(
-                f"--landmark_weights {weights}: rejected by mediapipe ({str(error).splitlines()[0]}); "
-                f"expected MediaPipe's {LANDMARK_FILE}"
-            ) from None
+            problem = f"rejected by mediapipe ({str(error).splitlines()[0]})"
+            raise wrong_file(LANDMARK_FLAG, weights, problem, LANDMARK_EXPECTED) from None
         self.about = provenance("FaceLandmarker, 68 of 478 points", "mediapipe", weights)
 
     def __call__(self, images: np.ndarray) -> FaceReading:
@@ -120,15 +114,11 @@ def check_task_file(weights: Path) -> None:
         with zipfile.ZipFile(weights) as archive:
             names = archive.namelist()
     except zipfile.BadZipFile:
-        raise ValueError(
-            f"--landmark_weights {weights}: not an archive of networks; expected MediaPipe's {LANDMARK_FILE}"
-        ) from None
+        raise wrong_file(LANDMARK_FLAG, weights, "not an archive of networks", LANDMARK_EXPECTED) from None
     lacking = [name for name in LANDMARK_MEMBERS if name not in names]
     if lacking:
         some = ", ".join([*names[:3], "..."][: len(names)]) or "nothing"
-        raise ValueError(
-            f"--landmark_weights {weights}: holds {some}, but not {lacking[0]}; expected MediaPipe's {LANDMARK_FILE}"
-        )
+        raise wrong_file(LANDMARK_FLAG, weights, f"holds {some}, but not {lacking[0]}", LANDMARK_EXPECTED)
 
 
 def open_arcface(weights: str | None, landmark_weights: str | None, device: str) -> "ArcFace | Missing":
@@ -160,14 +150,12 @@ class ArcFace:
         try:
             self.session = onnxruntime.InferenceSession(str(weights), providers=[*cuda, "CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no common base class
-            reason = str(error).splitlines()[0][:200]
-            raise ValueError(
-                f"--arcface_weights {weights}: not an ONNX network ({reason}); expected {expected}"
-            ) from None
+            problem = f"not an ONNX network ({str(error).splitlines()[0][:200]})"
+            raise wrong_file("--arcface_weights", weights, problem, expected) from None
         inputs = [value.shape for value in self.session.get_inputs()]
         outputs = [value.shape for value in self.session.get_outputs()]
         if [shape[1:] for shape in inputs] != [[3, ARCFACE_SIZE, ARCFACE_SIZE]] or [s[-1] for s in outputs] != [512]:
-            raise ValueError(f"--arcface_weights {weights}: maps {inputs} to {outputs}; expected {expected}")
+            raise wrong_file("--arcface_weights", weights, f"maps {inputs} to {outputs}", expected)
         self.input = self.session.get_inputs()[0].name
         self.about = provenance("ArcFace, five-point alignment", "onnxruntime", weights)
 

@@ -1,11 +1,6 @@
-"""Torch networks that read whole images: LPIPS, FID's Inception, CLIP.
-
-Architecture and preprocessing are those of the packages `lpips`, `torch-fidelity` and `transformers`. Only the weights are
-loaded here, as plain tensors that are checked against the network first.
-"""
+"""Networks that read whole images: LPIPS, FID's Inception, CLIP. Weights are checked before they are loaded."""
 
 import io
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.networks.weights import (
-    Missing,
-    cached_checkpoint,
-    check_state_dict,
-    find_weights,
-    in_batches,
-    one_line,
-    provenance,
-    read_state_dict,
-)
+from eval.networks.weights import Missing, find_weights, in_batches, provenance, read_state_dict, wrong_file
+from gaussian_tokenizer.utils.hub import one_line
+from gaussian_tokenizer.utils.json_files import read_json
 
 LPIPS_FILES = {"alex": ("AlexNet", "alexnet-owt-7be5be79.pth"), "vgg": ("VGG16", "vgg16-397923af.pth")}
 LPIPS_MIN_SIZE = 32  # pixels; AlexNet's poolings leave nothing of a smaller side
@@ -41,8 +29,7 @@ def open_lpips(net: str, weights: str | None, device: str) -> "Lpips | Missing":
         raise ValueError(f"--lpips_net {net!r}: expected one of {', '.join(LPIPS_FILES)}")
     name, file = LPIPS_FILES[net]
     packages = {"lpips": "lpips", "torchvision": "torchvision"}
-    path = weights or cached_checkpoint(file)
-    found = find_weights(f"LPIPS v0.1, {name}", packages, path, "--lpips_weights", file)
+    found = find_weights(f"LPIPS v0.1, {name}", packages, weights, "--lpips_weights", file)
     return found if isinstance(found, Missing) else Lpips(net, found, device)
 
 
@@ -54,14 +41,13 @@ class Lpips:
 
         name, file = LPIPS_FILES[net]
         flag, expected = f"--lpips_net {net} --lpips_weights", f"torchvision's {name} ({file})"
-        state = read_state_dict(weights, flag, expected)
         # The package initializes the backbone at random, and calls torchvision in a deprecated way.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         own = self.network.net.state_dict()
         names = {key: f"features.{key.split('.', 1)[1]}" for key in own}  # slice1.0.weight -> features.0.weight
-        check_state_dict(state, {names[key]: own[key].shape for key in own}, weights, flag, expected)
+        state = read_state_dict(weights, flag, expected, {names[key]: own[key].shape for key in own})
         self.network.net.load_state_dict({key: state[names[key]] for key in own})
         self.network.eval().requires_grad_(False).to(device)
         self.device, self.about = device, provenance(f"LPIPS v0.1, {name}", "lpips", weights)
@@ -70,9 +56,8 @@ class Lpips:
     def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """(N,) distances of images (N, H, W, 3) uint8."""
         if min(a.shape[1:3]) < LPIPS_MIN_SIZE:
-            raise ValueError(
-                f"LPIPS needs images of at least {LPIPS_MIN_SIZE} pixels a side, found {a.shape[2]}x{a.shape[1]}"
-            )
+            found = f"found {a.shape[2]}x{a.shape[1]}"
+            raise ValueError(f"LPIPS needs images of at least {LPIPS_MIN_SIZE} pixels a side, {found}")
 
         def distances(*pair: Tensor) -> Tensor:
             return self.network(*(part.to(self.device).float() / 255 for part in pair), normalize=True).flatten()
@@ -83,8 +68,7 @@ class Lpips:
 def open_inception(weights: str | None, device: str) -> "Inception | Missing":
     """FID's InceptionV3 with the weights of torch-fidelity or pytorch-fid, given or in torch.hub's cache."""
     packages = {"torch_fidelity": "torch-fidelity", "torchvision": "torchvision"}
-    path = weights or cached_checkpoint(INCEPTION_FILE)
-    found = find_weights("InceptionV3 of FID", packages, path, "--inception_weights", INCEPTION_FILE)
+    found = find_weights("InceptionV3 of FID", packages, weights, "--inception_weights", INCEPTION_FILE)
     return found if isinstance(found, Missing) else Inception(found, device)
 
 
@@ -98,18 +82,16 @@ class Inception:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         flag, expected = "--inception_weights", f"FID's InceptionV3 with 1,008 classes ({INCEPTION_FILE})"
-        state = read_state_dict(weights, flag, expected)
-        check_state_dict(state, INCEPTION_SHAPES, weights, flag, expected)
         # The package would run code in a pickled file, so it gets the checked tensors instead of the file.
         checked = io.BytesIO()
-        torch.save(dict(state), checked)
+        torch.save(dict(read_state_dict(weights, flag, expected, INCEPTION_SHAPES)), checked)
         checked.seek(0)
         options: dict[str, Any] = {"feature_extractor_weights_path": checked}
         try:
             with torch.random.fork_rng(devices=[]):
                 self.network = FeatureExtractorInceptionV3("inception", ["2048"], **options)
         except RuntimeError as error:
-            raise ValueError(f"{flag} {weights}: {one_line(error, 200)}; expected {expected}") from None
+            raise wrong_file(flag, weights, one_line(error)[:200], expected) from None
         self.network.eval().to(device)
         self.device, self.about = device, provenance("InceptionV3 of FID, pool3", "torch-fidelity", weights)
 
@@ -131,10 +113,8 @@ def open_clip(model: str | None, device: str) -> "ClipImageEncoder | Missing":
         try:
             folder = Path(snapshot_download(model, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError):
-            raise FileNotFoundError(
-                f"--clip_model {model}: neither a folder nor a model in the Hub's cache; expected a CLIP model of "
-                f"transformers ({CLIP_DOWNLOAD})"
-            ) from None
+            problem = "neither a folder nor a model in the Hub's cache; expected a CLIP model of transformers"
+            raise FileNotFoundError(f"--clip_model {model}: {problem} ({CLIP_DOWNLOAD})") from None
     return ClipImageEncoder(folder, model, device)
 
 
@@ -148,31 +128,26 @@ class ClipImageEncoder:
         from transformers import AutoImageProcessor, CLIPModel
 
         flag, expected = "--clip_model", "a CLIP model of transformers, with its preprocessor_config.json"
-        kind = _model_type(folder)
+        config = folder / "config.json"
+        kind = read_json(config).get("model_type") if config.is_file() else None
         if kind != "clip":
-            raise ValueError(f"{flag} {label}: config.json says model_type {kind!r}, not 'clip'; expected {expected}")
+            raise wrong_file(flag, label, f"config.json says model_type {kind!r}, not 'clip'", expected)
         files = sorted(path.name for path in folder.iterdir())
         weights = next((name for name in ("model.safetensors", "pytorch_model.bin") if name in files), None)
         if weights is None or "preprocessor_config.json" not in files:
-            raise ValueError(
-                f"{flag} {label}: holds {', '.join(files)}; expected {expected}, and its weights in one file"
-            )
+            raise wrong_file(flag, label, f"holds {', '.join(files)}", f"{expected}, and its weights in one file")
         try:
             with _quiet_transformers():
                 loaded: Any = CLIPModel.from_pretrained(
                     folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
                 )
         except Exception as error:  # each weights format raises its own kinds
-            reason = one_line(error, 200)
-            raise ValueError(
-                f"{flag} {label}: {weights} does not fit config.json ({reason}); expected {expected}"
-            ) from None
+            problem = f"{weights} does not fit config.json ({one_line(error)[:200]})"
+            raise wrong_file(flag, label, problem, expected) from None
         self.network, lacking = loaded[0], sorted(loaded[1]["missing_keys"])
         if lacking:
-            raise ValueError(
-                f"{flag} {label}: {weights} lacks {len(lacking)} tensors of the model, e.g. {lacking[0]}; "
-                f"expected {expected}"
-            )
+            problem = f"{weights} lacks {len(lacking)} tensors of the model, e.g. {lacking[0]}"
+            raise wrong_file(flag, label, problem, expected)
         self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         self.network.eval().requires_grad_(False).to(device)
         self.device, self.about = device, provenance(f"CLIP, {Path(label).name}", "transformers", folder / weights)
@@ -186,15 +161,6 @@ class ClipImageEncoder:
             return self.network.get_image_features(pixels["pixel_values"].to(self.device)).pooler_output
 
         return in_batches(features, images)
-
-
-def _model_type(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError):
-        raise ValueError(f"--clip_model {folder}: config.json is not a JSON object") from None
 
 
 @contextmanager

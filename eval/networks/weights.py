@@ -1,7 +1,6 @@
 """What all networks of the metrics share: being missing, provenance, and weights that are read without running code.
 
-Nothing is downloaded. A package that is not installed or weights that were not given make a network `Missing`. A file that was
-given but is not what its flag expects is an error, raised before anything is computed.
+A file that was given but is not what its flag expects is an error, raised before anything is computed.
 """
 
 import hashlib
@@ -19,7 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gaussian_tokenizer.utils.hub import one_line
+
 BATCH = 8  # images per forward pass
+Shapes = Mapping[str, Sequence[int]]  # of tensors by name
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,6 @@ class Missing:
     network: str  # what is missing, e.g. "LPIPS v0.1, AlexNet"
     reason: str
     remedy: str
-
-    def __str__(self) -> str:
-        return f"n/a ({self.reason})"
 
     @property
     def about(self) -> dict[str, str]:
@@ -49,23 +48,20 @@ def provenance(name: str, package: str, weights: Path) -> dict[str, str]:
 def find_weights(
     network: str, packages: Mapping[str, str], weights: str | Path | None, flag: str, file: str
 ) -> Path | Missing:
-    """The weights file if weights are given and all packages (module -> name to install) import, else what is missing.
+    """The weights file if all packages (module -> name to install) import, else what is missing.
 
-    Raises:
-        FileNotFoundError: weights are given but do not exist.
+    Without `weights`, a file in torch.hub's cache is taken. FileNotFoundError if `weights` do not exist.
     """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not weights and cached.is_file():
+        weights = cached
     if weights and not Path(weights).is_file():
         raise FileNotFoundError(f"{flag} {weights}: no such file; expected {file}")
     absent = " ".join(package for module, package in packages.items() if find_spec(module) is None)
-    reasons, remedies = [], []
-    if absent:
-        reasons.append(f"not installed: {absent}")
-        remedies.append(f"pip install {absent}")
-    if not weights:
-        reasons.append("no weights given")
-        remedies.append(f"{flag} {file}")
-    if reasons or not weights:
-        return Missing(network, "; ".join(reasons), "; ".join(remedies))
+    lacks = [(f"not installed: {absent}", f"pip install {absent}")] if absent else []
+    lacks += [] if weights else [("no weights given", f"{flag} {file}")]
+    if lacks or not weights:
+        return Missing(network, *map("; ".join, zip(*lacks)))
     for module in packages:
         try:
             import_module(module)
@@ -75,43 +71,32 @@ def find_weights(
     return Path(weights)
 
 
-def cached_checkpoint(name: str) -> Path | None:
-    """A file that torch.hub downloaded earlier, if it is there."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    return path if path.is_file() else None
+def wrong_file(flag: str, path: str | Path, problem: str, expected: str) -> ValueError:
+    """The error for a file or folder that is not what its flag expects."""
+    return ValueError(f"{flag} {path}: {problem}; expected {expected}")
 
 
-def read_state_dict(path: Path, flag: str, expected: str) -> dict[str, Tensor]:
+def read_state_dict(path: Path, flag: str, expected: str, shapes: Shapes | None = None) -> dict[str, Tensor]:
     """A state dict of tensors from a `.safetensors` file or a torch checkpoint, whose code is never run.
 
-    Raises:
-        ValueError: anything else, including a TorchScript archive or pickled objects.
+    ValueError for anything else, and where a tensor of `shapes` is missing or has another shape.
     """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
         # The rest of torch's message explains how to run the file's code, which is not an option here.
         reason = str(error).strip().split("\n")[0].split(". ")[0]
-        raise ValueError(f"{flag} {path}: not a file of plain tensors ({reason}); expected {expected}") from None
+        raise wrong_file(flag, path, f"not a file of plain tensors ({reason})", expected) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{flag} {path}: holds a {type(state).__name__}, not a state dict; expected {expected}")
+        raise wrong_file(flag, path, f"holds a {type(state).__name__}, not a state dict", expected)
+    for name, shape in (shapes or {}).items():
+        if name not in state:
+            problem = f"has no tensor {name} among its {len(state)} (the first is {next(iter(state), 'nothing')})"
+            raise wrong_file(flag, path, problem, expected)
+        if state[name].shape != tuple(shape):
+            raise wrong_file(flag, path, f"{name} is {tuple(state[name].shape)}, not {tuple(shape)}", expected)
     return state
-
-
-def check_state_dict(
-    found: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], path: Path, flag: str, expected: str
-) -> None:
-    """ValueError that names the first tensor of `shapes` that a state dict lacks or holds in another shape."""
-    for name, shape in shapes.items():
-        if name not in found:
-            problem = f"has no tensor {name} among its {len(found)} (the first is {next(iter(found), 'nothing')})"
-        elif found[name].shape != tuple(shape):
-            problem = f"{name} is {tuple(found[name].shape)}, not {tuple(shape)}"
-        else:
-            continue
-        raise ValueError(f"{flag} {path}: {problem}; expected {expected}")
 
 
 def in_batches(network: Callable[..., Tensor], *images: np.ndarray) -> np.ndarray:
@@ -132,8 +117,3 @@ def check_images(*images: np.ndarray) -> None:
         if stack.ndim != 4 or stack.shape[3] != 3 or stack.dtype != np.uint8 or stack.shape != images[0].shape:
             shapes = ", ".join(f"{stack.shape} {stack.dtype}" for stack in images)
             raise ValueError(f"expected images (N, H, W, 3) uint8 of one size, found {shapes}")
-
-
-def one_line(error: Exception, length: int | None = None) -> str:
-    """An error's message on one line, cut to `length` characters."""
-    return " ".join(str(error).split())[:length]

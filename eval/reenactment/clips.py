@@ -1,8 +1,6 @@
-"""The bench's data: clips, each with the frames of one tracked subject, camera by camera in order of time.
+"""The bench's data: clips, each with the frames of one tracked subject, their cameras and head parameters.
 
-A dataset is a folder of tracked subjects as `gaussian_tokenizer.captures` reads them (VHAP exports, Pixel3DMM output, the output of
-`python -m gaussian_tokenizer.synthesize`), or one split of a corpus folder. Every image comes with its camera and the head
-parameters of its timestep. Images are opened when they are needed, and composited on white.
+A dataset is a folder of tracked subjects as `gaussian_tokenizer.captures` reads them, or one split of a corpus.
 """
 
 import hashlib
@@ -24,6 +22,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 
+STATIC_KEYS = ("shape", "static_offset")  # of HeadParameters: the same in all frames of a subject
 FILE_NAME = re.compile(r"[^\x00-\x1f/\\.][^\x00-\x1f/\\]*")  # subject ids become names of files and folders
 
 
@@ -35,7 +34,7 @@ class Clip:
     numbers: list[int]  # camera number of each frame
     cameras: Cameras  # T, float64
     params: HeadParameters  # T rows
-    read: Callable[[int], Image.Image]  # row -> image as stored, RGBA
+    read: Callable[[int], Image.Image]  # row -> image as stored, RGBA; avatars are made of that of row 0
 
     def __len__(self) -> int:
         return len(self.cameras)
@@ -44,10 +43,6 @@ class Clip:
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         return self.cameras.width, self.cameras.height
-
-    def portrait(self) -> Image.Image:
-        """The first image with its transparency, of which a method makes an avatar."""
-        return self.read(0)
 
     def image(self, row: int) -> np.ndarray:
         """(H, W, 3) uint8, on white."""
@@ -69,9 +64,8 @@ def open_dataset(
     """The clips of a dataset, one per subject, sorted by subject id.
 
     `camera` is the number of the only camera to take, `num_subjects` takes the first subjects, `num_frames` the first frames of
-    each camera; None takes all. Raises ValueError or FileNotFoundError that names the subject for unreadable data, another head
-    model, images of several sizes (distances in pixels would not be comparable), fewer than two frames, and a subject id that
-    cannot name a file.
+    each camera. ValueError or FileNotFoundError that names the subject for unreadable data, another head model, images of several
+    sizes (distances in pixels would not be comparable), fewer than two frames, and a subject id that cannot name a file.
     """
     if is_url(str(path)) or (Path(path) / MANIFEST_NAME).is_file():
         clips = _corpus_clips(path, head, split, camera, num_frames)
@@ -83,15 +77,11 @@ def open_dataset(
         if not FILE_NAME.fullmatch(clip.subject_id):
             raise ValueError(f"{path}: subject id {clip.subject_id!r} cannot name a file; use another avatar_id")
         if len(clip) < 2:
-            raise ValueError(
-                f"{path}: subject {clip.subject_id!r} has {len(clip)} frame, expected at least 2: "
-                "the first is the source, the others drive"
-            )
+            wanted = "expected at least 2: the first is the source, the others drive"
+            raise ValueError(f"{path}: subject {clip.subject_id!r} has {len(clip)} frame, {wanted}")
         if clip.size != clips[0].size:
-            raise ValueError(
-                f"{path}: images of {clip.subject_id!r} are {clip.size} pixels (width, height), those of "
-                f"{clips[0].subject_id!r} {clips[0].size}; resize them to one size"
-            )
+            others = f"those of {clips[0].subject_id!r} {clips[0].size}; resize them to one size"
+            raise ValueError(f"{path}: images of {clip.subject_id!r} are {clip.size} pixels (width, height), {others}")
     return clips
 
 
@@ -120,16 +110,12 @@ def _tracked_clip(folder: Path, head: HeadModel, camera: int | None, num_frames:
     tracking = load_tracking(folder, head)
     rows = _choose_frames(str(folder), [(f.camera, f.timestep) for f in tracking.frames], camera, num_frames)
     timesteps = torch.tensor([tracking.row(tracking.frames[row]) for row in rows])
-    per_frame: dict[str, Any] = {
-        name: value[timesteps]
-        for name, value in tracking.params.tensors().items()
-        if name not in ("shape", "static_offset")
-    }
+    per_frame: dict[str, Any] = {name: value[timesteps] for name, value in tracking.params.per_frame().items()}
+    params = replace(tracking.params, layout=None, **per_frame)
 
     def read(row: int) -> Image.Image:
         return Image.fromarray((tracking.image(rows[row]).numpy() * 255 + 0.5).astype(np.uint8))
 
-    params = replace(tracking.params, layout=None, **per_frame)
     numbers = [tracking.frames[row].camera for row in rows]
     return Clip(tracking.subject_id, numbers, tracking.cameras(rows), params, read)
 
@@ -140,10 +126,8 @@ def _corpus_clips(
     corpus = load_corpus(path)
     made_on = corpus.manifest["head"]
     if made_on["hash"] != head.hash:
-        raise ValueError(
-            f"{path}: made on head model {made_on['name']!r} (hash {made_on['hash']}), but the pipeline expects "
-            f"{head.name!r} (hash {head.hash})"
-        )
+        expected = f"the pipeline expects {head.name!r} (hash {head.hash})"
+        raise ValueError(f"{path}: made on head model {made_on['name']!r} (hash {made_on['hash']}), but {expected}")
     avatars, frames = corpus.avatars(split), corpus.frames(split)
     rows_of = corpus.frame_rows(split)
     poses = frames.remove_columns("image").with_format("numpy")
@@ -159,26 +143,19 @@ def _corpus_clips(
         if len(sizes) > 1:
             raise ValueError(f"{where} has images of {sorted(sizes)} pixels; resize them to one size")
         Ks = [[[e["fx"], 0, e["cx"]], [0, e["fy"], e["cy"]], [0, 0, 1]] for e in taken]
-        viewmats = np.stack([entry["viewmat"] for entry in taken])
-        cameras = Cameras(
-            torch.tensor(viewmats, dtype=torch.float64), torch.tensor(Ks, dtype=torch.float64), *sizes.pop()
-        )
-        static = avatar.get("static_offset")
-        per_frame: dict[str, Any] = {
-            name: torch.tensor(np.stack([entry[name] for entry in taken])).float() for name in FRAME_KEYS
-        }
-        params = HeadParameters(
-            shape=torch.tensor(avatar["shape"], dtype=torch.float32),
-            static_offset=None if static is None else torch.tensor(static, dtype=torch.float32),
-            **per_frame,
-        )
+        viewmats = torch.tensor(np.stack([entry["viewmat"] for entry in taken]), dtype=torch.float64)
+        cameras = Cameras(viewmats, torch.tensor(Ks, dtype=torch.float64), *sizes.pop())
+        values = {name: np.stack([entry[name] for entry in taken]) for name in FRAME_KEYS}
+        values |= {name: avatar[name] for name in STATIC_KEYS if avatar.get(name) is not None}
+        tensors: dict[str, Any] = {name: torch.tensor(each, dtype=torch.float32) for name, each in values.items()}
 
         def read(row: int) -> Image.Image:
             return frames[rows[chosen[row]]]["image"].convert("RGBA")
 
-        return Clip(avatar["avatar_id"], [places[index][0] for index in chosen], cameras, params, read)
+        numbers = [places[index][0] for index in chosen]
+        return Clip(avatar["avatar_id"], numbers, cameras, HeadParameters(**tensors), read)
 
-    columns = [name for name in ("avatar_id", "shape", "static_offset") if name in avatars.features]
+    columns = [name for name in ("avatar_id", *STATIC_KEYS) if name in avatars.features]
     return [clip(avatar) for avatar in avatars.select_columns(columns)]
 
 
@@ -191,6 +168,8 @@ def _choose_frames(
     cameras = sorted({number for number, _ in places})
     if camera is not None and camera not in cameras:
         raise ValueError(f"{where} has no camera {camera}; it has {', '.join(map(str, cameras))}")
-    order = sorted(range(len(places)), key=places.__getitem__)
-    wanted = cameras if camera is None else [camera]
-    return [row for number in wanted for row in [row for row in order if places[row][0] == number][:num_frames]]
+    chosen: list[int] = []
+    for number in cameras if camera is None else [camera]:
+        own = [row for row, place in enumerate(places) if place[0] == number]
+        chosen += sorted(own, key=places.__getitem__)[:num_frames]
+    return chosen

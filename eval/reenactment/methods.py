@@ -1,11 +1,10 @@
 """The rows of the table: from a pair to the frames a method makes of it.
 
-`ours` makes an avatar of each source once, keeps it as a GaussianAvatars folder, and renders it with the driver's head parameters
-and camera; `flame_position` does the same with a decoder that starts from head vertices. `truth`, `copy-source` and `mean-image`
-need no model: the perfect result, one that ignores the motion, and one that ignores the subject. Methods that ran elsewhere enter
-as folders of frames. Avatars and frames are files, so a killed run resumes where it stopped.
+`ours` makes an avatar of each source once and renders it with the driver's head parameters and camera; `flame_position` does the
+same with a decoder that starts from head vertices. Avatars and frames are files, so a killed run resumes where it stopped.
 """
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,31 +42,52 @@ class Method:
     about: str
     frames: Callable[[Pair], np.ndarray]  # -> (N, H, W, 3) uint8, one for each of `pair.rows`
     absent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # mode -> why it has no row there
+    compared: bool = False  # whether its frames come from elsewhere
 
 
 # The avatars of the first frames of some clips, each with the number of tokens it was generated from.
 Maker = Callable[[Sequence[Clip]], list[tuple[GaussianAvatar, int]]]
 
 
+def make_methods(
+    arguments: argparse.Namespace,
+    folders: dict[str, Path],
+    pipeline: AvatarPipeline,
+    decoder: GaussianDecoder | None,
+    clips: Sequence[Clip],
+    pairs: Sequence[Pair],
+) -> tuple[list[Method], list[dict[str, Any]]]:
+    """Make the avatars; returns the rows of the table, and the generation stats of "ours"."""
+    output: Path = arguments.output_dir
+    others = [compared(name, folder, pairs) for name, folder in folders.items()]
+    for method in others:
+        for mode, problems in method.absent.items():
+            print(f"{method.name}, {mode}: refused\n  " + "\n  ".join(problems), flush=True)
+    limits = {"max_points": arguments.max_points, "max_points_per_face": arguments.max_points_per_face}
+    maker = ours_maker(pipeline, arguments.seed, candidates=arguments.candidates, **limits, progress=False)
+    generation = make_avatars("ours", maker, clips, output, arguments.batch_size)
+    about = {"ours": f"the pipeline {arguments.model}"}
+    if decoder is not None:
+        make_avatars("flame_position", flame_position_maker(pipeline, decoder), clips, output, arguments.batch_size)
+        by = arguments.flame_position
+        about["flame_position"] = f"Gaussians on the vertices of the head, by {by}: the paper's ablation"
+    own = [rendered(name, text, pipeline.head, output, arguments.device) for name, text in about.items()]
+    return [truth(), *own, *others, copy_source(), mean_image(clips)], generation
+
+
 def truth() -> Method:
-    return Method(
-        "truth",
-        "the true frames: the result of a perfect method",
-        lambda pair: pair.driver.images(pair.rows),
-        {"cross": ("no true image shows one subject with the motion of another",)},
-    )
+    about = "the true frames: the result of a perfect method"
+    absent = {"cross": ("no true image shows one subject with the motion of another",)}
+    return Method("truth", about, lambda pair: pair.driver.images(pair.rows), absent)
 
 
 def copy_source() -> Method:
-    return Method(
-        "copy-source",
-        "the source portrait as every frame: the right subject, no motion",
-        lambda pair: np.repeat(pair.source.images([0]), len(pair.rows), 0),
-    )
+    about = "the source portrait as every frame: the right subject, no motion"
+    return Method("copy-source", about, lambda pair: np.repeat(pair.source.images([0]), len(pair.rows), 0))
 
 
 def mean_image(clips: Sequence[Clip]) -> Method:
-    """Uses no image of the source's or the driver's clip, and thus nothing of the frame it is judged on."""
+    """Uses no image of the source's or the driver's clip, and thus nothing of the frame it is compared with."""
     total = sum(clip.image(0).astype(np.int64) for clip in clips)
 
     def frames(pair: Pair) -> np.ndarray:
@@ -90,7 +110,7 @@ def compared(name: str, folder: Path, pairs: Sequence[Pair]) -> Method:
             absent[mode] = (f"no folder {folder / mode}",)
         elif problems := check_frames(folder, own):
             absent[mode] = tuple(problems)
-    return Method(name, f"frames from {folder}", lambda pair: read_frames(folder, pair), absent)
+    return Method(name, f"frames from {folder}", lambda pair: read_frames(folder, pair), absent, compared=True)
 
 
 def rendered(name: str, about: str, head: HeadModel, output: Path, device: torch.device | str) -> Method:
@@ -135,7 +155,7 @@ def ours_maker(pipeline: AvatarPipeline, seed: int, **generate: Any) -> Maker:
 
     def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
         params = [clip.params.frame(0) for clip in clips]
-        inputs = pipeline.inputs([clip.portrait() for clip in clips], params)
+        inputs = pipeline.inputs([clip.read(0) for clip in clips], params)
         written = pipeline.generate(inputs, seed=seed, **generate)
         parts = zip(*pipeline.decode_points(written), inputs["pixel_values"], params)
         tokens = (written.sequences < pipeline.point_model.config.bos_token_id).sum(1).tolist()
@@ -149,7 +169,7 @@ def flame_position_maker(pipeline: AvatarPipeline, decoder: GaussianDecoder) -> 
 
     def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
         params = [clip.params.frame(0) for clip in clips]
-        portraits = pipeline.inputs([clip.portrait() for clip in clips], params)["pixel_values"]
+        portraits = pipeline.inputs([clip.read(0) for clip in clips], params)["pixel_values"]
         return [(vertex_avatar(pipeline.head, decoder, *each), 0) for each in zip(portraits, params)]
 
     return make

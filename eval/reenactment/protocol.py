@@ -1,12 +1,6 @@
 """Which source is driven by which clip, and the folders in which other methods provide their frames.
 
-Self-reenactment: the first frame of a clip (the first timestep of the camera with the lowest number) is the source; the others, of
-all cameras, drive it and are the truth. Cross-reenactment: another subject drives, drawn at random so that every subject is source
-once and driver once. `export_protocol` writes sources and drivers for running another method, whose frames come back as
-
-    <DIR>/<mode>/<source>__<driver>/<row of the driver's frame, 00001>.png      or <DIR>/<mode>/<source>__<driver>.mp4
-
-`check_frames` lists every deviation from that.
+<DIR>/<mode>/<source>__<driver>/<row of the driver's frame, 00001>.png      or <DIR>/<mode>/<source>__<driver>.mp4
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,10 +15,12 @@ from tqdm import tqdm
 from eval.reenactment.clips import Clip, on_white
 from gaussian_tokenizer.captures.frame import load_image
 from gaussian_tokenizer.utils.atomic import atomic_folder
+from gaussian_tokenizer.utils.hub import one_line
 from gaussian_tokenizer.utils.json_files import write_json
 
 MODES = ("self", "cross")
 FORMAT = "avatar-pointillist reenactment protocol 1"
+CAMERAS = "viewmat: world to camera, meters, OpenCV axes (x right, y down, z forward); K: pixels"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +58,8 @@ def make_pairs(clips: Sequence[Clip], mode: str, seed: int) -> list[Pair]:
     pairs = [Pair("self", clip, clip) for clip in clips] if mode in ("self", "both") else []
     if mode in ("cross", "both"):
         if len(clips) < 2:
-            raise ValueError(
-                f"--mode {mode} needs two subjects, one to drive the other; the dataset has {len(clips)}: "
-                "add subjects, or use --mode self"
-            )
+            found = f"the dataset has {len(clips)}: add subjects, or use --mode self"
+            raise ValueError(f"--mode {mode} needs two subjects, one to drive the other; {found}")
         # One cycle through all subjects: each drives once, and none drives itself.
         order = np.random.default_rng(seed).permutation(len(clips))
         driver_of = dict(zip(order.tolist(), np.roll(order, -1).tolist()))
@@ -94,6 +88,7 @@ def export_protocol(folder: Path, pairs: Sequence[Pair], seed: int) -> None:
         raise ValueError(f"{folder}: not empty; choose another folder for the protocol")
     sources = {pair.source.subject_id: pair.source for pair in pairs}
     drivers = {pair.driver.subject_id: pair.driver for pair in pairs}
+    width, height = pairs[0].driver.size
     with atomic_folder(folder) as new:
         (new / "sources").mkdir()
         for name, clip in sources.items():
@@ -105,8 +100,9 @@ def export_protocol(folder: Path, pairs: Sequence[Pair], seed: int) -> None:
             for row in range(1, len(clip)):
                 Image.fromarray(clip.image(row)).save(own / frame_name(row))
             clip.params.save(own / "flame_param.npz")
-            write_json(own / "cameras.json", _cameras(clip))
-        width, height = pairs[0].driver.size
+            cameras = zip(clip.cameras.viewmats.tolist(), clip.cameras.Ks.tolist())
+            frames = [{"viewmat": viewmat, "K": K} for viewmat, K in cameras]
+            write_json(own / "cameras.json", {"about": CAMERAS, "width": width, "height": height, "frames": frames})
         content = {"format": FORMAT, "seed": seed, "width": width, "height": height, "background": "white"}
         write_json(new / "protocol.json", content | {"pairs": [describe(pair) for pair in pairs]})
 
@@ -130,31 +126,27 @@ def describe_protocol(settings: Mapping[str, Any]) -> dict[str, str]:
         "frames": "as in the dataset, whole images, no mask, on white, 8 bits; frames of compared methods likewise",
         "subjects": "sorted by name" + (f", the first {settings['num_subjects']}" if settings['num_subjects'] else ""),
         "camera": "all, in order of their numbers" if settings['camera'] is None else f"camera {settings['camera']}",
-        "source": "the first frame of a clip (the first timestep of the camera with the lowest number), with its tracked shape and "
-        "static offset",
+        "source": "the first timestep of the camera with the lowest number, with its tracked shape and static offset",
         "self": "driven by the same clip from its second frame on, in all its cameras, which is also the truth",
-        "cross": "driven by another subject's clip from its second frame on: expression, joint rotations, translation and camera "
-        "on the source's shape; the pairing is a random cycle through all subjects, drawn with the seed",
-        "avatar": f"one per source, generated {settings['batch_size']} at a time with seed {settings['seed']}, "
-        f"the most likely of {settings['candidates']} point clouds, "
-        f"at most {settings['max_points'] or 'any number of'} points, {settings['max_points_per_face']} per face; "
-        "posed by linear blend skinning",
+        "cross": "driven by another subject's clip from its second frame on: its expression, joint rotations, translation and "
+        "camera on the source's shape; the pairing is a random cycle through all subjects, drawn with the seed",
+        "avatar": f"one per source, generated {settings['batch_size']} at a time with seed {settings['seed']}, the most likely of "
+        f"{settings['candidates']} point clouds, at most {settings['max_points'] or 'any number of'} points, "
+        f"{settings['max_points_per_face']} per face; posed by linear blend skinning",
         "mean": "over all frames of all pairs",
-        "intervals": f"95 %, over source subjects: bootstrap of 1,000 draws with seed {settings['seed']}; jackknife for FID, which "
-        "repeated frames would raise",
+        "intervals": f"95 %, over source subjects: bootstrap of 1,000 draws with seed {settings['seed']}; jackknife for FID",
         "PSNR": "of images on 0..255, all channels together, in dB; infinite for equal images",
         "SSIM": "Gaussian window of 11 pixels, sigma 1.5, mean of three channels",
         "LPIPS": "version 0.1, backbone as listed under networks, images on -1..1",
-        "FID": "2,048 Inception features of all frames of a method; self: against the true frames; cross: against the source's own "
-        "frames from its second on. It falls with the number of frames: compare only equal numbers",
+        "FID": "2,048 Inception features of all frames; self: against the true frames; cross: against the source's own frames from "
+        "its second on. It falls with the number of frames: compare only equal numbers",
         "CLIP": "cosine of image features; self: with the true frame; cross: with the source portrait",
         "CSIM": "cosine of ArcFace features; self: with the true frame; cross: with the source portrait",
         "AKD": "mean distance of landmarks to those of the driver's frame, in pixels, scaled to images whose longer side is 512",
         "APD": "head rotation against the driver's frame: mean absolute difference of three Euler angles in milliradians, which "
         "matches the magnitude of published values; geodesic: the angle between the two rotations in degrees",
         "AED": "mean absolute difference of expression coefficients to the driver's frame",
-        "no face": "a frame in which no face is detected, or whose driver's frame has none, is counted and enters no mean of AKD, "
-        "APD, AED and CSIM",
+        "no face": "a frame without a face, or whose driver's frame has none, is counted and enters no mean of AKD, APD, AED, CSIM",
     }  # fmt: skip
 
 
@@ -168,7 +160,9 @@ def check_frames(folder: Path, pairs: Sequence[Pair]) -> list[str]:
     extra = {str(path) for path in relative if not any(part.startswith(".") for part in path.parts)}
     problems: dict[str, list[str]] = {kind: [] for kind in ("missing", "extra", "unreadable", "wrong size")}
     for pair in tqdm(pairs, desc=f"checking {folder.name} {mode}", unit="pair", leave=False):
-        has_video = pair.video(folder).is_file()
+        has_video, (width, height) = pair.video(folder).is_file(), pair.driver.size
+        if has_video:  # H.264 needs even sides: the last column or row of an odd side is repeated
+            width, height = width + width % 2, height + height % 2
         frames = [pair.path(folder) / frame_name(row) for row in pair.rows]
         for path in [pair.video(folder)] if has_video else frames:
             name = str(path.relative_to(folder))
@@ -176,16 +170,15 @@ def check_frames(folder: Path, pairs: Sequence[Pair]) -> list[str]:
                 problems["missing"].append(name)
                 continue
             extra.discard(name)
-            expected = _video_size(pair) if has_video else pair.driver.size
             try:
-                size, count = _size_of_video(path) if has_video else (load_image(path).size, len(frames))
+                images = read_video(path) if has_video else np.asarray(load_image(path))[None]
             except ValueError as error:
                 problems["unreadable"].append(str(error))
                 continue
-            if count != len(frames):
-                problems["missing"].append(f"{name} has {count} frames, expected {len(frames)}")
-            if size != expected:
-                problems["wrong size"].append(f"{name} is {size}, expected {expected}")
+            if has_video and len(images) != len(frames):
+                problems["missing"].append(f"{name} has {len(images)} frames, expected {len(frames)}")
+            if (size := images[0].shape[1::-1]) != (width, height):
+                problems["wrong size"].append(f"{name} is {size}, expected {(width, height)}")
     problems["extra"] = sorted(extra)
     return [f"{kind}: {name}" for kind, names in problems.items() for name in names]
 
@@ -203,34 +196,14 @@ def read_video(path: Path) -> np.ndarray:
     try:
         import imageio_ffmpeg
     except ImportError as error:
-        raise ImportError(
-            f'{path}: reading videos needs imageio-ffmpeg ({error}): pip install "avatar-pointillist[video]", or provide PNGs'
-        ) from error
+        remedy = 'pip install "avatar-pointillist[video]", or provide PNGs'
+        raise ImportError(f"{path}: reading videos needs imageio-ffmpeg ({error}): {remedy}") from error
     try:
         reader = imageio_ffmpeg.read_frames(str(path))
         width, height = next(reader)["size"]
         frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
     except (OSError, RuntimeError, ValueError, StopIteration) as error:
-        raise ValueError(f"{path} is not a readable video: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{path} is not a readable video: {one_line(error)[:200]}") from None
     if not frames:
         raise ValueError(f"{path} is not a readable video: it has no frames")
     return np.stack(frames)
-
-
-def _video_size(pair: Pair) -> tuple[int, int]:
-    """H.264 needs even sides: the last column or row of an odd side is repeated."""
-    width, height = pair.driver.size
-    return width + width % 2, height + height % 2
-
-
-def _size_of_video(path: Path) -> tuple[tuple[int, int], int]:
-    """((width, height), number of frames)."""
-    count, height, width, _ = read_video(path).shape
-    return (width, height), count
-
-
-def _cameras(clip: Clip) -> dict:
-    viewmats, Ks = clip.cameras.viewmats.tolist(), clip.cameras.Ks.tolist()
-    frames = [{"viewmat": viewmat, "K": K} for viewmat, K in zip(viewmats, Ks)]
-    about = "viewmat: world to camera, meters, OpenCV axes (x right, y down, z forward); K: pixels"
-    return {"about": about, "width": clip.cameras.width, "height": clip.cameras.height, "frames": frames}

@@ -1,7 +1,4 @@
-"""The results as text: the cells of the tables, and `results.md` with the layout of the paper's Table S1.
-
-`results` is the content of `results.json`. Measured numbers come first; published ones follow in a block of their own.
-"""
+"""The results (the content of `results.json`) as text: the cells of the tables, and `results.md`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,11 +61,16 @@ def measured_block(results: Mapping[str, Any]) -> str:
     footnotes: dict[str, int] = {}
     table = _methods_table(results, columns(results, MAIN), footnotes, with_intervals=False)
     pairs = ", ".join(f"{mode} {count} pairs" for mode, count in results["num_pairs"].items())
-    lines = [f"{pairs}; images of {' x '.join(map(str, results['image']))} pixels", "", *table, ""]
+    lines = [f"{pairs}; images of {' x '.join(map(str, results['image']))} pixels", "", table, ""]
     lines += [f"({mark}) {reason}" for reason, mark in footnotes.items()]
-    refused = [f"- {name}, {mode}: {line}" for name, mode, problems in refusals(results) for line in problems]
+    refused = [f"{name}, {mode}: {line}" for name, mode, problems in refusals(results) for line in problems]
     if refused:
-        lines += ["", "Refused rows, because a mean over the remaining frames would not be comparable:", "", *refused]
+        lines += [
+            "",
+            "Refused rows, because a mean over the remaining frames would not be comparable:",
+            "",
+            _list(refused),
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -78,16 +80,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts = ["# Reenactment bench", "## Measured", measured_block(results).rstrip()]
     parts += ["### With 95 % intervals over subjects"]
     for mode in results["modes"]:
-        own = columns(results, {mode: ALL[mode]})
-        parts += ["\n".join(_methods_table(results, own, footnotes, with_intervals=True))]
+        parts += [_methods_table(results, columns(results, {mode: ALL[mode]}), footnotes, with_intervals=True)]
     parts += ["\n".join(f"({mark}) {reason}" for reason, mark in footnotes.items())]
     parts += ["## Frames without a detected face", _list(faces_not_found(results))]
     for heading, lines in facts(results).items():
         parts += [f"## {heading}", _list(f"{key}: {text}" for key, text in lines.items())]
-    parts += ["## Versions", versions(results)]
     parts += ["## Published numbers (not measured here)", f"> {PUBLISHED_WARNING}"]
     for table in TABLES:
-        parts += [f"### {table.title}", "\n".join(_aligned(published_rows(table)))]
+        parts += [f"### {table.title}", _aligned(published_rows(table))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -104,10 +104,8 @@ def faces_not_found(results: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, row in results["methods"].items():
         for mode in results["modes"]:
-            lost = row[mode].get("faces_not_found")
-            if lost:
-                share = 100 * lost["frames"] / lost["of"]
-                count = f"{lost['frames']} of {lost['of']} frames ({share:.1f} %)"
+            if lost := row[mode].get("faces_not_found"):
+                count = f"{lost['frames']} of {lost['of']} frames ({100 * lost['frames'] / lost['of']:.1f} %)"
                 lines.append(f"{name}, {mode}: {count}, {lost['driver']} of the driver's")
     return lines or ["No face detector was available, see networks."]
 
@@ -119,11 +117,8 @@ def facts(results: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         "Protocol": results["protocol"],
         "Networks": {name: _network(found) for name, found in results["networks"].items()},
         "Speed": _speed(results["speed"]),
+        "Versions": results["versions"],
     }
-
-
-def versions(results: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in results["versions"].items())
 
 
 def published_rows(table: PublishedTable) -> list[list[str]]:
@@ -144,8 +139,7 @@ def _speed(speed: Mapping[str, Any]) -> dict[str, str]:
     lines = {
         "machine": f"{machine['gpu'] or machine['cpu']}{cores}, {machine['torch_threads']} torch thread(s)",
         "an avatar": f"{speed['seconds_per_avatar']:.2f} s (generated {speed['batch']} at a time, mean of {speed['avatars']})",
-        "tokens": f"{speed['tokens_per_second']:.0f} per second, {speed['tokens_per_avatar']:.0f} per avatar, not counting other "
-        "candidates",
+        "tokens": f"{speed['tokens_per_second']:.0f} per second, {speed['tokens_per_avatar']:.0f} per avatar, of one candidate",
         "posing and rendering": f"{speed['frames_per_second']:.1f} frames per second of {size} pixels, "
         f"{speed['points_of_drawn_avatar']:,} points, one frame at a time, without file access",
         "peak memory": f"{speed['peak_memory_gib']:.2f} GiB",
@@ -166,8 +160,8 @@ def _best(results: Mapping[str, Any], mode: str, metric: Metric) -> str | None:
 
 def _methods_table(
     results: Mapping[str, Any], shown: Sequence[tuple[str, Metric]], footnotes: dict[str, int], with_intervals: bool
-) -> list[str]:
-    """Lines of Markdown; new reasons are added to `footnotes` (reason -> mark)."""
+) -> str:
+    """In Markdown; new reasons are added to `footnotes` (reason -> mark)."""
     units = [f" ({metric.unit})" if metric.unit else "" for _, metric in shown]
     rows = [["method", *(f"{mode} {metric.title}{unit} {metric.arrow}" for (mode, metric), unit in zip(shown, units))]]
     for name in results["methods"]:
@@ -182,11 +176,11 @@ def _methods_table(
     return _aligned(rows)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table that is also readable as plain text."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 def _list(lines) -> str:

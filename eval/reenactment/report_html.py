@@ -1,7 +1,4 @@
-"""`report.html`: everything a run found on one page that needs no other file.
-
-Images and videos are embedded; once the videos exceed VIDEO_BYTES, the rest are links to the files beside the page.
-"""
+"""`report.html`: everything a run found on one page that needs no other file, but for videos beyond VIDEO_BYTES."""
 
 import base64
 import mimetypes
@@ -13,7 +10,7 @@ from eval.reenactment import report
 from eval.reenactment.scores import Metric
 from gaussian_tokenizer.utils.templates import render_template
 
-VIDEO_BYTES = 24 * 2**20  # embedded in total
+VIDEO_BYTES = 24 * 2**20  # embedded in total; the other videos are links to the files beside the page
 CHART_LEFT, CHART_WIDTH = 104, 196  # of the intervals, in units of the SVG
 
 

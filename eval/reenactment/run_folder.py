@@ -24,14 +24,13 @@ def claim(output: Path, own: dict[str, Any]) -> None:
         write(path, json.dumps(own, indent=2) + "\n")
         return
     found = read_json(path)
-    differing = [
-        f"{key} was {found.get(key)!r}, is {own[key]!r}" for key in own if found.get(key, "missing") != own[key]
-    ]
-    if differing:
+    changed = [key for key in own if found.get(key, "missing") != own[key]]
+    if changed:
+        differing = [f"{key} was {found.get(key)!r}, is {own[key]!r}" for key in changed]
         raise ValueError(f"{output}: holds another run ({'; '.join(differing)}); choose another --output_dir")
 
 
-def weights_digest(networks: Sequence[torch.nn.Module], settings: Sequence[Any]) -> str:
+def weights_digest(networks: Sequence[torch.nn.Module], settings: Sequence[dict[str, Any]], *others: str) -> str:
     """16 hex digits of a hash of weights and settings; the path they were loaded from does not matter."""
     found = hashlib.sha256()
     for network in networks:
@@ -39,10 +38,8 @@ def weights_digest(networks: Sequence[torch.nn.Module], settings: Sequence[Any])
             found.update(name.encode())
             found.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     ignored = {"_name_or_path", "transformers_version"}
-    plain = [
-        {k: v for k, v in each.items() if k not in ignored} if isinstance(each, dict) else each for each in settings
-    ]
-    found.update(json.dumps(plain, sort_keys=True, default=str).encode())
+    plain = [{key: value for key, value in each.items() if key not in ignored} for each in settings]
+    found.update(json.dumps([*plain, *others], sort_keys=True, default=str).encode())
     return found.hexdigest()[:16]
 
 

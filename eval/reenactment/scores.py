@@ -1,14 +1,13 @@
 """From frames to the numbers of the table: per frame, per pair, and over all pairs with an interval.
 
-The networks of `eval.networks` read every image once; their features are kept in files beside the frames and serve all metrics.
-A metric whose network is missing has a reason instead of a number. Frames in which no face is found are counted and enter no
-mean. A mean is over all frames of all pairs. Its interval is over source subjects, because frames of one subject are not
-independent: a bootstrap, or a jackknife for FID.
+Networks read every image once; their features are kept in files. Frames in which no face is found are counted and enter no mean.
+A mean is over all frames of all pairs; its interval is over source subjects, because frames of one subject are not independent.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ class Metric:
 
 
 BOTH = ("self", "cross")
-_METRICS = [
+_METRICS = (
     Metric("psnr", "PSNR", "dB", True, ("self",), None, 2),
     Metric("ssim", "SSIM", "", True, ("self",), None),
     Metric("lpips", "LPIPS", "", False, ("self",), "lpips"),
@@ -57,7 +56,7 @@ _METRICS = [
     Metric("apd", "APD", "mrad", False, BOTH, "face", 2),
     Metric("apd_geodesic", "APD, geodesic", "°", False, BOTH, "face", 2),
     Metric("aed", "AED", "", False, BOTH, "face", 4),
-]
+)
 METRICS = {metric.key: metric for metric in _METRICS}
 
 
@@ -68,16 +67,14 @@ def describe_networks(networks: Networks) -> dict[str, dict[str, str]]:
 
 def missing_networks(networks: Networks) -> dict[str, str]:
     """Network -> why it is missing, and the remedy."""
-    found = {name: net for name, net in vars(networks).items() if isinstance(net, Missing)}
-    return {name: f"{net.reason}; {net.remedy}" for name, net in found.items()}
+    found = vars(networks).items()
+    return {name: f"{net.reason}; {net.remedy}" for name, net in found if isinstance(net, Missing)}
 
 
 def read_features(images: np.ndarray, networks: Networks) -> Features:
     """What the available networks read from images (N, H, W, 3)."""
-    features: Features = {}
-    for name, net in (("inception", networks.inception), ("clip", networks.clip)):
-        if not isinstance(net, Missing):
-            features[name] = net(images)
+    whole = {"inception": networks.inception, "clip": networks.clip}
+    features: Features = {name: net(images) for name, net in whole.items() if not isinstance(net, Missing)}
     if not isinstance(networks.face, Missing):
         reading = networks.face(images)
         features |= vars(reading)
@@ -104,13 +101,13 @@ class FeatureFiles:
 
     def _load(self, path: Path, images: np.ndarray, truth: np.ndarray | None) -> Features:
         digest = hashlib.sha256(self.networks_key.encode())
-        digest.update(np.ascontiguousarray(images).tobytes())
-        if truth is not None:
-            digest.update(truth.tobytes())
+        for stack in (images, truth):
+            digest.update(b"" if stack is None else stack.tobytes())
         key = digest.hexdigest()
-        features = _read(path, key)
-        if features is not None:
-            return features
+        with contextlib.suppress(OSError, ValueError):  # a damaged file is made again
+            kept, _ = read_npz(path)
+            if str(kept.pop("key", "")) == key:
+                return kept
         features = read_features(images, self.networks)
         if truth is not None:
             features |= {"psnr": metrics.psnr(images, truth), "ssim": metrics.ssim(images, truth)}
@@ -123,20 +120,11 @@ class FeatureFiles:
         return features
 
 
-def _read(path: Path, key: str) -> Features | None:
-    """The features in a file; None if they are of other frames or networks, or the file is damaged."""
-    try:
-        arrays, _ = read_npz(path)
-    except (OSError, ValueError):
-        return None
-    return arrays if str(arrays.pop("key", "")) == key else None
-
-
 def frame_values(pair: Pair, frames: Features, source: Features, driver: Features) -> Features:
     """metric -> (N,), NaN where no face was found; `source` and `driver` are the features of all true frames of their clips.
 
-    Motion (AKD, APD, AED) is compared with the driver's frame. Identity and appearance (CLIP, CSIM) are compared with the true
-    frame in self-reenactment and with the source portrait in cross-reenactment, which has no true frames.
+    Motion (AKD, APD, AED) is compared with the driver's frame; identity and appearance (CSIM, CLIP) with the true frame in
+    self-reenactment, and with the source portrait in cross-reenactment.
     """
     rows = np.array(pair.rows)
     values: Features = {name: frames[name] for name in ("psnr", "ssim", "lpips") if name in frames}
@@ -177,18 +165,16 @@ def mean_with_interval(per_pair: Sequence[np.ndarray], draws: np.ndarray) -> dic
 
 
 def fid_with_interval(made: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> dict[str, Any]:
-    """FID of all frames against all real ones, and its jackknife interval over subjects (None for a single subject).
+    """FID of all frames against all real ones, and its interval over subjects (None for a single one).
 
-    Not a bootstrap: a resample repeats frames and has fewer distinct ones, which raises FID by more than it varies. The jackknife
-    leaves out one subject at a time and repeats nothing.
+    A jackknife, because the repeated frames of a bootstrap alone raise FID by more than it varies.
     """
     value = metrics.frechet_distance(np.concatenate(made), np.concatenate(real))
     low, high, count = None, None, len(made)
     if count > 1:
         without = []
         for left in range(count):
-            rest = [index for index in range(count) if index != left]
-            some = (np.concatenate([features[index] for index in rest]) for features in (made, real))
+            some = (np.concatenate([*features[:left], *features[left + 1 :]]) for features in (made, real))
             without.append(metrics.frechet_distance(*some))
         reach = NORMAL_95 * float(np.sqrt((count - 1) * np.var(without)))
         low, high = max(0.0, value - reach), value + reach
@@ -197,11 +183,7 @@ def fid_with_interval(made: Sequence[np.ndarray], real: Sequence[np.ndarray]) ->
 
 
 def summarize(
-    pairs: Sequence[Pair],
-    frames: Sequence[Features],
-    clips: Mapping[str, Features],
-    missing: Mapping[str, str],
-    seed: int,
+    pairs: Sequence[Pair], frames: Sequence[Features], clips: dict[str, Features], missing: dict[str, str], seed: int
 ) -> dict[str, Any]:
     """The results of one method in one mode; `frames` in the order of `pairs`, `clips` by subject."""
     mode, draws = pairs[0].mode, resample(len(pairs), seed)

@@ -1,7 +1,4 @@
-"""Speed on this machine: seconds and tokens per avatar, posed and rendered frames per second, peak memory.
-
-Times exclude file access and include copying a rendered frame to the CPU.
-"""
+"""Speed on this machine: seconds and tokens per avatar, rendered frames per second without file access, peak memory."""
 
 import platform
 import resource

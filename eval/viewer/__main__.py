@@ -15,6 +15,7 @@ import torch
 
 from eval.viewer.controls import motions
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar, open_avatar
+from gaussian_tokenizer.utils.hub import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,21 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--avatar", type=Path, help="a GaussianAvatars folder or a .safetensors avatar")
     source.add_argument("--model", help="a pipeline (folder or Hub id) that generates the avatar from --image")
-    parser.add_argument("--image", type=Path, help="portrait for --model")
-    parser.add_argument("--seed", type=int, default=0, help="seed of generation with --model (default: 0)")
-    parser.add_argument("--compare", type=Path, help="a second avatar of the same head model, shown on the right")
-    parser.add_argument(
-        "--head",
-        help="head model of --avatar: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder "
-        "(default: the procedural head recorded in the avatar)",
-    )
-    parser.add_argument("--motion", help="a flame_param.npz or a folder of them, in addition to the built-in motions")
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: all networks)",
-    )
-    parser.add_argument("--port", type=int, default=8080, help="port to listen on (default: 8080; 0: any free port)")
+    add = parser.add_argument
+    add("--image", type=Path, help="portrait for --model")
+    add("--seed", type=int, default=0, help="seed of generation with --model (default: 0)")
+    add("--compare", type=Path, help="a second avatar of the same head model, shown on the right")
+    heads = "procedural:600, a .safetensors, a FLAME .pkl, an ICT folder (default: the procedural one of the avatar)"
+    add("--head", help=f"head model of --avatar: {heads}")
+    add("--motion", help="a flame_param.npz or a folder of them, in addition to the built-in motions")
+    host = "address to listen on (default: 127.0.0.1, this machine only; 0.0.0.0: all networks)"
+    add("--host", default="127.0.0.1", help=host)
+    add("--port", type=int, default=8080, help="port to listen on (default: 8080; 0: any free port)")
     options = parser.parse_args(arguments)
     if (options.model is None) != (options.image is None):
         parser.error("--model and --image are needed together: the pipeline and its portrait")
@@ -51,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print()
     except (ValueError, OSError, ImportError) as error:
-        parser.exit(1, f"error: {' '.join(str(error).split())}\n")
+        parser.exit(1, f"error: {one_line(error)}\n")
 
 
 def view(options: argparse.Namespace) -> None:
@@ -62,9 +58,17 @@ def view(options: argparse.Namespace) -> None:
         raise ImportError(f'the viewer needs viser ({error}): pip install "avatar-pointillist[viewer]"') from error
     torch.set_num_threads(1)  # posing gains little from threads, and the browser needs the other cores
     check_address(options.host, options.port)  # before the minutes that generating an avatar may take
-    first = open_avatar(options.avatar, options.head) if options.model is None else make_avatar(options)
+    if options.model is None:
+        name, first = name_of(options.avatar), open_avatar(options.avatar, options.head)
+    else:
+        from gaussian_tokenizer.tokenizer.image_files import open_image
+        from modeling.pipeline import AvatarPipeline
+
+        portrait = open_image(options.image)
+        generated = AvatarPipeline.from_pretrained(options.model)(portrait, seed=options.seed, progress=True)
+        assert isinstance(generated, GaussianAvatar)
+        name, first = options.image.stem, generated
     assert first.head is not None
-    name = name_of(options.avatar) if options.model is None else options.image.stem
     avatars = {name: first}
     if options.compare is not None:
         second = name_of(options.compare)
@@ -83,18 +87,6 @@ def view(options: argparse.Namespace) -> None:
 
 def name_of(path: Path) -> str:
     return path.resolve().name.removesuffix(".safetensors")
-
-
-def make_avatar(options: argparse.Namespace) -> GaussianAvatar:
-    """What the pipeline makes of the portrait."""
-    from gaussian_tokenizer.tokenizer.image_files import open_image
-    from modeling.pipeline import AvatarPipeline
-
-    portrait = open_image(options.image)
-    pipeline = AvatarPipeline.from_pretrained(options.model)
-    avatar = pipeline(portrait, seed=options.seed, progress=True)
-    assert isinstance(avatar, GaussianAvatar)
-    return avatar
 
 
 if __name__ == "__main__":

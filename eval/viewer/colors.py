@@ -29,11 +29,7 @@ GOLDEN = 0.618033988749895  # golden ratio: consecutive multiples, modulo 1, are
 
 
 def modes(avatar: GaussianAvatar) -> tuple[str, ...]:
-    """The MODES that are meaningful for this avatar: generation order only for a generated one.
-
-    A point model generates points by height, from neck to crown, and a decoder moves them only a little. The rows of avatars from
-    other sources (fitted, synthetic) are not sorted by height.
-    """
+    """The MODES that are meaningful for this avatar: generation order only where rows are sorted by height, as generated."""
     heights = avatar.canonical_points()["positions"][:, 1].numpy()
     disorder = np.abs(heights - np.sort(heights)).mean()
     return MODES if disorder <= MAX_DISORDER * np.ptp(heights) else tuple(mode for mode in MODES if mode != ORDER)

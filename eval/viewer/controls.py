@@ -1,8 +1,4 @@
-"""The sliders of the viewer, and the head parameters of one frame that their values stand for.
-
-Joints are in degrees, expressions in the head's own units: 0..1 for named expressions, standard deviations for unnamed components.
-Slider values are added to the frame of a motion that is playing.
-"""
+"""The sliders of the viewer, and the head parameters of one frame that their values are added to."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -52,6 +48,7 @@ def sliders(head: HeadModel) -> dict[str, list[Slider]]:
     ]
     expressions = []
     for column, name in enumerate(head.expression_names[:MAX_EXPRESSIONS]):
+        # Named ones are weights, unnamed ones count standard deviations.
         low, high = (-3.0, 3.0) if re.fullmatch(UNNAMED, name) else (0.0, 1.0)
         expressions.append(Slider(name.replace("_", " "), low, high, 0.01, "expr", (column,)))
     return {"joints (degrees)": joints, "expression": expressions}

@@ -1,16 +1,11 @@
-"""Files for the browser to save: PLY and `.splat` of the current pose, a zip of the whole avatar, a screenshot.
-
-The zip holds the GaussianAvatars folder that `GaussianAvatar.save` writes, which this viewer can open again.
-"""
+"""Files for the browser to save: PLY and `.splat` of the current pose, a zip of the whole avatar."""
 
 import io
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
-from PIL import Image
 
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.export import save_splats
@@ -27,7 +22,7 @@ def splat_bytes(avatar: GaussianAvatar, params: HeadParameters, suffix: str) -> 
 
 
 def folder_bytes(avatar: GaussianAvatar, name: str) -> bytes:
-    """A zip of the folder `name`, with the same bytes for the same avatar."""
+    """A zip of the GaussianAvatars folder `name`, with the same bytes for the same avatar."""
     content = io.BytesIO()
     with TemporaryDirectory() as temporary, zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         folder = Path(temporary) / name
@@ -36,11 +31,4 @@ def folder_bytes(avatar: GaussianAvatar, name: str) -> bytes:
             entry = zipfile.ZipInfo(str(path.relative_to(temporary)))  # dated 1980: no timestamp
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
-    return content.getvalue()
-
-
-def png_bytes(image: np.ndarray) -> bytes:
-    """An image (H, W, 3 or 4) uint8 as PNG."""
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, format="PNG")
     return content.getvalue()

@@ -1,8 +1,7 @@
 """The page in the browser: one or two avatars, the panels beside them, and the loop that keeps the scene up to date.
 
-viser serves the page and renders the splats with WebGL; the server only poses. Sliders, menus and buttons do no work themselves:
-they wake the loop, which alone updates the scene, with the values at that time. Dragging a slider fast thus costs as many poses as
-the machine can compute, never a queue of them, and a browser that disconnects leaves nothing behind.
+viser serves the page and renders the splats with WebGL; the server only poses. Controls do no work themselves: they wake the loop,
+which alone updates the scene, so that dragging a slider fast never builds a queue of poses.
 """
 
 import contextlib
@@ -10,6 +9,7 @@ import io
 import socket
 import threading
 import time
+import timeit
 from collections.abc import Callable, Mapping
 from functools import partial
 from html import escape
@@ -22,12 +22,14 @@ from viser import ClientHandle, GuiEvent, ViserServer
 
 from eval.viewer.colors import MODES, modes, point_colors
 from eval.viewer.controls import Slider, sliders, to_parameters
-from eval.viewer.exports import folder_bytes, png_bytes, splat_bytes
+from eval.viewer.exports import folder_bytes, splat_bytes
 from eval.viewer.playback import Playback
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
+from gaussian_tokenizer.captures.frame import file_bytes
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
+from gaussian_tokenizer.utils.hub import one_line
 
 # The scene is in centimeters: viser sends covariances as float16, which in meters underflow for Gaussians of 0.2 mm.
 UNITS = 100.0
@@ -99,10 +101,10 @@ class Page:
         self._build_panels(motions)
         self.handles: list[Any] = []
         self.rendered_as = self.rendered_color = ""  # current state of the handles
-        self.judged = False  # whether the speed of the page is known
+        self.measured = False  # whether the speed of the page is known
         self.draw()
         server.on_client_connect(self._reset_view)
-        server.on_client_connect(self._judge)
+        server.on_client_connect(self._measure_speed)
 
     def run(self) -> None:
         """Draw whenever something changes or a motion plays; never returns."""
@@ -141,23 +143,20 @@ class Page:
         style: dict[str, Any] = dict(point_shape="circle", point_shading="flat", precision="float32")
         return self.server.scene.add_point_cloud(name, **posed, point_size=size, **style)
 
-    def _judge(self, client: ClientHandle) -> None:
-        """Switch from points, which every page renders fast, to Gaussians if the first page is fast enough.
-
-        Without a GPU, a page takes a second for each image of 27,000 Gaussians, and a third of a second for any image.
-        """
-        if self.judged:
+    def _measure_speed(self, client: ClientHandle) -> None:
+        """Switch from points to Gaussians if the first page renders fast; without a GPU, these take it a second an image."""
+        if self.measured:
             return
         answer = partial(client.local_storage.get_item, "", timeout=10.0)
         image = partial(client.get_render, 16, 16, transport_format="png", timeout=10.0)
         try:
-            answered, rendered = (min(_seconds(call) for _ in range(3)) for call in (answer, image))
+            answered, rendered = (min(timeit.repeat(call, number=1, repeat=3)) for call in (answer, image))
             fast = rendered - answered < SLOW
         except (RuntimeError, TimeoutError):
             if client.client_id not in self.server.get_clients():
-                return  # disconnected: judge the next page
+                return  # disconnected: measure the next page
             fast = False
-        self.judged = True
+        self.measured = True
         if fast:
             self.render_as.value = GAUSSIANS  # type: ignore[misc]  # it has a setter, apart from its getter
             self.changed.set()
@@ -178,8 +177,10 @@ class Page:
         camera.look_at = target * UNITS
         camera.near, camera.far = 1.0, 10_000.0
 
-    def _reset_view(self, client: ClientHandle) -> None:
+    def _reset_view(self, client: ClientHandle | None) -> None:
         """The initial camera of one page, further away where the page is narrow."""
+        if client is None:
+            return
         start, camera = self.server.initial_camera, client.camera
         further = max(1.0, self.aspect / camera.aspect)
         with client.atomic():
@@ -199,12 +200,7 @@ class Page:
         gui.add_markdown(title + "\n\n" + "  \n".join(counts))
         self.style = gui.add_html("")
         reset = gui.add_button("reset view", hint="back to the initial camera")
-
-        @reset.on_click
-        def _(event: GuiEvent) -> None:
-            if event.client is not None:
-                self._reset_view(event.client)
-
+        reset.on_click(lambda event: self._reset_view(event.client))
         controls = gui.add_panel()
         controls.dock_right()
         with controls.add_tab("controls"):
@@ -222,11 +218,10 @@ class Page:
         for group, specifications in sliders(self.head).items():
             with gui.add_folder(group):
                 for each in specifications:
-                    handle = gui.add_slider(each.label, each.low, each.high, each.step, 0.0)
-                    handle.on_update(lambda _: self.changed.set())
-                    self.sliders.append((each, handle))
-        self.color.on_update(lambda _: self.changed.set())
-        self.render_as.on_update(lambda _: self.changed.set())
+                    self.sliders.append((each, gui.add_slider(each.label, each.low, each.high, each.step, 0.0)))
+        waking: list[Any] = [self.color, self.render_as, *(handle for _, handle in self.sliders)]
+        for control in waking:
+            control.on_update(lambda _: self.changed.set())
         self.background.on_update(lambda _: self._paint())
         gui.add_button("reset sliders").on_click(lambda _: self._reset_sliders())
         with gui.add_folder("save"):
@@ -237,27 +232,22 @@ class Page:
         names = [shown.name for shown in self.shown]
         which = gui.add_dropdown("avatar", names, visible=len(names) > 1)
 
-        def offer(label: str, hint: str, name: Callable[[], str], make: Callable[[ClientHandle], bytes]) -> None:
+        def offer(label: str, hint: str, file: str, make: Callable[[ClientHandle, Shown], bytes]) -> None:
             def send(event: GuiEvent) -> None:
                 if event.client is not None:
-                    _send(event.client, name(), partial(make, event.client))
+                    shown = self.shown[names.index(which.value)]
+                    _send(event.client, file.format(shown.name), partial(make, event.client, shown))
 
             gui.add_button(label, hint=hint).on_click(send)
 
-        def offer_avatar(label: str, hint: str, suffix: str, make: Callable[[Shown], bytes]) -> None:
-            offer(label, hint, lambda: which.value + suffix, lambda _: make(self.shown[names.index(which.value)]))
+        def splats(suffix: str) -> Callable[[ClientHandle, Shown], bytes]:
+            return lambda _, shown: splat_bytes(shown.avatar, self.parameters(), suffix)
 
-        for label, suffix, programs in (("PLY", ".ply", "any splat viewer"), (".splat", ".splat", "viewers of .splat")):
-            hint = f"the Gaussians in their current pose, for {programs}"
-            offer_avatar(label, hint, suffix, partial(self._splats, suffix))
-        about = "the avatar, to be opened elsewhere"
-        offer_avatar(
-            "GaussianAvatars folder (zip)", about, ".zip", lambda shown: folder_bytes(shown.avatar, shown.name)
-        )
-        offer("screenshot", "PNG of the view with a transparent background", lambda: "screenshot.png", _screenshot)
-
-    def _splats(self, suffix: str, shown: Shown) -> bytes:
-        return splat_bytes(shown.avatar, self.parameters(), suffix)
+        pose, about = "the Gaussians in their current pose, for", "the avatar, to be opened elsewhere"
+        offer("PLY", f"{pose} any splat viewer", "{}.ply", splats(".ply"))
+        offer(".splat", f"{pose} viewers of .splat", "{}.splat", splats(".splat"))
+        offer("GaussianAvatars folder (zip)", about, "{}.zip", lambda _, shown: folder_bytes(shown.avatar, shown.name))
+        offer("screenshot", "PNG of the view with a transparent background", "screenshot.png", _screenshot)
 
     def _paint(self) -> None:
         """Color the page behind the scene, so that screenshots stay transparent; viser has a canvas above that of three.js."""
@@ -302,13 +292,7 @@ def _send(client: ClientHandle, name: str, make: Callable[[], bytes]) -> None:
     try:
         client.send_file_download(name, make(), save_immediately=True)
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # viser: RuntimeError for a closed browser
-        client.add_notification(f"{name} was not saved", " ".join(str(error).split()), color="red")
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+        client.add_notification(f"{name} was not saved", one_line(error), color="red")
 
 
 def _to_bytes(values: np.ndarray) -> np.ndarray:
@@ -316,6 +300,6 @@ def _to_bytes(values: np.ndarray) -> np.ndarray:
     return (values * 255 + 0.5).astype(np.uint8)
 
 
-def _screenshot(client: ClientHandle) -> bytes:
+def _screenshot(client: ClientHandle, _: Shown) -> bytes:
     camera = client.camera
-    return png_bytes(client.get_render(camera.image_height, camera.image_width, transport_format="png", timeout=30.0))
+    return file_bytes(client.get_render(camera.image_height, camera.image_width, transport_format="png", timeout=30.0))

@@ -1,8 +1,4 @@
-"""The motion of the viewer: the choice of motion, play and pause, the frame rate, and the timeline.
-
-The timeline holds the current frame. While a motion plays, the clock moves it, skipping frames on a slow machine to keep the frame
-rate; while it is paused, the user does. Without a motion, all but the choice is disabled.
-"""
+"""The motion of the viewer: the choice of motion, play and pause, the frame rate, and the timeline."""
 
 import threading
 import time
@@ -17,7 +13,10 @@ RATE, MAX_RATE = 25, 60  # frames per second
 
 
 class Playback:
-    """The controls of one panel and the frame they select; `changed` is set when the user selects another."""
+    """The controls of one panel and the frame they select; `changed` is set when the user selects another.
+
+    A playing motion skips frames on a slow machine to keep the frame rate. Without a motion, all but the choice is disabled.
+    """
 
     def __init__(self, gui: GuiApi, motions: Mapping[str, HeadParameters], changed: threading.Event) -> None:
         self.motions: dict[str, HeadParameters | None] = {STILL: None, **motions}

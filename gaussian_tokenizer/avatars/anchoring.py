@@ -1,10 +1,7 @@
-"""Gaussians that ride on a triangle mesh: face frames, local <-> world, closest points and interpolation.
+"""Face frames and Gaussians relative to them (Qian et al., GaussianAvatars, CVPR 2024, section 3.2).
 
-Every Gaussian is stored relative to the frame of the face it is bound to, so that it follows the head as it moves. The
-frame of a face is its centroid, a rotation (x along the first edge, y the normal, z in the plane, away from the third
-vertex) and a scale (the mean of base length and height). Formulas: Qian et al., GaussianAvatars, CVPR 2024, section
-3.2; closest points on triangles: Ericson, Real-Time Collision Detection, section 5.1.5. Everything is differentiable
-and batched: leading axes `...` (frames T, or nothing) pass through.
+The frame of a face is its centroid, a rotation (x along the first edge, y the normal, z away from the third vertex) and a
+scale (the mean of base length and height). Differentiable; leading axes `...` (frames T, or nothing) pass through.
 """
 
 from dataclasses import dataclass

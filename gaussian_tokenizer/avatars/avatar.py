@@ -1,8 +1,4 @@
-"""The avatar: Gaussians, each anchored to a face of a head model, with the head parameters of one subject.
-
-Between files (`avatar_files`) and everything else. Positions, scales and rotations are kept relative to the face; canonical
-and posed Gaussians are computed from them and the attached head model (formulas: `anchoring` and `skinning`).
-"""
+"""The avatar: Gaussians, each anchored to a face of a head model, with the head parameters of one subject."""
 
 import os
 from collections.abc import Mapping
@@ -32,7 +28,7 @@ from gaussian_tokenizer.avatars.avatar_files import (
     write_folder,
     write_safetensors,
 )
-from gaussian_tokenizer.avatars.export import save_ply
+from gaussian_tokenizer.avatars.export import save_splats
 from gaussian_tokenizer.avatars.gaussians import MIN_SCALE, Gaussians, sh_degree_of
 from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.heads.head_model import HeadModel
@@ -65,10 +61,7 @@ class GaussianAvatar:
         expected: dict[str, tuple] = {"positions": (count, 3), "faces": (count,), "opacities": (count,)}
         expected |= {"scales": (count, 3), "quats": (count, 4)}
         if self.sh is not None:
-            coefficients = self.sh.shape[1] if self.sh.ndim == 3 else 0
-            if coefficients not in (1, 4, 9, 16):
-                raise ValueError(f"sh is {tuple(self.sh.shape)}, expected (N, K, 3) with K of 1, 4, 9 or 16")
-            expected["sh"] = (count, coefficients, 3)
+            expected["sh"] = (count, (sh_degree_of(self.sh) + 1) ** 2, 3)
         for name, value in self.tensors().items():
             dtype = torch.int64 if name == "faces" else torch.float32
             if tuple(value.shape) != expected[name] or value.dtype != dtype:
@@ -96,7 +89,7 @@ class GaussianAvatar:
         return replace(self, **moved, params=params, head=head)
 
     def select(self, index: Tensor | slice) -> "GaussianAvatar":
-        """The avatar of some of its Gaussians, or of all in another order."""
+        """The avatar of some of its Gaussians, in the order of `index`."""
         return replace(self, **{name: value[index] for name, value in self.tensors().items()})  # type: ignore[arg-type]
 
     def with_head(self, head: HeadModel) -> "GaussianAvatar":
@@ -127,8 +120,7 @@ class GaussianAvatar:
         unplaced = cls(positions=positions, faces=faces, params=params).with_head(head)
         check_finite("points", {"positions": positions})
         frames = unplaced._canonical_frames()
-        local = world_to_local(positions.to(frames.centers), faces, frames)
-        return replace(unplaced, positions=local.float())
+        return replace(unplaced, positions=world_to_local(positions.to(frames.centers), faces, frames).float())
 
     @classmethod
     @torch.no_grad()
@@ -137,8 +129,8 @@ class GaussianAvatar:
     ) -> "GaussianAvatar":
         """An avatar of Gaussians on the canonical head (T = 1), as a network predicts them; `faces` (N,).
 
-        The inverse of `canonical_gaussians`. Detached and kept as float32; opacities of 0 and 1 become 1e-6 and
-        1 - 1e-6, because an avatar stores logits. Raises ValueError for more frames, NaN, or a face without area.
+        The inverse of `canonical_gaussians`, detached. Opacities are kept in 1e-6..1 - 1e-6: an avatar stores logits.
+        ValueError for more frames, NaN, or a face without area.
         """
         if gaussians.num_frames != 1:
             raise ValueError(f"an avatar is made of 1 frame of canonical Gaussians, found {gaussians.num_frames}")
@@ -165,18 +157,15 @@ class GaussianAvatar:
     ) -> Gaussians:
         """The world-space Gaussians in every frame of `params` (None: the avatar's own); arguments as of `Skinning.pose`.
 
-        Computed in the dtype of `params`, with gradients to them and to the tensors of the avatar. To pose one avatar many
-        times, `bind` it once. Raises ValueError for an avatar without colors or a motion of another head model.
+        Differentiable, in the dtype of `params`. To pose one avatar many times, `bind` it once. ValueError for one without
+        colors or a motion of another head model.
         """
         bound = self.bind(None if params is None else params.expr.dtype)
         motion = bound.own if params is None else params.to(self.positions.device)
         return bound.pose(motion, animation, pose_correctives, rotate_covariances)
 
     def bind(self, dtype: torch.dtype | None = None) -> Skinning:
-        """The Gaussians bound to the head, to be posed many times by motions of `dtype` (None: of the own parameters).
-
-        Raises ValueError for an avatar without colors.
-        """
+        """The Gaussians bound to the head, to be posed many times by motions of `dtype` (None: of the own parameters)."""
         tensors = self._complete("posing")
         head, own = self._head_and_params()
         like = own.expr.to(self.positions.device, dtype)
@@ -185,9 +174,7 @@ class GaussianAvatar:
         return Skinning(local, self.faces, own.to(like), head, tensors["opacities"].sigmoid(), tensors["sh"])
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike, head: HeadModel | None = None, sh_degree: int | None = None
-    ) -> "GaussianAvatar":
+    def load(cls, path: str | os.PathLike, head: HeadModel | None = None) -> "GaussianAvatar":
         """Read a `.safetensors` avatar or a GaussianAvatars folder, and attach `head` if one is given.
 
         A folder holds `point_cloud.ply` and `flame_param.npz`, or `point_cloud/iteration_<N>/` with them (the largest N is
@@ -195,26 +182,22 @@ class GaussianAvatar:
         file, the property and the row.
         """
         path = Path(path)
-        if path.suffix == ".safetensors":
-            avatar = cls._from_file_fields(path, read_safetensors(path))
-            if sh_degree is not None and avatar.sh_degree not in (None, sh_degree):
-                raise ValueError(f"{path}: colors of SH degree {avatar.sh_degree}, expected {sh_degree}")
-        else:
-            avatar = cls(**read_folder(path, head, sh_degree))
-        if head is None:
-            return avatar
+        fields = read_safetensors(path) if path.suffix == ".safetensors" else read_folder(path, head)
         try:
-            return avatar.with_head(head)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            avatar = cls(**fields)
+            if int(avatar.faces.min()) < 0:
+                raise ValueError(f"faces: row {int(avatar.faces.argmin())} is {int(avatar.faces.min())}, expected >= 0")
+            return avatar if head is None else avatar.with_head(head)
+        except (ValueError, TypeError, IndexError) as error:  # a missing or unknown tensor is a TypeError
+            reason = str(error).replace("GaussianAvatar.__init__()", "tensors of an avatar file:")
+            raise ValueError(f"{path}: {reason}") from None
 
     def save(self, path: str | os.PathLike, sh_degree: int | None = None) -> None:
         """Write a `.safetensors` file, or else a GaussianAvatars folder; atomically, either way.
 
         An existing folder keeps its other files. What was loaded from a folder and not changed is written with the same
         bytes. Otherwise the folder is what GaussianAvatars' viewer opens: colors are padded with zeros to SH degree 3 (or
-        `sh_degree`), and missing offsets are zeros, for which a head model must be attached. Its name and hash go to
-        `metadata.json`.
+        `sh_degree`), and missing offsets are zeros, for which a head model must be attached.
         """
         path = Path(path)
         if path.suffix == ".safetensors":
@@ -240,18 +223,7 @@ class GaussianAvatar:
     ) -> None:
         """Write the Gaussians as posed in `frame` (None: at rest) to a PLY for ordinary viewers; `up` as `save_splats`."""
         bound = self.bind()
-        save_ply(path, bound.at_rest() if frame is None else bound.pose(bound.own.frame(frame), animation), up=up)
-
-    @classmethod
-    def _from_file_fields(cls, path: Path, fields: dict[str, Any]) -> "GaussianAvatar":
-        try:
-            avatar = cls(**fields)
-            if int(avatar.faces.min()) < 0:
-                raise ValueError(f"faces: row {int(avatar.faces.argmin())} is {int(avatar.faces.min())}, expected >= 0")
-            return avatar
-        except (ValueError, TypeError, IndexError) as error:  # a missing or unknown tensor is a TypeError
-            reason = str(error).replace("GaussianAvatar.__init__()", "tensors of an avatar file:")
-            raise ValueError(f"{path}: {reason}") from None
+        save_splats(path, bound.at_rest() if frame is None else bound.pose(bound.own.frame(frame), animation), up=up)
 
     def _params_with_offsets(self, path: Path) -> HeadParameters | None:
         """Head parameters with both offsets, as GaussianAvatars reads them; those of a folder that was read as they were."""
@@ -260,8 +232,8 @@ class GaussianAvatar:
         try:
             return self.params.with_offsets(None if self.head is None else self.head.n_vertices)
         except ValueError as error:
-            text = f"{path}: {error}; attach the avatar's head model: avatar.with_head(load_head(...))"
-            raise ValueError(text) from None
+            remedy = "attach the avatar's head model: avatar.with_head(load_head(...))"
+            raise ValueError(f"{path}: {error}; {remedy}") from None
 
     def _canonical_frames(self) -> FaceFrames:
         """The frames of all faces of the canonical head; ValueError if a point is bound to a face that is one point."""

@@ -1,13 +1,9 @@
-"""The files of an avatar: our own safetensors file, or a GaussianAvatars folder, read and written byte for byte.
-
-A folder holds `point_cloud.ply` with `binding_0` and beside it `flame_param.npz` and our `metadata.json`. What is read is
-returned as the fields of a `GaussianAvatar`, by name. Every file is wholly read and checked, or refused in one line.
-"""
+"""The files of an avatar, a safetensors file or a GaussianAvatars folder, to and from the fields of a `GaussianAvatar`."""
 
 import json
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +17,24 @@ from gaussian_tokenizer.avatars.ply import MAX_SH_DEGREE, PlyGaussians, read_gau
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder, flush_to_disk
-from gaussian_tokenizer.utils.json_files import parse_json, read_json
+from gaussian_tokenizer.utils.json_files import parse_json, read_json, to_json
 
 FORMAT = "avatar-pointillist gaussian avatar 1"
 PLY_NAME, PARAMETERS_NAME, METADATA_NAME = "point_cloud.ply", "flame_param.npz", "metadata.json"
 GAUSSIAN_AVATARS_SH_DEGREE = 3  # the default of its viewer, which opens files of no other degree
 
 
-def read_folder(path: Path, head: HeadModel | None, sh_degree: int | None) -> dict[str, Any]:
+def read_folder(path: Path, head: HeadModel | None) -> dict[str, Any]:
     """The fields of an avatar in a GaussianAvatars folder, or beside a PLY; ValueError if it was not made on `head`."""
     ply_path = _find_ply(path)
-    name, digest = _read_metadata(path if path.is_dir() else path.parent)
+    metadata_path = (path if path.is_dir() else path.parent) / METADATA_NAME
+    name, digest = _head_identity(_metadata_content(metadata_path) or {}, metadata_path)
     if head is not None:
         check_hash(str(path), name, digest, head)
     stored = read_gaussian_ply(ply_path, with_faces=True, n_faces=None if head is None else head.n_faces)
     tensors = {name: torch.from_numpy(value) for name, value in vars(stored).items()}
-    stored_degree, degree = sh_degree_of(tensors["sh"]), _used_degree(tensors["sh"])
-    if sh_degree is not None and not degree <= sh_degree <= stored_degree:
-        raise ValueError(f"{ply_path}: colors of SH degree {degree}, expected {sh_degree}")
-    tensors["sh"] = tensors["sh"][:, : ((degree if sh_degree is None else sh_degree) + 1) ** 2].contiguous()
+    stored_degree = sh_degree_of(tensors["sh"])
+    tensors["sh"] = tensors["sh"][:, : (_used_degree(tensors["sh"]) + 1) ** 2].contiguous()
     parameters_path = ply_path.with_name(PARAMETERS_NAME)
     params = HeadParameters.load(parameters_path) if parameters_path.exists() else None
     return {**tensors, "params": params, "head_name": name, "head_hash": digest, "folder_sh_degree": stored_degree}
@@ -56,13 +51,10 @@ def write_folder(
     metadata = _metadata_content(path / METADATA_NAME)
     if head_hash is not None or metadata is not None:
         metadata = (metadata or {}) | {"head_name": head_name, "head_hash": head_hash}
-    if path.exists():
-        if not path.is_dir():
-            raise ValueError(f"{path}: is a file, expected a folder or a name that ends in .safetensors")
-        _write_files(gaussians, params, metadata, path)
-        return
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file, expected a folder or a name that ends in .safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(path) as folder:
+    with nullcontext(path) if path.exists() else atomic_folder(path) as folder:
         _write_files(gaussians, params, metadata, folder)
 
 
@@ -140,14 +132,11 @@ def _find_ply(path: Path) -> Path:
         return path / PLY_NAME
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such avatar; expected a .safetensors file or a folder with {PLY_NAME}")
-    iterations = {}
-    for ply_path in path.glob(f"point_cloud/iteration_*/{PLY_NAME}"):
-        match = re.fullmatch(r"iteration_([0-9]+)", ply_path.parent.name)
-        if match:
-            iterations[int(match[1])] = ply_path
+    paths = path.glob(f"point_cloud/iteration_*/{PLY_NAME}")
+    iterations = [each for each in paths if re.fullmatch(r"iteration_[0-9]+", each.parent.name)]
     if not iterations:
         raise FileNotFoundError(f"{path}: holds neither {PLY_NAME} nor point_cloud/iteration_<N>/{PLY_NAME}")
-    return iterations[max(iterations)]
+    return max(iterations, key=lambda each: int(each.parent.name.removeprefix("iteration_")))
 
 
 def _used_degree(sh: Tensor) -> int:
@@ -172,7 +161,7 @@ def _write_files(gaussians: PlyGaussians, params: HeadParameters | None, metadat
             params.write(files[-1])
         if metadata is not None:
             files.append(stack.enter_context(atomic_file(folder / METADATA_NAME)))
-            files[-1].write((json.dumps(metadata, indent=2, ensure_ascii=False) + "\n").encode())
+            files[-1].write(to_json(metadata).encode())
         # All that can fail has failed before the first of them gets its name.
         for file in files:
             flush_to_disk(file)
@@ -186,18 +175,10 @@ def _metadata_content(path: Path) -> dict | None:
         return None
 
 
-def _read_metadata(folder: Path) -> tuple[str | None, str | None]:
-    """Name and hash of the head model, as far as the folder says them."""
-    content = _metadata_content(folder / METADATA_NAME)
-    try:
-        return _head_identity(content or {})
-    except TypeError as error:
-        raise ValueError(f"{folder / METADATA_NAME}: {error}") from None
-
-
-def _head_identity(content: dict) -> tuple[str | None, str | None]:
+def _head_identity(content: dict, path: Path | None = None) -> tuple[str | None, str | None]:
+    """Name and hash of the head model, as far as the content of `path` says them."""
     name, digest = content.get("head_name"), content.get("head_hash")
     for key, value in (("head_name", name), ("head_hash", digest)):
         if not isinstance(value, str | None):
-            raise TypeError(f"{key} is {value!r}, expected a string")
+            raise ValueError(f"{path}: {key} is {value!r}, expected a string")
     return name, digest

@@ -1,10 +1,4 @@
-"""Posed Gaussians and images to files that other programs open.
-
-`save_splats` writes one frame for splat viewers: PLY, `.splat` or compressed PLY (the last two by gsplat's exporter),
-`save_ply_sequence` a numbered PLY for each frame of a motion, `save_video` images as GIF, MP4 or a folder of PNG.
-What `Gaussians` hold activated is stored as 3D Gaussian Splatting stores it: logits of opacities, logarithms of
-scales. Every file and folder appears whole under its name or not at all.
-"""
+"""Posed Gaussians and images to files that other programs open, atomically: splats, PLY sequences, videos."""
 
 import os
 import re
@@ -31,33 +25,24 @@ PALETTE_PIXELS = 500_000  # of all frames together, from which the colors of a G
 MP4_QUALITY = 18  # x264's constant rate factor: visually almost lossless
 
 
-def save_ply(
-    target: str | os.PathLike | BinaryIO, gaussians: Gaussians, frame: int = 0, up: Literal["y", "minus_y"] = "y"
-) -> None:
-    """Write one frame as the PLY of 3D Gaussian Splatting, float32, world space, rows in order; `up` as `save_splats`."""
-    arrays = {name: value.cpu().numpy() for name, value in _stored(gaussians, frame, up).items()}
-    write_gaussian_ply(target, PlyGaussians(**arrays))
-
-
 def save_splats(
     path: str | os.PathLike, gaussians: Gaussians, frame: int = 0, up: Literal["y", "minus_y"] = "y"
 ) -> None:
-    """Write one frame for viewers, by the suffix: `.ply`, `.splat` or `.compressed.ply`; meters.
+    """Write one frame for viewers, by the suffix: `.ply`, `.splat` or `.compressed.ply`; meters, world space.
 
     `.splat` (antimatter15's viewer) keeps colors of SH degree 0 in 8 bits; `.compressed.ply` (SuperSplat) has about
-    16 bytes a Gaussian and leaves out opacities below 1 / 255. Both are in an order of their own and need gsplat.
-    `up` "minus_y" rotates everything by 180 degrees about x, into the axes of scenes trained on COLMAP's cameras (y down,
-    z away from the viewer), which SuperSplat takes every file for. Raises ValueError for another suffix or `up` or a
-    value that is not finite, ImportError with the install line.
+    16 bytes a Gaussian and leaves out opacities below 1 / 255. Both reorder the Gaussians and need gsplat. `up` "minus_y"
+    rotates by 180 degrees about x, into the axes of COLMAP's scenes (y down, z away from the viewer), which SuperSplat
+    assumes. ValueError for another suffix or `up` or a value that is not finite.
     """
     path = Path(path)
     suffix = next((suffix for suffix in SPLAT_FORMATS if path.name.endswith(suffix)), None)
     if suffix is None:
         raise ValueError(f"{path}: unknown kind of file; Gaussians are written as {', '.join(sorted(SPLAT_FORMATS))}")
-    if suffix == ".ply":
-        save_ply(path, gaussians, frame, up)
-        return
     stored = _stored(gaussians, frame, up)  # with its checks: one NaN opacity makes gsplat 1.5.3 drop all points
+    if suffix == ".ply":
+        write_gaussian_ply(path, PlyGaussians(**{name: value.numpy() for name, value in stored.items()}))
+        return
     with atomic_file(path) as file:
         file.write(_gsplat_bytes(stored, SPLAT_FORMATS[suffix]))
 
@@ -74,7 +59,7 @@ def save_ply_sequence(
     with atomic_folder(folder) as temporary:
         for part in parts:
             for frame in range(part.num_frames):
-                save_ply(temporary / f"{count:05d}.ply", part, frame, up)
+                save_splats(temporary / f"{count:05d}.ply", part, frame, up)
                 count += 1
         if count == 0:
             raise ValueError(f"{folder}: no frames to write")
@@ -84,10 +69,9 @@ def save_ply_sequence(
 def save_video(path: str | os.PathLike, images: np.ndarray | Tensor, fps: float = 25.0) -> None:
     """Write images (T, H, W, 3), uint8 or floats in 0..1, as `.gif`, `.mp4` or, without a suffix, a folder of PNG.
 
-    A GIF loops, with one palette of 256 colors for all frames and no dithering, so that nothing flickers; its frame time
-    is rounded to hundredths of a second. An MP4 is H.264 in yuv420p, odd sizes padded by one pixel. A folder holds
-    `00000.png`, ... and replaces an existing one. Raises ValueError for other suffixes or shapes, OSError if the disk
-    fails, ImportError without imageio-ffmpeg.
+    A GIF has one palette for all frames and no dithering, so that nothing flickers; its frame time is rounded to
+    hundredths of a second. An MP4 is H.264 in yuv420p, odd sizes padded by one pixel. A folder replaces an existing one.
+    ValueError for other suffixes or shapes, ImportError without imageio-ffmpeg.
     """
     path = Path(path)
     if path.suffix not in ("", ".gif", ".mp4"):
@@ -108,7 +92,7 @@ def save_video(path: str | os.PathLike, images: np.ndarray | Tensor, fps: float 
 
 
 def _stored(gaussians: Gaussians, frame: int, up: str) -> dict[str, Tensor]:
-    """One frame as files keep it, float32; ValueError if anything is not finite or the frame is not there."""
+    """One frame as files keep it, float32 on the CPU; ValueError if anything is not finite or the frame is not there."""
     if up not in UP:
         raise ValueError(f"up is {up!r}, expected {' or '.join(map(repr, UP))}")
     if not -gaussians.num_frames <= frame < gaussians.num_frames:
@@ -126,7 +110,7 @@ def _stored(gaussians: Gaussians, frame: int, up: str) -> dict[str, Tensor]:
         "scales": one.scales[0].clamp(min=MIN_SCALE).log(),
         "quats": one.quats[0],
     }
-    return {name: value.detach().float() for name, value in tensors.items()}
+    return {name: value.detach().float().cpu() for name, value in tensors.items()}
 
 
 def _upside_down(gaussians: Gaussians) -> Gaussians:
@@ -153,7 +137,6 @@ def _gsplat_bytes(stored: dict[str, Tensor], kind: str) -> bytes:
             f"writing .splat and .compressed.ply needs gsplat ({error}): "
             'pip install "avatar-pointillist[render]", or write a plain .ply'
         ) from error
-    stored = {name: value.cpu() for name, value in stored.items()}
     means, scales, quats, opacities = (stored[name] for name in ("positions", "scales", "quats", "opacities"))
     quats = torch.nn.functional.normalize(quats, dim=-1)
     content = export_splats(means, scales, quats, opacities, stored["sh"][:, :1], stored["sh"][:, 1:], format=kind)

@@ -1,9 +1,4 @@
-"""World-space Gaussians, as a splatter draws them: the last form of an avatar before it becomes pixels.
-
-`GaussianAvatar.posed` and the Gaussian decoder make them, `render` draws them. All values are activated (meters, unit
-quaternions, opacities in 0..1); only position, scale and rotation change from frame to frame. The names and meanings are
-those of `gsplat.rasterization`.
-"""
+"""World-space Gaussians with activated values, as a splatter draws them; named as in `gsplat.rasterization`."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -25,25 +20,19 @@ class Gaussians:
     sh: Tensor  # (N, K, 3) coefficients, K = (degree + 1)^2; rgb = sum of basis * sh + 0.5, evaluated in world directions
 
     def __post_init__(self) -> None:
-        if self.positions.ndim != 3 or self.sh.ndim != 3:
-            raise ValueError(
-                f"Gaussians have positions (T, N, 3) and sh (N, K, 3); found {tuple(self.positions.shape)} and "
-                f"{tuple(self.sh.shape)}"
-            )
+        if self.positions.ndim != 3:
+            raise ValueError(f"positions of Gaussians are {tuple(self.positions.shape)}, expected (T, N, 3)")
         frames, count, _ = self.positions.shape
-        coefficients = self.sh.shape[1]
         expected = {
             "positions": (frames, count, 3),
             "scales": (frames, count, 3),
             "quats": (frames, count, 4),
             "opacities": (count,),
-            "sh": (count, coefficients, 3),
+            "sh": (count, (self.sh_degree + 1) ** 2, 3),
         }
         for name, shape in expected.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"{name} is {tuple(getattr(self, name).shape)}, expected {shape}")
-        if coefficients not in (1, 4, 9, 16):
-            raise ValueError(f"sh is {tuple(self.sh.shape)}, expected (N, K, 3) with K of 1, 4, 9 or 16")
 
     def __len__(self) -> int:
         return self.positions.shape[1]
@@ -71,18 +60,19 @@ class Gaussians:
         return Gaussians(**{field.name: getattr(self, field.name).to(*device_or_dtype) for field in fields(self)})
 
     def check_finite(self) -> None:
-        """`ValueError` that names the attribute and the Gaussian if any value is NaN or infinite."""
+        """ValueError that names the attribute and the Gaussian if any value is NaN or infinite."""
         for field in fields(self):
             value = getattr(self, field.name)
             finite = torch.isfinite(value)
             if not finite.all():
                 index = (~finite).nonzero()[0].tolist()
                 row = index[0] if field.name in ("opacities", "sh") else index[1]
-                raise ValueError(
-                    f"{field.name} of Gaussian {row} is {value[tuple(index)].item()}, expected a finite number"
-                )
+                found = value[tuple(index)].item()
+                raise ValueError(f"{field.name} of Gaussian {row} is {found}, expected a finite number")
 
 
 def sh_degree_of(sh: Tensor) -> int:
-    """The degree of coefficients (N, K, 3)."""
+    """The degree of coefficients (N, K, 3); ValueError if it is not 0 to 3."""
+    if sh.ndim != 3 or sh.shape[1] not in (1, 4, 9, 16):
+        raise ValueError(f"sh is {tuple(sh.shape)}, expected (N, K, 3) with K of 1, 4, 9 or 16")
     return round(sh.shape[1] ** 0.5) - 1

@@ -1,13 +1,8 @@
-"""Motions: head parameters over time that move an avatar, from files of a tracker or made up.
-
-`load_motion` reads what VHAP and GaussianAvatars write. `synthetic_motion` needs no data: talking, nodding, looking
-around and each expression in turn, on any head model. `expression_frames` are single poses for images. Names such as
-"smile" are matched against the head's `expression_names` (the procedural head's, or ARKit's in ICT-FaceKit); FLAME's
-expressions are unnamed components, so its first ones are used instead.
-"""
+"""Motions: head parameters over time that move an avatar, read from files of a tracker or made up for any head model."""
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from math import tau
 from pathlib import Path
@@ -23,7 +18,7 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 MOTIONS = ("talk", "nod", "look_around", "expressions")
 FRAMES_FOLDER = "flame_param"
-# Patterns of expression names for each word. On unnamed expressions, word i is component i.
+# Patterns of the expression names of the procedural head and of ARKit. On FLAME's unnamed ones, word i is component i.
 WORDS = {
     "smile": r"smile_(left|right)|mouthSmile_[LR]",
     "brows_up": r"brows_up_(left|right)|brows_inner_up|brow(Inner|Outer)Up_[LR]",
@@ -40,27 +35,38 @@ SIDE = r"_(left|right|L|R)$"
 def load_motion(path: str | os.PathLike, head: HeadModel) -> HeadParameters:
     """The frames of a motion: a `.npz` file, or a folder that has `flame_param.npz` or `flame_param/<timestep>.npz`.
 
-    The folder of timesteps itself is accepted too; they are sorted by number. Shape and static offset are those of the
-    (first) file, of any size: posing an avatar does not use them. Raises FileNotFoundError, or ValueError that names the
-    file if it is damaged or its motion was made for another head model than `head`.
+    The folder of timesteps itself is accepted too. Shape and static offset are those of the (first) file, of any size:
+    posing an avatar does not use them. Raises FileNotFoundError, or ValueError that names the file if it is damaged or
+    its motion was made for another head model than `head`.
     """
     path = Path(path)
-    if path.is_dir():
-        motion, path = _load_folder(path)
-    else:
-        motion = HeadParameters.load(path)
-    try:
-        check_motion(motion, head)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    motion, path = _load_folder(path) if path.is_dir() else (HeadParameters.load(path), path)
+    check_motion(motion, head, f"{path}: the motion")
     return motion
 
 
-def synthetic_motion(name: str, head: HeadModel, num_frames: int = 48) -> HeadParameters:
-    """`num_frames` frames of the mean head doing `name`, one of MOTIONS; the first frame continues the last.
+def join_frames(parts: Sequence[HeadParameters], paths: Sequence[Path], of_subject: bool = False) -> HeadParameters:
+    """The frames of all parts in one, with shape and static offset of the first; of their own sizes unless `of_subject`.
 
-    Smooth and the same every time. Head turns stay within 35 degrees, the jaw within 14.
+    ValueError that names the file of a part whose sizes differ from those of the first.
     """
+    first, per_frame = parts[0].tensors(), parts[0].per_frame()
+    for path, part in zip(paths, parts):
+        for name in first if of_subject else per_frame:
+            found, expected = part.tensors().get(name), first[name]
+            size = slice(1 if name in per_frame else 0, None)
+            if found is None or found.shape[size] != expected.shape[size]:
+                what = "missing" if found is None else tuple(found.shape)
+                raise ValueError(
+                    f"{path}: {name} is {what}, but {tuple(expected.shape)} in {paths[0].name}; "
+                    "all must be of one head model and one tracking"
+                )
+    joined: dict[str, Any] = {name: torch.cat([part.tensors()[name] for part in parts]) for name in per_frame}
+    return replace(parts[0], layout=None, **joined)
+
+
+def synthetic_motion(name: str, head: HeadModel, num_frames: int = 48) -> HeadParameters:
+    """`num_frames` frames of the mean head doing `name`, one of MOTIONS; the first frame continues the last."""
     if name not in MOTIONS:
         raise ValueError(f"motion {name!r}: expected one of {', '.join(MOTIONS)}, or a file")
     if num_frames < 1:
@@ -73,22 +79,23 @@ def synthetic_motion(name: str, head: HeadModel, num_frames: int = 48) -> HeadPa
 
 
 def expression_frames(head: HeadModel) -> dict[str, HeadParameters]:
-    """A few fixed poses by name, T = 1 each, the mean head: neutral first, then smile, open jaw, brows, blink, turn."""
+    """A few fixed poses of the mean head by name, T = 1 each, neutral first."""
 
-    def pose(expr: dict[str, float] | None = None, **rotations: tuple[float, ...]) -> HeadParameters:
+    def pose(word: str = "", weight: float = 1.0, **rotations: tuple[float, ...]) -> HeadParameters:
         values: dict[str, Any] = {key: torch.tensor([value]) for key, value in rotations.items()}
-        weights = sum((weight * _word(head, word) for word, weight in (expr or {}).items()), _word(head, None))
+        if word:
+            values["expr"] = (weight * _word(head, word))[None].float()
         neutral = HeadParameters.zeros(head.n_shape, head.n_expression)
-        return replace(neutral, **values, expr=weights[None].float()).to(head.device)
+        return replace(neutral, **values).to(head.device)
 
     return {
         "neutral": pose(),
-        "smile": pose({"smile": 1.0}),
+        "smile": pose("smile"),
         "jaw_open": pose(jaw_pose=(0.3, 0.0, 0.0)),
-        "brows_up": pose({"brows_up": 1.0}),
-        "blink": pose({"blink": 1.0}),
-        "frown": pose({"frown": 1.0}),
-        "turn": pose({"smile": 0.6}, neck_pose=(0.0, 0.5, 0.0), eyes_pose=(0.0, 0.2, 0.0, 0.0, 0.2, 0.0)),
+        "brows_up": pose("brows_up"),
+        "blink": pose("blink"),
+        "frown": pose("frown"),
+        "turn": pose("smile", 0.6, neck_pose=(0.0, 0.5, 0.0), eyes_pose=(0.0, 0.2, 0.0, 0.0, 0.2, 0.0)),
     }
 
 
@@ -149,11 +156,9 @@ def _bump(phase: Tensor, center: float, width: float) -> Tensor:
     return torch.where(distance < width / 2, 0.5 + 0.5 * (tau * distance / width).cos(), torch.zeros_like(phase))
 
 
-def _word(head: HeadModel, word: str | None) -> Tensor:
-    """(E,) float64 expression of a word of WORDS; zero for None and for words that match no expression."""
+def _word(head: HeadModel, word: str) -> Tensor:
+    """(E,) float64 expression of a word of WORDS; zero for words that match no expression."""
     expr = torch.zeros(head.n_expression, dtype=torch.float64)
-    if word is None:
-        return expr
     columns = [index for index, name in enumerate(head.expression_names) if re.fullmatch(WORDS[word], name)]
     expr[columns] = 1.0
     if _is_unnamed(head):
@@ -186,14 +191,4 @@ def _load_folder(folder: Path) -> tuple[HeadParameters, Path]:
             f"{folder}: no motion: holds neither {PARAMETERS_NAME} nor {FRAMES_FOLDER}/<timestep>.npz"
         )
     paths.sort(key=lambda path: (int(path.stem), path.stem))
-    frames = [HeadParameters.load(path) for path in paths]
-    first = frames[0].per_frame()
-    joined: dict[str, Any] = {}
-    for name in first:
-        for path, frame in zip(paths, frames):
-            found = frame.tensors().get(name)
-            if found is None or found.shape[1:] != first[name].shape[1:]:
-                size = "missing" if found is None else f"{tuple(found.shape)}"
-                raise ValueError(f"{path}: {name} is {size}, but {tuple(first[name].shape)} in {paths[0].name}")
-        joined[name] = torch.cat([frame.tensors()[name] for frame in frames])
-    return replace(frames[0], layout=None, **joined), frames_folder
+    return join_frames([HeadParameters.load(path) for path in paths], paths), frames_folder

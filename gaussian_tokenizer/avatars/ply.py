@@ -1,10 +1,7 @@
 """Gaussians in PLY files: the layout of 3D Gaussian splatting, with or without the face each one is bound to.
 
-Flow: `read_gaussian_ply(path) -> PlyGaussians -> write_gaussian_ply(path, gaussians)`. One element `vertex` in binary
-little-endian, every property float32, in the order x y z, nx ny nz (zero), f_dc, f_rest (all of red, then green, then
-blue), opacity (logit), scale (natural log), rot (w x y z) and, in a GaussianAvatars file, binding_0 (the face index).
-With binding_0 the values are local to the face; without it they are world-space and any splat viewer opens them.
-A file is wholly read and checked or refused in one line: nothing half-read comes out.
+Binary little-endian, every property float32: x y z, nx ny nz (zero), f_dc, f_rest (all of red, then green, then blue),
+opacity (logit), scale (natural log), rot (w x y z). With binding_0, the face index, the values are local to the face.
 """
 
 import os
@@ -42,25 +39,18 @@ def property_names(sh_degree: int, with_faces: bool) -> list[str]:
     return [*names, "binding_0"] if with_faces else names
 
 
-def read_gaussian_ply(
-    path: str | os.PathLike,
-    *,
-    with_faces: bool,
-    sh_degree: int | None = None,
-    n_faces: int | None = None,
-) -> PlyGaussians:
-    """Read a GaussianAvatars PLY (`with_faces=True`) or a world-space one (`with_faces=False`).
+def read_gaussian_ply(path: str | os.PathLike, *, with_faces: bool, n_faces: int | None = None) -> PlyGaussians:
+    """Read a GaussianAvatars PLY (`with_faces=True`) or a world-space one (`with_faces=False`), of SH degree 0 to 3.
 
-    `sh_degree` demands a degree (otherwise 0 to 3, as the file says); `n_faces` checks the face indices against a
-    head model. Raises FileNotFoundError, or ValueError with one line that names the file, the property and the row
-    (counted from 0).
+    `n_faces` checks the face indices against a head model. Raises FileNotFoundError, or ValueError with one line that
+    names the file, the property and the row (counted from 0).
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such PLY file")
     with open(path, "rb") as file:
         num_rows, names, header_bytes = _read_header(path, file.read(_MAX_HEADER_BYTES))
-        degree = _check_properties(path, names, with_faces, sh_degree)
+        degree = _check_properties(path, names, with_faces)
         _check_size(path, os.fstat(file.fileno()).st_size - header_bytes, num_rows, 4 * len(names))
         file.seek(header_bytes)
         rows = np.fromfile(file, "<f4", num_rows * len(names)).reshape(num_rows, len(names))
@@ -100,15 +90,9 @@ def write_gaussian_ply(target: str | os.PathLike | BinaryIO, gaussians: PlyGauss
         return
     num_rows, coefficients, _ = gaussians.sh.shape
     names = property_names(round(coefficients**0.5) - 1, gaussians.faces is not None)
-    groups = [
-        gaussians.positions,
-        np.zeros((num_rows, 3), np.float32),
-        gaussians.sh[:, 0],
-        gaussians.sh[:, 1:].transpose(0, 2, 1).reshape(num_rows, -1),
-        gaussians.opacities[:, None],
-        gaussians.scales,
-        gaussians.quats,
-    ]
+    normals, rest = np.zeros((num_rows, 3), np.float32), gaussians.sh[:, 1:].transpose(0, 2, 1).reshape(num_rows, -1)
+    groups = [gaussians.positions, normals, gaussians.sh[:, 0], rest]
+    groups += [gaussians.opacities[:, None], gaussians.scales, gaussians.quats]
     if gaussians.faces is not None:
         groups.append(gaussians.faces[:, None])
     rows = np.empty((num_rows, len(names)), "<f4")
@@ -180,15 +164,13 @@ def _read_header(path: Path, start: bytes) -> tuple[int, list[str], int]:
     return num_rows, names, end.end()
 
 
-def _check_properties(path: Path, names: list[str], with_faces: bool, sh_degree: int | None) -> int:
+def _check_properties(path: Path, names: list[str], with_faces: bool) -> int:
     """The SH degree of the file."""
     num_rest = sum(name.startswith("f_rest_") for name in names)
     counts = {3 * ((degree + 1) ** 2 - 1): degree for degree in range(MAX_SH_DEGREE + 1)}
     if num_rest not in counts:
         raise ValueError(f"{path}: {num_rest} f_rest properties, expected {sorted(counts)} (SH degree 0 to 3)")
     degree = counts[num_rest]
-    if sh_degree is not None and degree != sh_degree:
-        raise ValueError(f"{path}: colors of SH degree {degree} ({num_rest} f_rest properties), expected {sh_degree}")
     expected = property_names(degree, with_faces)
     missing = [name for name in expected if name not in names and name not in _NORMALS]
     if missing == ["binding_0"]:

@@ -1,11 +1,4 @@
-"""Moving face-bound Gaussians with the head: linear blend skinning, or face frames.
-
-`Skinning` binds the Gaussians to one subject's head once and poses them often: head parameters of T frames go in,
-world-space `Gaussians` of T frames come out, differentiable. "lbs" is the paper's way: skinning weights and blendshapes are
-interpolated at the point's closest point on its face (AvatarPointillist, CVPR 2026; the chain is SMPL's, Loper et al. 2015).
-"face_frames" is that of GaussianAvatars (Qian et al., CVPR 2024, section 3.2). They agree at rest. In the first a Gaussian
-keeps its size and rotates with the joints, in the second it is scaled and rotated with its triangle.
-"""
+"""Face-bound Gaussians that move with the head: the paper's linear blend skinning (SMPL's chain), or face frames."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -24,7 +17,7 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
 ANIMATIONS = ("lbs", "face_frames")
 NEWTON_STEPS = 8  # enough for double precision at the determinant below
-SINGULAR = 1e-3  # determinant of a mean of rotations below which "the nearest rotation" has no stable answer
+SINGULAR = 1e-3  # determinant of a mean of rotations below which the nearest rotation is not stable
 
 
 class Anchors(NamedTuple):
@@ -38,10 +31,9 @@ class Anchors(NamedTuple):
 
 
 class Skinning:
-    """N Gaussians bound to one subject's head. Made by `GaussianAvatar.bind`, or from canonical Gaussians.
+    """N Gaussians bound to one subject's head, made by `GaussianAvatar.bind` or from canonical Gaussians.
 
-    What does not change from pose to pose is computed at the first pose and kept, with its gradients: in training, bind
-    once a step.
+    What does not depend on the pose is computed once and kept, with its gradients: in training, bind once a step.
     """
 
     def __init__(
@@ -78,8 +70,8 @@ class Skinning:
 
         `animation` "lbs" is linear blend skinning with interpolated weights and blendshapes (the paper), "face_frames" lets
         positions, sizes and rotations follow the faces (GaussianAvatars). `rotate_covariances=False` leaves the rotations of
-        "lbs" as they are at rest; with `pose_correctives=False` that is what LAM's renderer does. SH are not rotated: they
-        are evaluated in world directions. ValueError for a motion of another head model.
+        "lbs" as at rest; with `pose_correctives=False` that is LAM's renderer. SH are not rotated. ValueError for a motion
+        of another head model.
         """
         if animation not in ANIMATIONS:
             raise ValueError(f"animation is {animation!r}, expected {' or '.join(ANIMATIONS)}")
@@ -165,34 +157,30 @@ class Skinning:
 
 
 def retarget(own: HeadParameters, motion: HeadParameters, head: HeadModel) -> HeadParameters:
-    """The motion on the subject's own head: shape and static offset of `own`, everything else of `motion`, in its dtype.
-
-    `ValueError` if the motion was made for a head with other expressions or vertices.
-    """
+    """The motion on the subject's own head: shape and static offset of `own`, everything else of `motion`, in its dtype."""
     check_motion(motion, head)
     like = motion.expr
     static = None if own.static_offset is None else own.static_offset.to(like)
     return replace(motion, shape=own.shape.to(like), static_offset=static, layout=None)
 
 
-def check_motion(motion: HeadParameters, head: HeadModel) -> None:
-    """`ValueError` if the frames of `motion` cannot move `head`."""
-    found, what, expected = motion.expr.shape[-1], "expression components", head.n_expression
+def check_motion(motion: HeadParameters, head: HeadModel, what: str = "the motion") -> None:
+    """ValueError if `motion` was made for a head with other expressions or vertices than `head`."""
+    found, of, expected = motion.expr.shape[-1], "expression components", head.n_expression
     if found == expected and motion.dynamic_offset is not None:
-        found, what, expected = motion.dynamic_offset.shape[-2], "vertices in dynamic_offset", head.n_vertices
+        found, of, expected = motion.dynamic_offset.shape[-2], "vertices in dynamic_offset", head.n_vertices
     if found != expected:
         raise ValueError(
-            f"the motion has {found} {what}, head model {head.name!r} has {expected}; give a motion made with this head "
+            f"{what} has {found} {of}, head model {head.name!r} has {expected}; give a motion made with this head "
             "model, or use the avatar's"
         )
 
 
 def nearest_rotation(matrix: Tensor, instead: Tensor) -> Tensor:
-    """(..., 3, 3), means of rotations -> the nearest rotations in the Frobenius norm.
+    """(..., 3, 3), means of rotations -> the nearest rotations in the Frobenius norm; `instead` where nearly singular.
 
-    That is the rotation of the polar decomposition, reached by Newton's iteration X <- (g X + X^-T / g) / 2 with
-    g = det(X)^(-1/3) (Higham 1986, scaled), which unlike an SVD has a gradient where singular values are equal. Where
-    the mean is nearly singular (rotations half a turn apart cancel out) the rotation `instead` (..., 3, 3) is taken.
+    The rotation of the polar decomposition by Newton's iteration X <- (g X + X^-T / g) / 2, g = det(X)^(-1/3) (Higham
+    1986, scaled), which unlike an SVD has a gradient where singular values are equal.
     """
     cofactors = _cofactors(matrix)
     determinant = (matrix * cofactors).sum((-1, -2)) / 3

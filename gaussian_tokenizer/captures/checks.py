@@ -1,12 +1,10 @@
-"""What may be wrong with a tracking although every file can be read: `find_problems` checks up to 16 of its frames.
-
-The head, posed by the parameters and projected by the cameras, must be in the images and under the masks; cameras must be
-outside it. Where the cameras do not see the head, the other common conventions are tried and the one that fits is named.
-"""
+"""What may be wrong with a tracking although every file can be read: `find_problems` checks up to 16 of its frames."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -60,7 +58,7 @@ def find_problems(tracking: Tracking, head: HeadModel) -> list[Problem]:
         if not any(problem.is_error for problem in of_cameras):
             heads = [silhouette(each.vertices, faces, each.frame, each.frame.viewmat, LONGEST) for each in samples]
             of_cameras += _of_size(samples, heads)
-        problems += of_cameras + _of_images(tracking, samples, heads)
+        problems += [*of_cameras, *_of_images(tracking, samples, heads)]
     return sorted(problems, key=lambda problem: not problem.is_error)
 
 
@@ -73,42 +71,38 @@ def best_convention(samples: list[Sample]) -> tuple[str, dict[str, float]]:
     return max(seen, key=lambda name: seen[name]), seen
 
 
-def _of_metadata(tracking: Tracking, head: HeadModel) -> list[Problem]:
-    problems = []
+def _of_metadata(tracking: Tracking, head: HeadModel) -> Iterator[Problem]:
     name, digest = (tracking.metadata.get(key) for key in ("head_name", "head_hash"))
     if digest is not None and digest != head.hash:
         made_on = f"head model {name!r} (hash {digest}), not on {head.name!r} (hash {head.hash})"
-        problems.append(Problem(f"was made on {made_on}; give the head model it was made on"))
+        yield Problem(f"was made on {made_on}; give the head model it was made on")
     distances = tracking.metadata["sequence_distances_mm"] if tracking.kind == "union" else {}
     far = {sequence: distance for sequence, distance in distances.items() if distance > FAR_MM}
     if far:
         found = ", ".join(f"{sequence} {distance:.1f} mm" for sequence, distance in far.items())
-        text = f"heads of some sequences are far from the first one's on average ({found}); is it one subject?"
-        problems.append(warning(text))
-    return problems
+        yield warning(f"heads of some sequences are far from the first one's on average ({found}); is it one subject?")
 
 
-def _of_frames(tracking: Tracking) -> list[Problem]:
+def _of_frames(tracking: Tracking) -> Iterator[Problem]:
     frames = tracking.frames
     if not frames:
-        return [Problem("has head parameters, but no images beside them; copy its folder of images there")]
-    problems = []
+        yield Problem("has head parameters, but no images beside them; copy its folder of images there")
+        return
     sizes = Counter((frame.width, frame.height) for frame in frames)
     if len(sizes) > 1:
         found = ", ".join(f"{count} of {width}x{height}" for (width, height), count in sizes.most_common())
-        problems.append(Problem(f"has images of different sizes: {found}; resize them to one"))
+        yield Problem(f"has images of different sizes: {found}; resize them to one")
     if not tracking.splits["train"]:
-        problems.append(Problem("has no frames to train on: its train split is empty"))
+        yield Problem("has no frames to train on: its train split is empty")
     unused = len(frames) - len({index for indices in tracking.splits.values() for index in indices})
     if unused:
-        problems.append(warning(f"{unused} of {len(frames)} frames are in no split"))
+        yield warning(f"{unused} of {len(frames)} frames are in no split")
     keys = {frame.key for frame in frames}
     cameras = sorted({frame.camera for frame in frames})
     holes = [(t, camera) for t in tracking.timesteps for camera in cameras if (t, camera) not in keys]
     if holes and tracking.kind != "union":
-        text = f"{len(holes)} images are missing, the first of timestep {holes[0][0]} from camera {holes[0][1]}"
-        problems.append(warning(text))
-    return problems
+        timestep, camera = holes[0]
+        yield warning(f"{len(holes)} images are missing, the first of timestep {timestep} from camera {camera}")
 
 
 def _of_cameras(tracking: Tracking, samples: list[Sample], faces: np.ndarray) -> list[Problem]:
@@ -148,7 +142,7 @@ def _of_size(samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
     return [Problem(f"{text}; are their translations in millimeters? expected meters")]
 
 
-def _of_images(tracking: Tracking, samples: list[Sample], heads: list[np.ndarray]) -> list[Problem]:
+def _of_images(tracking: Tracking, samples: list[Sample], heads: list[np.ndarray]) -> Iterator[Problem]:
     """`heads` (h, w) bool: where the head is in each of the samples; empty if that is not known."""
     shapes = [head.shape for head in heads] or [(1, 1)] * len(samples)
     try:
@@ -156,37 +150,34 @@ def _of_images(tracking: Tracking, samples: list[Sample], heads: list[np.ndarray
         black = all(image.is_black for image in images)
         black = black and all(_decode(frame, (1, 1)).is_black for frame in tracking.frames)
     except (ValueError, FileNotFoundError) as error:
-        return [Problem(str(error))]
-    problems = []
+        yield Problem(str(error))
+        return
     for what, name in (("the masks (fg_masks) are", "mask"), ("the alpha of the images is", "alpha")):
         masks = [getattr(image, name) for image in images]
         pairs = [(mask, head) for mask, head in zip(masks, heads) if mask is not None]
-        problems += _of_masks(what, pairs) if pairs else []
+        yield from _of_masks(what, pairs) if pairs else ()
     if black:
-        problems.append(Problem("every image is black; export the images again"))
+        yield Problem("every image is black; export the images again")
     without = [each.frame for each, image in zip(samples, images) if image.alpha is None and image.mask is None]
     if len(without) == len(samples):
-        problems.append(warning("no masks, and images without alpha: the background counts as part of the subject"))
+        yield warning("no masks, and images without alpha: the background counts as part of the subject")
     elif without:
         first = f"timestep {without[0].timestep} from camera {without[0].camera}"
         text = f"masks are missing for {len(without)} of {len(samples)} sampled images, the first of {first}"
-        problems.append(Problem(f"{text}; export the data again with all masks"))
-    return problems
+        yield Problem(f"{text}; export the data again with all masks")
 
 
-def _of_masks(what: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Problem]:
+def _of_masks(what: str, pairs: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[Problem]:
     """`pairs` of a mask (h, w) in 0..1 and where the head is, (h, w) bool."""
     inside = float(np.mean([mask[head].mean() for mask, head in pairs if head.any()]))
     outside = float(np.mean([mask[~head].mean() for mask, head in pairs if not head.all()] or [0.0]))
-    if inside >= 0.5:
-        return []
-    found = f"mean {inside:.2f} on the projected head, {outside:.2f} around it"
-    kind = "inverted" if outside > inside + 0.2 else "not on the head"
-    return [Problem(f"{what} {kind}: {found}; expected white on the subject")]
+    if inside < 0.5:
+        found = f"mean {inside:.2f} on the projected head, {outside:.2f} around it"
+        kind = "inverted" if outside > inside + 0.2 else "not on the head"
+        yield Problem(f"{what} {kind}: {found}; expected white on the subject")
 
 
-@dataclass(frozen=True, eq=False)
-class _Decoded:
+class _Decoded(NamedTuple):
     """What the checks keep of an image, so that one is in memory at a time."""
 
     is_black: bool  # no pixel of the subject is lighter than BLACK

@@ -1,7 +1,6 @@
-"""The contact sheet of a tracking: the head projected over a few of its images, which shows a wrong camera at once.
+"""The contact sheet of a tracking: a few of its images, and below the head projected over them by its cameras.
 
-Upper row: the images on gray, cut out by alpha or masks. Below: the posed head, projected by the cameras of the files, over
-the image. If the cameras see too little of it, a third row shows the convention that fits best.
+If the cameras see too little of it, a third row shows the convention that fits best.
 """
 
 import numpy as np

@@ -1,8 +1,6 @@
 """One image of a subject with its camera and the head parameters of its timestep.
 
-Everywhere in the toolkit a camera is world-to-camera with OpenCV axes (x right, y down, z forward), in meters; pixels are
-counted from the upper left corner. The files of trackers have OpenGL axes (x right, y up, z backward): their readers
-convert with `OPENGL_TO_OPENCV`, which is its own inverse.
+Cameras are world-to-camera with OpenCV axes (x right, y down, z forward); those in the files of trackers have OpenGL axes.
 """
 
 import io
@@ -17,16 +15,12 @@ from gaussian_tokenizer.tokenizer.image_files import image_size, open_image
 
 AnyImage = Path | Image.Image | np.ndarray  # a file, decoded, or uint8 (H, W) or (H, W, 3 or 4)
 
-OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
+OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])  # its own inverse
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One image of a subject: its camera, and the head parameters at its timestep.
-
-    Frames that are read hold paths in `image`, `mask` and `params`; frames to be written may also hold the images and the
-    `HeadParameters` (T = 1) themselves.
-    """
+    """Frames that are read hold paths in `image`, `mask` and `params`; frames to be written may hold the data (T = 1)."""
 
     timestep: int
     camera: int

@@ -1,8 +1,4 @@
-"""Reads the output of face trackers, which an avatar is fitted to: images, cameras and head parameters of one subject.
-
-`load_tracking` recognizes the format, reads it with one of READERS, and raises if `checks.find_problems` finds an error.
-`read_tracking` leaves those checks to the caller. Of the images only headers are read.
-"""
+"""Recognizes and reads the output of face trackers, which an avatar is fitted to; of the images only the headers."""
 
 import os
 import re
@@ -33,8 +29,7 @@ def load_tracking(path: str | os.PathLike, head: HeadModel) -> Tracking:
     """Read a subject that was tracked on `head`.
 
     Raises FileNotFoundError or ValueError with one line that says what is wrong and what to do: unreadable or missing
-    files, head parameters of another subject or head model, NaN, and the errors of `checks.find_problems` (cameras that do
-    not see the head, inverted masks, black images, ...).
+    files, head parameters of another subject or head model, NaN, and the errors of `checks.find_problems`.
     """
     tracking = read_tracking(path, head)
     errors = [problem.text for problem in find_problems(tracking, head) if problem.is_error]
@@ -62,24 +57,16 @@ def read_tracking(path: str | os.PathLike, head: HeadModel | None) -> Tracking:
             head.check(recording.params)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    splits = recording.splits
+    frames, timesteps, params, splits, own_metadata = recording
     if splits is None:
-        splits = vhap_split([frame.key for frame in recording.frames])
+        splits = vhap_split([frame.key for frame in frames])
     kind = form
     if form == "vhap" and sister_folders(folder):
         kind = "union"
-    elif form == "vhap" and len({frame.camera for frame in recording.frames}) == 1:
+    elif form == "vhap" and len({frame.camera for frame in frames}) == 1:
         kind = "monocular"
-    return Tracking(
-        subject_id=subject_id,
-        path=path,
-        kind=kind,
-        frames=tuple(recording.frames),
-        timesteps=recording.timesteps,
-        params=recording.params,
-        splits={name: tuple(rows) for name, rows in splits.items()},
-        metadata=metadata | recording.metadata,
-    )
+    rows = {name: tuple(indices) for name, indices in splits.items()}
+    return Tracking(subject_id, path, kind, tuple(frames), timesteps, params, rows, metadata | own_metadata)
 
 
 def recognize(path: Path) -> str | None:
@@ -94,10 +81,9 @@ def recognize(path: Path) -> str | None:
 
 
 def find_trackings(path: str | os.PathLike) -> list[Path]:
-    """The folder itself if it is a tracking, else the trackings directly in it, sorted by name.
+    """The folder itself if it is a tracking, else the trackings directly in it by name, without the sequences of a UNION.
 
-    FileNotFoundError if there are none; ValueError if two have the same subject id. Sequences that are part of a UNION
-    beside them are left out.
+    FileNotFoundError if there are none; ValueError if two have the same subject id.
     """
     path = Path(path)
     if recognize(path) is not None:
@@ -110,9 +96,8 @@ def find_trackings(path: str | os.PathLike) -> list[Path]:
         raise FileNotFoundError(f"{path}: none of its {len(inside)} folders is a tracking; expected {EXPECTED}")
     in_union = {name for each in found for name in sister_folders(each)}
     found = [each for each in found if each.name not in in_union]
-    for subject_id, names in shared_ids(
-        (read_metadata(each, each.resolve().name)[0], each.name) for each in found
-    ).items():
+    ids = [(read_metadata(each, each.resolve().name)[0], each.name) for each in found]
+    for subject_id, names in shared_ids(ids).items():
         raise ValueError(
             f"{path}: {', '.join(names)} have one subject id, {subject_id!r}; give each its own in {METADATA_NAME}"
         )

@@ -1,15 +1,8 @@
-"""Reader of Pixel3DMM: a head fitted to a single portrait, or to the frames of a video.
+"""Reader of Pixel3DMM: `checkpoint/<frame>.frame`, not unpickled (`plain_pickle`), and the square crops `cropped/<frame>.*`.
 
-    <folder>/checkpoint/<frame>.frame      torch.save of plain arrays; not unpickled, see `plain_pickle`
-    <folder>/cropped/<frame>.jpg           the square crops it tracked, copied here from its preprocessing folder
-
-A `.frame` is {"flame": {exp (1, 100), shape (1, 300), eyes (1, 12), jaw, neck, R (1, 6), R_rotation_matrix (1, 3, 3),
-t (1, 3), eyelids (1, 2)}, "camera": {R_base_0 (1, 3, 3), t_base_0 (1, 3), fl (1, 1), pp (1, 2)}, ...}. Rotations are the
-first two rows of a matrix (Zhou et al. 2019). The head stands at R v + t, turned about the origin, where FLAME turns
-about its root joint; so translation = t + R j - j with the root joint j. The camera is world-to-camera with OpenGL axes;
-the focal length is in units of the image's side, the principal point in half sides from the middle, accurate to a pixel of
-the tracked size, by which Pixel3DMM's own projections differ. `eyelids`, two offsets of Pixel3DMM's own, are not FLAME
-parameters and are left out.
+Rotations are the first two rows of a matrix (Zhou et al. 2019). The head is turned about the origin, R v + t, FLAME's about
+its root joint j: translation = t + R j - j. The camera is world-to-camera with OpenGL axes; the focal length is in units of
+the image's side, the principal point in half sides from the middle. `eyelids` are not FLAME parameters and are left out.
 """
 
 import functools
@@ -22,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gaussian_tokenizer.avatars.motions import join_frames
 from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, size_of_image
-from gaussian_tokenizer.captures.tracking import Recording, find_image, join_params
+from gaussian_tokenizer.captures.tracking import Recording, find_image
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -46,10 +40,7 @@ SHAPES = {
 
 
 def read_pixel3dmm(folder: Path, head: HeadModel | None) -> Recording:
-    """Every `checkpoint/<frame>.frame`, with `cropped/<frame>.*` if there is such a folder.
-
-    The shape is that of the first frame. ValueError names a file that is not a checkpoint, or that holds NaN.
-    """
+    """Every frame, with its image if there are `cropped/`; the shape of the first. ValueError names a file that is wrong."""
     files = checkpoint_files(folder)
     if not files:
         raise FileNotFoundError(f"{folder}: has no checkpoint/<frame>.frame")
@@ -67,8 +58,8 @@ def read_pixel3dmm(folder: Path, head: HeadModel | None) -> Recording:
             raise ValueError(f"{path}: has no image {cropped / path.stem}.jpg or .png; copy the folder cropped/ again")
         frames.append(_to_frame(frame, image, arrays[frame]["camera"], params[frame]))
     eyelids = max(float(np.abs(each["flame"].get("eyelids", np.zeros(1))).max()) for each in arrays.values())
-    names = {frame: str(path) for frame, path in files.items()}
-    return Recording(frames, tuple(files), join_params(params, names), None, {"eyelids_left_out": round(eyelids, 4)})
+    joined = join_frames([*params.values()], [*files.values()], of_subject=True)
+    return Recording(frames, tuple(files), joined, None, {"eyelids_left_out": round(eyelids, 4)})
 
 
 def checkpoint_files(folder: Path) -> dict[int, Path]:

@@ -1,12 +1,7 @@
 """A subject on disk: one avatar, its license and consent, and the images it was made from.
 
-The layout is that of GaussianAvatars (the avatar) and of a VHAP export (the frames), plus `metadata.json`:
-
-    <folder>/point_cloud.ply, flame_param.npz          or point_cloud/iteration_<N>/ with both
-    <folder>/metadata.json                             avatar_id, license, consent, head_name, head_hash, ...
-    <folder>/transforms.json                           cameras and paths of the frames: see `transforms_json`
-
-`find_subjects` and `Subject.frames` read, `write_subject` writes. Frames without an avatar are a `Tracking`.
+The layout is that of GaussianAvatars (the avatar) and of a VHAP export (the frames, see `transforms_json`), plus
+`metadata.json` with avatar_id, license, consent, head_name and head_hash. Frames without an avatar are a `Tracking`.
 """
 
 import os
@@ -31,7 +26,7 @@ LAYOUT = (
 
 
 class About(NamedTuple):
-    """What every subject should say of itself in `metadata.json`; "unknown" where it does not."""
+    """What `metadata.json` says of a subject; "unknown" where it does not."""
 
     license: str = UNKNOWN
     consent: str = UNKNOWN
@@ -128,9 +123,7 @@ def write_subject(
 ) -> None:
     """Write a subject folder, atomically.
 
-    `metadata` should say `license` and `consent`; `avatar_id` is the folder's name unless given, the name and hash of
-    the head model are the avatar's. Frames also give `canonical_flame_param.npz` and VHAP's split of the frames
-    (`transforms_train.json`, ..), without which GaussianAvatars does not recognize the folder.
+    `metadata` should say `license` and `consent`; `avatar_id` is the folder's name unless given.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

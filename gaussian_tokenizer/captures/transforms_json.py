@@ -1,18 +1,13 @@
 """Reads and writes the frames of a VHAP export: `transforms*.json` with images, masks, cameras and head parameters.
 
-    <folder>/transforms.json                           every frame; transforms_{train,val,test}.json VHAP's split of them
-    <folder>/images/<timestep>_<camera>.png            fg_masks/<the same name>.png
-    <folder>/flame_param/<timestep>.npz                canonical_flame_param.npz: own shape, the jaw open
-
-In the files, a camera is camera-to-world with OpenGL axes and `cy` is counted from the lower edge; a `Frame` is
-world-to-camera with OpenCV axes and `cy` counted from the upper edge. A JSON is untrusted: the files it names must be in
-its folder or, in a UNION of sequences, in a sister folder that the UNION lists in `sequences_*.txt`.
+In the files, a camera is camera-to-world with OpenGL axes and `cy` counts from the lower edge. A JSON is untrusted: the files
+it names must be in its folder or, in a UNION of sequences, in a sister folder listed in `sequences_*.txt`.
 """
 
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -29,8 +24,8 @@ HELD_OUT_CAMERA = 8  # of VHAP's 16; the last camera if there is no camera 8
 def read_transforms(path: Path) -> list[Frame]:
     """The frames of one `transforms*.json` by timestep, then camera.
 
-    Raises ValueError that names the file and the frame for a path outside the folder, a missing file, a matrix that is not
-    a camera, an image of another size than stated, and two frames of one timestep and camera.
+    ValueError names the file and the frame for a path outside the folder, a missing file, a matrix that is not a camera,
+    an image of another size than stated, and two frames of one timestep and camera.
     """
     content = read_json(path)
     entries = content.get("frames")
@@ -56,18 +51,15 @@ def read_transforms(path: Path) -> list[Frame]:
     if missing:
         rest = f" (and files of {len(missing) - 1} more of {len(entries)} frames)" if len(missing) > 1 else ""
         raise ValueError(f"{path}: {missing[0]}{rest}; copy or export the data again")
-    try:
-        return sorted_frames(frames)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return sorted_frames(frames, path)
 
 
-def sorted_frames(frames: Sequence[Frame]) -> list[Frame]:
-    """By timestep, then camera; ValueError if two have the same."""
+def sorted_frames(frames: Iterable[Frame], path: Path) -> list[Frame]:
+    """By timestep, then camera; ValueError that names `path` if two have the same."""
     ordered = sorted(frames, key=lambda frame: frame.key)
     for first, second in itertools.pairwise(ordered):
         if first.key == second.key:
-            raise ValueError(f"two frames of timestep {first.timestep} and camera {first.camera}")
+            raise ValueError(f"{path}: two frames of timestep {first.timestep} and camera {first.camera}")
     return ordered
 
 
@@ -112,11 +104,9 @@ def resolve_inside(folder: Path, name: Any, sisters: frozenset[str] = frozenset(
 
 def write_frames(folder: Path, frames: Sequence[Frame]) -> None:
     """Write images, masks, head parameters, `transforms*.json` and `canonical_flame_param.npz` into a new folder."""
-    for name in ("images", "flame_param", "fg_masks"):
-        if name != "fg_masks" or any(frame.mask is not None for frame in frames):
-            (folder / name).mkdir()
+    (folder / "flame_param").mkdir()
     entries, written = [], {}
-    for frame in sorted_frames(frames):
+    for frame in sorted_frames(frames, folder):
         name = f"{frame.timestep:05d}_{frame.camera:02d}.png"
         params_path = f"flame_param/{frame.timestep:05d}.npz"
         images = {f"images/{name}": frame.image}
@@ -126,6 +116,7 @@ def write_frames(folder: Path, frames: Sequence[Frame]) -> None:
             size = size_of_image(image)
             if size != (frame.width, frame.height):
                 raise ValueError(f"{path} is of {size} pixels, its camera of {(frame.width, frame.height)}")
+            (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_bytes(file_bytes(image))
         if params_path not in written:
             params = written[params_path] = frame.load_params()
@@ -174,10 +165,9 @@ def _read_frame(folder: Path, sisters: frozenset[str], entry: dict[str, Any]) ->
     mask = resolve_inside(folder, entry["fg_mask_path"], sisters) if entry.get("fg_mask_path") is not None else None
     if not params.is_file():
         raise FileNotFoundError(f"{params} does not exist")
-    found = size_of_image(image)
-    width, height = (int(entry["w"]), int(entry["h"])) if "w" in entry and "h" in entry else found
-    for path in (image, mask):
-        size = found if path is image or path is None else size_of_image(path)
+    sizes = {path: size_of_image(path) for path in (image, mask) if path is not None}
+    width, height = (int(entry["w"]), int(entry["h"])) if "w" in entry and "h" in entry else sizes[image]
+    for path, size in sizes.items():
         if size != (width, height):
             raise ValueError(
                 f"{path} has {size[0]}x{size[1]} pixels, expected {width}x{height}; resize it, or export the data again"
@@ -189,8 +179,7 @@ def _read_frame(folder: Path, sisters: frozenset[str], entry: dict[str, Any]) ->
     if not (all(map(math.isfinite, (fx, fy, cx, cy))) and fx > 0 and fy > 0 and width > 0 and height > 0):
         raise ValueError(f"intrinsics fx={fx} fy={fy} cx={cx} cy={cy} of {width}x{height} pixels are not a camera")
     viewmat = _to_viewmat(entry["transform_matrix"])
-    timestep, camera = frame_index(entry)
-    return Frame(timestep, camera, viewmat, fx, fy, cx, cy, width, height, image, params, mask)
+    return Frame(*frame_index(entry), viewmat, fx, fy, cx, cy, width, height, image, params, mask)
 
 
 def _to_viewmat(transform_matrix: Any) -> np.ndarray:
@@ -230,8 +219,8 @@ def _entry(frame: Frame, images: list[str], params_path: str) -> dict[str, Any]:
 
 
 def _transforms(entries: list[dict[str, Any]], rig: dict[str, Any]) -> dict[str, Any]:
-    shared = {key: rig[key] for key in ("cx", "cy", "fl_x", "fl_y", "h", "w", "camera_angle_x", "camera_angle_y")}
-    indices = {
-        f"{what}_indices": sorted({entry[f"{what}_index"] for entry in entries}) for what in ("timestep", "camera")
-    }
-    return {"frames": entries, **shared, **indices}
+    content: dict[str, Any] = {"frames": entries}
+    content |= {key: rig[key] for key in ("cx", "cy", "fl_x", "fl_y", "h", "w", "camera_angle_x", "camera_angle_y")}
+    for what in ("timestep", "camera"):
+        content[f"{what}_indices"] = sorted({entry[f"{what}_index"] for entry in entries})
+    return content

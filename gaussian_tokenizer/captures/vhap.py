@@ -1,13 +1,8 @@
 """Readers of VHAP: an exported dataset folder, a UNION of several, and the tracker's own `tracked_flame_params_*.npz`.
 
-`transforms_json` describes a dataset folder. A UNION has no `transforms.json`, only those of the three splits, whose paths
-lead into the folders of its sequences. Each sequence was tracked separately and has its own shape; like GaussianAvatars,
-the reader takes that of the first.
-
-The raw file holds T rows of parameters and, if the camera was not calibrated, its `focal_length` in units of the longer
-side of the image: one fixed camera a meter in front of the origin. Images are `images/<timestep_id>.*` beside the file,
-masks `alpha_maps/` or `fg_masks/<timestep_id>.*` (VHAP's layout of a video). Like VHAP's export, the reader moves the
-origin to the mean translation of the head.
+A UNION has only the `transforms_*.json` of the three splits, whose paths lead into its sequences; of their shapes the first
+is taken, as in GaussianAvatars. The raw file has one fixed camera a meter in front of the origin, which is moved to the mean
+translation of the head, as by VHAP's export; masks are in `alpha_maps/` or `fg_masks/`.
 """
 
 import re
@@ -19,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gaussian_tokenizer.avatars.motions import join_frames
 from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame, size_of_image
-from gaussian_tokenizer.captures.tracking import Recording, find_image, join_params
+from gaussian_tokenizer.captures.tracking import Recording, find_image
 from gaussian_tokenizer.captures.transforms_json import (
     SPLITS,
     TRANSFORMS_NAME,
@@ -50,10 +46,7 @@ def read_dataset(folder: Path, head: HeadModel | None) -> Recording:
         keys_of = {name: [each.key for each in chosen] for name, chosen in of_split.items()}
         # A frame may be in two splits (GEM puts the only camera into train and val); two images may not be one frame.
         different = {(each.image, *each.key): each for chosen in of_split.values() for each in chosen}
-        try:
-            frames = sorted_frames(list(different.values()))
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error} in transforms_train.json, _val and _test") from None
+        frames = sorted_frames(different.values(), folder / "transforms_*.json")
     if not frames:
         raise ValueError(f"{folder}: its transforms have no frames")
     index = {frame.key: row for row, frame in enumerate(frames)}
@@ -100,12 +93,11 @@ def _focal_length(file: Path, arrays: Mapping[str, np.ndarray]) -> float:
             "folder with VHAP (vhap/export_as_nerf_dataset.py) and give that"
         )
     value = arrays["focal_length"]
-    found = f"{value.dtype} {value.shape}"
-    if value.dtype.kind in "fiu" and value.size > 0:
-        focal = float(value.reshape(-1)[0])
-        if np.isfinite(focal) and focal > 0:
-            return focal
-        found = str(focal)
+    is_number = value.dtype.kind in "fiu" and value.size > 0
+    focal = float(value.reshape(-1)[0]) if is_number else 0.0
+    if 0 < focal < np.inf:
+        return focal
+    found = focal if is_number else f"{value.dtype} {value.shape}"
     raise ValueError(
         f"{file}: focal_length is {found}, expected a number above 0 (in units of the longer side); export the tracking again"
     )
@@ -161,12 +153,16 @@ def _load_params(
                 "all cameras of a timestep see one head"
             )
     loaded = {timestep: HeadParameters.load(path) for timestep, path in sorted(path_of.items())}
-    names = {timestep: str(path) for timestep, path in path_of.items()}
-    params = join_params(loaded, names)
+    for timestep, each in loaded.items():
+        if each.num_frames != 1:
+            raise ValueError(
+                f"{path_of[timestep]}: holds {each.num_frames} frames, expected the 1 of timestep {timestep}; "
+                "is it the file of a whole sequence?"
+            )
+    params = join_frames([*loaded.values()], [path_of[timestep] for timestep in loaded], of_subject=True)
     first_of = _check_sequences(loaded, path_of)
-    distances: dict[str, float] = {}
-    if head is not None and len(first_of) > 1:
-        distances = _check_subject({name: loaded[first] for name, first in first_of.items()}, folder, head)
+    of_sequence = {name: loaded[first] for name, first in first_of.items()}
+    distances = _check_subject(of_sequence, folder, head) if head is not None and len(first_of) > 1 else {}
     metadata = {"sequences": sorted(first_of), "sequence_distances_mm": distances} if sister_folders(folder) else {}
     return tuple(sorted(loaded)), params, metadata
 

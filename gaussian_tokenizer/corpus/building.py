@@ -2,25 +2,17 @@
 
 Everything is written to `.<name>.partial` beside the output: `settings.json` (what was asked for), `subjects/` (what was
 read of each), `corpus/` (the corpus so far) and `done/` (one record per finished shard, with a key over all its inputs).
-Nothing depends on the number of processes, their order or the clock, so a build that was killed and continued ends with
-the same bytes as one that was not.
+Only the holder of its `lock` changes that folder or the output. Nothing depends on the number of processes, their order or
+the clock, so a build that was killed and continued ends with the same bytes.
 
-Only the holder of the lock on `.<name>.partial/lock` changes that folder or the output. The folder is in one of two states:
-
-    building  `settings.json` and `corpus/` are both there. A command of the same settings continues the build: it keeps
-              the shards whose key is still right and writes the others. A command of other settings is refused, or discards
-              the build with --overwrite.
-    empty     One of the two is missing. Anything else is a leftover of an earlier build and is removed.
-
-    empty -> building    `settings.json` is written last, when all folders exist
-    building -> empty    the build is published: `corpus/` is moved away and becomes the output in one rename or exchange
-                         the build is discarded, or failed before anything was finished: `settings.json` is removed first
-
-So the output is always the whole corpus of one command. An existing output is refused or, with --overwrite, replaced by a
-new build. It is never taken for the result, because its inputs are unknown.
+While `settings.json` and `corpus/` are both there, a command of the same settings continues the build; one of other
+settings is refused, or discards it with --overwrite. If one of the two is missing, the rest is a leftover and is removed:
+`settings.json` is written last and removed first, and `corpus/` is moved away before it becomes the output in one rename or
+exchange. An existing output is never taken for the result, because its inputs are unknown.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -33,26 +25,17 @@ from typing import Any
 import numpy as np
 from datasets import Features
 
-from gaussian_tokenizer.corpus.card import write_card
+from gaussian_tokenizer.corpus import planning
+from gaussian_tokenizer.corpus.card import card_text
 from gaussian_tokenizer.corpus.corpus import (
     CARD_NAME,
     FACES_NAME,
     FORMAT,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
-    sha256_of,
     staging_folder,
 )
 from gaussian_tokenizer.corpus.options import BuildSettings
-from gaussian_tokenizer.corpus.planning import (
-    check_tokenizer,
-    make_manifest,
-    make_tokenizer,
-    plan_shards,
-    sort_out,
-    split_subjects,
-    versions,
-)
 from gaussian_tokenizer.corpus.schema import CONFIGURATIONS, corpus_features
 from gaussian_tokenizer.corpus.shards import ShardPlan, write_shard
 from gaussian_tokenizer.corpus.sources import FolderSource, SubjectSource, read_subject
@@ -77,44 +60,46 @@ def build(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Build the corpus folder `output` from the subject folders in `avatars`; returns the content of `corpus.json`.
+    """Build the corpus folder `output`, or continue a build of the same settings; returns the content of `corpus.json`.
 
-    `avatars` may also be another source of subjects, such as `synthetic.SyntheticSource`. With `tokenizer`, the bins and
-    bounds of `settings` are not used. An interrupted build of the same settings is continued. Raises FileNotFoundError or
-    ValueError that says why there is nothing to build.
+    `avatars` is a folder of subject folders, or another source such as `synthetic.SyntheticSource`. With `tokenizer`, the
+    bins and bounds of `settings` are not used. FileNotFoundError or ValueError if there is nothing to build.
     """
     settings = settings or BuildSettings()
     output = Path(os.path.abspath(output))
     staging = staging_folder(output)
     if tokenizer is not None:
-        check_tokenizer(tokenizer, head)
+        planning.check_tokenizer(tokenizer, head)
     source = FolderSource(Path(avatars)) if isinstance(avatars, str | os.PathLike) else avatars
     names = source.names()
+    wanted = {"format": FORMAT, "head_hash": head.hash, **asdict(settings), "versions": planning.versions()}
+    wanted["tokenizer"] = None if tokenizer is None else json.loads(tokenizer.to_json_string())
+    wanted = json.loads(json.dumps(wanted | {"recipe": source.recipe}))  # as read from the file
     with _lock(staging):
         _check_output(output, overwrite)
-        _open_staging(staging, settings, head, tokenizer, source.recipe, overwrite)
+        _open_staging(staging, wanted, head, overwrite)
         with runner(num_proc, partial(HeadModel.load, staging / HEAD_NAME), PRELOADED) as run:
             jobs = [(number, name, source, staging / "subjects") for number, name in enumerate(names)]
             summaries = run(read_subject, jobs, "reading subjects", progress)
             max_points = None if tokenizer is None else tokenizer.max_points
-            good, bad = sort_out(summaries, settings, source.where, max_points)
-            split = split_subjects(good, settings)
-            tokenizer = tokenizer or make_tokenizer(good, head, settings)
+            good, bad = planning.sort_out(summaries, settings, source.where, max_points)
+            split = planning.split_subjects(good, settings)
+            tokenizer = tokenizer or planning.make_tokenizer(good, head, settings)
             features = corpus_features(tokenizer, head, any(summary.static_offset for summary in good))
-            plans = plan_shards(split, tokenizer, head, features, settings.shard_size)
+            plans = planning.plan_shards(split, tokenizer, head, features, settings.shard_size)
             records = _finished(staging, plans)
             missing = [(staging, plan, tokenizer, features) for plan in plans if plan.file not in records]
-            done = len(plans) - len(missing)
-            for record in run(_write_and_record, missing, "writing shards", progress, done):
-                records[record["file"]] = record
-        manifest = make_manifest(split, [records[plan.file] for plan in plans], bad, tokenizer, head, settings.seed)
+            written = run(_write_and_record, missing, "writing shards", progress, len(records))
+        records |= {record["file"]: record for record in written}
+        shards = [records[plan.file] for plan in plans]
+        manifest = planning.make_manifest(split, shards, bad, tokenizer, head, settings.seed)
         _remove_unplanned(staging / "corpus", plans)
         for configuration in features.keys() - {plan.configuration for plan in plans}:
             (staging / "corpus" / configuration).rmdir()
         tokenizer.save_pretrained(staging / "corpus" / TOKENIZER_FOLDER)
         np.save(staging / "corpus" / FACES_NAME, head.faces.numpy().astype(np.int32))
-        write_card(staging / "corpus" / CARD_NAME, manifest, good, features, tokenizer.axis_order)
-        _write_json(staging / "corpus" / MANIFEST_NAME, manifest)
+        _write(staging / "corpus" / CARD_NAME, card_text(manifest, good, features, tokenizer.axis_order))
+        _write(staging / "corpus" / MANIFEST_NAME, to_json(manifest))
         _check_output(output, overwrite)  # again, because building took its time
         _publish(staging, output)
     return manifest
@@ -136,7 +121,7 @@ def _is_occupied(output: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(staging: Path) -> Iterator[None]:
-    """One build at a time. If it fails without progress that the next one can continue from, its folder is removed."""
+    """One build at a time. If it fails without progress, its folder is removed."""
     with exclusive(staging / LOCK_NAME) as mine:
         if not mine:
             raise ValueError(f"{staging}: another process is building this corpus; wait for it to end")
@@ -150,48 +135,33 @@ def _lock(staging: Path) -> Iterator[None]:
 
 def _settings_in(staging: Path) -> dict[str, Any]:
     """The settings of the unfinished build; {} if there is none."""
-    if not (staging / "corpus").is_dir():
-        return {}
-    try:
-        return read_json(staging / SETTINGS_NAME)
-    except (FileNotFoundError, ValueError):
-        return {}
+    if (staging / "corpus").is_dir():
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return read_json(staging / SETTINGS_NAME)
+    return {}
 
 
 def _has_progress(staging: Path) -> bool:
     """Whether an unfinished build has completed a shard, or a generated subject."""
     settings = _settings_in(staging)
     generated = settings.get("recipe") is not None and any(staging.glob("subjects/*.safetensors"))
-    return generated or (bool(settings) and any(staging.glob("done/*.json")))
+    return bool(settings) and (generated or any(staging.glob("done/*.json")))
 
 
-def _open_staging(
-    staging: Path,
-    settings: BuildSettings,
-    head: HeadModel,
-    tokenizer: GaussianTokenizer | None,
-    recipe: Any,
-    overwrite: bool,
-) -> None:
+def _open_staging(staging: Path, wanted: dict[str, Any], head: HeadModel, overwrite: bool) -> None:
     """Start a new build, or continue one of the same settings."""
-    wanted: dict[str, Any] = {"format": FORMAT, "head_hash": head.hash, **asdict(settings), "versions": versions()}
-    wanted["tokenizer"] = None if tokenizer is None else json.loads(tokenizer.to_json_string())
-    wanted = json.loads(json.dumps(wanted | {"recipe": recipe}))
     found = _settings_in(staging)
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different and _has_progress(staging) and not overwrite:
         changes = ", ".join(f"{name} {found.get(name)!r} (now {wanted[name]!r})" for name in different)
-        raise ValueError(
-            f"{staging}: half-built corpus of other settings: {changes}; finish it with those, or start afresh "
-            "with --overwrite"
-        )
+        raise ValueError(f"{staging}: half-built corpus of other settings: {changes}; finish it, or use --overwrite")
     if different:
         _clear(staging)
     for name in ("done", "subjects", *(f"corpus/{configuration}" for configuration in CONFIGURATIONS)):
         (staging / name).mkdir(parents=True, exist_ok=True)
     head.save(staging / HEAD_NAME)
     if different:
-        _write_json(staging / SETTINGS_NAME, wanted)
+        _write(staging / SETTINGS_NAME, to_json(wanted))
 
 
 def _clear(staging: Path) -> None:
@@ -216,15 +186,12 @@ def _finished(staging: Path, plans: list[ShardPlan]) -> dict[str, dict[str, Any]
     """The records of the planned shards that are written already; other files are removed."""
     records = {}
     for plan in plans:
-        try:
-            record = json.loads(_record_path(staging, plan.file).read_text(encoding="utf-8"))
-            if record.pop("key") != plan.key:
-                continue
-            with open(staging / "corpus" / plan.file, "rb") as file:
-                if sha256_of(file) == record["sha256"]:
-                    records[plan.file] = record
-        except (FileNotFoundError, ValueError, KeyError):
-            continue
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            record = read_json(_record_path(staging, plan.file))
+            if record.pop("key") == plan.key:
+                with open(staging / "corpus" / plan.file, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]:
+                        records[plan.file] = record
     _remove_unplanned(staging / "corpus", [plan for plan in plans if plan.file in records])
     return records
 
@@ -240,8 +207,8 @@ def _write_and_record(
     staging: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, features: dict[str, Features], head: HeadModel
 ) -> dict[str, Any]:
     """One job; `head` is what the runner gives to every job."""
-    record = write_shard(staging / "corpus", staging / "subjects", plan, tokenizer, features[plan.configuration])
-    _write_json(_record_path(staging, plan.file), {**record, "key": plan.key})
+    record = write_shard(staging, plan, tokenizer, features[plan.configuration])
+    _write(_record_path(staging, plan.file), to_json({**record, "key": plan.key}))
     return record
 
 
@@ -262,6 +229,6 @@ def _publish(staging: Path, output: Path) -> None:
     _remove(staging)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write(path: Path, content: str) -> None:
     with atomic_file(path) as file:
-        file.write(to_json(content).encode())
+        file.write(content.encode())

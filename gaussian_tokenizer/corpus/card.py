@@ -1,11 +1,6 @@
-"""The dataset card of a corpus: the README.md that the Hub and `load_dataset` read.
-
-The YAML header names the files of both configurations, their columns and row counts. The text says how to open the
-corpus, what its columns mean, and the license and consent of every subject. Its words are in `templates/card.md.j2`.
-"""
+"""The dataset card of a corpus, `templates/card.md.j2` with a YAML header that names files, columns and row counts."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,7 +11,6 @@ from huggingface_hub import DatasetCardData
 from gaussian_tokenizer.captures.subject import About
 from gaussian_tokenizer.corpus.corpus import shards_of
 from gaussian_tokenizer.corpus.sources import SubjectSummary
-from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.templates import render_template
 
 # Licenses that the Hub knows by their lower-case name; anything else is "other".
@@ -25,18 +19,14 @@ LISTED_SUBJECTS = 100
 SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (float("inf"), "n>1M"))
 
 
-def write_card(
-    path: Path,
-    manifest: dict[str, Any],
-    subjects: list[SubjectSummary],
-    features: dict[str, Features],
-    axis_order: str,
-) -> None:
-    """Write README.md, atomically; `features` are the columns of each configuration."""
+def card_text(
+    manifest: dict[str, Any], subjects: list[SubjectSummary], features: dict[str, Features], axis_order: str
+) -> str:
+    """The content of README.md; `features` are the columns of each configuration."""
     tokenizer, splits = manifest["tokenizer"], manifest["splits"]
     subjects = sorted(subjects, key=lambda subject: subject.avatar_id)
     counts = ("subjects", "frames", "num_points", "num_tokens")
-    text = render_template(
+    return render_template(
         __package__,
         "card.md.j2",
         header=yaml.safe_dump(_header(manifest, subjects, features), sort_keys=False, allow_unicode=True),
@@ -54,8 +44,6 @@ def write_card(
         max_listed=LISTED_SUBJECTS,
         skipped=[[entry["folder"], entry["reason"]] for entry in manifest["skipped"]],
     )
-    with atomic_file(path) as file:
-        file.write(text.encode())
 
 
 def _header(manifest: dict[str, Any], subjects: list[SubjectSummary], features: dict[str, Features]) -> dict[str, Any]:

@@ -1,15 +1,14 @@
 """A corpus: tokenized avatars with their conditions, as a folder that `datasets.load_dataset` opens and streams.
 
-    <corpus>/avatars/<split>-00000-of-0000N.parquet   one row a subject
-    <corpus>/frames/<split>-00000-of-0000N.parquet    one row an image; an avatar's rows lie together
+    <corpus>/avatars/<split>-00000-of-0000N.parquet   one row per subject
+    <corpus>/frames/<split>-00000-of-0000N.parquet    one row per image; an avatar's rows lie together
     <corpus>/tokenizer/                               the GaussianTokenizer the ids were made with
     <corpus>/head_faces.npy                           vertex indices (F, 3) of the head model's faces
     <corpus>/corpus.json                              head model, tokenizer, rows and checksum of every shard
     <corpus>/README.md                                the dataset card
 
-`load_corpus` checks that the folder is whole and of one tokenizer before anything is read from it. The folder may also be
-the URL of one in an object store, of any scheme that fsspec knows. `building` makes it
-(`python -m gaussian_tokenizer.build_corpus`), `validation` checks every byte of it.
+`load_corpus` checks that the folder, or the URL of one of any scheme that fsspec knows, is whole and of one tokenizer before
+anything is read from it; `validation` checks every byte.
 """
 
 import hashlib
@@ -18,6 +17,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
@@ -45,6 +45,7 @@ ENTRIES: dict[str, dict[str, type]] = {
     "skipped": {"folder": str, "reason": str},
     "shards": {"file": str, "configuration": str, "split": str, "rows": int, "bytes": int, "sha256": str},
 }
+AGAIN = "copy or build the corpus again"
 BATCH_ROWS = 16
 FINGERPRINT_KEY = b"gaussian_tokenizer"  # in the schema of every shard, so that a shard of another corpus is noticed
 
@@ -68,11 +69,11 @@ class Corpus:
         return tuple(self.manifest["splits"])
 
     def avatars(self, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
-        """One row a subject: `input_ids`, `num_points`, `points_per_face`, head parameters, `head_vertices`, ..."""
+        """One row per subject: `input_ids`, `num_points`, `points_per_face`, head parameters, `head_vertices`, ..."""
         return self._load("avatars", split, streaming)
 
     def frames(self, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
-        """One row an image: `avatar_id`, `image`, camera and head parameters. ValueError if the corpus has none."""
+        """One row per image: `avatar_id`, `image`, camera and head parameters. ValueError if the corpus has none."""
         return self._load("frames", split, streaming)
 
     def head_faces(self) -> np.ndarray:
@@ -102,11 +103,11 @@ class Corpus:
 
     def frame_rows(self, split: str = "train") -> dict[str, range]:
         """avatar_id -> its rows in `frames(split)`; avatars without images have an empty range."""
-        ids = self._avatar_ids("frames", split)
         rows = {avatar_id: range(0) for avatar_id in self._avatar_ids("avatars", split)}
-        starts = [0, *(row for row in range(1, len(ids)) if ids[row] != ids[row - 1])] if ids else []
-        for start, stop in zip(starts, [*starts[1:], len(ids)]):
-            rows[ids[start]] = range(start, stop)
+        start = 0
+        for avatar_id, own in groupby(self._avatar_ids("frames", split)):
+            rows[avatar_id] = range(start, start + len(list(own)))
+            start = rows[avatar_id].stop
         return rows
 
     def _load(self, configuration: str, split: str, streaming: bool) -> Dataset | IterableDataset:
@@ -139,24 +140,21 @@ def load_corpus(path: str | os.PathLike, tokenizer: GaussianTokenizer | None = N
     location = os.fspath(path).rstrip("/") or "/"
     files = open_files(location)
     manifest = read_manifest(location, files)
+    where = f"{location}/{TOKENIZER_FOLDER}"
     if is_url(location):
         with TemporaryDirectory() as folder:
             for name in files.ls(TOKENIZER_FOLDER, detail=False):
                 Path(folder, Path(name).name).write_bytes(files.cat_file(name))
             own = GaussianTokenizer.from_pretrained(folder)
     else:
-        own = GaussianTokenizer.from_pretrained(f"{location}/{TOKENIZER_FOLDER}")
-    recorded = manifest["tokenizer"]["fingerprint"]
-    if tokenizer_fingerprint(own) != recorded:
-        raise ValueError(
-            f"{location}/{TOKENIZER_FOLDER}: is not the tokenizer this corpus was made with (fingerprint "
-            f"{tokenizer_fingerprint(own)}, {MANIFEST_NAME} says {recorded}); restore it, or build the corpus again"
-        )
+        own = GaussianTokenizer.from_pretrained(where)
+    found, recorded = tokenizer_fingerprint(own), manifest["tokenizer"]["fingerprint"]
+    if found != recorded:
+        problem = f"fingerprint {found}, {MANIFEST_NAME} says {recorded}"
+        raise ValueError(f"{where}: is not the tokenizer this corpus was made with ({problem}); {AGAIN}")
     if tokenizer is not None and tokenizer_fingerprint(tokenizer) != recorded:
-        raise ValueError(
-            f"{location}: was made with another tokenizer ({_describe(own)}) than the one given ({_describe(tokenizer)}); "
-            "use the corpus' own, or build the corpus with --tokenizer"
-        )
+        problem = f"was made with another tokenizer ({_describe(own)}) than the one given ({_describe(tokenizer)})"
+        raise ValueError(f"{location}: {problem}; use the corpus' own, or build the corpus with --tokenizer")
     for shard in manifest["shards"]:
         check_shard(location, files, shard, recorded)
     return Corpus(location, manifest, own, files)
@@ -187,19 +185,15 @@ def read_manifest(location: str, files: DirFileSystem) -> dict[str, Any]:
         found = manifest.get("format")
         raise ValueError(f"{where}: format {found!r}, expected {FORMAT!r}; build the corpus again with this version")
     for name, kinds in ENTRIES.items():
-        rows = [manifest.get(name)]
-        if name == "splits" and isinstance(rows[0], dict):
-            rows = list(rows[0].values())
-        elif name in ("skipped", "shards") and isinstance(rows[0], list):
-            rows = rows[0]
+        rows = manifest.get(name)
+        if name == "splits" and isinstance(rows, dict):
+            rows = list(rows.values())
+        elif name not in ("skipped", "shards") or not isinstance(rows, list):
+            rows = [rows]
         for row in rows:
             entry = row if isinstance(row, dict) else {}
-            wrong = [key for key, kind in kinds.items() if type(entry.get(key)) is not kind]
-            if wrong:
-                raise ValueError(
-                    f"{where}: {name} lacks {', '.join(wrong)}, or has something else there; copy it again, or build the "
-                    "corpus again"
-                )
+            if wrong := [key for key, kind in kinds.items() if type(entry.get(key)) is not kind]:
+                raise ValueError(f"{where}: {name} lacks {', '.join(wrong)}, or has something else there; {AGAIN}")
     for shard in manifest["shards"]:
         if not re.fullmatch(r"[\w-]+/[\w.-]+\.parquet", shard["file"]):
             raise ValueError(f"{where}: names the shard {shard['file']!r}, expected <configuration>/<name>.parquet")
@@ -208,8 +202,7 @@ def read_manifest(location: str, files: DirFileSystem) -> dict[str, Any]:
 
 def _what_else(location: str) -> str:
     """What is at the location of a corpus that has no `corpus.json`."""
-    path = Path(location)
-    staging = staging_folder(path)
+    path, staging = Path(location), staging_folder(Path(location))
     again = "run build_corpus again with the same arguments to finish it"
     if is_url(location):
         return f"no {MANIFEST_NAME} there; expected the URL of a folder that build_corpus has made"
@@ -226,17 +219,16 @@ def check_shard(location: str, files: DirFileSystem, shard: Mapping[str, Any], f
     """Compare size, footer, rows and tokenizer of one Parquet file with its entry in `corpus.json`; no data is read."""
     where = f"{location}/{shard['file']}"
     if not files.isfile(shard["file"]):
-        raise FileNotFoundError(f"{where}: missing from the corpus; copy it again, or build the corpus again")
-    size = files.size(shard["file"])
-    if size != shard["bytes"]:
-        raise ValueError(f"{where}: corrupted shard, {size} bytes, expected {shard['bytes']}; copy or build it again")
+        raise FileNotFoundError(f"{where}: missing from the corpus; {AGAIN}")
+    if (size := files.size(shard["file"])) != shard["bytes"]:
+        raise ValueError(f"{where}: corrupted shard, {size} bytes, expected {shard['bytes']}; {AGAIN}")
     try:
         with files.open(shard["file"]) as file:
             footer = pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{where}: corrupted shard, not a readable Parquet file ({one_line(error)})") from None
     if footer.num_rows != shard["rows"]:
-        raise ValueError(f"{where}: {footer.num_rows} rows, expected {shard['rows']}; copy or build it again")
+        raise ValueError(f"{where}: {footer.num_rows} rows, expected {shard['rows']}; {AGAIN}")
     found = (footer.metadata or {}).get(FINGERPRINT_KEY, b"").decode()
     if found != fingerprint:
         raise ValueError(f"{where}: its ids are of another tokenizer ({found or 'unknown'}, expected {fingerprint})")
@@ -244,10 +236,9 @@ def check_shard(location: str, files: DirFileSystem, shard: Mapping[str, Any], f
 
 def read_rows(corpus: Corpus, configuration: str, columns: list[str]) -> Iterator[dict[str, Any]]:
     """The given columns of all rows of all splits, a few rows in memory at a time; see `read_shard`."""
-    for shard in corpus.manifest["shards"]:
-        if shard["configuration"] == configuration:
-            with corpus.files.open(shard["file"]) as file:
-                yield from read_shard(file, columns)
+    for shard in shards_of(corpus.manifest, configuration):
+        with corpus.files.open(shard["file"]) as file:
+            yield from read_shard(file, columns)
 
 
 def read_shard(file: Path | BinaryIO, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -263,24 +254,16 @@ def staging_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
 
-def shards_of(manifest: Mapping[str, Any], configuration: str, split: str) -> list[dict[str, Any]]:
-    """The entries of the Parquet files of one configuration and split, in order."""
-    wanted = (configuration, split)
-    return [shard for shard in manifest["shards"] if (shard["configuration"], shard["split"]) == wanted]
+def shards_of(manifest: Mapping[str, Any], configuration: str, split: str | None = None) -> list[dict[str, Any]]:
+    """The entries of the Parquet files of one configuration and split (None: of all), in order."""
+    shards = [shard for shard in manifest["shards"] if shard["configuration"] == configuration]
+    return [shard for shard in shards if split in (None, shard["split"])]
 
 
 def tokenizer_fingerprint(tokenizer: GaussianTokenizer) -> str:
     """16 hex digits over all settings that decide the ids of a cloud."""
     settings = [tokenizer.n_bins, tokenizer.n_faces, tokenizer.bounds, tokenizer.axis_order, tokenizer.vocab_size]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-
-
-def sha256_of(file: BinaryIO) -> str:
-    """Hex digest of the rest of an open file."""
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _plain(value: pa.Scalar) -> Any:

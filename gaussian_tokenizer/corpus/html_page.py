@@ -9,7 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
-from gaussian_tokenizer.corpus.corpus import Corpus
+from gaussian_tokenizer.corpus.corpus import Corpus, shards_of
+from gaussian_tokenizer.corpus.options import count_of
 from gaussian_tokenizer.corpus.stats import CorpusStats, plot_stats, stats_rows
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.utils.atomic import atomic_file
@@ -34,7 +35,7 @@ def write_page(corpus: Corpus, stats: CorpusStats, path: str | os.PathLike) -> P
         plot=base64.b64encode(plot_stats(stats)).decode(),
         portraits=list(portraits),
         contact_sheet=_contact_sheet(list(portraits.values())) if portraits else "",
-        terms=[(kind, name, f"{count:,} subjects") for kind, counts in terms.items() for name, count in counts.items()],
+        terms=[(kind, *each, count_of(n, "subject")) for kind, counts in terms.items() for *each, n in counts.items()],
     )
     with atomic_file(path) as file:
         file.write(page.encode())
@@ -44,18 +45,15 @@ def write_page(corpus: Corpus, stats: CorpusStats, path: str | os.PathLike) -> P
 def first_images(corpus: Corpus, count: int) -> Iterator[tuple[str, Image.Image]]:
     """(avatar_id, image) of the first frame of up to `count` avatars; only the row groups that hold them are read."""
     previous = None
-    for shard in corpus.manifest["shards"]:
-        if shard["configuration"] != "frames":
-            continue
+    for shard in shards_of(corpus.manifest, "frames"):
         with corpus.files.open(shard["file"]) as stream, pq.ParquetFile(stream) as file:
             for group in range(file.num_row_groups):
                 ids = file.read_row_group(group, columns=["avatar_id"])["avatar_id"].to_pylist()
-                rows = [row for row, avatar_id in enumerate(ids) if avatar_id != (ids[row - 1] if row else previous)]
+                rows = [row for row, (before, own) in enumerate(zip([previous, *ids], ids)) if before != own]
                 previous = ids[-1]
-                if rows:
-                    images = file.read_row_group(group, columns=["image"])["image"]
-                    for row in rows[:count]:
-                        yield ids[row], open_image(images[row].as_py()["bytes"])
+                images = file.read_row_group(group, columns=["image"])["image"] if rows else []
+                for row in rows[:count]:
+                    yield ids[row], open_image(images[row].as_py()["bytes"])
                 count -= len(rows)
                 if count <= 0:
                     return

@@ -1,4 +1,4 @@
-"""The settings of a build, which are the options of the commands that build one, and the counts they print at the end."""
+"""The settings of a build, which are the options of the commands that build a corpus, and the counts these print."""
 
 import argparse
 import re
@@ -10,16 +10,13 @@ from typing import Any
 from gaussian_tokenizer.utils.options import option
 
 SIZE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
-BOUNDS = (
-    "fit: the box around all points plus a margin of 5 %%; default: the tokenizer's own; or lo_x,lo_y,lo_z,hi_x,hi_y,hi_z in "
-    "meters (write --bounds=-0.3,...)"
-)
+BOUNDS = "fit: box around all points, plus 5 %%; default: the tokenizer's own; or meters as --bounds=lo_x,lo_y,lo_z,hi_x,hi_y,hi_z"
 
 
 def _size(text: str) -> int:
     match = re.fullmatch(r"([0-9]+)\s*([kmg]?)b?", text.strip().lower())
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes, or 500KB, 256MB, 1GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected bytes, or 500KB, 256MB, 1GB")
     return int(match[1]) * SIZE_UNITS[match[2]]
 
 
@@ -37,21 +34,17 @@ def _bounds(text: str) -> str | list[list[float]]:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What decides the bytes of a corpus, besides the subjects and the head model.
-
-    `bounds` are "fit", "default" or [[lo x, y, z], [hi x, y, z]] in meters.
-    """
+    """What decides the bytes of a corpus, besides the subjects and the head model."""
 
     n_bins: int = option(1024, "levels per axis")
+    # "fit", "default" or [[lo x, y, z], [hi x, y, z]] in meters
     bounds: str | Sequence[Sequence[float]] = option("fit", BOUNDS, type=_bounds)
     image_size: int = option(224, "side of the images that the tokenizer prepares, pixels")
     val_fraction: float = option(0.05, "share of the subjects for validation, at least one of two")
     num_validation: int | None = option(None, "subjects for validation, instead of --val_fraction", type=int)
     num_test: int = option(0, "subjects for a test split")
     seed: int = option(0, "of the split")
-    shard_size: int = option(
-        256 * 10**6, "approximate bytes of a Parquet file before compression, or 256MB", type=_size
-    )
+    shard_size: int = option(256 * 10**6, "bytes of a Parquet file before compression, or 256MB", type=_size)
     skip_bad: bool = option(False, "leave out subjects that cannot be used, and record them")
     allow_unknown_license: bool = option(False, "accept subjects without license or consent; the card names them")
 
@@ -67,12 +60,16 @@ class BuildSettings:
             )
 
 
+def count_of(count: int, noun: str) -> str:
+    """A number of things, such as "1 subject" or "2,000 subjects"."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 def print_counts(manifest: Mapping[str, Any]) -> None:
     """What a corpus holds, a line per split, and the subjects that were left out."""
     for name, counts in manifest["splits"].items():
-        print(
-            f"{name}: {counts['subjects']:,} subjects, {counts['frames']:,} frames, {counts['num_points']:,} points, "
-            f"{counts['num_tokens']:,} tokens, {counts['num_out_of_bounds']:,} points out of bounds"
-        )
+        keys = {"subject": "subjects", "frame": "frames", "point": "num_points", "token": "num_tokens"}
+        texts = [count_of(counts[key], noun) for noun, key in keys.items()]
+        print(f"{name}: {', '.join(texts)}, {count_of(counts['num_out_of_bounds'], 'point')} out of bounds")
     for entry in manifest["skipped"]:
         print(f"left out {entry['folder']}: {entry['reason']}", file=sys.stderr)

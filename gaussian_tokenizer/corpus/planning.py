@@ -1,10 +1,7 @@
-"""What goes where in a corpus: usable subjects, tokenizer, split, shards and the manifest. No file is written here.
-
-Everything follows from the summaries, the head model and the settings. Ids are ranked by a seeded hash, so neither the
-order of folders nor that of processes matters.
-"""
+"""What goes where in a corpus: usable subjects, tokenizer, split, shards and the manifest. No file is written here."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -27,11 +24,13 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianT
 
 FIT_MARGIN = 0.05  # of the longest edge of the box around all points
 LISTED_SUBJECTS = 5  # without license or consent
+Split = dict[str, list[SubjectSummary]]
+Entry = dict[str, Any]  # of corpus.json
 
 
 def sort_out(
     summaries: list[SubjectSummary], settings: BuildSettings, where: str, max_points: int | None = None
-) -> tuple[list[SubjectSummary], list[dict[str, str]]]:
+) -> tuple[list[SubjectSummary], list[Entry]]:
     """Usable subjects, and the others with their reasons; ValueError that lists those unless they may be skipped."""
     twins = shared_ids((summary.avatar_id, summary.name) for summary in summaries)
     good, bad, unlicensed, lines = [], [], [], []
@@ -54,49 +53,41 @@ def sort_out(
         else:
             bad.append({"folder": summary.name, "reason": problem})
     if unlicensed:
-        shown, more = unlicensed[:LISTED_SUBJECTS], len(unlicensed) - LISTED_SUBJECTS
-        names = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-        lines.append(
-            f"  {len(unlicensed)} without license or consent in metadata.json: {names}; say both there, or build with "
-            "--allow_unknown_license if you may use them"
-        )
+        more = len(unlicensed) - LISTED_SUBJECTS
+        names = ", ".join(unlicensed[:LISTED_SUBJECTS]) + (f" and {more} more" if more > 0 else "")
+        advice = "say both there, or build with --allow_unknown_license if you may use them"
+        lines.append(f"  {len(unlicensed)} without license or consent in metadata.json: {names}; {advice}")
     if bad and not (settings.skip_bad and good):
-        advice = "mend or remove them" + (", or leave them out with --skip_bad" if good else "")
-        raise ValueError(
-            f"{len(bad)} of {len(summaries)} subjects in {where} cannot be used; {advice}; no corpus was written:\n"
-            + "\n".join(lines)
-        )
+        advice = "fix or remove them" + (", or leave them out with --skip_bad" if good else "")
+        message = f"{len(bad)} of {len(summaries)} subjects in {where} cannot be used; {advice}; no corpus was written:"
+        raise ValueError("\n".join([message, *lines]))
     return good, bad
 
 
-def split_subjects(subjects: list[SubjectSummary], settings: BuildSettings) -> dict[str, list[SubjectSummary]]:
+def split_subjects(subjects: list[SubjectSummary], settings: BuildSettings) -> Split:
     """Subjects by split, in the order of a seeded hash of their ids: few change their split when subjects are added."""
-    ordered = sorted(
-        subjects, key=lambda subject: hashlib.sha256(f"{settings.seed}:{subject.avatar_id}".encode()).digest()
-    )
+    ordered = sorted(subjects, key=lambda each: hashlib.sha256(f"{settings.seed}:{each.avatar_id}".encode()).digest())
     validation = settings.num_validation
     if validation is None:
         enough = settings.val_fraction > 0 and len(ordered) > settings.num_test + 1
         validation = max(1, round(settings.val_fraction * len(ordered))) if enough else 0
     held_out = validation + settings.num_test
     if held_out >= len(ordered):
-        raise ValueError(
-            f"{validation} validation and {settings.num_test} test subjects of {len(ordered)} leave none to train on; "
-            "lower --num_validation, --val_fraction or --num_test"
-        )
+        found = f"{validation} validation and {settings.num_test} test subjects of {len(ordered)}"
+        raise ValueError(f"{found} leave none to train on; lower --num_validation, --val_fraction or --num_test")
     parts = ordered[held_out:], ordered[:validation], ordered[validation:held_out]
     return {name: part for name, part in zip(SPLITS, parts) if part}
 
 
 def check_tokenizer(tokenizer: GaussianTokenizer, head: HeadModel) -> None:
-    problem = None
     if tokenizer.n_faces != head.n_faces:
-        problem = f"of {tokenizer.n_faces} faces, head model {head.name!r} has {head.n_faces}"
+        problem = f"{tokenizer.n_faces} faces, head model {head.name!r} has {head.n_faces}"
     elif tokenizer.head_hash not in (None, head.hash):
-        made_for = f"of head model {tokenizer.head_name!r} (hash {tokenizer.head_hash})"
-        problem = f"{made_for}, not of {head.name!r} (hash {head.hash})"
-    if problem is not None:
-        raise ValueError(f"the tokenizer is {problem}; give a tokenizer and a head model that belong together")
+        given = f"{head.name!r} (hash {head.hash})"
+        problem = f"head model {tokenizer.head_name!r} (hash {tokenizer.head_hash}), not of {given}"
+    else:
+        return
+    raise ValueError(f"the tokenizer is of {problem}; give a tokenizer and a head model that belong together")
 
 
 def make_tokenizer(subjects: list[SubjectSummary], head: HeadModel, settings: BuildSettings) -> GaussianTokenizer:
@@ -115,24 +106,19 @@ def make_tokenizer(subjects: list[SubjectSummary], head: HeadModel, settings: Bu
 
 
 def plan_shards(
-    split: dict[str, list[SubjectSummary]],
-    tokenizer: GaussianTokenizer,
-    head: HeadModel,
-    features: dict[str, Features],
-    shard_size: int,
+    split: Split, tokenizer: GaussianTokenizer, head: HeadModel, features: dict[str, Features], shard_size: int
 ) -> list[ShardPlan]:
     """The shards of each configuration (keys of `features`) and split, of about `shard_size` bytes."""
     basis = [FORMAT, versions(), tokenizer_fingerprint(tokenizer), head.hash, "static_offset" in features["avatars"]]
     digests = {summary.number: summary.digest.hex() for subjects in split.values() for summary in subjects}
     plans = []
-    for configuration in features:
-        for name, subjects in split.items():
-            shards = list(_group(subjects, configuration, shard_size, head.n_vertices))
-            for number, rows in enumerate(shards):
-                file = f"{configuration}/{name}-{number:05d}-of-{len(shards):05d}.parquet"
-                content = [*basis, file, [(digests[row.number], row.start, row.stop) for row in rows]]
-                key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-                plans.append(ShardPlan(file, configuration, name, tuple(rows), key))
+    for configuration, (name, subjects) in itertools.product(features, split.items()):
+        shards = list(_group(subjects, configuration, shard_size, head.n_vertices))
+        for number, rows in enumerate(shards):
+            file = f"{configuration}/{name}-{number:05d}-of-{len(shards):05d}.parquet"
+            content = [*basis, file, [(digests[row.number], row.start, row.stop) for row in rows]]
+            key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+            plans.append(ShardPlan(file, configuration, name, tuple(rows), key))
     return plans
 
 
@@ -159,13 +145,8 @@ def _group(subjects: list[SubjectSummary], configuration: str, limit: int, n_ver
 
 
 def make_manifest(
-    split: dict[str, list[SubjectSummary]],
-    shards: list[dict[str, Any]],
-    bad: list[dict[str, str]],
-    tokenizer: GaussianTokenizer,
-    head: HeadModel,
-    seed: int,
-) -> dict[str, Any]:
+    split: Split, shards: list[Entry], bad: list[Entry], tokenizer: GaussianTokenizer, head: HeadModel, seed: int
+) -> Entry:
     """The content of `corpus.json`; `shards` are what `write_shard` returned, `bad` from `sort_out`."""
     splits = {}
     for name, subjects in split.items():
@@ -178,16 +159,12 @@ def make_manifest(
             "num_tokens": 4 * points + 2 * len(subjects),
             "num_out_of_bounds": sum(shard["num_out_of_bounds"] for shard in own),
         }
+    settings = {name: getattr(tokenizer, name) for name in ("n_bins", "vocab_size", "bounds")}
     return {
         "format": FORMAT,
         "versions": versions(),
-        "head": {"name": head.name, "hash": head.hash, "n_vertices": head.n_vertices, "n_faces": head.n_faces},
-        "tokenizer": {
-            "fingerprint": tokenizer_fingerprint(tokenizer),
-            "n_bins": tokenizer.n_bins,
-            "vocab_size": tokenizer.vocab_size,
-            "bounds": tokenizer.bounds,
-        },
+        "head": {name: getattr(head, name) for name in ENTRIES["head"]},
+        "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer), **settings},
         "seed": seed,
         "splits": splits,
         "skipped": bad,

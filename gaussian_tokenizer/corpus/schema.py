@@ -1,7 +1,6 @@
 """The columns of a corpus: one row per subject in `avatars`, one row per image in `frames`.
 
-Lengths are in meters, rotations axis-angle in radians, pixels counted from the upper left corner of the image; cameras are
-world-to-camera with OpenCV axes (x right, y down, z forward).
+In meters, radians (axis-angle) and pixels from the upper left corner; cameras are world-to-camera with OpenCV axes.
 """
 
 from datasets import Array2D, Features, Image, List, Value
@@ -14,10 +13,7 @@ CONFIGURATIONS = ("avatars", "frames")
 
 
 def corpus_features(tokenizer: GaussianTokenizer, head: HeadModel, static_offset: bool) -> dict[str, Features]:
-    """Columns of both configurations; `avatars` has `static_offset` if any subject has one.
-
-    Head parameters in `avatars` are those of the first frame; shape and static offset are there only.
-    """
+    """Columns of both configurations; with `static_offset` if any subject has one."""
     mesh = (head.n_vertices, 3)
     pose = {name: List(Value("float32"), length=size or head.n_expression) for name, size in FRAME_KEYS.items()}
     avatars = {
@@ -27,7 +23,7 @@ def corpus_features(tokenizer: GaussianTokenizer, head: HeadModel, static_offset
         "num_out_of_bounds": Value("int32"),  # points clamped to the border of the bounds
         "points_per_face": List(Value("int32")),  # entry k: number of faces with k points
         "shape": List(Value("float32"), length=head.n_shape),
-        **pose,
+        **pose,  # of the first frame
         **({"static_offset": Array2D(mesh, "float32")} if static_offset else {}),
         "head_vertices": Array2D(mesh, "float32"),  # own shape, no expression, no pose
         "head_normals": Array2D(mesh, "float16"),

@@ -1,9 +1,4 @@
-"""One Parquet file of a corpus, from the files that `sources.read_subject` wrote for each subject.
-
-Only the ids are made here, because they need the bounds of all subjects. A shard depends only on the files and the
-arguments, so its bytes are the same whichever process writes it and however often the build was interrupted. One row
-group is in memory at a time.
-"""
+"""One Parquet file of a corpus: the ids, which need the bounds of all subjects, and what `sources.read_subject` wrote."""
 
 import hashlib
 import json
@@ -18,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
+from datasets.features.features import numpy_to_pyarrow_listarray
 from safetensors import safe_open
 
 from gaussian_tokenizer.avatars.anchoring import points_per_face
@@ -52,20 +48,18 @@ class ShardPlan:
     key: str  # equal keys, equal bytes
 
 
-def write_shard(
-    folder: Path, subjects: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, features: Features
-) -> dict[str, Any]:
-    """Write `folder / plan.file` atomically from the files in `subjects`; `features` are its columns.
+def write_shard(staging: Path, plan: ShardPlan, tokenizer: GaussianTokenizer, features: Features) -> dict[str, Any]:
+    """Write a file atomically, one row group in memory at a time; `features` are its columns.
 
-    Returns its entry for `corpus.json`, and the counts behind its totals.
+    Returns its entry for `corpus.json`, and the counts behind the totals there.
     """
-    rows = _frame_rows(subjects, plan)
+    rows = _frame_rows(staging / "subjects", plan)
     if plan.configuration == "avatars":
-        rows = _avatar_rows(subjects, plan, tokenizer, features)
+        rows = _avatar_rows(staging / "subjects", plan, tokenizer, features)
     schema = features.arrow_schema
     schema = schema.with_metadata({**schema.metadata, FINGERPRINT_KEY: tokenizer_fingerprint(tokenizer)})
     totals = {"rows": 0, "num_points": 0, "num_out_of_bounds": 0}
-    with atomic_file(folder / plan.file) as file, ThreadPoolExecutor(1) as background:
+    with atomic_file(staging / "corpus" / plan.file) as file, ThreadPoolExecutor(1) as background:
         written = _Written(file.fileno())
         settled = []
         with pq.ParquetWriter(file, schema, **_encoding(schema)) as writer:
@@ -147,10 +141,7 @@ def _frame_rows(folder: Path, plan: ShardPlan) -> Iterator[dict[str, Any]]:
 
 
 def _encoding(schema: pa.Schema) -> dict[str, Any]:
-    """Compress everything but images, which are compressed already: twice as fast, and no larger.
-
-    Column statistics of images are left out too: they would store a smallest and a largest image once more.
-    """
+    """Compress all but images, which are compressed already; their statistics would store two of them once more."""
     sink = pa.BufferOutputStream()
     pq.write_table(schema.empty_table(), sink)
     leaves = pq.ParquetFile(sink.getvalue()).schema
@@ -183,15 +174,10 @@ def _to_column(values: list, kind: pa.DataType) -> pa.Array:
     """A column of the given type from Python scalars or from arrays, without making Python lists of the arrays."""
     if not isinstance(values[0], np.ndarray):
         return pa.array(values, type=kind)
-    flat = pa.array(np.concatenate([value.reshape(-1) for value in values]))
     if isinstance(kind, pa.ExtensionType):
-        height, width = values[0].shape
-        rows = pa.ListArray.from_arrays(_offsets([width] * (len(values) * height)), flat)
-        return pa.ExtensionArray.from_storage(kind, pa.ListArray.from_arrays(_offsets([height] * len(values)), rows))
+        return pa.ExtensionArray.from_storage(kind, numpy_to_pyarrow_listarray(np.stack(values)))
+    flat = pa.array(np.concatenate(values))
     if isinstance(kind, pa.FixedSizeListType):
         return pa.FixedSizeListArray.from_arrays(flat, type=kind)
-    return pa.ListArray.from_arrays(_offsets([len(value) for value in values]), flat, type=kind)
-
-
-def _offsets(lengths: list[int]) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    ends = np.cumsum([0, *map(len, values)])
+    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), flat, type=kind)

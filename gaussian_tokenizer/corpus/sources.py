@@ -1,8 +1,7 @@
 """A subject on its way into a corpus: where it comes from, whether it can be used, and what the corpus holds of it.
 
-Reading takes the time (a folder is many small files, a synthetic subject has to be rendered first), and token ids need
-bounds, which need every subject. So `read_subject` reads each subject once and leaves everything else of its rows in one
-file of the build folder, from which `shards` writes the Parquet files. Images on disk stay there until then.
+Reading takes the time, and token ids need bounds, which need every subject. So `read_subject` reads each subject once and
+leaves all but the ids in one file of the build folder, from which `shards` writes. Images on disk stay there until then.
 """
 
 import hashlib
@@ -24,6 +23,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.tokenizer.image_files import verify_image
 from gaussian_tokenizer.utils.atomic import atomic_file
+from gaussian_tokenizer.utils.hub import one_line
 
 FRAME_SCALARS = {
     **dict.fromkeys(("timestep", "camera", "width", "height"), np.int32),
@@ -40,10 +40,7 @@ class SubjectSource(Protocol):
 
     @property
     def recipe(self) -> Any:
-        """What decides generated subjects besides their names, as JSON; None for subjects in files.
-
-        With a recipe a build that was killed and continues keeps finished subjects; subjects in files are read again.
-        """
+        """What decides generated subjects, which a continued build keeps, as JSON; None for subjects in files."""
 
     def names(self) -> Sequence[str]:
         """One for each subject; folder names, where there are folders."""
@@ -102,10 +99,8 @@ def read_subject(number: int, name: str, source: SubjectSource, folder: Path, he
         content = save(tensors, metadata={"subject": json.dumps(others, sort_keys=True)})
     except Exception as error:
         # Pillow alone raises a dozen types for a damaged file; to the user each is a subject that cannot be used.
-        reason = " ".join(str(error).split())
-        if not reason or not isinstance(error, ValueError | OSError):
-            reason = f"{type(error).__name__}: {reason}"
-        return SubjectSummary(number, name, avatar_id, about, problem=reason)
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        return SubjectSummary(number, name, avatar_id, about, problem=kind + one_line(error))
     if source.recipe is None:  # not kept if the build is killed, so there is no need to wait for the disk
         path.write_bytes(content)
     else:

@@ -1,8 +1,4 @@
-"""Stats of a corpus: how much it holds, how long its sequences are, how its points spread over faces and bins.
-
-`compute_stats` streams the shards, one batch of rows in memory at a time, and reads no images. `stats_table` is text,
-`plot_stats` an image; `html_page` makes a page of both.
-"""
+"""Stats of a corpus: how much it holds, how long its sequences are, how its points spread over faces and bins."""
 
 import io
 from collections import Counter
@@ -56,15 +52,14 @@ class CorpusStats:
 
 
 def compute_stats(corpus: Corpus) -> CorpusStats:
-    """Stats of a whole corpus, from the columns of `avatars`."""
+    """Stats of a whole corpus, from the columns of `avatars`; one batch of rows is in memory at a time."""
     tokenizer = corpus.tokenizer
     points, outside = [], 0
     histogram = np.zeros(1, dtype=np.int64)
     slots = tuple(np.zeros(size, np.int64) for size in (*[tokenizer.n_bins] * 3, tokenizer.n_faces))
     terms: dict[str, Counter[str]] = {"license": Counter(), "consent": Counter()}
-    for row in read_rows(
-        corpus, "avatars", ["input_ids", "num_points", "num_out_of_bounds", "points_per_face", *terms]
-    ):
+    columns = ["input_ids", "num_points", "num_out_of_bounds", "points_per_face", *terms]
+    for row in read_rows(corpus, "avatars", columns):
         points.append(row["num_points"])
         outside += row["num_out_of_bounds"]
         own = row["points_per_face"]
@@ -94,7 +89,8 @@ def stats_rows(stats: CorpusStats) -> list[tuple[str, str]]:
     """The stats as names and texts."""
     points, faces = stats.num_points, stats.points_per_face
     mean = (faces * np.arange(len(faces))).sum() / max(1, faces[1:].sum())
-    entropies = zip(SLOTS, stats.slot_entropies, stats.slot_counts)
+    slots = zip(SLOTS, stats.slot_entropies, stats.slot_counts)
+    entropies = [f"{slot} {bits:.2f} of {np.log2(len(counts)):.2f}" for slot, bits, counts in slots]
     boxes = [np.array(stats.tokenizer.bounds), stats.extent]
     bounds, extent = (" x ".join(f"{lo:.3f}..{hi:.3f}" for lo, hi in box.T) for box in boxes)
     return [
@@ -102,16 +98,13 @@ def stats_rows(stats: CorpusStats) -> list[tuple[str, str]]:
         ("frames", f"{sum(stats.frames.values()):,} ({_counts(stats.frames)})"),
         ("tokens", f"{stats.num_tokens:,}"),
         ("points", f"{points.sum():,}"),
-        ("points a subject", f"min {points.min():,}, median {np.median(points):,.0f}, max {points.max():,}"),
+        ("points per subject", f"min {points.min():,}, median {np.median(points):,.0f}, max {points.max():,}"),
         ("bounds (x, y, z)", f"{bounds} m in {stats.tokenizer.n_bins:,} bins"),
-        ("of them used", f"{extent} m"),
+        ("box around all points", f"{extent} m"),
         ("points out of bounds", f"{stats.num_out_of_bounds:,}"),
         ("faces without points", f"{stats.empty_faces:.1%}"),
-        ("points an occupied face", f"mean {mean:.2f}, max {len(faces) - 1}"),
-        (
-            "entropy of a slot",
-            ", ".join(f"{slot} {bits:.2f} of {np.log2(len(n)):.2f}" for slot, bits, n in entropies) + " bits",
-        ),
+        ("points per occupied face", f"mean {mean:.2f}, max {len(faces) - 1}"),
+        ("entropy of a slot", f"{', '.join(entropies)} bits"),
         ("licenses", _counts(stats.licenses)),
         ("consent", _counts(stats.consents)),
     ]

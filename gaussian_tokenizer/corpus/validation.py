@@ -1,11 +1,11 @@
-"""The deep check of a corpus: `validate` reads every byte.
+"""The deep check of a corpus: `validate` computes every checksum, decodes every sequence and opens every image.
 
-`load_corpus` looks at names, sizes and footers only, which is quick. Here every checksum is computed, every sequence
-decoded and every image opened; where the subject folders are given, each subject is compared with what it was made from.
-The Parquet files are streamed, one batch of rows in memory at a time.
+Given the subject folders, it compares each subject with what it was made from. One batch of rows is in memory at a time.
 """
 
+import contextlib
 import functools
+import hashlib
 import json
 import os
 from collections import Counter
@@ -30,13 +30,13 @@ from gaussian_tokenizer.corpus.corpus import (
     open_files,
     read_manifest,
     read_shard,
-    sha256_of,
     tokenizer_fingerprint,
 )
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.utils.hub import one_line
 
 SHOWN_PROBLEMS = 5  # per file
 ROUNDING = 1e-6  # meters, of float32
@@ -56,15 +56,14 @@ def validate(
     head: HeadModel | None = None,
     progress: bool = False,
 ) -> list[Verdict]:
-    """Check every file of a corpus in depth; one verdict per file. Raises only where there is no corpus to check.
+    """One verdict per file of a corpus. Raises only where there is no corpus to check.
 
     With `avatars`, the folder of subject folders the corpus was built from, and their `head` model, every sequence is also
     compared with its avatar, and every image with its file.
     """
-    path = Path(path)
     manifest = read_manifest(str(path), open_files(str(path)))
     originals = None if avatars is None else Originals.of(avatars, head, manifest["head"])
-    check = _Check(path, manifest, originals)
+    check = _Check(Path(path), manifest, originals)
     verdicts = [Verdict(TOKENIZER_FOLDER, check.load_tokenizer())]
     for shard in tqdm(manifest["shards"], "checking shards", disable=not progress):
         verdicts.append(Verdict(shard["file"], _shorten(check.shard(shard))))
@@ -83,15 +82,12 @@ class Originals:
     def of(cls, avatars: str | os.PathLike, head: HeadModel | None, made_on: dict[str, Any]) -> "Originals":
         if head is None or head.hash != made_on["hash"]:
             found = "none was given" if head is None else f"given is {head.name!r} (hash {head.hash})"
-            raise ValueError(
-                f"the avatars are of head model {made_on['name']!r} (hash {made_on['hash']}), {found}; give theirs with --head"
-            )
+            expected = f"the avatars are of head model {made_on['name']!r} (hash {made_on['hash']})"
+            raise ValueError(f"{expected}, {found}; give theirs with --head")
         folders = {}
         for folder in find_subject_folders(avatars):
-            try:
+            with contextlib.suppress(ValueError):  # left out of the corpus too
                 folders[Subject.open(folder).avatar_id] = folder
-            except ValueError:  # left out of the corpus too
-                continue
         return cls(str(avatars), folders, head)
 
     def subject(self, avatar_id: str) -> Subject:
@@ -102,13 +98,36 @@ class Originals:
     @functools.lru_cache(maxsize=1)  # noqa: B019 (an avatar's frames lie together, and one object lives as long as a check)
     def frames(self, avatar_id: str) -> dict[tuple[int, int], Frame]:
         """By timestep and camera."""
-        return {(frame.timestep, frame.camera): frame for frame in self.subject(avatar_id).frames()}
+        return {frame.key: frame for frame in self.subject(avatar_id).frames()}
+
+    def differences(self, row: dict[str, Any], points: dict[str, Any], tokenizer: GaussianTokenizer) -> Iterator[str]:
+        """How the decoded points, the mesh and the metadata differ from those of the subject's folder."""
+        subject, head = self.subject(row["avatar_id"]), self.head
+        avatar = subject.load_avatar(head)
+        params = avatar.params or HeadParameters.zeros(head.n_shape, head.n_expression)
+        vertices = head.canonical_vertices(params.frame(0)).numpy()
+        if not np.allclose(row["head_vertices"].reshape(-1, 3), vertices, rtol=0, atol=ROUNDING):
+            yield f"head_vertices are not those of {subject.path}"
+        if json.loads(row["metadata"]) != subject.metadata:
+            yield f"metadata are not those of {subject.path}"
+        counts = [np.bincount(faces, minlength=head.n_faces) for faces in (points["faces"], avatar.faces.numpy())]
+        if (counts[0] != counts[1]).any():
+            face = int(np.argmax(counts[0] != counts[1]))
+            yield f"{counts[0][face]} points on face {face}, {counts[1][face]} in {subject.path}"
+            return
+        # Any pairing within the faces that stays within half a bin will do; the tokenizer's order is one if there is any.
+        order = tokenizer(avatar, return_order=True, on_out_of_bounds="ignore")["order"]
+        order = order[np.argsort(avatar.faces.numpy()[order], kind="stable")]
+        lo, hi = np.array(tokenizer.bounds)
+        positions = avatar.canonical_points()["positions"].numpy()[order].clip(lo, hi)  # as the tokenizer moves them
+        errors = np.abs(points["positions"][np.argsort(points["faces"], kind="stable")] - positions)
+        wrong = (errors > (hi - lo) / tokenizer.n_bins / 2 + ROUNDING).any(axis=1)
+        if wrong.any():
+            yield f"{wrong.sum()} points are not where they are in {subject.path}, by up to {1000 * errors.max():.3g} mm"
 
 
 @dataclass
 class _Check:
-    """A check of one corpus, and what it has seen so far."""
-
     path: Path
     manifest: dict[str, Any]
     originals: Originals | None
@@ -123,7 +142,7 @@ class _Check:
         try:
             self.tokenizer = GaussianTokenizer.from_pretrained(self.path / TOKENIZER_FOLDER)
         except (ValueError, OSError) as error:
-            return [_one_line(error)]
+            return [one_line(error)]
         found = tokenizer_fingerprint(self.tokenizer)
         return [] if found == expected else [f"fingerprint {found}, {MANIFEST_NAME} says {expected}"]
 
@@ -132,17 +151,18 @@ class _Check:
         try:
             check_shard(str(self.path), open_files(str(self.path)), shard, self.manifest["tokenizer"]["fingerprint"])
             with open(file, "rb") as stream:
-                if sha256_of(stream) != shard["sha256"]:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != shard["sha256"]:
                     problems.append("corrupted shard: its bytes are not those that were written (sha256)")
             problems_of = self._avatar if shard["configuration"] == "avatars" else self._frame
             for number, row in enumerate(read_shard(file)):
+                where = f"row {number} ({row['avatar_id']})"
                 try:
                     for problem in problems_of(row, shard["split"]):
-                        problems.append(f"row {number} ({row['avatar_id']}): {problem}")
+                        problems.append(f"{where}: {problem}")
                 except (ValueError, OSError) as error:
-                    problems.append(f"row {number} ({row['avatar_id']}): {_one_line(error)}")
+                    problems.append(f"{where}: {one_line(error)}")
         except Exception as error:  # the type depends on where a Parquet file is damaged
-            problems.append(_one_line(error).removeprefix(f"{file}: "))
+            problems.append(one_line(error).removeprefix(f"{file}: "))
         return problems
 
     def totals(self) -> Iterator[str]:
@@ -174,7 +194,7 @@ class _Check:
             yield f"avatar_id is there twice, first in {self.split_of[avatar_id]}"
         self.split_of.setdefault(avatar_id, split)
         if row["split"] != split:
-            yield f"says it is of the split {row['split']!r}, stands in {split!r}"
+            yield f"says it is of the split {row['split']!r}, but is in {split!r}"
         if not np.isfinite(row["head_vertices"]).all():
             yield "head_vertices hold NaN or Inf"
         if tokenizer is None:
@@ -194,8 +214,7 @@ class _Check:
         if histogram.tolist() != row["points_per_face"].tolist():
             yield "points_per_face is not that of the ids"
         if self.originals is not None:
-            subject = self.originals.subject(avatar_id)
-            yield from _differences(row, points, tokenizer, subject, self.originals.head)
+            yield from self.originals.differences(row, points, tokenizer)
 
     def _frame(self, row: dict[str, Any], split: str) -> Iterator[str]:
         """Problems of a row of `frames`; ValueError or OSError if its original cannot be read."""
@@ -218,7 +237,7 @@ class _Check:
             if size != (row["width"], row["height"]):
                 yield f"image of {size} pixels, its camera has {row['width'], row['height']}"
         except ValueError as error:
-            yield f"image does not open ({_one_line(error)})"
+            yield f"image does not open ({one_line(error)})"
         if self.originals is not None:
             frame = self.originals.frames(avatar_id).get(key)
             if frame is None:
@@ -227,37 +246,6 @@ class _Check:
                 yield f"image is not that of {self.originals.folders[avatar_id]}"
 
 
-def _differences(
-    row: dict[str, Any], points: dict[str, Any], tokenizer: GaussianTokenizer, subject: Subject, head: HeadModel
-) -> Iterator[str]:
-    """How the decoded points, the mesh and the metadata differ from those of the subject's folder."""
-    avatar = subject.load_avatar(head)
-    params = avatar.params or HeadParameters.zeros(head.n_shape, head.n_expression)
-    vertices = head.canonical_vertices(params.frame(0)).numpy()
-    if not np.allclose(row["head_vertices"].reshape(-1, 3), vertices, rtol=0, atol=ROUNDING):
-        yield f"head_vertices are not those of {subject.path}"
-    if json.loads(row["metadata"]) != subject.metadata:
-        yield f"metadata are not those of {subject.path}"
-    counts = [np.bincount(faces, minlength=head.n_faces) for faces in (points["faces"], avatar.faces.numpy())]
-    if (counts[0] != counts[1]).any():
-        face = int(np.argmax(counts[0] != counts[1]))
-        yield f"{counts[0][face]} points on face {face}, {counts[1][face]} in {subject.path}"
-        return
-    # Any pairing within the faces that stays within half a bin will do; the tokenizer's order is one if there is any.
-    order = tokenizer(avatar, return_order=True, on_out_of_bounds="ignore")["order"]
-    order = order[np.argsort(avatar.faces.numpy()[order], kind="stable")]
-    lo, hi = np.array(tokenizer.bounds)
-    positions = avatar.canonical_points()["positions"].numpy()[order].clip(lo, hi)  # as the tokenizer moves them
-    errors = np.abs(points["positions"][np.argsort(points["faces"], kind="stable")] - positions)
-    wrong = (errors > (hi - lo) / tokenizer.n_bins / 2 + ROUNDING).any(axis=1)
-    if wrong.any():
-        yield f"{wrong.sum()} points are not where they are in {subject.path}, by up to {1000 * errors.max():.3g} mm"
-
-
 def _shorten(problems: list[str]) -> list[str]:
     more = len(problems) - SHOWN_PROBLEMS
     return problems if more <= 0 else [*problems[:SHOWN_PROBLEMS], f"and {more} more problems"]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

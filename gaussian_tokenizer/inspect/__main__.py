@@ -3,9 +3,8 @@
     python -m gaussian_tokenizer.inspect subjects/synthetic-0-000000 --image sheet.png
     python -m gaussian_tokenizer.inspect export/074_EMO-1 --head flame.safetensors --json
 
-Trackings are checked closely: with a head model, its projection is compared with images and masks. Everything else that
-the toolkit reads or writes is recognized and described in a few lines, with the command that shows more. The exit status is
-1 if there are errors; warnings do not count.
+With a head model, its projection is compared with the images and masks of a tracking. The exit status is 1 if there are
+errors; warnings do not count.
 """
 
 import argparse
@@ -22,13 +21,11 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.inspect.kinds import Report, kind_of
 from gaussian_tokenizer.utils.atomic import atomic_file
+from gaussian_tokenizer.utils.hub import one_line
 
 
 def inspect(path: str | Path, head: str | HeadModel | None = None) -> Report:
-    """Describe and check a file or folder; FileNotFoundError if there is none. `head` as for `load_head`.
-
-    Without a head, a tracking whose metadata names the procedural head is checked with that.
-    """
+    """Describe and check a file or folder; FileNotFoundError if there is none. `head` as for `load_head`."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -38,18 +35,17 @@ def inspect(path: str | Path, head: str | HeadModel | None = None) -> Report:
     try:
         describe(report, model)
     except (ValueError, OSError, SafetensorError) as error:
-        report.problems.insert(0, Problem(" ".join(str(error).split()).removeprefix(f"{path}: ")))
+        report.problems.insert(0, Problem(one_line(error).removeprefix(f"{path}: ")))
     return report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gaussian_tokenizer.inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path, help="a tracking, avatar, corpus, model, head model, or a folder of these")
-    parser.add_argument(
-        "--head", help="head model the data was made on: procedural[:faces], .safetensors, FLAME .pkl, ICT"
-    )
-    parser.add_argument("--image", type=Path, metavar="FILE", help="contact sheet of a tracking as this PNG")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add = parser.add_argument
+    add("path", type=Path, help="a tracking, avatar, corpus, model, head model, or a folder of these")
+    add("--head", help="head model the data was made on: procedural[:faces], .safetensors, FLAME .pkl, ICT")
+    add("--image", type=Path, metavar="FILE", help="contact sheet of a tracking as this PNG")
+    add("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
     try:
         report = inspect(options.path, options.head)
@@ -64,10 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _write_contact_sheet(report: Report, path: Path) -> None:
     if report.tracking is None or not report.tracking.frames or report.head is None:
-        reason = "; give --head" if report.tracking is not None and report.head is None else ""
-        raise ValueError(
-            f"{report.path}: no contact sheet, which needs a tracking with images and a head model{reason}"
-        )
+        advice = "; give --head" if report.tracking is not None and report.head is None else ""
+        raise ValueError(f"{report.path}: a contact sheet needs a tracking with images and a head model{advice}")
     sheet = contact_sheet(report.tracking, report.head)
     with atomic_file(path) as file:
         sheet.save(file, format="PNG", optimize=True)

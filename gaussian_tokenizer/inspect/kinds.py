@@ -1,7 +1,4 @@
-"""The kinds of files and folders that `inspect` knows: how each is recognized and described.
-
-A kind has a function that fills a `Report` with facts (plain JSON values) and problems; an error it raises is one more.
-"""
+"""The kinds of files and folders that `inspect` knows: how each is recognized, and a function that fills a `Report`."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -26,14 +23,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.ict import NEUTRAL
 from gaussian_tokenizer.heads.loading import built_in_head, load_head
-from gaussian_tokenizer.inspect.splats import (
-    compressed_ply_facts,
-    is_bound_ply,
-    is_compressed_ply,
-    ply_header,
-    splat_facts,
-    world_ply_facts,
-)
+from gaussian_tokenizer.inspect.splats import compressed_ply_facts, ply_kind, splat_facts, world_ply_facts
 from gaussian_tokenizer.utils.json_files import read_json
 
 TRACKINGS = {
@@ -74,7 +64,8 @@ class Report:
         return "\n".join([*lines, *(f"  next: {each}" for each in self.next)])
 
 
-Describe = Callable[[Report, HeadModel | None], None]  # fills the report; the head model is what the user gave
+# Fills the report, with the head model that the user gave; an error it raises is one more problem.
+Describe = Callable[[Report, HeadModel | None], None]
 Kind = tuple[Describe, str, list[str]]  # with the name of the kind, and commands that show more
 
 
@@ -129,10 +120,10 @@ def _kind_of_file(path: Path) -> Kind:
 
 
 def _kind_of_ply(path: Path) -> Kind:
-    header = ply_header(path)
-    if is_compressed_ply(header):
+    kind = ply_kind(path)
+    if kind == "compressed":
         return _splats(compressed_ply_facts), "world-space Gaussians in SuperSplat's compressed PLY", [VIEWERS]
-    if is_bound_ply(header):
+    if kind == "bound":
         return _avatar, "a PLY of Gaussians", [_animate(path)]
     return _splats(world_ply_facts), "a PLY of world-space Gaussians, for splat viewers", [VIEWERS]
 
@@ -170,14 +161,10 @@ def _tracking(report: Report, head: HeadModel | None) -> None:
         facts["sequences"] = tracking.metadata["sequences"]
     facts["splits"] = {name: len(rows) for name, rows in tracking.splits.items()}
     facts["head"] = {"name": made_on or (head.name if head else "unknown"), **_sizes(params)}
-    if head is None:
-        text = "no head model given, so cameras and masks were not compared with the head; give --head"
-        report.problems.append(warning(text))
-    else:
-        report.problems += find_problems(tracking, head)
+    unchecked = "no head model given, so cameras and masks were not compared with the head; give --head"
+    report.problems += [warning(unchecked)] if head is None else find_problems(tracking, head)
     if tracking.kind in ("vhap", "monocular", "union") and not (path / CANONICAL_NAME).is_file():
-        text = f"has no {CANONICAL_NAME}, by which GaussianAvatars recognizes such a folder"
-        report.problems.append(warning(text))
+        report.problems.append(warning(f"has no {CANONICAL_NAME}, by which GaussianAvatars recognizes such a folder"))
     if not report.has_errors:
         script = "accelerate launch training/fit_avatars.py training/configs/fit_demo.yaml"
         spec = made_on if made_on.startswith("procedural") else "HEAD"

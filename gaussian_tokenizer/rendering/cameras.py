@@ -1,9 +1,6 @@
-"""Pinhole cameras.
+"""Pinhole cameras with OpenCV axes (x right, y down, z forward), in pixels from the upper left corner; centers at + 0.5.
 
-`Cameras` holds C of them with one image size, in the form that splatters want: world-to-camera matrices with OpenCV
-axes (x right, y down, z forward) and intrinsics in pixels. Readers of data sets convert to this at the border; `look_at`
-and `orbit` make new ones. World axes are the head's: y up, the face looks along +z, +x is the subject's left. Pixel
-(row i, column j) is sampled at its center, x = j + 0.5, y = i + 0.5, counted from the upper left corner.
+World axes are the head's: y up, the face looks along +z, +x is the subject's left.
 """
 
 from collections.abc import Sequence
@@ -28,7 +25,8 @@ class Cameras:
         for name, shape in (("viewmats", (4, 4)), ("Ks", (3, 3))):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or not value.is_floating_point():
-                raise ValueError(f"{name} is {_describe(value)}, expected a tensor of floats; use torch.as_tensor")
+                found = f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name} is a {found}, expected a tensor of floats; use torch.as_tensor")
             if value.ndim != 3 or value.shape[1:] != shape:
                 raise ValueError(
                     f"{name} is {tuple(value.shape)}, expected (C, {shape[0]}, {shape[1]}); one camera needs [None]"
@@ -42,9 +40,9 @@ class Cameras:
             raise ValueError(
                 f"{len(self.viewmats)} viewmats and {len(self.Ks)} Ks, expected as many; repeat the shorter one with expand"
             )
-        bottom = self.viewmats.detach()[:, 3] - self.viewmats.new_tensor([0, 0, 0, 1])
-        if (bottom.abs() > 1e-4).any():
-            first = int((bottom.abs() > 1e-4).any(1).nonzero()[0])
+        wrong = ((self.viewmats[:, 3] - self.viewmats.new_tensor([0, 0, 0, 1])).abs() > 1e-4).any(1)
+        if wrong.any():
+            first = int(wrong.nonzero()[0])
             raise ValueError(
                 f"the last row of viewmats[{first}] is {self.viewmats[first, 3].tolist()}, expected [0, 0, 0, 1]; "
                 "is the matrix transposed?"
@@ -73,7 +71,7 @@ class Cameras:
     ) -> "Cameras":
         """Cameras at `eyes`, (C, 3) or (3,) meters, with `target` (3,) in the middle of the image and `up` upwards.
 
-        `focal` in pixels. The dtype and the device are those of `eyes`, float32 on the CPU if it is no tensor of floats.
+        `focal` in pixels. Dtype and device are those of `eyes`; float32 on the CPU unless it is a tensor of floats.
         """
         eyes = torch.as_tensor(eyes)
         eyes = eyes if eyes.is_floating_point() else eyes.float()
@@ -110,8 +108,8 @@ class Cameras:
     ) -> "Cameras":
         """Cameras on a circle around `target` (3,), `distance` meters away, one for each azimuth.
 
-        Azimuth 0 is in front of the face (on +z, looking along -z), positive ones go to the subject's left (+x).
-        `elevation` in degrees above the target, between -90 and 90; `focal` in pixels.
+        Azimuth 0 is in front of the face, positive ones are to the subject's left. `elevation` is in degrees above the
+        target, between -90 and 90; `focal` in pixels.
         """
         if not distance > 0:
             raise ValueError(f"distance is {distance}, expected more than 0 meters")
@@ -127,25 +125,15 @@ class Cameras:
         )
         eyes = torch.as_tensor(target, dtype=torch.float64).cpu() + distance * direction
         cameras = cls.look_at(eyes, target, focal, width, height)
-        dtype = target.dtype if isinstance(target, Tensor) and target.is_floating_point() else torch.float32
-        return cameras.to(target.device if isinstance(target, Tensor) else "cpu", dtype)
-
-    @classmethod
-    def concatenate(cls, cameras: Sequence["Cameras"]) -> "Cameras":
-        """All cameras in one, in this order; the image sizes must agree."""
-        if not cameras:
-            raise ValueError("no cameras to concatenate, expected at least one Cameras")
-        sizes = sorted({(each.width, each.height) for each in cameras})
-        if len(sizes) > 1:
-            raise ValueError(f"images of {sizes} pixels (width, height), expected one size; render each size by itself")
-        viewmats, Ks = (torch.cat([getattr(each, name) for each in cameras]) for name in ("viewmats", "Ks"))
-        return cls(viewmats, Ks, *sizes[0])
+        if not isinstance(target, Tensor):
+            return cameras.to(torch.float32)
+        return cameras.to(target.device, target.dtype if target.is_floating_point() else torch.float32)
 
     def __len__(self) -> int:
         return len(self.viewmats)
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "Cameras":
-        """One camera (as C = 1), a slice, or those of a list of indices or a mask. `IndexError` if there is no such one."""
+        """One camera (as C = 1), a slice, or those of a list of indices or a mask."""
         if isinstance(index, int):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"camera {index} of {len(self)}")
@@ -162,24 +150,9 @@ class Cameras:
 
 
 def portrait_cameras(head: HeadModel, size: int, azimuths: Sequence[float] = (0.0,)) -> Cameras:
-    """Square cameras a meter from a head, `azimuths` degrees to its left, that show all of it with room for hair.
-
-    The same for every subject of a head model: framed by its template.
-    """
+    """Square cameras one meter from a head, `azimuths` degrees to its left, framed by the template of the head model."""
     template = head.template.cpu().double()
     skull = template[~head.regions["neck"].cpu()] if "neck" in head.regions else template
     low, high = skull.amin(0), skull.amax(0)
     extent = 1.5 * float(high[1] - low[1])  # room for hair and neck
-    return Cameras.orbit(
-        target=(low + high) / 2,
-        distance=1.0,
-        azimuths_degrees=azimuths,
-        elevation=0.0,
-        focal=size / extent,
-        width=size,
-        height=size,
-    )
-
-
-def _describe(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return Cameras.orbit((low + high) / 2, 1.0, azimuths, 0.0, focal=size / extent, width=size, height=size)

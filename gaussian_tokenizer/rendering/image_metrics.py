@@ -1,7 +1,4 @@
-"""PSNR and SSIM of images (B, H, W, 3) in 0..1, differentiable: losses of the trainings and metrics of the reports.
-
-SSIM has a Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004).
-"""
+"""PSNR and SSIM (Wang et al. 2004) of images (B, H, W, 3) in 0..1, differentiable."""
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +15,9 @@ def psnr(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """(B,) structural similarity of each image, 1 for equal ones: the mean over channels and pixels whose window lies inside.
+    """(B,) structural similarity, 1 for equal images: the mean over channels and pixels whose window lies inside.
 
-    Raises:
-        ValueError: the images are smaller than the window.
+    ValueError if the images are smaller than the window.
     """
     if min(images.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(

@@ -1,7 +1,4 @@
-"""Images of point clouds: front, three-quarter and profile, colored by the order of their generation.
-
-In: clouds (N, 3) in meters, y up, the face towards +z, and the portraits they were made for. Out: PNG files.
-"""
+"""Images of point clouds (N, 3), y up, the face towards +z: three views, colored by the order of generation."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,23 +16,14 @@ def view(positions: np.ndarray, azimuth: float) -> tuple[np.ndarray, np.ndarray]
     return np.stack((x * np.cos(angle) - z * np.sin(angle), y), axis=1), x * np.sin(angle) + z * np.cos(angle)
 
 
-def draw_cloud(axes, positions: np.ndarray, azimuth: float, limits: np.ndarray, size: float) -> None:
+def draw_cloud(axes, positions: np.ndarray, azimuth: float) -> None:
     """Scatter one view on matplotlib axes, near points over far ones, early points dark and late ones bright."""
-    order = np.linspace(0, 1, max(len(positions), 1))[: len(positions)]
+    order = np.linspace(0, 1, len(positions))
     image, depth = view(positions, azimuth)
-    back_to_front = np.argsort(depth)
-    axes.scatter(
-        *image[back_to_front].T,
-        c=order[back_to_front],
-        cmap="viridis",
-        vmin=0,
-        vmax=1,
-        s=size,
-        linewidths=0,
-        rasterized=True,
-    )
-    axes.set_xlim(-limits[0], limits[0])
-    axes.set_ylim(limits[1], limits[2])
+    near_last = np.argsort(depth)
+    size = min(9.0, 2500 / max(len(positions), 1))
+    style = dict(cmap="viridis", vmin=0, vmax=1, s=size, linewidths=0, rasterized=True)
+    axes.scatter(*image[near_last].T, c=order[near_last], **style)
     axes.set_aspect("equal")
     axes.axis("off")
 
@@ -43,29 +31,22 @@ def draw_cloud(axes, positions: np.ndarray, azimuth: float, limits: np.ndarray, 
 def draw_comparison(
     path: str | Path,
     rows: Sequence[tuple[str, Image.Image | None, dict[str, np.ndarray]]],
-    azimuths: dict[str, float] | None = None,
+    azimuths: dict[str, float] = VIEWS,
 ) -> None:
-    """One row a subject: its portrait, then each of its named clouds in each view, all at one scale.
+    """A PNG with one row a subject: its portrait, then each of its named clouds in each view, all at one scale.
 
-    Args:
-        rows: (label, portrait or None, {name: positions (N, 3)}); the same names in every row.
-        azimuths: view names and degrees.
+    `rows` are (label, portrait or None, {name: positions (N, 3)}), the names the same in all; `azimuths` in degrees.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError('images of point clouds need matplotlib: pip install "avatar-pointillist[demo]"') from None
-    azimuths = azimuths or VIEWS
     clouds = [cloud for _, _, named in rows for cloud in named.values() if len(cloud)]
     everything = np.concatenate(clouds) if clouds else np.zeros((1, 3))
     reach = 1.05 * max(float(np.abs(everything[:, [0, 2]]).max()), 1e-3)
-    middle, half = (
-        (everything[:, 1].max() + everything[:, 1].min()) / 2,
-        max(1.05 * np.ptp(everything[:, 1]) / 2, reach),
-    )
-    limits = np.array([reach, middle - half, middle + half])
-    names = list(rows[0][2])
-    columns = 1 + len(names) * len(azimuths)
+    middle = (everything[:, 1].max() + everything[:, 1].min()) / 2
+    half = max(1.05 * np.ptp(everything[:, 1]) / 2, reach)
+    columns = 1 + len(rows[0][2]) * len(azimuths)
     figure = Figure(figsize=(1.5 * columns, 1.5 * half / reach * len(rows) + 0.4), dpi=110, layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for line, (label, portrait, named) in zip(grid, rows):
@@ -76,7 +57,7 @@ def draw_comparison(
         for i, (name, positions) in enumerate(named.items()):
             for j, (view_name, azimuth) in enumerate(azimuths.items()):
                 axes = line[1 + i * len(azimuths) + j]
-                size = min(9.0, 2500 / max(len(positions), 1))
-                draw_cloud(axes, positions, azimuth, limits, size)
+                draw_cloud(axes, positions, azimuth)
+                axes.set(xlim=(-reach, reach), ylim=(middle - half, middle + half))
                 axes.set_title(f"{name}, {len(positions):,} points" if j == 0 else view_name, fontsize=7)
     figure.savefig(path)

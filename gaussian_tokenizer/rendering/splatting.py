@@ -1,8 +1,6 @@
-"""`render`: Gaussians and cameras to images, with gradients; the last step from an avatar to pixels.
+"""`render`: Gaussians and cameras to images, with gradients.
 
-`gsplat.rasterization` draws what lies on a CUDA device, `rasterizer.rasterize` everything else. Both follow gsplat's
-conventions, so that a model trained with one can be drawn by the other; the log says once which one draws. The
-background is composited here: image = sum of weighted colors + (1 - alpha) * background.
+`gsplat.rasterization` draws on CUDA devices, `rasterizer.rasterize` elsewhere, with the same conventions.
 """
 
 import functools
@@ -44,7 +42,7 @@ def render(
     `background` is a gray value, a color (3,) or a color for each image (C, 3). `eps2d` (pixel^2) is added to the
     variances of every projected Gaussian; those nearer than `near` or farther than `far` meters are left out.
     Gradients reach the Gaussians, `cameras.viewmats` and the background, not `cameras.Ks`. `ValueError` for values that
-    are not finite (named), for numbers of frames and cameras that do not fit, and for a background of another shape.
+    are not finite, numbers of frames and cameras that do not fit, or a background of another shape.
     """
     frames, n_cameras = gaussians.num_frames, len(cameras)
     if (frames != n_cameras and 1 not in (frames, n_cameras)) or 0 in (frames, n_cameras):
@@ -59,13 +57,10 @@ def render(
     backdrop = _background(background, max(frames, n_cameras), positions)
     cameras = cameras.to(positions.device)
     on_gpu = _gsplat_rasterization() if positions.is_cuda else None
+    draw = _with_ours if on_gpu is None else functools.partial(_with_gsplat, on_gpu)
+    _log_once("the rasterizer in PyTorch draws (CPU)" if on_gpu is None else "gsplat draws (CUDA)")
     try:
-        if on_gpu is not None:
-            _log_once("gsplat draws (CUDA)")
-            colors, alpha, depth = _with_gsplat(on_gpu, gaussians, cameras, eps2d, near, far)
-        else:
-            _log_once("the rasterizer in PyTorch draws (CPU)")
-            colors, alpha, depth = _with_ours(gaussians, cameras, eps2d, near, far)
+        colors, alpha, depth = draw(gaussians, cameras, eps2d, near, far)
     except torch.cuda.OutOfMemoryError as error:
         raise torch.cuda.OutOfMemoryError(
             f"out of GPU memory with {max(frames, n_cameras)} images of {cameras.width} x {cameras.height} and "
@@ -97,21 +92,9 @@ def _with_ours(
     gaussians: Gaussians, cameras: Cameras, eps2d: float, near: float, far: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = gaussians.positions.device
-    drawn, seen_by = gaussians.to("cpu"), cameras.to("cpu")
-    colors, alpha, depth = rasterize(
-        drawn.positions,
-        drawn.quats,
-        drawn.scales,
-        drawn.opacities,
-        drawn.sh,
-        seen_by.viewmats,
-        seen_by.Ks,
-        cameras.width,
-        cameras.height,
-        eps2d=eps2d,
-        near=near,
-        far=far,
-    )
+    drawn, own = gaussians.to("cpu"), cameras.to("cpu")
+    inputs = (drawn.positions, drawn.quats, drawn.scales, drawn.opacities, drawn.sh, own.viewmats, own.Ks)
+    colors, alpha, depth = rasterize(*inputs, own.width, own.height, eps2d=eps2d, near=near, far=far)
     return colors.to(device), alpha.to(device), (depth / alpha.clamp(min=MIN_DEPTH_ALPHA)).to(device)
 
 
@@ -153,24 +136,15 @@ def _with_gsplat(
 
 @functools.cache
 def _gsplat_rasterization() -> Callable | None:
-    """`gsplat.rasterization` if it draws one Gaussian, else None and a warning; the first call may compile for minutes."""
+    """`gsplat.rasterization` if it draws one Gaussian, else None with a warning; the first call may compile for minutes."""
     if not torch.cuda.is_available():
         return None
     try:
         from gsplat import rasterization
 
-        one, eye = torch.ones(1, 3, device="cuda"), torch.eye(4, device="cuda")[None]
-        rasterization(
-            means=one,
-            quats=torch.ones(1, 4, device="cuda"),
-            scales=one,
-            opacities=one[:, 0],
-            colors=one,
-            viewmats=eye,
-            Ks=eye[:, :3, :3].contiguous(),
-            width=1,
-            height=1,
-        )
+        one, eye = torch.ones(1, 1, 3, device="cuda"), torch.eye(4, device="cuda")[None]
+        probe = Gaussians(one, one, eye[:, :1], one[0, :, 0], one)
+        _with_gsplat(rasterization, probe, Cameras(eye, eye[:, :3, :3], 1, 1), 0.3, 0.01, 1e10)
     except torch.cuda.OutOfMemoryError:
         raise
     except (ImportError, AttributeError, RuntimeError, OSError) as error:

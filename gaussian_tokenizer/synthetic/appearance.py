@@ -1,7 +1,6 @@
-"""Appearance of synthetic subjects: hair, beard and colors of a subject, and the color of each of its points.
+"""Appearance of synthetic subjects: random hair, beard and colors of a subject, and the color of each of its points.
 
-Drawn from a random generator with natural frequencies. Colors come with light baked in (Lambert's law
-and darker depths of hair), as a fit with spherical harmonics of degree 0 would have them.
+Colors are lit (Lambert's law, darker depths of hair), as a fit with spherical harmonics of degree 0 would have them.
 """
 
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ import numpy as np
 
 HAIR_STYLES = {"bald": 0.15, "short": 0.35, "curly": 0.22, "long": 0.28}  # style: how frequent
 BEARD_STYLES = {"none": 0.52, "stubble": 0.13, "short": 0.15, "full": 0.20}
+HAIR_THICKNESS = {"bald": 0.0, "short": 0.010, "curly": 0.030, "long": 0.014}  # meters
+BEARD_THICKNESS = {"none": 0.0, "stubble": 0.001, "short": 0.007, "full": 0.017}
 SKINS = ((0.33, 0.20, 0.14), (0.50, 0.32, 0.22), (0.70, 0.49, 0.36), (0.85, 0.64, 0.51), (0.94, 0.77, 0.67))  # a scale
 HAIR_COLORS = (
     (0.05, 0.04, 0.04),  # black
@@ -43,7 +44,7 @@ class Appearance:
     hair_thickness: float
     hair_length: float  # how far long hair falls
     beard_thickness: float
-    wave_vectors: np.ndarray  # (W, 3) radians a meter, of the slow variation of hair and beard
+    wave_vectors: np.ndarray  # (W, 3) radians per meter, of the slow variation of hair and beard
     wave_phases: np.ndarray  # (W,)
 
 
@@ -60,10 +61,8 @@ def draw_appearance(rng: np.random.Generator) -> Appearance:
     eyes = np.array((1.0, 0.6, fairness, 1.4 * fairness, 0.6 * fairness))
     iris = _jitter(rng, np.array(EYE_COLORS)[rng.choice(len(EYE_COLORS), p=eyes / eyes.sum())], 0.15)
     redness = rng.uniform(0.2, 1.0)
-    thickness = {"bald": 0.0, "short": 0.010, "curly": 0.030, "long": 0.014}[hair_style] * rng.uniform(0.75, 1.4)
-    beard_thickness = {"none": 0.0, "stubble": 0.001, "short": 0.007, "full": 0.017}[beard_style] * rng.uniform(
-        0.8, 1.4
-    )
+    hair_thickness = HAIR_THICKNESS[hair_style] * rng.uniform(0.75, 1.4)
+    beard_thickness = BEARD_THICKNESS[beard_style] * rng.uniform(0.8, 1.4)
     directions = rng.standard_normal((5, 3))
     wavelengths = rng.uniform(0.05, 0.12, (5, 1))
     return Appearance(
@@ -76,7 +75,7 @@ def draw_appearance(rng: np.random.Generator) -> Appearance:
         lips=np.clip(skin * (1 - redness * np.array((0.02, 0.36, 0.30))), 0, 1),
         iris=iris,
         brow_strength=rng.uniform(0.35, 1.0),
-        hair_thickness=thickness,
+        hair_thickness=hair_thickness,
         hair_length=rng.uniform(0.07, 0.20),
         beard_thickness=beard_thickness,
         wave_vectors=2 * np.pi * directions / np.linalg.norm(directions, axis=1, keepdims=True) / wavelengths,

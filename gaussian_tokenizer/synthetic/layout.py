@@ -1,10 +1,7 @@
-"""Which faces of a head carry points, and how many: the part of a synthetic subject that is the same for all subjects.
+"""Which faces of a head carry points, and how many; the same for all subjects of one style of hair and beard.
 
-Every face belongs to one zone (skin, nose, lips, hair, ...), found from the regions of the head model; zones that a head
-lacks are empty. Points are dense where detail is. A face carries none, or 4 to 15 (the bounds of the paper's fit); the
-occupied faces of a zone are the first of a farthest-point order, evenly spread for any number of them. Nothing here is
-random or depends on the subject, except on the styles of hair and beard: subjects have their points on the same faces at
-the same barycentric coordinates, and differ in where those faces are.
+Every face belongs to one zone, found from the regions of the head model. A face carries no point, or 4 to 15 (the bounds of
+the paper's fit); the occupied faces of a zone are the first of a farthest-point order, evenly spread for any number of them.
 """
 
 import functools
@@ -59,21 +56,13 @@ class FaceLayout:
     order: dict[str, np.ndarray]  # zone -> its faces, spatially even from the first to the last
     centers: np.ndarray  # (2, F, 3) meters, of the faces of the template at rest and with the jaw open
 
-    @property
-    def n_faces(self) -> int:
-        return len(self.zone)
-
     def zone_area(self, zone: str) -> float:
         return float(self.areas[self.order[zone]].sum())
 
 
 @functools.lru_cache(maxsize=4)
 def face_layout(head: HeadModel) -> FaceLayout:
-    """The zones of `head`.
-
-    Faces of `eyes` that look backwards never carry points. Nor do those that touch `mouth_interior` on a head without
-    `teeth`, because their colors are unknown.
-    """
+    """The zones of `head`. Faces of unknown color never carry points: `mouth_interior` of a head without `teeth`."""
     faces, template = head.faces.cpu().numpy(), head.template.cpu().numpy().astype(np.float64)
     corners = template[faces]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
@@ -108,13 +97,10 @@ def default_num_points(n_faces: int) -> int:
 def sparse_counts(
     layout: FaceLayout, num_points: int, hair: str, beard: str, min_points_per_face: int = MIN_POINTS_PER_FACE
 ) -> np.ndarray:
-    """Points on every face (F,), each 0 or 4..15; about `num_points` in total, more with much hair, fewer without.
-
-    A smaller `min_points_per_face` spreads the points over more faces: few points then cover a coarse head better.
-    """
+    """Points on every face (F,), each 0 or 4..15; about `num_points` in total, more with much hair, fewer without."""
     chosen = ZONES | {"scalp": HAIR[hair], "beard": BEARD[beard]}
     reference = sum(REFERENCE.get(zone, ZONES[zone][0]) * layout.zone_area(zone) for zone in layout.zones)
-    counts = np.zeros(layout.n_faces, np.int64)
+    counts = np.zeros(len(layout.zone), np.int64)
     for zone, (density, per_face) in chosen.items():
         faces = layout.order[zone]
         if len(faces) == 0:
@@ -142,10 +128,10 @@ def dense_counts(layout: FaceLayout, spacing: float, hair: str) -> np.ndarray:
 def spacings(layout: FaceLayout, counts: np.ndarray) -> np.ndarray:
     """(F,) meters that each point of a face with `counts` (F,) points has to fill, 0 on a face without points.
 
-    The distance between points that are spread evenly over their zone, or at least over their face. As a face has either
-    none or several points, on skin those nearest to a face without points fill that face too, at rest and with the jaw open.
+    The distance between points spread evenly over their zone, or at least over their face; on skin also that to the faces
+    without points which they are nearest to, at rest and with the jaw open.
     """
-    result = np.zeros(layout.n_faces)
+    result = np.zeros(len(layout.zone))
     for zone, faces in layout.order.items():
         occupied, bare = faces[counts[faces] > 0], faces[counts[faces] == 0]
         if len(occupied) == 0:

@@ -1,8 +1,7 @@
 """Synthetic subjects with rendered portraits, one at a time: what `synthesize` writes to folders or to a corpus.
 
-`render_subject` is a function of its name (`synthetic-<seed>-<index>`), the settings and the head model, so processes need
-to share nothing. `SyntheticSource` hands the subjects to `corpus.build` without writing folders; images, cameras and head
-parameters are then those that would be read from the folders, to the last bit.
+A subject is a function of its name, the settings and the head model. `SyntheticSource` hands subjects to `corpus.build`
+without writing folders, as they would be read from these, to the last bit.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -33,16 +32,12 @@ class SyntheticSettings:
     """What decides a synthetic subject, besides its index and the head model."""
 
     seed: int = option(0, "of identities, appearance and motion")
-    num_points: int | None = option(
-        None, "Gaussians of an average subject; by default 400 on 600 faces, 26,000 on 10,144 or more", type=int
-    )
+    num_points: int | None = option(None, "Gaussians of an average subject (400 on 600 faces, up to 26,000)", type=int)
     image_size: int = option(128, "pixels, both sides of a portrait")
     views: int = option(1, f"cameras around a subject, 1 (front) to {MAX_VIEWS}")
     timesteps: int = option(1, "1 is at rest, further ones have random expressions and turns")
     identity_scale: float = option(1.0, "how much heads differ: 1 natural, 2 caricatures")
-    min_points_per_face: int = option(
-        MIN_POINTS_PER_FACE, "on an occupied face; a smaller number spreads the points over more faces"
-    )
+    min_points_per_face: int = option(MIN_POINTS_PER_FACE, "a smaller number spreads the points over more faces")
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -132,10 +127,9 @@ def render_frames(subject: SyntheticSubject, image_size: int, views: int, motion
         for camera, (image, alpha) in enumerate(zip(images.image, images.alpha)):
             viewmat = cameras.viewmats[camera].double().numpy()
             (fx, _, cx), (_, fy, cy) = cameras.Ks[camera, :2].tolist()
-            rgba = to_rgba(image, alpha)
-            size = (image_size, image_size)
-            own = motion.frame(timestep)
-            frames.append(Frame(timestep, camera, viewmat, fx, fy, cx, cy, *size, rgba, own, mask=rgba[..., 3]))
+            rgba, own = to_rgba(image, alpha), motion.frame(timestep)
+            intrinsics = (fx, fy, cx, cy, image_size, image_size)
+            frames.append(Frame(timestep, camera, viewmat, *intrinsics, rgba, own, mask=rgba[..., 3]))
     return frames
 
 

@@ -1,13 +1,12 @@
-"""Synthetic subjects: complete avatars of people who do not exist, a function of a head model and a seed.
+"""Synthetic subjects: complete avatars that are a function of a head model and a seed.
 
-A seed gives an identity (normally distributed coefficients of the shape basis) and an appearance (skin, hair, beard, brows,
-eyes, lips). Gaussians are placed on the canonical head where `layout` says; hair and beard are lifted off the skin into a
-smooth volume, long hair falls. Portraits show the same subject with more points, at rest or at another timestep. There is no
-noise per point: shape, hair and beard determine where every point is. Light is baked into the colors.
+A seed gives an identity (normally distributed coefficients of the shape basis) and an appearance. Gaussians are placed on
+the canonical head where `layout` says; hair and beard are lifted off the skin into a smooth volume, long hair falls. There
+is no noise per point: shape, hair and beard determine where every point is.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from gaussian_tokenizer.synthetic.appearance import Appearance, colors_of, draw_
 from gaussian_tokenizer.synthetic.layout import (
     JAW_OPENING,
     MIN_POINTS_PER_FACE,
+    ZONES,
     FaceLayout,
     default_num_points,
     dense_counts,
@@ -39,10 +39,6 @@ WIDTH, DENSE_WIDTH = 0.85, 0.75  # standard deviation of a Gaussian, relative to
 # Largest turns of a random timestep: axis-angle of the neck (nod, turn, tilt) and of the eyes, radians.
 NECK_TURN, GAZE = np.array((0.15, 0.3, 0.08)), np.array((0.15, 0.3, 0.0))
 EXPRESSIONS_AT_ONCE = 3
-COLORED_REGIONS = (
-    *("scalp", "beard", "brows", "lips", "eyes", "ears", "nose", "neck"),
-    *("mouth_interior", "teeth", "tongue"),
-)
 FLAT = 0.25  # thickness of a Gaussian on the skin, relative to its width
 
 
@@ -65,12 +61,12 @@ def synthesize_subject(
 ) -> SyntheticSubject:
     """The subject of `seed` on `head`, the same for the same arguments.
 
-    `num_points` is the number of Gaussians of a subject with average hair and beard (None: by the number of faces of
-    the head, see `default_num_points`); the subject's own is up to a sixth more or less. Regions that the head lacks
-    (no `scalp`: no hair) are left out. `identity_scale` multiplies the identity: 1 gives natural heads, 2 caricatures.
-    An occupied face has at least `min_points_per_face` points.
+    `num_points` is the number of Gaussians of a subject with average hair and beard (None: `default_num_points`); the
+    subject's own is up to a sixth more or less. Regions that the head lacks (no `scalp`: no hair) are left out.
+    `identity_scale` multiplies the identity: 1 gives natural heads, 2 caricatures.
     """
-    if num_points is not None and num_points < 1:
+    num_points = default_num_points(head.n_faces) if num_points is None else num_points
+    if num_points < 1:
         raise ValueError(f"{num_points} points asked for; expected at least 1")
     rng = np.random.default_rng(seed)
     appearance = draw_appearance(rng)
@@ -78,10 +74,8 @@ def synthesize_subject(
     shape = identity_scale * np.clip(rng.standard_normal(head.n_shape), -SHAPE_LIMIT, SHAPE_LIMIT)
     params = HeadParameters.zeros(head.n_shape, head.n_expression)
     params.shape.copy_(torch.from_numpy(shape))
-    num_points = default_num_points(head.n_faces) if num_points is None else num_points
-    counts = sparse_counts(
-        face_layout(head), num_points, appearance.hair_style, appearance.beard_style, min_points_per_face
-    )
+    styles = appearance.hair_style, appearance.beard_style
+    counts = sparse_counts(face_layout(head), num_points, *styles, min_points_per_face)
     return SyntheticSubject(appearance, head, params, _build_avatar(head, params, appearance, counts, WIDTH))
 
 
@@ -95,9 +89,8 @@ def draw_timesteps(subject: SyntheticSubject, num_timesteps: int, seed: int | Se
     """Head parameters: at rest first, then random expressions and small turns of neck, jaw and eyes."""
     rng = np.random.default_rng(seed)
     n_expression = subject.head.n_expression
-    motion = replace(
-        HeadParameters.zeros(subject.head.n_shape, n_expression, num_timesteps), shape=subject.params.shape.clone()
-    )
+    motion = HeadParameters.zeros(subject.head.n_shape, n_expression, num_timesteps)
+    motion.shape.copy_(subject.params.shape)
     for timestep in range(1, num_timesteps):
         chosen = rng.choice(n_expression, min(EXPRESSIONS_AT_ONCE, n_expression), replace=False)
         motion.expr[timestep, chosen] = torch.from_numpy(rng.uniform(0.3, 1.0, len(chosen))).float()
@@ -188,7 +181,7 @@ def _region_weights(
 ) -> dict[str, np.ndarray]:
     """(N,) by region: 1 inside, 0 outside or if the head lacks the region, with a soft border."""
     masks = {name: mask.numpy() for name, mask in head.regions.items()}
-    weights = {name: np.zeros(num_points) for name in COLORED_REGIONS}
+    weights = {name: np.zeros(num_points) for name in ZONES}
     for name in masks.keys() & weights.keys():
         weights[name] = smoothstep((at_points(masks[name].astype(float)) - 0.25) / 0.5)
     weights["brows"] = smoothstep(2 * weights["brows"] - 1)  # thin, even where the triangles are large

@@ -1,7 +1,4 @@
-"""GaussianTokenizer: clouds of face-anchored points to token ids and back. These files travel with checkpoints.
-
-`GaussianTokenizer` is imported and registered with `AutoProcessor` on first use: importing transformers takes seconds.
-"""
+"""GaussianTokenizer: points to token ids and back, imported on first use. These files travel with checkpoints."""
 
 import lazy_loader
 

@@ -1,7 +1,6 @@
 """Image files, opened safely: a list of formats and a limit of pixels that is checked before decoding.
 
-A file of 445 kB may hold 12,500 x 12,500 pixels, and some of Pillow's formats start other programs (EPS). Anything wrong
-with a file is one ValueError. Saved beside the checkpoints with processing_conditions.py: third-party imports only.
+Some of Pillow's formats start other programs (EPS). Travels with checkpoints.
 """
 
 import io
@@ -12,15 +11,13 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-MAX_PIXELS = 2**26  # 8192 x 8192: 256 MiB as RGBA
+MAX_PIXELS = 2**26  # 8192 x 8192, 256 MiB as RGBA; a file of 445 kB may hold 12,500 x 12,500
 
 
 def open_image(source: str | os.PathLike | bytes) -> Image.Image:
     """An image file, or its bytes, decoded; of an animation the first frame.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not a whole image of one of FORMATS, or of more than MAX_PIXELS; nothing was decoded then.
+    FileNotFoundError if there is no such file; ValueError for anything but a whole image of FORMATS and MAX_PIXELS.
     """
     return _read(source, lambda image: image.load())
 

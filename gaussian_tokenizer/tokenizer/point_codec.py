@@ -5,7 +5,7 @@ A point (canonical position in meters + face of the head model) becomes four tok
     bin = floor((x - lo) / (hi - lo) * n_bins), clamped;  face token = n_bins + face     [bos, x, y, z, face, ..., eos]
 
 Points are sorted by their quantized (y, z, x, face), so a cloud has one sequence whatever its order. `decode` gives bin
-centers. Saved beside the checkpoints with processing_gaussian_tokenizer.py; imports neither transformers nor torch.
+centers. Travels with checkpoints; imports neither transformers nor torch.
 """
 
 import math
@@ -52,25 +52,19 @@ class PointCodec:
         for name, value in (("head_name", head_name), ("head_hash", head_hash)):
             if not isinstance(value, (str, type(None))):
                 raise ValueError(f"{name} is {value!r}; expected text, or None where the head model is not known")
-        self.head_name = head_name
-        self.head_hash = head_hash
-        # One int64 sorting key a point: the coordinate bins in sorting order, then the face in the low bits.
+        self.head_name, self.head_hash = head_name, head_hash
+        # One int64 sorting key per point: the coordinate bins in sorting order, then the face in the low bits.
         self._coordinate_bits = (self.n_bins - 1).bit_length()
         self._face_bits = (self.n_faces - 1).bit_length()
-        if 3 * self._coordinate_bits + self._face_bits > 63 or self.vocab_size > 2**32:
-            raise ValueError(
-                f"n_bins={n_bins} and n_faces={n_faces} need 3 x {self._coordinate_bits} + {self._face_bits} bits a "
-                "point; at most 63 fit a sorting key, and at most 2**32 ids a vocabulary: lower n_bins"
-            )
+        bits = 3 * self._coordinate_bits + self._face_bits
+        if bits > 63 or self.vocab_size > 2**32:
+            found = f"n_bins={n_bins} and n_faces={n_faces} need {bits} bits per point and {self.vocab_size} ids"
+            raise ValueError(f"{found}; at most 63 fit a sorting key and 2**32 a vocabulary: lower n_bins")
         self._sorting_axes = ["xyz".index(axis) for axis in axis_order]
         self._id_dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-        # Lowest id of each slot and the span above it, for every token of a block: broadcasting a row of four is several
-        # times slower.
-        last_bin = self.n_bins - 1
-        self._slot_limits = (
-            _per_token([0, 0, 0, self.n_bins], self._id_dtype),
-            _per_token([last_bin, last_bin, last_bin, self.n_faces - 1], self._id_dtype),
-        )
+        # Lowest id of each slot and the span above it, for every token of a block: broadcasting a row of four is slower.
+        limits = [0, 0, 0, self.n_bins], [self.n_bins - 1] * 3 + [self.n_faces - 1]
+        self._slot_limits = [_per_token(each, self._id_dtype) for each in limits]
         self._set_bounds(bounds)
 
     @property
@@ -92,8 +86,7 @@ class PointCodec:
     def fit(self, avatars: Any, margin: float = 0.05) -> list[list[float]]:
         """Set `bounds` to the box around all points of one or many avatars or points mappings, and return them.
 
-        The box grows on every side by `margin` times its longest edge: room for subjects not seen. With margin 0 it
-        holds the given points exactly.
+        On every side the box grows by `margin` times its longest edge, room for other subjects.
         """
         if not math.isfinite(margin) or margin < 0:
             raise ValueError(f"margin is {margin}; expected a fraction of the box, 0 or more")
@@ -101,8 +94,7 @@ class PointCodec:
         is_batch = isinstance(avatars, Iterable) and not isinstance(avatars, Mapping)
         for index, item in enumerate(avatars if is_batch else [avatars]):
             positions, _ = self._points(item, index)
-            if not np.isfinite(positions).all():
-                raise ValueError(_not_finite(positions, index))
+            _check_finite(positions, index)
             lo, hi = np.minimum(lo, positions.min(axis=0)), np.maximum(hi, positions.max(axis=0))
         if not np.isfinite(lo).all():
             raise ValueError("no avatars to fit the bounds to")
@@ -138,9 +130,8 @@ class PointCodec:
             assert decoded is not None
             # An eos right behind the kept points is not lost, only what comes after it.
             dropped = len(body) - 4 * n_points - int(body[4 * n_points] == self.eos_token_id)
-        positions, faces = decoded
-        points = {"positions": positions, "faces": faces}
-        return points if errors == "strict" else {**points, "dropped": dropped}
+        points: dict[str, Any] = dict(zip(("positions", "faces"), decoded))
+        return points if errors == "strict" else points | {"dropped": dropped}
 
     def batch_decode(self, batch: Any, errors: str = "strict") -> list[dict[str, Any]]:
         """(B, L) ids or a list of B sequences -> a list of B results of `decode`."""
@@ -160,15 +151,11 @@ class PointCodec:
             try:
                 head_hash, canonical_points = item.head_hash, item.canonical_points
             except AttributeError:
-                raise ValueError(
-                    f"cloud {index} is a {type(item).__name__}; expected an avatar, or a mapping with `positions` "
-                    "(N, 3) and `faces` (N,)"
-                ) from None
-            if self.head_hash is not None and head_hash is not None and head_hash != self.head_hash:
-                raise ValueError(
-                    f"avatar {index} was made on the head model {head_hash}, this tokenizer on {self.head_hash} "
-                    f"({self.head_name}); use the tokenizer of its own head model"
-                )
+                expected = "an avatar, or a mapping with `positions` (N, 3) and `faces` (N,)"
+                raise ValueError(f"cloud {index} is a {type(item).__name__}; expected {expected}") from None
+            if None not in (self.head_hash, head_hash) and head_hash != self.head_hash:
+                problem = f"on the head model {head_hash}, this tokenizer on {self.head_hash} ({self.head_name})"
+                raise ValueError(f"avatar {index} was made {problem}; use the tokenizer of its own head model")
             item = canonical_points()
         missing = {"positions", "faces"} - set(item)
         if missing:
@@ -177,22 +164,17 @@ class PointCodec:
         if positions.size == 0:
             raise ValueError(f"cloud {index} has no points; expected at least one")
         if positions.ndim != 2 or positions.shape[1] != 3 or positions.dtype.kind not in "fiu":
-            raise ValueError(
-                f"the positions of cloud {index} are {positions.dtype} {positions.shape}; expected float32 (N, 3)"
-            )
+            found = f"{positions.dtype} {positions.shape}"
+            raise ValueError(f"the positions of cloud {index} are {found}; expected float32 (N, 3)")
         if faces.shape != positions.shape[:1] or faces.dtype.kind not in "iu":
-            raise ValueError(
-                f"the faces of cloud {index} are {faces.dtype} {faces.shape}; expected integers ({len(positions)},), "
-                "one for each position"
-            )
+            found = f"{faces.dtype} {faces.shape}"
+            raise ValueError(f"the faces of cloud {index} are {found}; expected integers ({len(positions)},)")
         if self.max_points is not None and len(positions) > self.max_points:
             raise ValueError(f"cloud {index} has {len(positions)} points; max_points is {self.max_points}")
         if faces.min() < 0 or faces.max() >= self.n_faces:
             row = int(np.argmax((faces < 0) | (faces >= self.n_faces)))
-            raise ValueError(
-                f"face {faces[row]} of point {row} in cloud {index} is out of range; the head model of this tokenizer "
-                f"has {self.n_faces} faces"
-            )
+            where = f"face {faces[row]} of point {row} in cloud {index}"
+            raise ValueError(f"{where} is out of range; the head model of this tokenizer has {self.n_faces} faces")
         return positions, faces
 
     def _keys(self, positions: np.ndarray, faces: np.ndarray, index: int) -> tuple[np.ndarray, int, float]:
@@ -216,8 +198,7 @@ class PointCodec:
                 key |= faces[rows].astype(np.int64, copy=False)
         if inside:
             return keys, 0, 0.0
-        if not np.isfinite(positions).all():
-            raise ValueError(_not_finite(positions, index))
+        _check_finite(positions, index)
         exact = positions.astype(np.float64)
         overshoot = np.maximum(self._lo - exact, exact - self._hi).max(axis=1)
         return keys, int((overshoot > 0).sum()), float(overshoot.max())
@@ -256,7 +237,7 @@ class PointCodec:
         if array.ndim != 1:
             raise ValueError(f"ids have the shape {array.shape}; expected (L,). For a batch use batch_decode")
         if array.size == 0:
-            return np.empty(0, dtype=self._id_dtype)
+            return array.astype(self._id_dtype)
         if array.dtype.kind not in "iu":
             raise ValueError(f"ids are {array.dtype}, the first is {array[0]!r}; expected integers")
         if np.iinfo(array.dtype).max < self.vocab_size or not array.dtype.isnative:
@@ -337,10 +318,9 @@ class PointCodec:
                 # What makes encode(decode(ids)) == ids: a decoded center must fall back into its own bin.
                 centers = bins.astype(np.float32) * scale[axis] + offset[axis]
                 if not np.array_equal(self._quantize(centers.astype(np.float64), lo[axis], hi[axis]), bins):
-                    raise ValueError(
-                        f"float32 cannot tell {self.n_bins} bins apart between {lo[axis]} and {hi[axis]} on axis "
-                        f"{name}: widen the bounds, move them towards zero or lower n_bins"
-                    )
+                    problem = f"{self.n_bins} bins apart between {lo[axis]} and {hi[axis]} on axis {name}"
+                    advice = "widen the bounds, move them towards zero or lower n_bins"
+                    raise ValueError(f"float32 cannot tell {problem}: {advice}")
         self.bounds = [lo.tolist(), hi.tolist()]
         self._lo, self._hi = lo, hi
         self._slot_meters = _per_token([*scale, 0], np.float32), _per_token([*offset, 0], np.float32)
@@ -374,6 +354,8 @@ def _per_token(slots: list, dtype: Any) -> np.ndarray:
     return np.tile(np.array(slots, dtype=dtype), BLOCK)
 
 
-def _not_finite(positions: np.ndarray, index: int) -> str:
-    row = int(np.argmin(np.isfinite(positions).all(axis=1)))
-    return f"point {row} of cloud {index} is at {positions[row].tolist()}; expected finite meters"
+def _check_finite(positions: np.ndarray, index: int) -> None:
+    finite = np.isfinite(positions).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise ValueError(f"point {row} of cloud {index} is at {positions[row].tolist()}; expected finite meters")

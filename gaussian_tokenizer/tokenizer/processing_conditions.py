@@ -1,9 +1,4 @@
-"""Conditions of the model as arrays: portraits to pixels, head meshes to normals.
-
-An image of any PIL mode, dtype or orientation becomes RGB on white, is fitted whole into a square and normalized with
-the statistics DINOv2 was trained with. Normals are area-weighted: the sum of the face cross products at each vertex.
-Used by processing_gaussian_tokenizer.py, and saved with it beside the checkpoints: third-party and sibling imports only.
-"""
+"""Conditions of the model as arrays: portraits to pixels, head meshes to normals. Travels with checkpoints."""
 
 import os
 from typing import Any
@@ -15,15 +10,15 @@ from PIL import Image, ImageOps
 from .image_files import open_image
 from .point_codec import as_array
 
-IMAGE_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)  # ImageNet
+IMAGE_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)  # of ImageNet, as in DINOv2's training
 IMAGE_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 
 
 def pixel_values(images: Any, size: int) -> np.ndarray:
     """One image or B of them -> (B, 3, S, S) float32, normalized.
 
-    An image is a PIL image, an image file, or an array or tensor (H, W), (H, W, C) or (C, H, W). It is centered whole
-    on a white square: nothing is cropped, nothing is stretched.
+    An image is a PIL image of any mode, an image file, or an array or tensor (H, W), (H, W, C) or (C, H, W). It is laid on
+    the middle of a white square, neither cropped nor stretched.
     """
     is_stack = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     batch = list(images) if is_stack or isinstance(images, (list, tuple)) else [images]
@@ -49,9 +44,9 @@ def pixel_values(images: Any, size: int) -> np.ndarray:
 
 def head_condition(head_vertices: Any, head_faces: Any, n_faces: int) -> dict[str, np.ndarray]:
     """Vertices (V, 3) or (B, V, 3) -> `head_vertices` (B, V, 3) float32 and, with faces (F, 3), `head_normals`."""
-    is_list = isinstance(head_vertices, (list, tuple))
-    meshes = [as_array(each, "head_vertices") for each in (head_vertices if is_list else [head_vertices])]
-    vertices = np.stack(meshes) if is_list else meshes[0]
+    if isinstance(head_vertices, (list, tuple)):
+        head_vertices = np.stack([as_array(each, "head_vertices") for each in head_vertices])
+    vertices = as_array(head_vertices, "head_vertices")
     vertices = vertices[None] if vertices.ndim == 2 else vertices
     if vertices.ndim != 3 or vertices.shape[2] != 3 or vertices.size == 0 or vertices.dtype.kind not in "fiu":
         raise ValueError(f"head_vertices are {vertices.dtype} {vertices.shape}; expected (V, 3) or (B, V, 3)")
@@ -98,7 +93,7 @@ def _rgb_on_white(image: Any) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if 0 in image.size:
         raise ValueError(f"its size is {image.size}")
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit files; PIL would clip instead of scaling
+    if image.mode.startswith(("I", "F")):  # 16-bit files; PIL would clip instead of scaling
         values = np.asarray(image)
         image = _image_from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16))
     if image.has_transparency_data:

@@ -1,9 +1,7 @@
 """GaussianTokenizer: face-anchored points to token ids and back, and the conditions of the model beside them.
 
-The arithmetic of points and ids is `PointCodec`'s. Here are batches, padding and the settings as a transformers processor;
-images and head meshes become `pixel_values`, `head_vertices` and `head_normals`. Every setting is a scalar in
-`processor_config.json`. Saved beside the checkpoints: third-party and sibling imports only.
-Axis letters: B batch, N points, L tokens (4N + 2), V vertices, F faces, S image size.
+`PointCodec` has the arithmetic of points and ids; here are batches, padding and the settings as a transformers processor.
+Travels with checkpoints. Axis letters: B batch, N points, L tokens (4N + 2), V vertices, F faces, S image size.
 """
 
 import json
@@ -19,7 +17,7 @@ from transformers import BatchFeature, ProcessorMixin
 from .point_codec import DEFAULT_BOUNDS, PointCodec, as_array, one_of, positive_integer
 from .processing_conditions import face_condition, head_condition, pixel_values
 
-MAX_IMAGE_SIZE = 2**14  # 3 GB an image
+MAX_IMAGE_SIZE = 2**14  # 3 GB per image
 
 
 class GaussianTokenizer(PointCodec, ProcessorMixin):
@@ -84,19 +82,17 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
         Args:
             points: avatars (asked for `head_hash` and `canonical_points()`) or mappings with `positions` (N, 3) meters
                 and `faces` (N,) integers.
-            images: PIL images, arrays or tensors (H, W), (H, W, C) or (C, H, W), or image files. Grayscale, 16-bit and
-                palette images are converted, transparency is laid on white, the rest of the square is white.
+            images: PIL images, arrays or tensors (H, W), (H, W, C) or (C, H, W), or image files; see `pixel_values`.
             head_vertices: (V, 3) or (B, V, 3) meters; `head_faces` (F, 3) then gives `head_normals`, `face_centers` and
                 `face_normals`.
             return_tensors: None, "pt" or "np". None: `input_ids` is one array (L,) of the smallest of uint16 and uint32
                 that holds the vocabulary, or a list of them. "pt", "np": int64 (B, L), padded.
-            return_order: add `order`, for each cloud the (N,) permutation from sorted to given points: attributes
-                follow their tokens as `colors[order]`.
+            return_order: add `order`, for each cloud the (N,) indices of its points in sorted order: `colors[order]`.
             on_out_of_bounds: "warn", "raise" or "ignore"; what is outside is clamped to the border bin.
 
         Returns:
             `input_ids` and `attention_mask`; `pixel_values` (B, 3, S, S), `head_vertices` and `head_normals` (B, V, 3),
-            `face_centers` (bins) and `face_normals` (B, F, 3) float32; and, for plain arrays only (tensors are what a model's `forward` takes), `num_out_of_bounds`.
+            `face_centers` (bins) and `face_normals` (B, F, 3) float32; and, with `return_tensors` None only, `num_out_of_bounds`.
         """
         one_of("on_out_of_bounds", on_out_of_bounds, ("warn", "raise", "ignore"))
         one_of("return_tensors", return_tensors, (None, "pt", "np"))
@@ -131,19 +127,16 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
         sequences, counts = [cloud.ids for cloud in clouds], [cloud.num_out_of_bounds for cloud in clouds]
         if sum(counts) and on_out_of_bounds != "ignore":
             worst = max(cloud.overshoot for cloud in clouds)
-            message = (
-                f"{sum(counts)} points lie outside the bounds {self.bounds}, by up to {worst:.4g} m; "
-                "fit the bounds to the data with tokenizer.fit(avatars)"
-            )
+            message = f"{sum(counts)} points lie outside the bounds {self.bounds}, by up to {worst:.4g} m"
+            message += "; fit the bounds to the data with tokenizer.fit(avatars)"
             if on_out_of_bounds == "raise":
                 raise ValueError(message)
             warnings.warn(message + ". They are clamped to the border", stacklevel=3)
         data: dict[str, Any] = {}
         if return_tensors is None:
             masks = [np.ones(len(ids), dtype=np.uint8) for ids in sequences]
-            data["input_ids"] = sequences if batched else sequences[0]
-            data["attention_mask"] = masks if batched else masks[0]
-            data["num_out_of_bounds"] = counts if batched else counts[0]
+            data = {"input_ids": sequences, "attention_mask": masks, "num_out_of_bounds": counts}
+            data = data if batched else {name: values[0] for name, values in data.items()}
         else:
             width = max(len(ids) for ids in sequences)
             data["input_ids"] = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
@@ -192,15 +185,13 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
             if isinstance(error, OSError) and not isinstance(error.__context__, json.JSONDecodeError):
                 raise
             raise ValueError(f"{where} is not a JSON object: {error}; restore the file it was saved as") from None
-        missing = [name for name in ("n_bins", "n_faces", "bounds", "axis_order") if name not in settings]
-        if missing:
-            raise ValueError(f"{where} is absent or lacks {missing}; save the tokenizer there with save_pretrained")
-        vocab_size = positive_integer("n_bins", settings["n_bins"]) + positive_integer("n_faces", settings["n_faces"])
-        if settings.setdefault("vocab_size", vocab_size + 3) != vocab_size + 3:
-            raise ValueError(
-                f"{where} contradicts itself: n_bins={settings['n_bins']} and n_faces={settings['n_faces']} make "
-                f"{vocab_size + 3} ids, its vocab_size is {settings['vocab_size']}; restore the file it was saved as"
-            )
+        if missing := {"n_bins", "n_faces", "bounds", "axis_order"} - settings.keys():
+            raise ValueError(f"{where} is absent or lacks {sorted(missing)}; write it with save_pretrained")
+        made_of = {name: positive_integer(name, settings[name]) for name in ("n_bins", "n_faces")}
+        expected = sum(made_of.values()) + 3
+        if (found := settings.setdefault("vocab_size", expected)) != expected:
+            found = f"vocab_size is {found}, expected {expected} of {made_of}"
+            raise ValueError(f"{where} contradicts itself: {found}; restore the file it was saved as")
         return settings, kwargs
 
 

@@ -1,7 +1,6 @@
-"""`GaussianTokenizer`, known to `AutoProcessor`: imported from here it is registered under the name in processor_config.json.
+"""`GaussianTokenizer`, registered with `AutoProcessor` under the name in processor_config.json.
 
-Not in the file that defines it, which travels with checkpoints: the code of one checkpoint would become the tokenizer of all
-others. Not in the package's `__init__` either: importing transformers takes seconds.
+Not in the file that defines it: the copy in one checkpoint would become the tokenizer of all others.
 """
 
 from transformers import AutoProcessor
@@ -9,5 +8,3 @@ from transformers import AutoProcessor
 from .processing_gaussian_tokenizer import GaussianTokenizer
 
 AutoProcessor.register("gaussian_tokenizer", GaussianTokenizer, exist_ok=True)
-
-__all__ = ["GaussianTokenizer"]

@@ -1,8 +1,6 @@
 """Configuration of the Gaussian decoder: the paper's network by default.
 
-A `GaussianDecoderConfig` says which inputs the decoder reads (`mode`, the paper's ablations), how large it is, which layers
-of the portrait encoder feed it, and in which ranges its Gaussians live. Sizes: AvatarPointillist supplementary, section D
-(12 blocks, width 1024, 16 heads); ranges and initial values of the Gaussians: LAM's released configuration.
+Sizes: AvatarPointillist supplementary, section D; ranges and initial values of the Gaussians: LAM's released configuration.
 """
 
 import math
@@ -59,15 +57,13 @@ class GaussianDecoderConfig(PreTrainedConfig):
     r"""Configuration of `GaussianDecoder`.
 
     Args:
-        mode: "full" reads positions and the point model's hidden states; "ar_feature" the hidden states only; "position" the
-            positions only; "flame_position" the same, for vertices of the head model instead of generated points.
-        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: the joint-attention blocks;
-            `intermediate_size` defaults to four widths.
+        mode: the paper's ablations. "full" reads positions and the point model's hidden states; "ar_feature" the hidden states
+            only; "position" the positions only; "flame_position" the same, for head vertices instead of generated points.
+        hidden_size, intermediate_size (default: four widths), num_hidden_layers, num_attention_heads: the joint-attention blocks.
         point_feature_size: width of the point model whose hidden states are read.
-        point_frequencies: octaves of the positional encoding; point_extent: meters mapped to [-1, 1];
-            point_center: meters, subtracted before.
+        point_frequencies, point_extent, point_center: of the positional encoding, as in `PointillistConfig`.
         read_anchors: also read the nearest point on each point's face, on the subject's own head, and learn how far to pull it
-            there (not in the paper). This corrects points that were generated beside the head.
+            there: corrects points that were generated beside the head (not in the paper).
         vision_config: a `Dinov2Config` (or dict) of the portrait encoder; default ViT-L/14, as in `PointillistConfig`.
         vision_layers: 0-based layers whose patch tokens are fused; default LAM's [4, 11, 17, 23] for 24 layers, else four
             evenly spread ones that end with the last.
@@ -106,10 +102,8 @@ class GaussianDecoderConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         check_fields(self, LIMITS)
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.point_center is None:
-            self.point_center = [0.0, 0.0, 0.0]
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.point_center = self.point_center or [0.0, 0.0, 0.0]
         self.vision_config = dinov2_config(self.vision_config)
         if self.vision_layers is None:
             self.vision_layers = spread_layers(self.vision_config.num_hidden_layers)
@@ -130,33 +124,30 @@ class GaussianDecoderConfig(PreTrainedConfig):
         return self.mode in ("full", "ar_feature")
 
     def validate_architecture(self):
-        """Raise `ValueError` where a field is out of its range or two contradict each other."""
+        """Raise `ValueError` for fields that are out of range or contradict each other."""
         check_fields(self, LIMITS)
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; found {self.mode!r}")
         if self.read_anchors and self.mode not in ("full", "position"):
             raise ValueError(f"read_anchors is for the modes full and position, which have faces; found {self.mode!r}")
-        if self.hidden_size % self.num_attention_heads or self.hidden_size % 2:
+        width, heads = self.hidden_size, self.num_attention_heads
+        if width % heads or width % 2:
+            raise ValueError(f"hidden_size {width} must be even and a multiple of num_attention_heads {heads}")
+        depth, layers = self.vision_config.num_hidden_layers, self.vision_layers
+        if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < depth:
             raise ValueError(
-                f"hidden_size {self.hidden_size} must be even and a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
+                f"vision_layers must be ascending layers of the {depth} of the portrait encoder, found {layers}"
             )
-        depth = self.vision_config.num_hidden_layers
-        in_order = self.vision_layers == sorted(set(self.vision_layers))
-        if not self.vision_layers or not in_order or not 0 <= self.vision_layers[0] <= self.vision_layers[-1] < depth:
-            raise ValueError(
-                f"vision_layers must be ascending layers of the {depth} of the portrait encoder, found {self.vision_layers}"
-            )
-        if not self.freeze_vision_encoder and self.vision_layers[-1] != depth - 1:
+        if not self.freeze_vision_encoder and layers[-1] != depth - 1:
             raise ValueError(
                 f"a portrait encoder that is trained must be read to its last layer ({depth - 1}), or the layers after "
-                f"{self.vision_layers[-1]} get no gradient: change vision_layers {self.vision_layers}"
+                f"{layers[-1]} get no gradient: change vision_layers {layers}"
             )
         if not 0 <= self.sh_degree <= 3:
             raise ValueError(f"sh_degree must be 0 to 3, found {self.sh_degree}")
         if not 0 < self.init_scale < self.max_scale:
             raise ValueError(
-                f"init_scale must lie between 0 and max_scale (at the limit its gradient is zero), "
+                "init_scale must lie between 0 and max_scale (at the limit its gradient is zero), "
                 f"found {self.init_scale} and {self.max_scale}"
             )
         if not 0 < self.init_opacity < 1:
@@ -168,6 +159,3 @@ def spread_layers(depth: int) -> list[int]:
     if depth == 24:
         return [4, 11, 17, 23]
     return sorted({max((i + 1) * depth // 4 - 1, 0) for i in range(4)})
-
-
-__all__ = ["GaussianDecoderConfig"]

@@ -1,16 +1,11 @@
 """The Gaussian decoder: from the points of an avatar and a portrait to the color, scale, rotation and opacity of its Gaussians.
 
-In: canonical positions (B, N, 3), the point model's hidden states that predicted each point's four tokens (B, N, 4, D_ar) and
-a portrait. Out: `GaussianDecoderOutput`. Points and portrait tokens pass through joint-attention blocks (SD3's MM-DiT without
-a timestep, as in LAM: each stream has its own weights, attention is over both); one linear layer for each attribute reads the
-points. Sizes: AvatarPointillist supplementary, section D; block and activations: LAM.
-
 Axes: B batch, N points, M portrait tokens, S = N + M, H heads, D width, K SH coefficients.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +45,11 @@ class GaussianDecoderOutput(ModelOutput):
     sh: Tensor | None = None
 
 
-class GaussianDecoderPreTrainedModel(PreTrainedModel):
-    """Weight initialization and what transformers needs to know of the Gaussian decoder."""
+class GaussianDecoder(PreTrainedModel):
+    """Points and a portrait -> Gaussians (see `forward`), by joint-attention blocks and one linear layer for each attribute.
+
+    The blocks are SD3's MM-DiT without a timestep, as in LAM: each stream has its own weights, attention is over both.
+    """
 
     config: GaussianDecoderConfig
     main_input_name = "positions"
@@ -61,17 +59,6 @@ class GaussianDecoderPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        # On the layers, not on the head: in custom code, transformers skips modules without parameters of their own.
-        if isinstance(module, AttributeLinear):
-            module.init_weights()
-
-
-class GaussianDecoder(GaussianDecoderPreTrainedModel):
-    """Points and a portrait -> Gaussians. See `forward`."""
 
     def __init__(self, config: GaussianDecoderConfig):
         super().__init__(config)
@@ -88,6 +75,13 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        # On the layers, not on the head: in custom code, transformers skips modules without parameters of their own.
+        if isinstance(module, AttributeLinear):
+            module.init_weights()
+
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)  # replaces the parameters by trainable ones
@@ -100,23 +94,22 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
         self.freeze()
 
     def freeze(self) -> None:
-        """Freeze the portrait encoder, if so configured, and the parameters that no loss reaches.
+        """Freeze the portrait encoder, if so configured, and the parameters that no loss reaches; the model does this itself.
 
         A trainable parameter without a gradient would stall distributed training: portraits are never masked, and the queries of
-        the last block's context are not used. The constructor, `use_vision` and `from_pretrained` have already done this.
+        the last block's context are not used.
         """
         if self.config.freeze_vision_encoder:
             self.vision.requires_grad_(False)
-        vision: Any = self.vision
-        last: Any = self.blocks[-1]
-        for unused in (vision.embeddings.mask_token, last.attn.q_proj_context, last.attn.q_norm_context):
+        vision, attention = cast(Any, self.vision), cast(Any, self.blocks[-1]).attn
+        for unused in (vision.embeddings.mask_token, attention.q_proj_context, attention.q_norm_context):
             unused.requires_grad_(False)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Portraits (B, 3, h, w), ImageNet-normalized -> `image_embeds` (B, M, layers read * D_vision), M patches.
 
-        The patch tokens of each layer of `vision_layers`, normalized by the encoder's last norm (DINOv2's
-        `get_intermediate_layers`), side by side. Compute it once to use a portrait many times.
+        The patch tokens of each layer of `vision_layers`, normalized by the encoder's last norm, side by side (DINOv2's
+        `get_intermediate_layers`). Compute it once to use a portrait many times.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must be (B, 3, h, w), found {tuple(pixel_values.shape)}")
@@ -136,19 +129,16 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
         point_mask: Tensor | None = None,
         anchors: Tensor | None = None,
     ) -> GaussianDecoderOutput:
-        """One pass.
+        """One pass. Raises `ValueError` if an input is missing or does not fit the configuration or the other inputs.
 
         Args:
             positions: (B, N, 3) meters, canonical space: dequantized tokens, or head vertices for "flame_position".
             point_features: (B, N, 4, D_ar) last hidden states of the point model that predicted x, y, z and face of each
-                point; needed by the modes "full" and "ar_feature", not read by the others.
+                point; read by the modes "full" and "ar_feature" only.
             pixel_values: (B, 3, h, w) portrait, ImageNet-normalized, or `image_embeds` (B, M, E) from `encode_image`.
             point_mask: (B, N) bool, False on padding, which does not affect the other points.
             anchors: (B, N, 3) meters, canonical space: the nearest point on the face of each point, on the subject's own head;
-                needed with `read_anchors`, else not read.
-
-        Raises:
-            ValueError: an input is missing, or its shape does not fit the configuration or the other inputs.
+                read with `read_anchors` only.
         """
         self._check(positions, point_features, pixel_values, image_embeds, point_mask, anchors)
         if pixel_values is not None:
@@ -173,7 +163,6 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
         return self.head(self.norm(points), positions.float(), anchors, point_mask)
 
     def _attention_mask(self, point_mask: Tensor | None, context: Tensor) -> Tensor | None:
-        """The mask as the attention function reads it."""
         if point_mask is None:
             return None
         visible = torch.cat((point_mask, point_mask.new_ones(context.shape[:2])), dim=1)
@@ -204,11 +193,10 @@ class GaussianDecoder(GaussianDecoderPreTrainedModel):
                 raise ValueError(f"{name} = {expected}, found {found}")
         if (pixel_values is None) == (image_embeds is None):
             raise ValueError("give exactly one of pixel_values and image_embeds")
-        if image_embeds is not None and (image_embeds.ndim != 3 or image_embeds.shape[-1] != config.image_embed_size):
-            raise ValueError(
-                f"image_embeds must be (B, M, {config.image_embed_size}) as encode_image makes them, "
-                f"found {tuple(image_embeds.shape)}"
-            )
+        size = config.image_embed_size
+        if image_embeds is not None and (image_embeds.ndim != 3 or image_embeds.shape[-1] != size):
+            found = tuple(image_embeds.shape)
+            raise ValueError(f"image_embeds must be (B, M, {size}) as encode_image makes them, found {found}")
         portraits = len(pixel_values if image_embeds is None else image_embeds)
         if portraits != batch:
             raise ValueError(f"{batch} point clouds, but {portraits} portraits")
@@ -423,6 +411,3 @@ class HeldExp(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return gradient * x.clamp(max=EXPONENT_LIMIT).exp()
-
-
-__all__ = ["GaussianDecoder", "GaussianDecoderPreTrainedModel"]

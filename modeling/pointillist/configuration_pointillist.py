@@ -191,6 +191,3 @@ class PointillistConfig(PreTrainedConfig):
                 f"head_dim {self.head_dim} * partial_rotary_factor {self.partial_rotary_factor} = {rotated} "
                 "must be an even whole number of channels"
             )
-
-
-__all__ = ["PointillistConfig"]

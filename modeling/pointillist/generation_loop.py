@@ -22,7 +22,7 @@ from .generation_grammar import PointGrammar
 from .generation_progress import GenerationProgress
 from .generation_ring_cache import RingCache
 from .generation_sampling import TokenSampler
-from .modeling_compatibility import CACHE_NAME, cache_argument, forward_pass, holds_cache
+from .modeling_compatibility import CACHE_NAME, forward_pass, holds_cache
 
 PROGRESS_FROM = 2_000  # new tokens from which a progress bar is shown unless told otherwise
 STOP_CHECK_EVERY = 16  # tokens between checks whether every row is finished: each waits for the device
@@ -110,7 +110,7 @@ class PointLoop:
             return ids
         num_points = (ids[:, prompt:] < config.bos_token_id).sum(1) // 4
         own = whole_points(features, num_points) if self.output_point_features else None
-        fields = dict(sequences=ids, point_features=own, num_points=num_points, **cache_argument(self.cache))
+        fields = dict(sequences=ids, point_features=own, num_points=num_points, **{CACHE_NAME: self.cache})
         return PointillistGenerateOutput(**fields)
 
     def check_prompts(self, begun: Tensor) -> None:
@@ -191,8 +191,8 @@ class PointLoop:
         tokens = tokens if self.guidance_scale is None else torch.cat((tokens, tokens))
         positions, mask = self.positions_and_mask(tokens, begin, length)
         call = self.step if length - begin == 1 else self.forward
-        options = dict(use_cache=self.cache is not None, logits_to_keep=1, return_dict=True)
-        outputs = call(tokens, mask, positions, self.cache, **options, **self.condition)
+        options = dict(cache=self.cache, use_cache=self.cache is not None, logits_to_keep=1, return_dict=True)
+        outputs = call(tokens, mask, positions, **options, **self.condition)
         logits, hidden = outputs.logits[:, -1].float(), outputs.last_hidden_state[: len(ids), -1]
         if self.guidance_scale is not None:
             guided, empty = logits.chunk(2)

@@ -13,8 +13,10 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from .configuration_pointillist import PointillistConfig
 from .generation_grammar import PointGrammar
-from .generation_loop import PointillistGenerateOutput  # noqa: F401  (named in annotations of its users)
-from .generation_loop import PointLoop
+from .generation_loop import (
+    PointillistGenerateOutput,  # noqa: F401  (named in annotations of its users)
+    PointLoop,
+)
 from .generation_points import PointLevelLoop
 from .generation_ring_cache import RingCache, self_attention_mask
 from .generation_streamer import PointStreamer  # noqa: F401  (so that it travels with a checkpoint)
@@ -108,8 +110,6 @@ class PointillistGenerationMixin(GenerationMixin):
         if ((inputs == bos).cumsum(1).bool() & (inputs > bos)).any():
             raise ValueError("a prompt must not hold eos or padding after bos: cut the end token off, pad on the left")
         condition = self.condition_encoder.or_empty(condition, len(inputs), None)
-        if len(condition) != len(inputs):
-            raise ValueError(f"{len(inputs)} prompts but conditions for {len(condition)}")
         kwargs.setdefault("attention_mask", (inputs != bos + 2).long())  # padding
         return inputs, condition
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from .generation_loop import PointillistGenerateOutput, PointLoop, every_rank_finished
 from .generation_sampling import Sampler
-from .modeling_compatibility import cache_argument, forward_pass
+from .modeling_compatibility import CACHE_NAME, forward_pass
 from .modeling_points import FACE, Faces
 
 
@@ -107,7 +107,7 @@ class PointLevelLoop(PointLoop):
             sequences=ids,  # type: ignore[arg-type]  # declared as LongTensor
             point_features=features[:, :longest] * real[:, :, None, None] if self.output_point_features else None,
             num_points=num_points,
-            **cache_argument(self.cache),
+            **{CACHE_NAME: self.cache},
         )
 
     def prepare(self, model, prompt: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:

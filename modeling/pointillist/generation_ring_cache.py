@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from .modeling_compatibility import cache_argument
+from .modeling_compatibility import CACHE_NAME
 
 
 class RingLayer(CacheLayerMixin):
@@ -117,10 +117,8 @@ def self_attention_mask(
         return attention_mask
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if not isinstance(cache, RingCache) or inputs_embeds.shape[1] > 1:
-        inputs: dict[str, Any] = dict(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids
-        )
-        return create_sliding_window_causal_mask(config=config, **inputs, **cache_argument(cache))
+        inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, CACHE_NAME: cache}
+        return create_sliding_window_causal_mask(config=config, position_ids=position_ids, **inputs)
     mask = ring_mask(cache, attention_mask, inputs_embeds.dtype, inputs_embeds.device)
     if mask is None or "flash" not in str(config._attn_implementation):
         return mask

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
 from inspect import get_annotations
-from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -17,11 +16,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_manage
 
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(GenerateDecoderOnlyOutput)})
-
-
-def cache_argument(cache: Cache | None) -> dict[str, Any]:
-    """The cache as a keyword argument of transformers' functions and outputs."""
-    return {CACHE_NAME: cache}
 
 
 def rename_cache(arguments: dict, name: str = "cache") -> dict:
@@ -56,8 +50,6 @@ def holds_cache(output: type) -> type:
 
 def forward_pass(model, cache: Cache | None, generation_config, part=None) -> Callable:
     """The call of `model` or a `part` of it that decodes a position.
-
-    It is compiled where the cache has fixed shapes and transformers deems the hardware fit for it.
 
     `_valid_auto_compile_criteria` is private, but a copy of what it knows about quantizers, offloading and devices would age.
     """

@@ -41,11 +41,9 @@ class PointEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, vertices: Tensor, normals: Tensor) -> Tensor:
-        shapes = tuple(vertices.shape), tuple(normals.shape)
-        if shapes[0] != shapes[1] or vertices.ndim != 3 or vertices.shape[-1] != 3:
-            raise ValueError(
-                f"head_vertices and head_normals must both be (B, V, 3), found {shapes[0]} and {shapes[1]}"
-            )
+        shape, other = tuple(vertices.shape), tuple(normals.shape)
+        if shape != other or len(shape) != 3 or shape[-1] != 3:
+            raise ValueError(f"head_vertices and head_normals must both be (B, V, 3), found {shape} and {other}")
         samples = self.config.point_samples
         if samples is not None and samples < vertices.shape[1]:
             read = evenly_spaced(samples, vertices.shape[1], vertices.device)
@@ -121,8 +119,10 @@ class ConditionEncoder(nn.Module):
         return self.norm(torch.cat(tokens, dim=1)) if tokens else None
 
     def or_empty(self, condition: Tensor | None, batch: int, drop: Tensor | None) -> Tensor:
-        """The condition, or the learned empty token where there is none or `drop` (B,) is True."""
+        """The condition (B, M, D), or the learned empty token where there is none or `drop` (B,) is True."""
         empty = self.empty[None].expand(batch, -1, -1)
-        if condition is None or drop is None:
-            return empty if condition is None else condition
-        return torch.where(drop[:, None, None].bool(), empty, condition)
+        if condition is None:
+            return empty
+        if len(condition) != batch:
+            raise ValueError(f"condition for {len(condition)} sequences, but {batch} sequences of tokens")
+        return condition if drop is None else torch.where(drop[:, None, None].bool(), empty, condition)

@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_pointillist import PointillistConfig
 from .generation_pointillist import PointillistGenerationMixin
 from .generation_ring_cache import additive_mask, self_attention_mask
-from .modeling_compatibility import CACHE_NAMES, cache_argument, holds_cache, takes_cache
+from .modeling_compatibility import CACHE_NAME, CACHE_NAMES, holds_cache, takes_cache
 from .modeling_condition import ConditionEncoder
 from .modeling_points import Faces, PointEmbedding, SlotHead, SlotHeads, group_tokens, smooth_rows
 
@@ -279,9 +279,10 @@ class PointillistModel(PointillistPreTrainedModel):
             condition_mask = additive_mask(condition_mask.bool(), x.dtype).expand(-1, 1, x.shape[1], -1)
 
         rotary = rotary_embedding(self.config, position_ids)
+        own: dict[str, Any] = {CACHE_NAME: cache}
         for layer in self.layers:
-            x = layer(x, condition, mask, condition_mask, rotary, **cache_argument(cache), **kwargs)
-        return PointillistOutput(last_hidden_state=self.norm(x), **cache_argument(cache))
+            x = layer(x, condition, mask, condition_mask, rotary, **own, **kwargs)
+        return PointillistOutput(last_hidden_state=self.norm(x), **own)
 
 
 class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMixin):
@@ -356,7 +357,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> PointillistOutput:
-        """One pass over token ids (B, L).
+        """One pass.
 
         At the point level ids are whole points (`group_tokens`), and what is predicted of a token also knows the slots of its own
         point that are spelled before it. Positions and cache count points, and there are no logits beside a loss.
@@ -375,19 +376,15 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is None:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        batch = len(tokens)
         if condition_embeds is None:
             condition_embeds = self.encode_condition(pixel_values, head_vertices, head_normals)
-        condition_embeds = self.condition_encoder.or_empty(condition_embeds, batch, drop_condition)
-        if condition_embeds.shape[0] != batch:
-            raise ValueError(f"condition for {condition_embeds.shape[0]} sequences, but {batch} sequences of tokens")
-        condition = condition_embeds, condition_mask
-        inputs = input_ids, attention_mask, position_ids, cache, inputs_embeds, *condition
-        kwargs["use_cache"] = use_cache
+        condition = self.condition_encoder.or_empty(condition_embeds, len(tokens), drop_condition)
+        options = dict(cache=cache, use_cache=use_cache, condition=condition, condition_mask=condition_mask)
+        inputs = input_ids, attention_mask, position_ids
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if isinstance(self.lm_head, SlotHeads):
-            return self.forward_points(inputs, labels, face_centers, face_normals, kept, **kwargs)
-        outputs = self.model(*inputs, **kwargs)
+            return self.forward_points(inputs, labels, face_centers, face_normals, kept, **options, **kwargs)
+        outputs = self.model(*inputs, inputs_embeds=inputs_embeds, **options, **kwargs)
         outputs["last_hidden_state"] = hidden = outputs.last_hidden_state[:, kept]
         if labels is not None and self.config.loss_within_slot:
             own = self.loss_within_slot(hidden, labels, kwargs.get("num_items_in_batch"))
@@ -477,6 +474,3 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
     def num_decoder_parameters(self) -> int:
         """Parameters without the encoders of the condition, as the paper counts them."""
         return sum(p.numel() for module in (self.model, self.lm_head) for p in module.parameters())
-
-
-__all__ = ["PointillistForCausalLM", "PointillistModel", "PointillistPreTrainedModel"]

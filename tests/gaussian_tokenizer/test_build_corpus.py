@@ -447,7 +447,7 @@ def test_the_command_builds_counts_and_checks(subjects, tmp_path, capsys):
     assert main(command(subjects, output)) == 0
     assert "train: 7 subjects, 14 frames, 350 points, 1,414 tokens, 0 points out of bounds" in capsys.readouterr().out
     assert main(["stats", str(output), "--plot", str(tmp_path / "h.png")]) == 0
-    assert "points a subject         min 50, median 50, max 50" in capsys.readouterr().out
+    assert "points per subject       min 50, median 50, max 50" in capsys.readouterr().out
     assert Image.open(tmp_path / "h.png").format == "PNG"
     assert main(["validate", str(output)]) == 0
     assert "complete and consistent" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import pytest
 from paths import ROOT
 
 from training import command
-from training.common.configs import CONFIGS, find_config
+from training.common.arguments import CONFIGS, find_config
 
 
 def pointillist(monkeypatch, *words: str) -> None:

@@ -1,8 +1,6 @@
 """Arguments of the training scripts: a YAML file for the run, any field of it again on the command line.
 
-A script names dataclasses, and gets an instance of each. A field is an option `--name value`, read by its type; a value of the file
-replaces the default and is converted and checked like a word of the command line. A name that no class has is refused with
-the nearest one. Nothing here loads transformers, which fitting does not need.
+A script names dataclasses, and gets an instance of each. Nothing here loads transformers, which fitting does not need.
 """
 
 import difflib
@@ -17,19 +15,20 @@ from pathlib import Path
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
-from training.common.configs import find_config
-from training.common.parser import DataclassParser
+from gaussian_tokenizer.utils.hub import one_line
+from training.common.parser import dataclass_parser
 from training.common.process import Interrupted
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
     """`[run.yaml] [--field value ...]` -> one instance of each dataclass; the command line wins over the file.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is no mapping, or a name is not a field.
+    The help begins with the first paragraph of `description`. ValueError if the file is no mapping, or a name is not a field.
     """
     names = [field.name for cls in classes for field in fields(cls) if field.init]
+    flags = ["--help", "--help_all", *(f"--{name}" for name in names)]
     settings = {}
     if argv and not argv[0].startswith("-"):
         path = find_config(argv[0])
@@ -37,12 +36,31 @@ def parse_arguments(argv: list[str], *classes: type, description: str) -> tuple:
         for name in settings:
             if name not in names:
                 raise ValueError(f"{path}: no field {name!r}{nearest(name, names)}")
-    parser = DataclassParser(classes, settings, description, show_all="--help_all" in argv)
-    for argument in argv:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and not any(known.startswith(flag) for known in parser.flags):
-            raise ValueError(f"no field {flag}{nearest(flag, parser.flags)}; --help lists all")
-    return parser.instances(argv)
+    words = []
+    for word in argv:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            flag = f"--{flag[2:].replace('-', '_')}"
+            if not any(known.startswith(flag) for known in flags):
+                raise ValueError(f"no field {flag}{nearest(flag, flags)}; --help lists all")
+            word = flag + equals + value
+        words.append(word)
+    parser = dataclass_parser(classes, settings, description.split("\n\n")[0], "--help_all" in words)
+    values = vars(parser.parse_args(words))
+    return tuple(cls(**{field.name: values[field.name] for field in fields(cls) if field.init}) for cls in classes)
+
+
+def find_config(name: str) -> Path:
+    """The YAML file at the path `name`, or the toolkit's config of that name: `debug` is training/configs/debug.yaml.
+
+    Raises `FileNotFoundError` that lists the names where there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    if name not in shipped:
+        raise FileNotFoundError(f"{name}: no such config file; give a path, or a name of {', '.join(shipped)}")
+    return shipped[name]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -56,7 +74,7 @@ def read_yaml(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: not YAML ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected fields and values, found {type(content).__name__}")
     return content
@@ -68,10 +86,9 @@ def flag_named(flag: str, value: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{flag} {value}: no such model here, neither as a folder with config.json and model.safetensors nor in the "
-            f"cache of the Hub; correct it, or download it while online (HF_HUB_OFFLINE=0) ({reason})"
+            f"cache of the Hub; correct it, or download it while online (HF_HUB_OFFLINE=0) ({one_line(error)})"
         ) from error
 
 

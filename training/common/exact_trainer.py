@@ -1,7 +1,4 @@
-"""transformers' Trainer made exact: a checkpoint is complete or does not count, and a stopped run loses no step.
-
-A checkpoint counts only if it contains `COMPLETE`, which the main process writes last, after all others are done. A run resumes
-from the newest such folder, so one that was killed during a save resumes from the save before. SIGTERM and Ctrl-C save one.
+"""transformers' Trainer made exact: a checkpoint counts only if it is complete, and a run stopped by a signal loses no step.
 
 Private methods of transformers are used in this file alone, each for a stated reason. Their signatures are the same from 5.17 to
 5.24.
@@ -28,16 +25,15 @@ from gaussian_tokenizer.utils.atomic import atomic_file, flush_to_disk
 from gaussian_tokenizer.utils.disk import disk_is_full
 from gaussian_tokenizer.utils.hub import one_line, upload
 from training.common.process import Interrupted, StopSignals
+from training.common.training_arguments import PretrainArguments
 
-COMPLETE = "COMPLETE"
+COMPLETE = "COMPLETE"  # the main process writes it into a checkpoint last, after all others are done
 
 
 class ExactTrainer(Trainer):
-    """Trainer with `PretrainArguments` that reads the training set in order: step i sees the same items in every run.
+    """Trainer with `PretrainArguments` that reads the training set in order: step i sees the same items in every run."""
 
-    Subclasses say how to evaluate: `batch_sums` and `mean_metrics`.
-    """
-
+    args: PretrainArguments
     train_dataset: Any
     eval_dataset: Any
 
@@ -50,12 +46,7 @@ class ExactTrainer(Trainer):
         self.add_callback(self.checkpoints)
 
     def train(self, *args, **kwargs):
-        """As Trainer's.
-
-        Raises:
-            Interrupted: SIGTERM or SIGINT reached one of the processes; all have finished and saved the same step.
-            ValueError: the disk is full.
-        """
+        """As Trainer's. `Interrupted` if a signal reached one of the processes: all have finished and saved the same step."""
         # Trainer removes old checkpoints before the new one is marked as complete; `finish_checkpoint` does it after.
         self.args.save_total_limit = None
         try:
@@ -66,15 +57,19 @@ class ExactTrainer(Trainer):
         if self.checkpoints.stopped:
             self.accelerator.wait_for_everyone()  # a launcher ends the other processes once the first one exits
             number = self.signals.received[0] if self.signals.received else signal.SIGTERM
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            said = f"{folder} saved after {self.state.global_step:,} of {self.args.max_steps:,} steps; run the same command with "
+            step = self.state.global_step
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            said = f"{folder} saved after {step:,} of {self.args.max_steps:,} steps; run the same command with "
             said += "--resume_from_checkpoint true to resume from there"
             raise Interrupted(said if self.is_world_process_zero() else "", number)
         self.remove_old_checkpoints()  # a run that was killed after its last step may have left some
         return output
 
-    def train_and_evaluate(self, checkpoint: str | None) -> dict[str, float]:
-        """Train, from a checkpoint if one is given; returns the metrics of the last step."""
+    def train_and_evaluate(self, checkpoint: str | None, about: str, items: str) -> dict[str, float]:
+        """Print what is trained on how many items, train; returns the metrics of the last step."""
+        if self.is_world_process_zero():
+            ahead = steps_ahead(checkpoint, self.args.max_steps, f"{self.args.items_per_step} {items}")
+            print(about + ahead, flush=True)
         self.train(resume_from_checkpoint=checkpoint)
         evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
         if evaluations and evaluations[-1]["step"] == self.state.global_step:
@@ -136,7 +131,7 @@ class ExactTrainer(Trainer):
         self.unfinished = None
 
     def remove_old_checkpoints(self) -> None:
-        """All but the newest `save_total_limit`, and the best."""
+        """Keep the newest `save_total_limit`, and the best."""
         if self.args.should_save:
             rotate_checkpoints(self.args.output_dir, self.limit, self.state.best_model_checkpoint)
 
@@ -158,8 +153,7 @@ class ExactTrainer(Trainer):
         Private, as Trainer offers nothing else: loading before or after it would leave its warning that these are missing.
         """
         if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
         loaded = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
         model.load_state_dict(loaded.state_dict())
@@ -167,18 +161,13 @@ class ExactTrainer(Trainer):
     def _load_best_model(self):
         """For the same reason."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # ---- the end
 
     def save_finished(self, summarize: Callable[[], tuple[dict, str]]) -> None:
-        """Write the trained model, its report, log and card into the output folder; upload them if asked to.
-
-        `summarize` makes the report and the card, in the main process only. All is written into a folder of its own first and
-        then moved file by file.
-        """
+        """Write the trained model with its report, log and card, which `summarize` makes; upload them if asked to."""
         output = Path(self.args.output_dir)
         staging = output / ".model.partial"
         with removed_if_disk_is_full(lambda: staging):
@@ -223,7 +212,7 @@ class Checkpoints(TrainerCallback):
         accelerator = self.trainer.accelerator
         if self.trainer.signals.received:
             accelerator.set_trigger()
-        # All processes check after the same step, and see a signal that any of them got.
+        # All processes check after the same step, and see a signal that any one of them got.
         if accelerator.check_trigger():
             self.stopped = control.should_training_stop = True
 
@@ -256,9 +245,7 @@ def removed_if_disk_is_full(written: Callable[[], Path | None]) -> Iterator[None
 def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
     """`--resume_from_checkpoint`: None or "false" -> None; "true" -> the newest complete one, if any; else that folder.
 
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the folder is not a complete checkpoint.
+    FileNotFoundError if there is no such folder, ValueError if it is not a complete checkpoint.
     """
     if asked is None or asked.lower() in ("false", "no", "0"):
         return None
@@ -276,7 +263,7 @@ def checkpoint_to_resume(asked: str | None, output_dir: str) -> str | None:
 
 
 def steps_ahead(checkpoint: str | None, max_steps: int, batch: str) -> str:
-    """What is printed before a training: its steps, or the checkpoint that it resumes from and whether any steps are left."""
+    """What to print before a training: its steps, or the checkpoint that it resumes from and whether any steps are left."""
     if checkpoint is None:
         return f"{max_steps} steps of {batch}"
     done = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step

@@ -4,17 +4,14 @@ from typing import Any
 
 from gaussian_tokenizer.corpus.card import HUB_LICENSES
 from gaussian_tokenizer.corpus.corpus import Corpus
+from gaussian_tokenizer.tokenizer.point_codec import SLOTS
 from gaussian_tokenizer.utils.templates import render_template
 
 
 def model_card(kind: str, corpus: Corpus, **values: Any) -> str:
-    """Markdown with a YAML header.
-
-    Args:
-        kind: `point_model` or `gaussian_decoder`.
-        values: of the templates: config, report (see `training_report.json`) and arguments.
-    """
-    return render_template(__package__, f"{kind}.md.j2", corpus=corpus, license=hub_license(corpus), **values)
+    """Markdown of a `point_model` or `gaussian_decoder`; values of the template: config, report and arguments."""
+    given = {"corpus": corpus, "license": hub_license(corpus), "slots": SLOTS, **values}
+    return render_template(__package__, f"{kind}.md.j2", **given)
 
 
 def hub_license(corpus: Corpus) -> str:

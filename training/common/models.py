@@ -13,25 +13,16 @@ from training.common.arguments import flag_named
 
 
 def open_point_model(flag: str, name: str, corpus: Corpus, **options: Any) -> PointillistForCausalLM:
-    """`PointillistForCausalLM.from_pretrained(name, **options)`.
-
-    Raises:
-        FileNotFoundError: no such model; names the flag that asked for it.
-        ValueError: the model and the corpus differ in their vocabulary.
-    """
+    """`PointillistForCausalLM.from_pretrained(name, **options)`; ValueError if the corpus has another vocabulary."""
     with flag_named(flag, name):
         model = PointillistForCausalLM.from_pretrained(name, **options)
     check_vocabulary(model.config, corpus.tokenizer, f"{flag} {name}", f"the corpus {corpus.path}")
     return model
 
 
-def box(tokenizer: GaussianTokenizer) -> dict[str, Any]:
-    """Center and half of the longest side of the box that the tokenizer quantizes, as the models' configurations have them."""
+def shared_fields(arguments: Any, config: type, tokenizer: GaussianTokenizer) -> dict[str, Any]:
+    """The values of the arguments that are fields of a configuration class too, and the box that the tokenizer quantizes."""
     lower, upper = np.asarray(tokenizer.bounds)
-    return {"point_center": ((lower + upper) / 2).tolist(), "point_extent": float((upper - lower).max()) / 2}
-
-
-def shared_fields(arguments: Any, config: type) -> dict[str, Any]:
-    """The values of the arguments that are fields of a configuration class too."""
+    box = {"point_center": ((lower + upper) / 2).tolist(), "point_extent": float((upper - lower).max()) / 2}
     names = {field.name for field in fields(config)}
-    return {field.name: getattr(arguments, field.name) for field in fields(arguments) if field.name in names}
+    return {field.name: getattr(arguments, field.name) for field in fields(arguments) if field.name in names} | box

@@ -1,14 +1,7 @@
-"""An argparse parser for dataclasses, with a `--help` in groups: one for each class, its fields in order.
-
-As transformers' `HfArgumentParser` reads them, without loading transformers (seconds, for scripts that need none of it). Fields
-that a class inherits from another package, such as the hundred of `TrainingArguments`, are shown by `--help_all`, and
-by `--help` if they are among the most used. An entry is a field's name, type, meaning and default, which is the config file's
-where that has one.
-"""
+"""An argparse parser for dataclasses that reads them as transformers' `HfArgumentParser` does, without loading transformers."""
 
 import argparse
 import shutil
-import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields
 from enum import Enum
@@ -20,7 +13,6 @@ MOST_USED = (
     "seed", "gradient_accumulation_steps", "bf16", "activation_checkpointing", "torch_compile", "dataloader_num_workers",
     "use_cpu", "disable_tqdm", "hub_model_id", "hub_private_repo",
 )  # fmt: skip
-COLUMN = 32  # where explanations begin
 TYPES = {"int": "INT", "float": "FLOAT", "str": "TEXT", "true_or_false": "true|false"}
 
 
@@ -29,58 +21,32 @@ def option(text: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-class DataclassParser(argparse.ArgumentParser):
-    """Options `--name` for the fields of dataclasses.
+def dataclass_parser(
+    classes: tuple[type, ...], settings: Mapping[str, Any], description: str, show_all: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with an option `--name` for every field; `--help` has a group for each class.
 
-    Args:
-        classes: the first lines of their docstrings are the titles of the groups.
-        settings: values of fields that replace the defaults.
-        show_all: whether the help shows inherited fields too.
+    Fields that a class inherits from another package, such as the hundred of `TrainingArguments`, are shown by `--help_all`,
+    and by `--help` if they are among the most used.
+    Titles of groups are the first lines of docstrings; `settings` replace the defaults.
     """
-
-    def __init__(
-        self, classes: tuple[type, ...], settings: Mapping[str, Any], description: str, show_all: bool = False
-    ):
-        super().__init__(description=description, usage="%(prog)s [config.yaml] [--field value ...]")
-        self.classes, self.show_all = classes, show_all
-        self.add_argument("config", nargs="?")
-        self.entries: dict[str, list[str]] = {}  # lines of the help
-        self.flags = ["--help"]
-        for cls in classes:
-            hints = get_type_hints(cls)
-            for f in fields(cls):
-                if f.init:
-                    action = self.add_argument(*_flags(f), **_takes(hints[f.name]), **_default(f, settings))
-                    self.entries[f.name] = _entry(action, explanation(cls, f.name))
-                    self.flags += action.option_strings
-        if any(inherited_fields(cls) for cls in classes):
-            self.add_argument("--help_all", action="help")
-            self.flags.append("--help_all")
-
-    def instances(self, argv: list[str]) -> tuple:
-        """One instance of each class."""
-        values = vars(self.parse_args(argv))
-        return tuple(cls(**{f.name: values[f.name] for f in fields(cls) if f.init}) for cls in self.classes)
-
-    def format_help(self) -> str:
-        lines = [self.format_usage().strip(), "", *textwrap.wrap(str(self.description), _width())]
-        rest: list[str] = []
-        for cls in self.classes:
-            inherited = inherited_fields(cls)
-            rest += [name for name in inherited if name not in MOST_USED]
-            own = [f.name for f in fields(cls) if f.init and f.name not in inherited]
-            lines += ["", str(cls.__doc__).split("\n\n")[0]]
-            for name in own + [name for name in MOST_USED if name in inherited]:
-                lines += self.entries[name]
-        title = "The rest of transformers' TrainingArguments."
-        if rest and self.show_all:
-            lines += ["", title, *(line for name in rest for line in self.entries[name])]
-        elif rest:
-            lines += [
-                "",
-                "--help_all lists the other fields of transformers' TrainingArguments; they can be given like these.",
-            ]
-        return "\n".join(lines) + "\n"
+    usage = "%(prog)s [config.yaml] [--field value ...]"
+    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=_Help)
+    parser.add_argument("config", nargs="?", help=argparse.SUPPRESS)
+    for cls in classes:
+        hints, inherited = get_type_hints(cls), inherited_fields(cls)
+        group = parser.add_argument_group(str(cls.__doc__).split("\n\n")[0])
+        rest = parser.add_argument_group("The rest of transformers' TrainingArguments.")
+        if inherited:
+            parser.add_argument("--help_all", action="help", help=argparse.SUPPRESS)
+            lists = "--help_all lists the other fields of transformers' TrainingArguments, which work like these."
+            parser.epilog = None if show_all else lists
+        for f in sorted((f for f in fields(cls) if f.init), key=lambda f: f.name in inherited):
+            seldom = f.name in inherited and f.name not in MOST_USED
+            default, note = _default(f, settings)
+            text = argparse.SUPPRESS if seldom and not show_all else explanation(cls, f.name) + note
+            (rest if seldom else group).add_argument(f"--{f.name}", help=text, **default, **_takes(hints[f.name]))
+    return parser
 
 
 def inherited_fields(cls: type) -> list[str]:
@@ -93,9 +59,8 @@ def inherited_fields(cls: type) -> list[str]:
 
 def explanation(cls: type, name: str) -> str:
     """The help of a field, or that of a base class for a field that only gets another default."""
-    declared = [vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__]
-    texts = [f.metadata.get("help", "") for f in declared if f is not None]
-    return next((text.replace("%%", "%") for text in texts if text), "")
+    declared = (vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__)
+    return next((f.metadata["help"] for f in declared if f is not None and "help" in f.metadata), "")
 
 
 def true_or_false(word: str) -> bool:
@@ -107,51 +72,40 @@ def true_or_false(word: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, found {word!r}")
 
 
-def _flags(field: Field) -> dict[str, None]:
-    return dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
-
-
 def _takes(hint: Any) -> dict[str, Any]:
     """The arguments of `add_argument` for a type. Of a union, an enum decides, else bool, else str, else the first member."""
-    kinds = (
-        [kind for kind in get_args(hint) if kind is not NoneType] if get_origin(hint) in (Union, UnionType) else [hint]
-    )
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+    kinds = [kind for kind in members if kind is not NoneType]
     for kind in kinds:
         if isinstance(kind, type) and issubclass(kind, Enum):
             return {"type": str, "choices": [member.value for member in kind]}
-    if bool in kinds:
-        return {"type": true_or_false, "nargs": "?", "const": True}
-    if str in kinds:
-        return {"type": str}
-    if get_origin(kinds[0]) is list:
-        return {"type": get_args(kinds[0])[0], "nargs": "+"}
-    return {"type": kinds[0]}
+    more: dict[str, Any] = {}
+    kind = next((kind for kind in (bool, str) if kind in kinds), kinds[0])
+    if kind is bool:
+        kind, more = true_or_false, {"nargs": "?", "const": True}
+    elif get_origin(kind) is list:
+        kind, more = get_args(kind)[0], {"nargs": "+"}
+    return {"type": kind, "metavar": TYPES.get(getattr(kind, "__name__", ""), "VALUE"), **more}
 
 
-def _default(field: Field, settings: Mapping[str, Any]) -> dict[str, Any]:
-    if field.name in settings:
-        value = settings[field.name]
-        # argparse converts and checks defaults that are text.
-        return {"default": str(value) if isinstance(value, bool | int | float) else value}
-    if field.default_factory is not MISSING:
-        return {"default": field.default_factory()}
-    return {"required": True} if field.default is MISSING else {"default": field.default}
+def _default(field: Field, settings: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The arguments of `add_argument` for a default, and what the help says of it."""
+    value = settings.get(field.name, field.default)
+    if field.name in settings and isinstance(value, bool | int | float):
+        value = str(value)  # argparse converts and checks defaults that are text
+    elif field.name not in settings and field.default_factory is not MISSING:
+        value = field.default_factory()
+    if value is MISSING:
+        return {"required": True}, " (required)"
+    shown = value.value if isinstance(value, Enum) else value
+    return {"default": value}, "" if value is None else f" (default: {shown})".replace("%", "%%")
 
 
-def _entry(action: argparse.Action, text: str) -> list[str]:
-    """`  --name TYPE    what it means (default: 3)`, wrapped."""
-    kind = TYPES.get(getattr(action.type, "__name__", ""), "VALUE")
-    takes = "|".join(map(str, action.choices)) if action.choices else kind
-    head = f"  --{action.dest} {takes}{' ...' if action.nargs == '+' else ''}"
-    default = action.default.value if isinstance(action.default, Enum) else action.default
-    if action.required:
-        text += " (required)"
-    elif default is not None:
-        text += f" (default: {default})"
-    lines = textwrap.wrap(" ".join(text.split()), max(20, _width() - COLUMN)) or [""]
-    indented = [" " * COLUMN + line for line in lines]
-    return [head.ljust(COLUMN) + lines[0], *indented[1:]] if len(head) < COLUMN else [head, *indented]
+class _Help(argparse.HelpFormatter):
+    """With wider columns, and sentences as titles of groups."""
 
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=min(120, shutil.get_terminal_size().columns))
 
-def _width() -> int:
-    return min(120, shutil.get_terminal_size().columns)
+    def format_help(self) -> str:
+        return super().format_help().replace(".:\n", ".\n")

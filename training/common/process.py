@@ -1,8 +1,4 @@
-"""Signals that stop a training process, and a check of how many processes run.
-
-SIGTERM and Ctrl-C (SIGINT) are recorded; the current step is finished and saved, and `Interrupted` says how to resume. All
-trainings share this rule; `arguments.exit_on_user_error` prints one line.
-"""
+"""Signals that stop a training process after its current step is saved, and a check of how many processes run."""
 
 import os
 import signal
@@ -14,12 +10,7 @@ SECONDS_OF_ONE_REQUEST = 1.0
 
 
 class Interrupted(Exception):
-    """A signal asked the process to stop, and its work is saved.
-
-    Args:
-        text: what was saved and how to resume; empty in a process that leaves the message to another.
-        number: the signal.
-    """
+    """A signal, `number`, asked the process to stop. The text says how to resume; empty if another process says it."""
 
     def __init__(self, text: str, number: int):
         super().__init__(text)
@@ -65,10 +56,9 @@ class StopSignals:
 
 
 def warn_of_missing_processes(running: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Warn on stderr if `accelerate launch` was asked for several processes and started one.
+    """Warn on stderr if `accelerate launch` was asked for several processes and started one, as without GPUs.
 
-    Without GPUs it ignores `--num_processes`, unless DeepSpeed or MPI is asked for. It then sets the address of the group, but
-    not its size.
+    It then sets the address of the group, but not its size.
     """
     asked = "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_ADDR" in environment
     if running == 1 and asked and "WORLD_SIZE" not in environment:

@@ -21,9 +21,7 @@ class PretrainArguments(TrainingArguments):
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 1000
     max_steps: int = option("length of the training in optimizer steps", 50_000)
-    resume_from_checkpoint: str | None = option(
-        "a checkpoint folder, or true: the newest complete checkpoint of --output_dir, if there is one", None
-    )
+    resume_from_checkpoint: str | None = option("a checkpoint, or true: the newest complete one, if any", None)
     push_to_hub: bool = option("upload the finished folder to the Hub", False)
     per_device_train_batch_size: int = 4
     per_device_eval_batch_size: int = 4
@@ -39,9 +37,7 @@ class PretrainArguments(TrainingArguments):
     # Trainer's arguments, which hold the token.
     train_sampling_strategy: str = field(default="sequential", init=False)
     hub_strategy: str = field(default="end", init=False)
-    num_threads: int | None = option(
-        "CPU threads per process; by default the cores are shared among the processes", None
-    )
+    num_threads: int | None = option("CPU threads per process; by default the cores divided by the processes", None)
 
     def __post_init__(self):
         if self.max_steps < 1:

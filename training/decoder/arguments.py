@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from gaussian_tokenizer.avatars.skinning import ANIMATIONS
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import GaussianDecoderConfig, PointillistConfig
-from training.common.models import box, shared_fields
+from training.common.models import shared_fields
 from training.common.parser import option
 from training.common.training_arguments import PretrainArguments
 
@@ -16,28 +16,18 @@ class DecoderArguments:
 
     point_model: str = option("trained point model: folder or Hub id; it is not trained here")
     decoder: str | None = option("decoder to start from: folder or Hub id; its sizes override those given here", None)
-    mode: str = option(
-        "what the decoder reads of a point: full (position and hidden states), position, ar_feature, or flame_position "
-        "(head vertices in the place of generated points): the paper's ablations",
-        "full",
-    )
+    mode: str = option("full (position, hidden states), or an ablation: position, ar_feature, flame_position", "full")
     hidden_size: int = option("width of the decoder", 1024)
     num_hidden_layers: int = option("joint-attention blocks", 12)
     num_attention_heads: int = option("heads of each attention", 16)
-    read_anchors: bool = option(
-        "also read where each point's face is on the subject's head, and learn to move it there (not in the paper)",
-        False,
-    )
+    read_anchors: bool = option("also read where a point's face is on the subject's own head (not in the paper)", False)
     sh_degree: int = option("degree of the colors' spherical harmonics", 0)
     init_scale: float = option("initial size of Gaussians in meters", 0.0067379)
     max_scale: float = option("largest size of a Gaussian in meters", 0.01)
     max_offset: float = option("largest distance of a Gaussian from its point in meters", 0.1)
     init_opacity: float = option("initial opacity of Gaussians", 0.1)
     initializer_range: float = option("standard deviation of new weights", 0.02)
-    freeze_vision_encoder: bool | None = option(
-        "do not train the portrait encoder, a copy of the point model's; by default as the point model was trained",
-        None,
-    )
+    freeze_vision_encoder: bool | None = option("do not train the portrait encoder; default: as the point model", None)
     attn_implementation: str = option("eager, sdpa, flash_attention_2", "sdpa")
 
     def config(self, point_config: PointillistConfig, tokenizer: GaussianTokenizer) -> GaussianDecoderConfig:
@@ -46,7 +36,7 @@ class DecoderArguments:
         if frozen is None:
             frozen = point_config.use_vision_encoder and point_config.freeze_vision_encoder
         return GaussianDecoderConfig(
-            **shared_fields(self, GaussianDecoderConfig) | {"freeze_vision_encoder": frozen} | box(tokenizer),
+            **shared_fields(self, GaussianDecoderConfig, tokenizer) | {"freeze_vision_encoder": frozen},
             point_feature_size=point_config.hidden_size,
             vision_config=point_config.vision_config,
         )
@@ -60,15 +50,9 @@ class FrameArguments:
     head: str = option("head model of the corpus: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder")
     num_targets: int = option("frames of a subject that are rendered in a step", 4)
     random_source: bool = option("use a random image of a subject as its portrait instead of the first one", False)
-    self_generated_ratio: float = option(
-        "share of training items with a sequence that the point model generated, once for each subject before the "
-        "training, instead of the true one: the input that the decoder gets at inference (the paper: 0)",
-        0.0,
-    )
+    self_generated_ratio: float = option("share of items whose points the point model generated (the paper: 0)", 0.0)
     animation: str = option("how Gaussians follow the head: lbs or face_frames", "lbs")
-    feature_cache: str | None = option(
-        "folder that caches the point model's hidden states between steps and runs", None
-    )
+    feature_cache: str | None = option("folder to cache the point model's hidden states between steps and runs", None)
     eval_split: str = option("held-out split", "validation")
     max_eval_avatars: int | None = option("held-out subjects to evaluate; by default all", None)
     max_eval_frames: int = option("frames of a held-out subject to evaluate, evenly spaced", 16)
@@ -103,4 +87,3 @@ class DecoderTrainingArguments(PretrainArguments):
     weight_decay: float = 0.05
     per_device_train_batch_size: int = 1
     per_device_eval_batch_size: int = 1
-    max_grad_norm: float = 1.0

@@ -1,12 +1,7 @@
 """Sequences that the point model generates for its training subjects, as training data of the decoder.
 
-At inference the decoder gets generated points, which are not where the true ones are. A decoder that has only seen true points
-takes every position for correct. One that was also trained on generated points, with the true images of the same subject as
-targets, learns to move them (exposure bias, Bengio et al. 2015, https://arxiv.org/abs/1506.03099; here of the second network).
-
-Each subject's sequence is generated once, from its first portrait and its mesh, and kept in a folder. File names are hashes of
-everything that the sequences depend on, so a resumed run generates nothing again and another point model never finds
-them. Processes share the work.
+At inference the decoder gets generated points. One that was also trained on them, with the true images as targets, learns to
+correct their positions (exposure bias, Bengio et al. 2015, https://arxiv.org/abs/1506.03099; here of the second network).
 """
 
 import hashlib
@@ -33,13 +28,10 @@ MAX_POINTS_PER_FACE = 15
 def generated_sequences(
     point_model: PointillistForCausalLM, subjects: SubjectRows, folder: Path, seed: int, progress: bool = True
 ) -> list[np.ndarray]:
-    """Token ids (L,) int64 of a generated sequence for every subject; all are whole sequences.
+    """Token ids (L,) int64 of a whole sequence for every subject, generated from its first portrait and its mesh.
 
-    Args:
-        point_model: on the device where it is to run.
-        subjects: a split with portraits.
-        folder: keeps the sequences; created if missing.
-        seed: of the sampling.
+    Processes share the work. The folder, created if missing, keeps the sequences in files named by a hash of everything that
+    they depend on, so that a resumed run generates nothing again and another point model never finds them.
     """
     state = PartialState()
     ids = subjects.rows.ids[: len(subjects)]
@@ -51,7 +43,9 @@ def generated_sequences(
     paths = [folder / f"{digest}-{number:05d}.safetensors" for number in range(len(batches))]
     share = range(state.process_index, len(batches), state.num_processes)
     for number in tqdm(share, "generating sequences", disable=not (progress and state.is_main_process)):
-        if _read(paths[number]) is None:
+        try:
+            load(paths[number].read_bytes())
+        except (FileNotFoundError, SafetensorError):  # missing or damaged
             generated = _generate(point_model, subjects, batches[number], max_points, seed + number)
             with atomic_file(paths[number]) as file:
                 file.write(save({str(row): sequence for row, sequence in zip(batches[number], generated)}))
@@ -76,11 +70,3 @@ def _generate(
         ids = point_model.generate(**condition, **SAMPLING, **limits).cpu()
     lengths = (ids < config.bos_token_id).sum(1)  # without eos, which a sequence that reached max_points lacks
     return [row[: 1 + 4 * (int(length) // 4)].numpy() for row, length in zip(ids, lengths)]
-
-
-def _read(path: Path) -> dict[str, np.ndarray] | None:
-    """The sequences of a file, or None if it is missing or damaged."""
-    try:
-        return load(path.read_bytes())
-    except (FileNotFoundError, SafetensorError):
-        return None

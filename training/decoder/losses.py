@@ -1,9 +1,6 @@
-"""The paper's losses between rendered and true images.
+"""The paper's losses between rendered and true images, (B, H, W, 3) in 0..1.
 
-    loss = 1.0 L1 + 0.5 (1 - SSIM) + 0.1 LPIPS + 0.1 mean |offset / max_offset|^2        (weights: notes on the paper)
-
-Images are (B, H, W, 3) in 0..1. SSIM has a Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004); LPIPS is the `lpips`
-package's VGG network (Zhang et al. 2018), whose backbone weights are read from a given file: nothing is downloaded.
+loss = 1.0 L1 + 0.5 (1 - SSIM) + 0.1 LPIPS + 0.1 mean |offset / max_offset|^2        (weights: notes on the paper)
 """
 
 from pathlib import Path
@@ -19,18 +16,17 @@ def offset_regularizer(offsets: Tensor, mask: Tensor, max_offset: float) -> Tens
 
 
 class PerceptualLoss(nn.Module):
-    """LPIPS with the VGG backbone, frozen; (B, H, W, 3) twice -> (B,).
+    """LPIPS (Zhang et al. 2018) of the `lpips` package with the VGG backbone, frozen; (B, H, W, 3) twice -> (B,).
 
-    Args:
-        weights: torchvision's `vgg16-397923af.pth` (or another state dict of its VGG16), read with `weights_only=True`.
+    `weights` is torchvision's `vgg16-397923af.pth`, or another state dict of its VGG16: nothing is downloaded.
     """
 
-    def __init__(self, weights: str | Path):
+    def __init__(self, weights: str | Path | None):
         super().__init__()
-        path = Path(weights)
+        path = Path(weights or "")
         if not path.is_file():
             raise FileNotFoundError(
-                f"--lpips_weights {path}: no such file; expected torchvision's VGG16 (vgg16-397923af.pth), downloaded once "
+                f"--lpips_weights {weights}: no such file; give torchvision's VGG16 (vgg16-397923af.pth), downloaded once "
                 "while online. To train without the perceptual loss say --lpips_weight 0"
             )
         try:

@@ -1,10 +1,7 @@
 """Subjects with images, for the Gaussian decoder: a source portrait as input, and several frames as targets.
 
-Item i of `TrainSubjects` depends only on the seed and on i, as the windows of pre-training do, so a resumed run sees the same
-items. The source is the subject's first image (VHAP: first timestep, first camera), or a random one. Each target comes with its
-camera, the expression and pose of its timestep, and a background for both the true and the rendered image, so that opacity is
-learned.
-
+The source is the subject's first image, or a random one. Each target comes with its camera, the expression and pose of its
+timestep, and a background for both the true and the rendered image, so that opacity is learned.
 Axes: B subjects, C target frames, H W pixels, S shape, E expression.
 """
 
@@ -51,11 +48,7 @@ class SubjectRows:
         return {"input_ids": self.rows.sequence(row)} | shapes | self.rows.condition(row, pick)
 
     def targets(self, frame_rows: list[int]) -> dict[str, np.ndarray]:
-        """Images (C, H, W, 4) float32 in 0..1 with their opacity, cameras and head parameters of those frames.
-
-        Raises:
-            ValueError: two images are not of one size.
-        """
+        """Images (C, H, W, 4) float32 in 0..1 with their opacity, cameras and head parameters of those frames."""
         frames = [self.frames[row] for row in frame_rows]
         images = [rgba(frame["image"]) for frame in frames]
         for frame, image in zip(frames, images):
@@ -76,16 +69,17 @@ class SubjectRows:
 
 @dataclass(eq=False)
 class TrainSubjects(Dataset):
-    """`num_items` subjects with `num_targets` of their frames each; each epoch has every subject once."""
+    """`num_items` subjects with `num_targets` of their frames each; each epoch has every subject once.
+
+    Item i depends only on the seed and on i, so a resumed run sees the same items.
+    """
 
     subjects: SubjectRows
     num_items: int
     num_targets: int
     seed: int
     random_source: bool  # use a random image of a subject as its portrait instead of the first one
-    generated_sequences: Sequence[
-        np.ndarray
-    ] = ()  # one of the point model for every subject, see `generated_sequences`
+    generated_sequences: Sequence[np.ndarray] = ()  # one for every subject, see generated_sequences.py
     self_generated_ratio: float = 0.0  # share of the items that have it instead of the true sequence
 
     def __len__(self) -> int:
@@ -134,17 +128,15 @@ def rgba(image: Image.Image) -> np.ndarray:
 
 def collate_subjects(items: list[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Stack subjects: ids (B, L) padded on the right, everything else (B, ...) or (B, C, ...)."""
-    batch = {}
+    ids = [torch.from_numpy(item["input_ids"]) for item in items]
+    batch = {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id)}
     for name in items[0]:
-        values = [item[name] for item in items]
-        if name == "input_ids":
-            sequences = [torch.from_numpy(ids) for ids in values]
-            batch[name] = pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
+        if name in batch:
             continue
-        shapes = {value.shape for value in values}
+        shapes = {item[name].shape for item in items}
         if len(shapes) > 1:
             raise ValueError(f"subjects of one batch have {name} of shapes {sorted(shapes)}; they must agree")
-        batch[name] = torch.from_numpy(np.stack(values))
+        batch[name] = torch.from_numpy(np.stack([item[name] for item in items]))
     return batch
 
 
@@ -156,10 +148,8 @@ def cameras_of(batch: Mapping[str, torch.Tensor], row: int) -> Cameras:
 
 def motion_of(batch: Mapping[str, torch.Tensor], row: int) -> HeadParameters:
     """Head parameters of one subject's target frames, T = C."""
-    static_offset = batch["static_offset"][row] if "static_offset" in batch else None
-    return HeadParameters(
-        shape=batch["shape"][row], static_offset=static_offset, **{name: batch[name][row] for name in FRAME_KEYS}
-    )
+    names = ("shape", "static_offset", *FRAME_KEYS)
+    return HeadParameters(**{name: batch[name][row] for name in names if name in batch})
 
 
 def on_background(images: torch.Tensor, background: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,8 @@
 """The trainer of the Gaussian decoder: sequences and portraits become images, which are compared with the true frames.
 
-    ids, condition -> frozen point model -> point features -.
-    ids -> dequantized points -----------------------------+-> GaussianDecoder -> canonical Gaussians
-    portrait ----------------------------------------------'          |
-    expression and pose of a frame -> Skinning -> render -> image -> L1, SSIM, LPIPS against the true one
-
-The point model reads the sequences by teacher forcing and is never trained here.
+ids, condition -> point model (frozen, teacher forcing) -> point features -.
+ids -> dequantized points, portrait ---------------------------------------+-> GaussianDecoder -> canonical Gaussians
+Gaussians, expression and pose of a frame -> Skinning -> render -> image -> L1, SSIM, LPIPS against the true one
 """
 
 from collections.abc import Mapping
@@ -102,13 +99,10 @@ class DecoderTrainer(ExactTrainer):
         )
         images = []
         for row, count in enumerate(points.counts):
-            gaussians = to_gaussians(output, row, count)
-            motion = motion_of(batch, row)
+            gaussians, motion = to_gaussians(output, row, count), motion_of(batch, row)
             bound = Skinning.of_canonical(gaussians, points.faces[row, :count], motion, self.head)
-            posed = bound.pose(motion, self.animation)
-            images.append(
-                render(posed, cameras_of(batch, row), background=batch["background"][row, :, None].expand(-1, 3)).image
-            )
+            posed, background = bound.pose(motion, self.animation), batch["background"][row, :, None].expand(-1, 3)
+            images.append(render(posed, cameras_of(batch, row), background=background).image)
         return images, output, points
 
     def points(self, batch: Mapping[str, Tensor], mode: str) -> Points:
@@ -131,10 +125,8 @@ class DecoderTrainer(ExactTrainer):
     @torch.no_grad()
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, N, 4, D) hidden states of the point model for the sequences of the batch."""
-        point_model = self.frozen[0]
-        condition = point_model.select_inputs(batch)
         compute = point_features if self.cache is None else self.cache.features
-        return compute(point_model, batch["input_ids"], **condition)
+        return compute(self.frozen[0], batch["input_ids"], **self.frozen[0].select_inputs(batch))
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs and self.steps_since_log:

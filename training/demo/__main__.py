@@ -2,10 +2,9 @@
 
     python -m training.demo --output_dir outputs/demo        # what `make demo` runs
 
-Each step is a command of the toolkit, printed before it runs, so it can be repeated with other settings. Then the models generate
-avatars of held-out subjects from their portraits and head meshes. `report.json` compares their points with the true ones
-(chamfer distance) and their images with the true frames (PSNR, SSIM), `images/` shows them, `pipeline/` is a folder for
-`AvatarPipeline.from_pretrained`. The last step is the reenactment bench, on subjects of another seed: `bench/`.
+Each step is a command of the toolkit, printed before it runs. Then the models generate avatars of held-out subjects, which
+`report.json` compares with the true ones and `images/` shows; `pipeline/` is a folder for `AvatarPipeline.from_pretrained`. The
+last step is the reenactment bench, on subjects of another seed: `bench/`.
 """
 
 import argparse
@@ -60,18 +59,18 @@ def main() -> None:
     launch = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
     processes = os.cpu_count() or 1
 
-    def synthesize(**options: object) -> list[str]:
-        return [sys.executable, "-m", "gaussian_tokenizer.synthesize", *flags(
-            head=arguments.head, num_points=arguments.num_points, identity_scale=arguments.identity_scale,
-            min_points_per_face=arguments.min_points_per_face, num_proc=processes, **options,
-        )]  # fmt: skip
+    def same(*names: str) -> dict[str, object]:
+        return {name: getattr(arguments, name) for name in names}
 
-    run(1, "synthetic subjects", synthesize(
-        num_subjects=arguments.num_subjects, views=arguments.views, timesteps=arguments.timesteps,
-        image_size=arguments.image_size, seed=seed, output_dir=output / "avatars",
-    ))  # fmt: skip
+    def synthesize(**options: object) -> list[str]:
+        subject = same("head", "num_points", "identity_scale", "min_points_per_face")
+        options = subject | {"num_proc": processes} | options
+        return [sys.executable, "-m", "gaussian_tokenizer.synthesize", *flags(**options)]
+
+    captured = same("num_subjects", "views", "timesteps", "image_size", "seed")
+    run(1, "synthetic subjects", synthesize(**captured, output_dir=output / "avatars"))
     run(2, "corpus", [sys.executable, "-m", "gaussian_tokenizer.build_corpus", *flags(
-        avatars=output / "avatars", head=arguments.head, n_bins=arguments.n_bins, image_size=arguments.image_size,
+        avatars=output / "avatars", **same("head", "n_bins", "image_size"),
         num_proc=processes, num_validation=arguments.num_heldout, output_dir=output / "corpus",
     )])  # fmt: skip
     run(3, "training of the point model", [
@@ -204,11 +203,9 @@ def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, ou
         avatar.save(output / "generated" / avatar_id)
         frames = true_frames(subjects, row)
         mean_psnr, mean_ssim = mean_image_metrics(means, subjects, list(subjects.frame_rows(row)))
-        images = {
-            "heldout": image_metrics(avatar, frames),
-            "reencoded": image_metrics(reencoded(pipeline, subjects, row, inputs, params[row]), frames),
-            "mean_image": (float(mean_psnr.mean()), float(mean_ssim.mean())),
-        }
+        limit = reencoded(pipeline, subjects, row, inputs, params[row])  # what perfect points would give
+        images = {"heldout": image_metrics(avatar, frames), "reencoded": image_metrics(limit, frames)}
+        images["mean_image"] = (float(mean_psnr.mean()), float(mean_ssim.mean()))
         results.append(
             {"avatar_id": avatar_id, **compare_points(points, invalid, truth, row)}
             | {f"{metric}_{name}": images[name][i] for i, metric in enumerate(("psnr", "ssim")) for name in images}
@@ -221,16 +218,14 @@ def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, ou
     draw_motion(output / "images" / "motion.gif", avatars)
     portraits[0].save(output / "portrait.png")  # for the examples of the README
 
-    def mean(key: str) -> float:
-        return float(np.mean([result[key] for result in results]))
-
+    averages = {key: float(np.mean([result[key] for result in results])) for key in results[0] if key != "avatar_id"}
     return {
         "generated": results,
-        "mean_chamfer_own": mean("chamfer_own"),
-        "mean_chamfer_others": mean("chamfer_others"),
-        "closest_is_own": mean("closest_is_own"),
+        "mean_chamfer_own": averages["chamfer_own"],
+        "mean_chamfer_others": averages["chamfer_others"],
+        "closest_is_own": averages["closest_is_own"],
         "heldout_nll_other_condition": nll_of_another(pipeline.point_model, subjects.rows),
-        **{key: mean(key) for key in results[0] if key.startswith(("psnr_", "ssim_"))},
+        **{key: value for key, value in averages.items() if key.startswith(("psnr_", "ssim_"))},
     }
 
 

@@ -1,11 +1,10 @@
 """Metrics and images of the demo's results.
 
-Point clouds are compared by chamfer distance, images by PSNR and SSIM on white over every frame of a held-out subject: of the
-avatar generated from a portrait and a head mesh (`heldout`), of the avatar decoded from the subject's true points (`reencoded`,
-a limit for better points), and of the mean training image of the same camera (`mean_image`, without knowledge of the subject).
+Images are those of every frame of a held-out subject, on white.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +114,7 @@ def draw_motion(
         head = avatar.head
         assert head is not None
         talk, look = (synthetic_motion(name, head, num_frames) for name in ("talk", "look_around"))
-        motion = HeadParameters(
-            **talk.tensors() | {"neck_pose": look.neck_pose, "eyes_pose": look.eyes_pose, "rotation": look.rotation}
-        )
+        motion = replace(talk, neck_pose=look.neck_pose, eyes_pose=look.eyes_pose, rotation=look.rotation)
         still = on_white(portrait, size)
         moving = images_of(avatar, motion, portrait_cameras(head, size))
         panels.append(np.stack([np.concatenate((still, frame)) for frame in moving]))

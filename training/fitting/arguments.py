@@ -1,7 +1,6 @@
 """Arguments of fitting avatars.
 
-`FitSettings` determines the bytes of a result and is part of its report; `FitArguments` says what is fitted, and where. Defaults
-are those of GaussianAvatars (Qian et al. 2024, section 4 and its published settings) with AvatarPointillist's density constraint.
+Defaults are those of GaussianAvatars (Qian et al. 2024, section 4 and published settings) with AvatarPointillist's constraint.
 """
 
 import dataclasses
@@ -29,9 +28,7 @@ class FitArguments:
     retry_failed: bool = option("retry subjects that failed before", False)
     save_every: int = option("iterations between checkpoints of a subject", 10_000)
     max_eval_images: int = option("held-out images of each kind for the report, evenly spaced", 64)
-    max_result_images: int | None = option(
-        "images copied beside the avatar, evenly spaced; by default all; 0: none", None
-    )
+    max_result_images: int | None = option("images beside the avatar, evenly spaced; 0: none; default: all", None)
     image_cache: int = option("MB of decoded images that a process keeps in memory", 4096)
     disable_tqdm: bool = option("no progress bars", False)
     device: str = option("auto (a GPU if there is one), cpu or cuda", "auto")
@@ -86,9 +83,7 @@ class FitSettings:
     max_scale: float = option("prune Gaussians larger than this share of the extent", 0.1)
     max_radius: float = option("prune Gaussians larger than this on the screen, in pixels", 20.0)
     opacity_reset_interval: int = option("iterations between two resets of opacities; 0: no resets", 60_000)
-    scene_extent: float | None = option(
-        "meters; by default 1.1 times the largest distance of a camera from their center", None
-    )
+    scene_extent: float | None = option("meters; default: 1.1 times the largest camera distance from the center", None)
     min_extent: float = option("smallest extent in meters, if it is computed", 0.5)
     max_extent: float = option("largest extent in meters, if it is computed", 2.0)
 
@@ -97,9 +92,7 @@ class FitSettings:
     max_points_per_face: int = option("most Gaussians on a face", 15)
     allow_empty_faces: bool = option("remove all Gaussians of faces that no image shows", True)
     min_face_pixels: float = option("an image shows a face if the face makes up this many of its pixels", 0.5)
-    min_pixels: float = option(
-        "on a full face, Gaussians that make up fewer pixels of every image make room for others", 0.1
-    )
+    min_pixels: float = option("on a full face, Gaussians with fewer pixels in every image make room for others", 0.1)
     visibility_images: int = option("images in which pixels are counted, at least one of each camera", 16)
     seed: int = option("random seed of the order of images and the noise of splits", 0)
 
@@ -125,9 +118,8 @@ class FitSettings:
         return FaceLimits(self.min_points_per_face, self.max_points_per_face) if self.density_constraint else None
 
     def shortened(self) -> "FitSettings":
-        """The settings with every iteration and interval divided by `shorten`."""
-        times = {name: getattr(self, name) for name in TIMES}
-        divided = {name: max(1, round(value / self.shorten)) if value else 0 for name, value in times.items()}
+        """The settings with every iteration and interval divided by `shorten`; 0 remains 0."""
+        divided = {name: max(1, round(value / self.shorten)) for name in TIMES if (value := getattr(self, name))}
         return dataclasses.replace(self, shorten=1.0, **divided)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,11 +1,7 @@
 """Where Gaussians are added and removed while an avatar is fitted: clone, split, prune, and the 4 to 15 on every face.
 
 Growth and pruning are those of 3D Gaussian Splatting (Kerbl et al. 2023, section 5.2) with the bindings of GaussianAvatars
-(Qian et al. 2024, section 3.3): a new Gaussian is bound to the face of the one it comes from. `FaceLimits` is AvatarPointillist's
-density constraint: after a step every face holds no Gaussian, or between `low` and `high` of them. A full face grows only as far as
-its least visible Gaussians make room, and one with too few Gaussians has them split. Pure functions of tensors, without images or
-optimizers.
-
+(Qian et al. 2024, section 3.3): a new Gaussian is bound to the face of the one it comes from.
 Axes: N Gaussians, F faces, K SH coefficients.
 """
 
@@ -46,7 +42,7 @@ class GaussianParams:
 
 @dataclass(frozen=True)
 class FaceLimits:
-    """Bounds for the number of Gaussians on an occupied face."""
+    """Bounds for the number of Gaussians on an occupied face: AvatarPointillist's density constraint."""
 
     low: int = 4
     high: int = 15
@@ -94,12 +90,10 @@ class Edit:
 
     def add(self, gaussians: GaussianParams, usefulness: Tensor) -> "Edit":
         """Append new Gaussians."""
-        joined = {
-            f.name: torch.cat((getattr(self.gaussians, f.name), getattr(gaussians, f.name)))
-            for f in fields(GaussianParams)
-        }
+        pairs = ((getattr(self.gaussians, f.name), getattr(gaussians, f.name)) for f in fields(GaussianParams))
         new = torch.full_like(gaussians.faces, -1)
-        return Edit(GaussianParams(**joined), torch.cat((self.usefulness, usefulness)), torch.cat((self.origin, new)))
+        joined = GaussianParams(*map(torch.cat, pairs))
+        return Edit(joined, torch.cat((self.usefulness, usefulness)), torch.cat((self.origin, new)))
 
 
 @torch.no_grad()
@@ -109,8 +103,8 @@ def control_density(
     """One step: prune, clone or split, and keep to the limits. `generator` (CPU) places the children of splits.
 
     Gaussians are not pruned if all of their face would be (GaussianAvatars). With limits, however, a face in `stats.unseen` loses
-    all of its Gaussians, and a full face as many of its hardly visible ones as others are to be cloned or split; of
-    these the most useful (gradient times opacity, the first of equals) are, as long as there is room.
+    all of its Gaussians, and a full face as many of its hardly visible ones as others are to be cloned or split; the most useful
+    of these (gradient times opacity, the first of equals) are, as long as there is room.
     """
     n_faces = len(stats.unseen)
     usefulness = stats.gradients * gaussians.opacities.sigmoid()

@@ -1,9 +1,4 @@
-"""The images of a tracked subject for a fit: on a background, at the current size, with their cameras.
-
-Decoded images are cached as bytes up to a memory budget; images of a larger subject are read again.
-
-Axes: H W pixels.
-"""
+"""The images of a tracked subject for a fit: on a background, at the current size, with their cameras. Axes: H W pixels."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +12,7 @@ from gaussian_tokenizer.rendering.cameras import Cameras
 
 
 class Images:
-    """Images and cameras of one tracking on a device."""
+    """Images and cameras of one tracking on a device; decoded images are cached as bytes up to a memory budget."""
 
     def __init__(self, tracking: Tracking, background: float, device: torch.device, cache_megabytes: int = 4096):
         self.tracking, self.background, self.device = tracking, background, device

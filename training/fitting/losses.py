@@ -3,7 +3,6 @@
     loss = 0.8 L1 + 0.2 (1 - SSIM) + 0.01 mean relu(|x| - 1) + 1.0 mean |relu(s - 0.6)|       (Qian et al. 2024, section 3.4)
 
 x and s are position and scales relative to the face, in units of its size; the means run over the Gaussians in the image.
-
 Axes: N Gaussians, H W pixels.
 """
 
@@ -59,8 +58,7 @@ def screen_gradients(gradients: Tensor, positions: Tensor, camera: Cameras) -> T
     """(N,) lengths of the loss's gradient with respect to screen positions, from that of world positions (N, 3).
 
     A move of du pixels is a move of du z / f meters across the viewing axis, so dL/du = (z / f) dL/dx in camera axes; 3D
-    Gaussian Splatting measures screens from -1 to 1, hence times half the width or height. A move also changes the projected size
-    and the view direction. That part is included, and small: the camera is about ten head sizes away.
+    Gaussian Splatting measures screens from -1 to 1, hence times half the width or height.
     """
     rotation, offset = camera.viewmats[0, :2, :3].to(gradients), camera.viewmats[0, 2].to(gradients)
     depths = positions @ offset[:3] + offset[3]

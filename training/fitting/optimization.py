@@ -1,13 +1,7 @@
-"""Fitting an avatar to the images of a tracked subject by gradient descent through the renderer.
+"""Fitting an avatar to a tracked subject: GaussianAvatars (Qian et al. 2024) with AvatarPointillist's density constraint.
 
-    Gaussians on faces --posed with the head--> world space --render--> image --loss--> gradients --Adam--> Gaussians on faces
-                        every `densify_interval` steps: prune, clone, split, and 4 to 15 on every face (density_control)
-
-The method is that of GaussianAvatars (Qian et al. 2024) with AvatarPointillist's density constraint. Step i depends only on the
-settings, i and the state before it, so a fit that was killed and resumes from its checkpoint ends with the same bytes (on the
-CPU; a GPU sums gradients in any order).
-
-Axes: N Gaussians, F faces, T timesteps.
+Step i depends only on the settings, i and the state before it, so a resumed fit ends with the same bytes (on the CPU; a GPU sums
+gradients in any order). Axes: N Gaussians, F faces, T timesteps.
 """
 
 import math
@@ -16,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gaussian_tokenizer.avatars.anchoring import Local
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
@@ -72,7 +65,7 @@ class Fit:
         self.extent = scene_extent(tracking, self.settings)  # meters
 
     def begin(self) -> FitState:
-        """One nearly gray Gaussian a face, as large as the face. ValueError if no camera sees any of them."""
+        """One nearly gray Gaussian per face, as large as the face. ValueError if no camera sees any of them."""
         count = self.head.n_faces
         generator = torch.Generator().manual_seed(self.settings.seed)
         gaussians = GaussianParams(
@@ -138,7 +131,9 @@ def optimize(fit: Fit, state: FitState, after_step: Callable[[FitState, float], 
         iteration = state.iteration
         if settings.densify_from < iteration < settings.densify_until and iteration % settings.densify_interval == 0:
             stats, config = densify_stats(fit, state), densify_config(fit, iteration)
-            state.apply(control_density(state.gaussians, stats, config, _generator(fit, state)))
+            words = np.random.SeedSequence((settings.seed, iteration)).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+            state.apply(control_density(state.gaussians, stats, config, generator))
             if len(state.gaussians) == 0:
                 raise ValueError(
                     f"{fit.tracking.path}: no Gaussian is in any image after {iteration} steps; do images, cameras and "
@@ -152,8 +147,7 @@ def optimize(fit: Fit, state: FitState, after_step: Callable[[FitState, float], 
 def scene_extent(tracking: Tracking, settings: FitSettings) -> float:
     """Meters: 1.1 times the largest distance of a training camera from their center, within bounds.
 
-    The learning rate of positions and the size limits are relative to it. A single static camera has an extent of 0: without the
-    lower bound no position would move, everything would split and nothing be cloned (GaussianAvatars, issue 87).
+    Without the lower bound a single static camera would have an extent of 0, so that no position moves (GaussianAvatars, issue 87).
     """
     if settings.scene_extent is not None:
         return settings.scene_extent
@@ -197,37 +191,25 @@ def densify_config(fit: Fit, iteration: int) -> DensifyConfig:
 
 @torch.no_grad()
 def densify_stats(fit: Fit, state: FitState) -> DensifyStats:
-    """The statistics that density control decides by."""
-    settings = fit.settings
+    """The statistics that density control decides by.
+
+    Pixels are those of full-size images, counted in `visibility_images` images or one of each camera.
+    """
+    settings, downscale = fit.settings, fit.downscale(state.iteration)
     pixels, on_face = torch.zeros_like(state.radii), state.radii.new_zeros(fit.head.n_faces)
-    if settings.limits is not None:
-        pixels, on_face = most_pixels(fit, state)
-    posed = fit.posed(state, fit.train[0])
+    cameras = {fit.tracking.frames[index].camera for index in fit.train}
+    count = max(settings.visibility_images, len(cameras)) if settings.limits is not None else 0
+    for index in evenly_spread(fit.tracking, fit.train, count):
+        shares = pixels_covered(fit.posed(state, index), fit.images.camera(index, downscale)) * downscale**2
+        pixels = pixels.maximum(shares)
+        on_face = on_face.maximum(torch.zeros_like(on_face).index_add_(0, state.gaussians.faces, shares))
     return DensifyStats(
         gradients=state.gradient_sums / state.views.clamp(min=1),
-        scales=posed.scales[0].amax(1),
+        scales=fit.posed(state, fit.train[0]).scales[0].amax(1),
         radii=state.radii,
         pixels=pixels,
         unseen=(on_face < settings.min_face_pixels) & settings.allow_empty_faces,
     )
-
-
-@torch.no_grad()
-def most_pixels(fit: Fit, state: FitState) -> tuple[Tensor, Tensor]:
-    """How many pixels each Gaussian (N,), and all of a face (F,), make up in the image where they make up most.
-
-    In pixels of full-size images, over `visibility_images` images or one of each camera.
-    """
-    most = torch.zeros_like(state.radii)
-    on_face = most.new_zeros(fit.head.n_faces)
-    downscale = fit.downscale(state.iteration)
-    cameras = {fit.tracking.frames[index].camera for index in fit.train}
-    count = max(fit.settings.visibility_images, len(cameras))
-    for index in evenly_spread(fit.tracking, fit.train, count):
-        shares = pixels_covered(fit.posed(state, index), fit.images.camera(index, downscale)) * downscale**2
-        most = most.maximum(shares)
-        on_face = on_face.maximum(torch.zeros_like(on_face).index_add_(0, state.gaussians.faces, shares))
-    return most, on_face
 
 
 def _step(fit: Fit, state: FitState) -> float:
@@ -243,12 +225,10 @@ def _step(fit: Fit, state: FitState) -> float:
         posed.positions.retain_grad()
         radii = screen_radii(posed, camera)
         visible = radii > 0
-        loss = (
-            photometric_loss(render(posed, camera, settings.background).image, truth, settings.lambda_dssim)
-            + settings.position_weight
-            * position_regularizer(state.gaussians.positions[visible], settings.position_threshold)
-            + settings.scale_weight * scale_regularizer(state.gaussians.log_scales[visible], settings.scale_threshold)
-        )
+        loss = photometric_loss(render(posed, camera, settings.background).image, truth, settings.lambda_dssim)
+        distance = position_regularizer(state.gaussians.positions[visible], settings.position_threshold)
+        size = scale_regularizer(state.gaussians.log_scales[visible], settings.scale_threshold)
+        loss = loss + settings.position_weight * distance + settings.scale_weight * size
         (loss / settings.images_per_step).backward()
         total += loss.item() / settings.images_per_step
         gradient = posed.positions.grad
@@ -271,12 +251,6 @@ def _images_of_step(fit: Fit, iteration: int) -> list[int]:
         order = np.random.default_rng((fit.settings.seed, epoch)).permutation(len(fit.train))
         chosen.append(fit.train[order[position]])
     return chosen
-
-
-def _generator(fit: Fit, state: FitState) -> torch.Generator:
-    """The random numbers of one density control; they depend on seed and iteration only."""
-    words = np.random.SeedSequence((fit.settings.seed, state.iteration)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 
 def _resets_opacities(settings: FitSettings, iteration: int) -> bool:

@@ -1,13 +1,9 @@
-"""The queue of subjects to fit. Folders and files are the only state that processes share.
+"""The queue of subjects to fit. Folders are the only state that processes, of several machines too, share.
 
-    <output>/<subject>/                   a finished avatar with fit_report.json, moved here as a whole
-    <output>/.fit/<subject>/checkpoint.safetensors, failed.json, claim
-
-A process holds a lock on `claim` while it fits a subject. The system releases it when the process dies, so that another process
-can continue from the checkpoint. Several machines may work on one shared folder.
+<output>/<subject>/                   a finished avatar with fit_report.json, moved here as a whole
+<output>/.fit/<subject>/checkpoint.safetensors, failed.json, claim (locked by the process that fits the subject)
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -15,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gaussian_tokenizer.utils.atomic import atomic_file
-from gaussian_tokenizer.utils.json_files import read_json
+from gaussian_tokenizer.utils.json_files import read_json, to_json
 from gaussian_tokenizer.utils.locks import exclusive
 from training.fitting.report import REPORT_NAME
 from training.fitting.state import differences, saved_identity
-
-FAILURE_NAME, CHECKPOINT_NAME = "failed.json", "checkpoint.safetensors"
-WORK_FOLDER = ".fit"
 
 
 class Job:
@@ -31,11 +24,12 @@ class Job:
         self.source = source
         self.name = (source if source.is_dir() else source.parent).resolve().name
         self.result = output / self.name
-        self.work = output / WORK_FOLDER / self.name
-        self.checkpoint = self.work / CHECKPOINT_NAME
+        self.work = output / ".fit" / self.name
+        self.checkpoint = self.work / "checkpoint.safetensors"
+        self.failed = self.work / "failed.json"
 
     def is_finished(self, settings: Mapping[str, Any]) -> bool:
-        """ValueError if there is a folder of the subject that was not fitted with these settings."""
+        """ValueError if the subject's folder was not fitted with these settings."""
         if not self.result.exists():
             return False
         try:
@@ -61,26 +55,21 @@ class Job:
                 "it to begin again"
             )
 
-    def forget_unless(self, identity: Mapping[str, Any]) -> None:
-        """Remove a checkpoint of another fit."""
-        if self.checkpoint.exists() and saved_identity(self.checkpoint) != dict(identity):
-            self.checkpoint.unlink()
-
     def failure(self) -> dict[str, Any] | None:
         """`reason` and number of `attempts` if the subject failed."""
         try:
-            failure = read_json(self.work / FAILURE_NAME)
+            failure = read_json(self.failed)
             return {"reason": str(failure["reason"]), "attempts": int(failure["attempts"])}
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.work / FAILURE_NAME}: does not say why the subject failed; remove it") from None
+            raise ValueError(f"{self.failed}: does not say why the subject failed; remove it") from None
 
     def record_failure(self, reason: str, **more: Any) -> None:
         attempts = (self.failure() or {"attempts": 0})["attempts"] + 1
         failure = {"subject": self.name, "reason": reason, "attempts": attempts, **more}
-        with atomic_file(self.work / FAILURE_NAME) as file:
-            file.write((json.dumps(failure, indent=2, ensure_ascii=False) + "\n").encode())
+        with atomic_file(self.failed) as file:
+            file.write(to_json(failure).encode())
 
     def claim(self) -> AbstractContextManager[bool]:
         """Whether this process has the subject to itself within the block."""

@@ -1,8 +1,7 @@
 """The quality of a fitted avatar: `fit_report.json` and `fit.png`.
 
-Held-out images are rendered on the fit's background and compared with the true ones: those of a held-out camera (`val`) and of
-held-out timesteps (`test`, with the tracked expression and pose). The avatar is also tokenized and decoded again, with its other
-attributes kept, to measure what the tokenizer's 1,024 levels cost.
+Held-out images are those of a held-out camera (`val`) and of held-out timesteps (`test`, with the tracked expression and pose).
+The avatar is also tokenized and decoded again, its other attributes kept, to measure what the tokenizer's 1,024 levels cost.
 """
 
 import json
@@ -39,26 +38,25 @@ ERROR_GAIN = 4  # factor by which errors are amplified in the image
 
 def fit_report(fit: Fit, state: FitState, avatar: GaussianAvatar, max_images: int) -> dict[str, Any]:
     """The content of `fit_report.json`; metrics of a split without images are None."""
-    avatar = avatar.to(fit.head.device)
-    kinds = {"": "val", "_timesteps": "test", "_train": "train"}
-    chosen = {
-        name: evenly_spread(fit.tracking, fit.tracking.splits[split], max_images) for name, split in kinds.items()
-    }
-    figures: dict[str, Any] = {}
-    for name, indices in chosen.items():
-        figures[f"psnr{name}"], figures[f"ssim{name}"] = image_metrics(fit, avatar, indices)
-    judged = chosen[""] or chosen["_timesteps"] or chosen["_train"]
-    figures["psnr_tokenized"], _ = image_metrics(fit, tokenized(avatar), judged)
+    avatar, splits = avatar.to(fit.head.device), fit.tracking.splits
+    judged: list[int] = []
+    metrics: dict[str, Any] = {}
+    for name, split in (("", "val"), ("_timesteps", "test"), ("_train", "train")):
+        indices = evenly_spread(fit.tracking, splits[split], max_images)
+        metrics[f"psnr{name}"], metrics[f"ssim{name}"] = image_metrics(fit, avatar, indices)
+        judged = judged or indices
+    metrics["psnr_tokenized"], _ = image_metrics(fit, tokenized(avatar), judged)
+    first = fit.tracking.frames[fit.train[0]]
     return {
         "subject_id": fit.tracking.subject_id,
-        **figures,
+        **metrics,
         "n_bins": N_BINS,
         "num_points": len(avatar),
         "points_per_face": face_stats(avatar.faces, fit.head.n_faces),
         "iterations": state.iteration,
         "scene_extent": fit.extent,
-        "num_images": {split: len(indices) for split, indices in fit.tracking.splits.items()},
-        "image_size": [fit.tracking.frames[fit.train[0]].width, fit.tracking.frames[fit.train[0]].height],
+        "num_images": {split: len(indices) for split, indices in splits.items()},
+        "image_size": [first.width, first.height],
         "head": {"name": fit.head.name, "hash": fit.head.hash, "n_faces": fit.head.n_faces},
         "device": torch.cuda.get_device_name(fit.head.device) if fit.head.device.type == "cuda" else "cpu",
         "versions": installed_versions(PACKAGES),
@@ -113,23 +111,18 @@ def tokenized(avatar: GaussianAvatar) -> GaussianAvatar:
 
 def write_report(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], folder: Path) -> None:
     """Write `fit_report.json`, and `fit.png` if matplotlib is installed, into a folder."""
-    try:
-        draw_fit(fit, avatar, report, folder / IMAGE_NAME)
-    except ImportError as error:
-        logger.warning("%s", error)
+    draw_fit(fit, avatar, report, folder / IMAGE_NAME)
     with atomic_file(folder / REPORT_NAME) as file:
         file.write((json.dumps(report, indent=2) + "\n").encode())
 
 
 def draw_fit(fit: Fit, avatar: GaussianAvatar, report: dict[str, Any], path: Path) -> None:
-    """Write an image of truth, rendering and error for some images of each kind, and the histogram of points on faces.
-
-    ImportError with the install command if matplotlib is missing.
-    """
+    """Draw truth, rendering and error of some images of each kind, and the histogram of points on faces."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('fit.png needs matplotlib: pip install "avatar-pointillist[demo]"') from None
+        logger.warning('fit.png needs matplotlib: pip install "avatar-pointillist[demo]"')
+        return
     avatar = avatar.to(fit.head.device)
     titles, columns = [], []
     for split, title in (("val", "held-out camera"), ("test", "held-out timestep"), ("train", "training")):
@@ -157,8 +150,8 @@ def draw_histogram(axes: Any, report: dict[str, Any]) -> None:
     counts = np.asarray(report["points_per_face"]["histogram"])
     axes.bar(np.arange(len(counts)), counts, color=["#b0b0b0"] + ["#3b6ea5"] * (len(counts) - 1))
     named = (("held-out camera", "psnr"), ("held-out timesteps", "psnr_timesteps"), ("as tokens", "psnr_tokenized"))
-    figures = [f"{title} {report[key]:.2f} dB" for title, key in named if report[key] is not None]
-    axes.set_title(f"{report['subject_id']}: {report['num_points']:,} points; " + ", ".join(figures), fontsize=8)
+    values = [f"{title} {report[key]:.2f} dB" for title, key in named if report[key] is not None]
+    axes.set_title(f"{report['subject_id']}: {report['num_points']:,} points; " + ", ".join(values), fontsize=8)
     axes.set_xlabel("points on a face", fontsize=8)
     axes.set_ylabel("faces", fontsize=8)
     axes.tick_params(labelsize=7)

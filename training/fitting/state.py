@@ -1,9 +1,7 @@
 """Everything that an interrupted fit needs to continue exactly: the Gaussians, the head parameters, Adam, and density statistics.
 
-Gaussians are added and removed while they are optimized (`density_control`), so the state of `torch.optim.Adam` is cut and grown
-with them, as in the strategies of gsplat. A checkpoint is one safetensors file, written atomically.
-
-Axes: N Gaussians, T timesteps, K SH coefficients.
+As Gaussians are added and removed, the state of `torch.optim.Adam` is cut and grown with them, as in gsplat's strategies.
+Axes: N Gaussians, T timesteps.
 """
 
 import json
@@ -135,11 +133,9 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     texts = []
     for name in sorted({*found, *asked}):
         first, second = found.get(name), asked.get(name)
-        if first == second:
-            continue
-        if isinstance(first, Mapping) and isinstance(second, Mapping):
+        if isinstance(first, Mapping) and isinstance(second, Mapping) and first != second:
             texts.append(differences(first, second))
-        else:
+        elif first != second:
             texts.append(f"{name} is {first!r}, asked for {second!r}")
     return ", ".join(texts)
 

@@ -7,7 +7,7 @@ from transformers import Dinov2Config
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig
 from training.common.arguments import flag_named
-from training.common.models import box, shared_fields
+from training.common.models import shared_fields
 from training.common.parser import option
 
 
@@ -29,15 +29,11 @@ class ModelArguments:
     rope_theta: float = option("base wavelength of RoPE", 10000.0)
     initializer_range: float = option("standard deviation of new weights; larger for a narrow model", 0.02)
     sliding_window: int = option("tokens a token attends to, and tokens in a training window, four a point", 12000)
-    loss_within_slot: bool = option(
-        "normalize a face over faces and a coordinate over coordinates only: cheaper, learns faster", False
-    )
+    loss_within_slot: bool = option("normalize a token over those of its slot only: cheaper, learns faster", False)
     attn_implementation: str = option("eager, sdpa, flash_attention_2, flex_attention", "sdpa")
     use_vision_encoder: bool = option("condition on a portrait", True)
     vision_model: str | None = option("pre-trained DINOv2: folder or Hub id such as facebook/dinov2-large", None)
-    freeze_vision_encoder: bool | None = option(
-        "do not train the portrait encoder; by default true if --vision_model is given", None
-    )
+    freeze_vision_encoder: bool | None = option("do not train the portrait encoder; by default if --vision_model", None)
     vision_hidden_size: int = option("width of the portrait encoder, without --vision_model", 1024)
     vision_num_layers: int = option("blocks of the portrait encoder, without --vision_model", 24)
     vision_num_heads: int = option("heads of the portrait encoder, without --vision_model", 16)
@@ -65,11 +61,14 @@ class ModelArguments:
                 image_size=tokenizer.image_size,
             )
         frozen = bool(self.vision_model) if self.freeze_vision_encoder is None else self.freeze_vision_encoder
-        vocabulary = {"n_bins": tokenizer.n_bins, "n_faces": tokenizer.n_faces}
-        own = {"freeze_vision_encoder": frozen, "vision_config": vision}
-        if self.level == "point":
-            own["sliding_window"] = self.sliding_window // 4
-        return PointillistConfig(**shared_fields(self, PointillistConfig) | vocabulary | box(tokenizer) | own)
+        window = self.sliding_window // (4 if self.level == "point" else 1)  # positions of the decoder
+        return PointillistConfig(
+            **shared_fields(self, PointillistConfig, tokenizer)
+            | {"freeze_vision_encoder": frozen, "sliding_window": window},
+            n_bins=tokenizer.n_bins,
+            n_faces=tokenizer.n_faces,
+            vision_config=vision,
+        )
 
 
 @dataclass

@@ -1,8 +1,6 @@
-"""How well the next token is predicted in each slot, and how fast the model learns.
+"""How well the next token is predicted in each slot, x, y, z and face, in nats a token; and how fast the model learns.
 
-Slots are x, y, z and face; the end token takes the place of an x and is counted there. Negative log-likelihoods are in nats a
-token. Two baselines go with them: `uniform` knows only the grammar, `unigram` also how often each token occurs in its slot in the
-training split (counts plus one).
+The end token takes the place of an x and is counted there.
 """
 
 import math
@@ -57,7 +55,10 @@ def slot_metrics(sums: Tensor) -> dict[str, float]:
 
 
 def baselines(train: AvatarRows, heldout: AvatarRows) -> dict[str, float]:
-    """`unigram_nll` and `uniform_nll` of the held-out split in nats a token, end tokens included."""
+    """`unigram_nll` and `uniform_nll` of the held-out split in nats a token, end tokens included.
+
+    Uniform knows only the grammar, unigram also how often a token occurs in its slot in training (counts plus one).
+    """
     tokenizer = train.tokenizer
     ids = np.arange(tokenizer.vocab_size)
     possible = np.stack([ids < tokenizer.n_bins] * 3 + [(ids >= tokenizer.n_bins) & (ids < tokenizer.bos_token_id)])

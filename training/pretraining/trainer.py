@@ -16,8 +16,7 @@ class PointillistTrainer(ExactTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.tokens_since_log, self.last_log = 0, time.perf_counter()
-        model = self.accelerator.unwrap_model(self.model)
-        self.num_decoder_parameters = decoder_parameters(model)
+        self.num_decoder_parameters = decoder_parameters(self.accelerator.unwrap_model(self.model))
         self.context = min(self.train_dataset.window, float(self.train_dataset.rows.lengths.mean()))
         self.peak = peak_flops(self.args.device)
 
@@ -29,18 +28,16 @@ class PointillistTrainer(ExactTrainer):
         if "loss" in logs:
             now = time.perf_counter()
             speed = self.tokens_since_log * self.args.world_size / (now - self.last_log)
-            model = self.accelerator.unwrap_model(self.model)
-            flops = flops_per_token(
-                model.config, self.num_decoder_parameters, self.context, self.num_condition_tokens()
-            )
+            config = self.accelerator.unwrap_model(self.model).config
+            condition_tokens = self.num_condition_tokens(config)
+            flops = flops_per_token(config, self.num_decoder_parameters, self.context, condition_tokens)
             logs["tokens_per_second"] = round(speed, 1)
             logs["mfu"] = round(speed * flops / (self.peak * self.args.world_size), 4)
             self.tokens_since_log, self.last_log = 0, now
         super().log(logs, *args, **kwargs)
 
-    def num_condition_tokens(self) -> int:
+    def num_condition_tokens(self, config) -> int:
         """How many tokens the decoder's cross-attention reads."""
-        config = self.accelerator.unwrap_model(self.model).config
         tokens = config.point_latents if config.use_point_encoder else 0
         if config.use_vision_encoder:
             tokens += (self.train_dataset.rows.tokenizer.image_size // config.vision_config.patch_size) ** 2 + 1

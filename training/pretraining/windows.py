@@ -1,12 +1,6 @@
-"""Training windows: the corpus as an endless, exactly repeatable sequence of batches.
+"""Windows of `sliding_window` tokens that begin between two points (truncated training: Meshtron).
 
-A token sequence may be ten times as long as the attention window, so the model is trained on windows of `sliding_window` tokens
-that begin between two points (truncated training: Meshtron). Item i of `TrainWindows` depends only on the seed and on i, so a
-resumed run, or one with another number of workers, sees the same data. A window that would extend beyond the sequence is moved
-inside: both ends of the sequence are then seen as often as its middle, and the tokens next to them up to three times as often.
-
-`EvaluationWindows` predict every held-out token once, with at least half a window of context where there is that much.
-Axes: B batch, L tokens, V vertices.
+A token sequence may be ten times as long as the attention window. Axes: B batch, L tokens.
 """
 
 from collections.abc import Mapping
@@ -24,7 +18,10 @@ from training.common.rows import CONDITIONS, AvatarRows, shuffled_row
 
 @dataclass(eq=False)
 class TrainWindows(Dataset):
-    """`num_items` windows; each epoch has every avatar once, in another order."""
+    """`num_items` windows; each epoch has every avatar once, in another order.
+
+    Item i depends only on the seed and on i, so a resumed run, or one with another number of workers, sees the same data.
+    """
 
     rows: AvatarRows
     window: int  # tokens in a window, a multiple of 4
@@ -45,12 +42,8 @@ class TrainWindows(Dataset):
         ids = lead(self.rows.sequence(row), self.rows.tokenizer.pad_token_id if self.grouped else None)
         start = window_start(len(ids), self.window, random)
         ids = ids[start : start + self.window]
-        return {
-            "input_ids": ids,
-            "labels": ids,
-            "drop_condition": random.random() < self.condition_dropout,
-            **self.rows.condition(row, random),
-        }
+        dropped = random.random() < self.condition_dropout
+        return {"input_ids": ids, "labels": ids, "drop_condition": dropped, **self.rows.condition(row, random)}
 
 
 def lead(ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
@@ -62,9 +55,9 @@ def lead(ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
 
 
 def window_start(length: int, window: int, random: np.random.Generator) -> int:
-    """A random start between two points: no token is covered less often than one in the middle of a long sequence.
+    """A random start between two points; a window that would extend beyond the sequence is moved inside.
 
-    Whole windows cannot do better: a window that covers the first token covers all of the first window.
+    Both ends of a sequence are then seen as often as its middle, and the tokens next to them up to three times as often.
     """
     last = max(0, -(-(length - window) // 4) * 4)
     start = 4 * int(random.integers(-(window // 4) + 1, -(-length // 4)))
@@ -74,7 +67,7 @@ def window_start(length: int, window: int, random: np.random.Generator) -> int:
 class EvaluationWindows(Dataset):
     """Windows that together predict each token once, of all avatars or the first `max_avatars`.
 
-    A window after the first starts half a window earlier and counts only its newer half (labels are -100 elsewhere).
+    A window after the first starts half a window earlier, as context, and counts only its newer half (labels are -100 elsewhere).
     """
 
     def __init__(self, rows: AvatarRows, window: int, max_avatars: int | None = None, grouped: bool = False):
@@ -115,11 +108,8 @@ def collate_windows(
         room = (0, -input_ids.shape[1] % 4)
         input_ids, labels = F.pad(input_ids, room, value=pad_token_id), F.pad(labels, room, value=-100)
     labels[:, : 4 if grouped else 1] = -100  # nothing predicts the first token or group
-    batch = {
-        "input_ids": input_ids,
-        "labels": labels,
-        "drop_condition": torch.tensor([item["drop_condition"] for item in items]),
-    }
+    dropped = torch.tensor([item["drop_condition"] for item in items])
+    batch = {"input_ids": input_ids, "labels": labels, "drop_condition": dropped}
     for name in CONDITIONS:
         if name in items[0]:
             batch[name] = torch.from_numpy(np.stack([item[name] for item in items]))

@@ -30,7 +30,7 @@ from eval.networks.faces import (
     similarity,
 )
 from eval.networks.registry import OPENERS, NetworkOptions, open_networks
-from eval.networks.weights import Missing, batches, check_state_dict, read_state_dict
+from eval.networks.weights import Missing, batches, read_state_dict
 
 WEIGHTS_FLAGS = ("lpips_weights", "inception_weights", "landmark_weights", "clip_model", "arcface_weights")
 
@@ -59,7 +59,7 @@ def test_without_weights_every_network_is_missing_and_names_its_flag():
     for missing, flag in zip(networks.values(), WEIGHTS_FLAGS):
         assert isinstance(missing, Missing)
         assert f"--{flag}" in missing.remedy
-        assert str(missing).startswith("n/a (") and "given" in missing.reason
+        assert "given" in missing.reason
 
 
 @pytest.mark.parametrize("flag", WEIGHTS_FLAGS)
@@ -135,13 +135,15 @@ def test_plain_tensors_are_read_from_both_formats(tmp_path):
         torch.testing.assert_close(read_state_dict(tmp_path / name, "--flag", "a network"), state)
 
 
-def test_tensors_of_another_network_are_named_with_what_was_found_and_expected():
-    state = {"conv.weight": torch.zeros(2, 3)}
-    check_state_dict(state, {"conv.weight": (2, 3)}, Path("w"), "--flag", "a network")
-    with pytest.raises(ValueError, match=r"--flag w: conv.weight is \(2, 3\), not \(4, 3\); expected a network"):
-        check_state_dict(state, {"conv.weight": (4, 3)}, Path("w"), "--flag", "a network")
-    with pytest.raises(ValueError, match=r"w: has no tensor fc.bias among its 1 \(the first is conv.weight\)"):
-        check_state_dict(state, {"fc.bias": (4,)}, Path("w"), "--flag", "a network")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_tensors_of_another_network_are_named_with_what_was_found_and_expected(suffix, tmp_path):
+    path, state = tmp_path / f"w{suffix}", {"conv.weight": torch.zeros(2, 3)}
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    read_state_dict(path, "--flag", "a network", {"conv.weight": (2, 3)})
+    with pytest.raises(ValueError, match=r"--flag .*: conv.weight is \(2, 3\), not \(4, 3\); expected a network"):
+        read_state_dict(path, "--flag", "a network", {"conv.weight": (4, 3)})
+    with pytest.raises(ValueError, match=r": has no tensor fc.bias among its 1 \(the first is conv.weight\)"):
+        read_state_dict(path, "--flag", "a network", {"fc.bias": (4,)})
 
 
 def test_batches_are_the_images_in_order_and_other_arrays_are_refused():

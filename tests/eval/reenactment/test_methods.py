@@ -65,7 +65,7 @@ def test_the_mean_image_is_made_of_subjects_that_are_neither_source_nor_driver(c
 def test_an_avatar_made_alone_is_the_one_that_the_pipeline_makes(bench_pipeline, clips, tmp_path):
     make_avatars("ours", ours_maker(bench_pipeline, 3, **LIMITS), clips[:1], tmp_path, 1)
     kept = GaussianAvatar.load(tmp_path / "avatars" / "ours" / clips[0].subject_id, head=bench_pipeline.head)
-    direct = bench_pipeline(clips[0].portrait(), clips[0].params.frame(0), seed=3, **LIMITS)
+    direct = bench_pipeline(clips[0].read(0), clips[0].params.frame(0), seed=3, **LIMITS)
     assert same_avatar(kept, direct)
 
 
@@ -113,7 +113,7 @@ def test_flame_position_places_a_gaussian_on_every_vertex(bench_pipeline, flame_
     head, params = bench_pipeline.head, clips[1].params.frame(0)
     ((avatar, _),) = flame_position_maker(bench_pipeline, flame_position)(clips[1:2])
     vertices = head.canonical_vertices(params)
-    inputs = bench_pipeline.inputs([clips[1].portrait()], [params])
+    inputs = bench_pipeline.inputs([clips[1].read(0)], [params])
     with torch.no_grad():
         offsets = flame_position(positions=vertices[None].float(), pixel_values=inputs["pixel_values"]).offsets[0]
     positions = avatar.canonical_gaussians().positions[0]

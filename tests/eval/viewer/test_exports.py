@@ -5,9 +5,8 @@ import numpy as np
 import plyfile
 import pytest
 import torch
-from PIL import Image
 
-from eval.viewer.exports import folder_bytes, png_bytes, splat_bytes
+from eval.viewer.exports import folder_bytes, splat_bytes
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import expression_frames
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
@@ -45,9 +44,3 @@ def test_the_zip_is_a_folder_that_opens_as_the_same_avatar(avatar, tmp_path):
 
 def test_the_zip_of_one_avatar_is_always_the_same(avatar):
     assert folder_bytes(avatar, "ada") == folder_bytes(avatar, "ada")
-
-
-def test_a_screenshot_keeps_its_transparency():
-    image = np.zeros((3, 5, 4), np.uint8)
-    image[1, 2] = (200, 100, 50, 255)
-    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(png_bytes(image)))), image)

@@ -1,5 +1,6 @@
 """The command line of the viewer, and the page as far as it goes without a browser."""
 
+import io
 import shutil
 import socket
 import time
@@ -9,11 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("viser", reason="the viewer needs viser: pip install 'avatar-pointillist[viewer]'")
 
 from eval.viewer.__main__ import main
-from eval.viewer.page import UNITS, Page, open_server
+from eval.viewer.page import UNITS, Page, _screenshot, open_server
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar, open_avatar
 from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
@@ -226,8 +228,8 @@ def test_a_page_that_draws_fast_gets_gaussians(server, folder, monkeypatch, seco
     client = SimpleNamespace(client_id=3, local_storage=storage, get_render=image)
     client.add_notification = lambda title, *text, **options: said.append(title)
     monkeypatch.setattr(server, "get_clients", lambda: {3: client} if there else {})
-    page._judge(client)
-    assert (page.render_as.value, page.judged) == expected
+    page._measure_speed(client)
+    assert (page.render_as.value, page.measured) == expected
     assert said == (["rendering as points"] if expected == ("points", True) else [])
 
 
@@ -237,3 +239,11 @@ def test_two_avatars_stand_side_by_side(server, folder):
     left, right = (handle.points for handle in page.handles)
     assert (right[:, 0] - left[:, 0] > 0.2 * UNITS).all()
     np.testing.assert_allclose(left[:, 1:], right[:, 1:], atol=1e-5)
+
+
+def test_a_screenshot_keeps_its_transparency():
+    image = np.zeros((3, 5, 4), np.uint8)
+    image[1, 2] = (200, 100, 50, 255)
+    camera = SimpleNamespace(image_height=3, image_width=5)
+    client = SimpleNamespace(camera=camera, get_render=lambda *size, **options: image)
+    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(_screenshot(client, None)))), image)

@@ -141,7 +141,6 @@ def test_empty_bands_of_a_folder_are_left_out_and_written_back_byte_for_byte(tmp
     data.write(source / "point_cloud.ply")
     avatar = GaussianAvatar.load(source)
     assert avatar.sh_degree == (1 if np.signbit(empty) == 0 else 3)  # the sign of a zero has no other place
-    assert GaussianAvatar.load(source, sh_degree=3).sh.shape == (20, 16, 3)
     avatar.save(tmp_path / "out")
     for name in files(source):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
@@ -315,15 +314,6 @@ def test_safetensors_with_broken_metadata_are_no_avatar(tmp_path, about):
     save_file({"positions": torch.zeros(1, 3)}, path, {"gaussian_avatar": about})
     with pytest.raises(ValueError, match=r"a\.safetensors: not an avatar file"):
         GaussianAvatar.load(path)
-
-
-def test_a_degree_can_be_demanded(tmp_path):
-    random_avatar(sh_degree=1).save(tmp_path / "a", sh_degree=1)
-    random_avatar(sh_degree=1).save(tmp_path / "a.safetensors")
-    for name in ("a", "a.safetensors"):
-        assert GaussianAvatar.load(tmp_path / name, sh_degree=1).sh_degree == 1
-        with pytest.raises(ValueError, match=r"of SH degree 1.*, expected 3"):
-            GaussianAvatar.load(tmp_path / name, sh_degree=3)
 
 
 @pytest.mark.parametrize(
@@ -564,7 +554,7 @@ def test_a_world_ply_holds_what_a_viewer_draws(tmp_path, frame, animation):
     np.testing.assert_allclose(table["rot_0"], posed.quats[0, :, 0], atol=1e-5)
     np.testing.assert_allclose(table["opacity"], avatar.opacities, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(table["f_rest_8"], avatar.sh[:, 1, 1])
-    world = read_gaussian_ply(tmp_path / "world.ply", with_faces=False, sh_degree=2)
+    world = read_gaussian_ply(tmp_path / "world.ply", with_faces=False)
     np.testing.assert_array_equal(world.sh, avatar.sh.numpy())
     with pytest.raises(ValueError, match=r"world\.ply: lacks property binding_0"):
         GaussianAvatar.load(tmp_path / "world.ply")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gaussian_tokenizer.avatars.export import save_ply, save_ply_sequence, save_splats, save_video
+from gaussian_tokenizer.avatars.export import save_ply_sequence, save_splats, save_video
 from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.ply import read_gaussian_ply
 from gaussian_tokenizer.rendering.cameras import Cameras
@@ -65,7 +65,7 @@ def assert_table_holds(table, gaussians: Gaussians, frame: int) -> None:
 @pytest.mark.parametrize("degree", [0, 3])
 def test_a_ply_holds_one_frame_as_other_programs_read_it(tmp_path, degree):
     gaussians = random_gaussians(degree=degree)
-    save_ply(tmp_path / "a.ply", gaussians, frame=1)
+    save_splats(tmp_path / "a.ply", gaussians, frame=1)
     save_splats(tmp_path / "b.ply", gaussians, frame=-1)
     assert (tmp_path / "a.ply").read_bytes() == (tmp_path / "b.ply").read_bytes()
     table = plyfile.PlyData.read(tmp_path / "a.ply")["vertex"]
@@ -80,7 +80,7 @@ def test_opacities_and_scales_at_their_ends_are_written_finite(tmp_path):
     gaussians = random_gaussians(3, 1)
     gaussians.opacities[:] = torch.tensor([0.0, 1.0, 0.5])
     gaussians.scales[0, 0] = 0
-    save_ply(tmp_path / "a.ply", gaussians)
+    save_splats(tmp_path / "a.ply", gaussians)
     table = plyfile.PlyData.read(tmp_path / "a.ply")["vertex"]
     assert all(np.isfinite(table[p.name]).all() for p in table.properties)
     np.testing.assert_allclose(1 / (1 + np.exp(-table["opacity"])), [0, 1, 0.5], atol=1e-6)
@@ -180,7 +180,7 @@ def test_a_sequence_and_a_splat_are_turned_like_a_ply(tmp_path):
     pytest.importorskip("gsplat")
     gaussians = random_gaussians(20, num_frames=2)
     save_ply_sequence(tmp_path / "motion", gaussians, up="minus_y")
-    save_ply(tmp_path / "a.ply", gaussians, frame=1, up="minus_y")
+    save_splats(tmp_path / "a.ply", gaussians, frame=1, up="minus_y")
     assert (tmp_path / "motion" / "00001.ply").read_bytes() == (tmp_path / "a.ply").read_bytes()
     save_splats(tmp_path / "a.splat", gaussians, frame=1, up="minus_y")
     rows = np.fromfile(tmp_path / "a.splat", "<f4").reshape(-1, 8)
@@ -369,5 +369,5 @@ def test_what_ffmpeg_cannot_write_is_one_line(tmp_path, monkeypatch):
 
 def test_posed_gaussians_with_gradients_are_written_too(tmp_path):
     gaussians = random_gaussians(5, 1)
-    save_ply(tmp_path / "a.ply", replace(gaussians, positions=gaussians.positions.clone().requires_grad_()))
+    save_splats(tmp_path / "a.ply", replace(gaussians, positions=gaussians.positions.clone().requires_grad_()))
     assert len(plyfile.PlyData.read(tmp_path / "a.ply")["vertex"].data) == 5

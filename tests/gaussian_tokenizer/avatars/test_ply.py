@@ -62,7 +62,7 @@ def test_a_file_is_written_back_byte_for_byte(tmp_path, data, num_rows, sh_degre
 
 def test_columns_land_where_they_belong(tmp_path):
     names, rows = random_rows(5, 3)
-    gaussians = read_bytes(tmp_path, ply_bytes(names, rows), n_faces=10144, sh_degree=3)
+    gaussians = read_bytes(tmp_path, ply_bytes(names, rows), n_faces=10144)
     value = {name: rows[:, column] for column, name in enumerate(names)}
     np.testing.assert_array_equal(gaussians.positions[:, 2], value["z"])
     np.testing.assert_array_equal(gaussians.opacities, value["opacity"])
@@ -166,11 +166,6 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, kind):
     with pytest.raises(ValueError, match=message) as caught:
         read_bytes(tmp_path, content, n_faces=10144)
     assert "in.ply" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_colors_of_another_degree_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"SH degree 1 \(9 f_rest properties\), expected 3"):
-        read_bytes(tmp_path, ply_bytes(*random_rows(2, 1)), sh_degree=3)
 
 
 def test_an_avatar_is_not_taken_for_world_space(tmp_path):

@@ -129,7 +129,7 @@ def test_parameters_with_an_offset_in_one_file_only_are_refused(copy_of_tracked,
     offset = np.zeros((1, small_head.n_vertices, 3), np.float32)
     change_npz(copy_of_tracked / "flame_param" / "00000.npz", static_offset=offset)
     shape = rf"\({small_head.n_vertices}, 3\)"
-    with pytest.raises(ValueError, match=rf"00001.npz: static_offset is missing, in .*00000.npz it is {shape}"):
+    with pytest.raises(ValueError, match=rf"00001.npz: static_offset is missing, but {shape} in .*00000.npz"):
         load_tracking(copy_of_tracked, small_head)
 
 

@@ -41,19 +41,12 @@ def test_orbit_goes_to_the_subjects_left_and_up():
     assert cameras.viewmats.dtype == torch.float32
 
 
-def test_one_camera_a_slice_and_a_list_are_cameras_and_concatenate_undoes_it():
+def test_one_camera_a_slice_and_a_list_are_cameras():
     cameras = Cameras.orbit((0, 0, 0), 1.0, [0, 10, 20], 5, focal=50, width=8, height=6)
     assert len(cameras[1]) == 1 and len(cameras[-1]) == 1 and len(cameras[:2]) == 2
     assert torch.equal(cameras[[2, 0]].viewmats, cameras.viewmats[[2, 0]])
-    again = Cameras.concatenate([cameras[0], cameras[1:]])
-    assert torch.equal(again.viewmats, cameras.viewmats) and torch.equal(again.Ks, cameras.Ks)
-    assert (again.width, again.height) == (8, 6)
     with pytest.raises(IndexError, match="camera 3 of 3"):
         cameras[3]
-    with pytest.raises(ValueError, match="expected one size"):
-        Cameras.concatenate([cameras, Cameras.look_at((0, 0, 1.0), (0, 0, 0), 50, 8, 8)])
-    with pytest.raises(ValueError, match="at least one"):
-        Cameras.concatenate([])
 
 
 def test_to_changes_the_dtype_of_both_matrices():

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rasterizer_reference import rasterize_reference
 
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.rendering import rasterizer
 from gaussian_tokenizer.rendering.rasterizer import project, rasterize, sh_basis, view_colors
-from gaussian_tokenizer.rendering.rasterizer_reference import rasterize_reference
 
 NAMES = ("means", "quats", "scales", "opacities", "sh", "viewmats")
 

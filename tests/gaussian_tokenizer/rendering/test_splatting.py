@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from rasterizer_reference import rasterize_reference
 
 from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.rendering import splatting
 from gaussian_tokenizer.rendering.cameras import Cameras
-from gaussian_tokenizer.rendering.rasterizer_reference import rasterize_reference
 from gaussian_tokenizer.rendering.splatting import render
 
 

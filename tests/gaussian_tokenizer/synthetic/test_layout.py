@@ -37,7 +37,7 @@ def test_an_occupied_face_carries_4_to_15_points_and_the_total_is_near_the_one_a
 
 def test_the_full_head_carries_22000_to_30000_points():
     layout = face_layout(build_procedural_head())
-    wanted = default_num_points(layout.n_faces)
+    wanted = default_num_points(len(layout.zone))
     totals = [sparse_counts(layout, wanted, hair, beard).sum() for hair in HAIR for beard in BEARD]
     assert 22_000 <= min(totals) < max(totals) <= 30_000
 

@@ -213,7 +213,7 @@ def test_limits_hold_and_rows_end_where_they_like(model, inputs):
     four = {name: value.repeat_interleave(4, 0) for name, value in inputs.items()}
     torch.manual_seed(5)
     result = model.generate(**four, min_points=3, max_points=30, max_points_per_face=2, output_point_features=True)
-    assert 3 <= result.num_points.min() and result.num_points.max() <= 30
+    assert result.num_points.min() >= 3 and result.num_points.max() <= 30
     for row, count, features in zip(result.sequences, result.num_points.tolist(), result.point_features):
         assert row[1 + 4 * count] == model.config.eos_token_id
         assert (row[2 + 4 * count :] == model.config.pad_token_id).all()

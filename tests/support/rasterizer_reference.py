@@ -1,8 +1,8 @@
-"""The slow twin of `rasterizer`: every Gaussian against every pixel, in float64, with plain autograd.
+"""The slow twin of `gaussian_tokenizer.rendering.rasterizer`: every Gaussian against every pixel, in float64, with plain autograd.
 
 Same arguments, same results, no sorting by pixel, no skipping, no gradient by hand: written to be read beside the
 formulas (Kerbl et al. 2023, section 4; Zwicker et al. 2001, section 5; conventions of gsplat 1.5). Tests hold the two
-together. A block of pixels is checkpointed, so that memory does not end the comparison before patience does.
+together. Blocks of pixels are checkpointed, which bounds the memory.
 """
 
 import torch
