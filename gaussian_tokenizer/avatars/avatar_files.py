@@ -1,6 +1,5 @@
 """The files of an avatar, a safetensors file or a GaussianAvatars folder, to and from the fields of a `GaussianAvatar`."""
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
@@ -8,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from gaussian_tokenizer.avatars.gaussians import sh_degree_of
@@ -17,9 +14,12 @@ from gaussian_tokenizer.avatars.ply import MAX_SH_DEGREE, PlyGaussians, read_gau
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder, flush_to_disk
-from gaussian_tokenizer.utils.json_files import parse_json, read_json, to_json
+from gaussian_tokenizer.utils.json_files import read_json, to_json
+from gaussian_tokenizer.utils.tensor_files import TensorFormat
 
-FORMAT = "avatar-pointillist gaussian avatar 1"
+AVATAR_FILE = TensorFormat(
+    "an avatar file", "gaussian_avatar", "avatar-pointillist gaussian avatar 1", "make one with GaussianAvatar.save"
+)
 PLY_NAME, PARAMETERS_NAME, METADATA_NAME = "point_cloud.ply", "flame_param.npz", "metadata.json"
 GAUSSIAN_AVATARS_SH_DEGREE = 3  # the default of its viewer, which opens files of no other degree
 
@@ -70,21 +70,8 @@ def padded(path: Path, sh: Tensor, folder_degree: int | None, sh_degree: int | N
 
 def read_safetensors(path: Path) -> dict[str, Any]:
     """The fields of an avatar in a file that `write_safetensors` wrote; their shapes are not checked here."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such avatar file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            entries = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    try:
-        about = parse_json(entries["gaussian_avatar"], path)
-        if about["format"] != FORMAT:
-            raise ValueError(about["format"])
-        name, digest = _head_identity(about)
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: not an avatar file: its metadata does not say {FORMAT!r}") from None
+    with AVATAR_FILE.opened(path) as (about, tensors):
+        name, digest = _head_identity(about, "its metadata")
     check_finite(str(path), tensors)
     parameters = {key.removeprefix("params."): tensors.pop(key) for key in list(tensors) if key.startswith("params.")}
     try:
@@ -99,12 +86,7 @@ def write_safetensors(
 ) -> None:
     if params is not None:
         tensors = tensors | {f"params.{name}": value.float() for name, value in params.tensors().items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    about = {"format": FORMAT, "head_name": head_name, "head_hash": head_hash}
-    # One metadata entry: safetensors does not promise the order of several, and equal avatars give equal files.
-    content = to_safetensors(tensors, metadata={"gaussian_avatar": json.dumps(about)})
-    with atomic_file(path) as file:
-        file.write(content)
+    AVATAR_FILE.write(path, tensors, {"head_name": head_name, "head_hash": head_hash})
 
 
 def check_hash(what: str, name: str | None, digest: str | None, head: HeadModel) -> None:
@@ -175,10 +157,10 @@ def _metadata_content(path: Path) -> dict | None:
         return None
 
 
-def _head_identity(content: dict, path: Path | None = None) -> tuple[str | None, str | None]:
-    """Name and hash of the head model, as far as the content of `path` says them."""
+def _head_identity(content: dict, where: object) -> tuple[str | None, str | None]:
+    """Name and hash of the head model, as far as the content says them; errors call it `where`."""
     name, digest = content.get("head_name"), content.get("head_hash")
     for key, value in (("head_name", name), ("head_hash", digest)):
         if not isinstance(value, str | None):
-            raise ValueError(f"{path}: {key} is {value!r}, expected a string")
+            raise ValueError(f"{where}: {key} is {value!r}, expected a string")
     return name, digest

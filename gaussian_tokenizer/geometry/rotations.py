@@ -1,10 +1,6 @@
-"""Rotations as axis-angle vectors, matrices and quaternions.
+"""Rotations as axis-angle vectors (radians), matrices and quaternions (w, x, y, z).
 
-Head parameters store axis-angle vectors (radians), face frames and joints are matrices, Gaussians carry quaternions
-(w, x, y, z). These four functions are the only conversions in the toolkit: batched over any leading axes,
-differentiable everywhere (a zero rotation included), in the dtype and on the device of their input.
-
-Formulas: Rodrigues' rotation formula; Shepperd's method for matrix -> quaternion; Hamilton product.
+Batched over any leading axes, differentiable everywhere (a zero rotation included), in the dtype and on the device of their input.
 """
 
 import torch
@@ -14,7 +10,7 @@ SMALL_ANGLE_SQUARED = 1e-6  # below, sin(t)/t and (1 - cos t)/t^2 are taken from
 
 
 def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
-    """(..., 3) radians -> (..., 3, 3); R = I + sin(t)/t K + (1 - cos t)/t^2 K^2 with K the cross-product matrix."""
+    """(..., 3) radians -> (..., 3, 3), by Rodrigues: R = I + sin(t)/t K + (1 - cos t)/t^2 K^2, K the cross-product matrix."""
     squared = (axis_angle * axis_angle).sum(-1)
     small = squared < SMALL_ANGLE_SQUARED
     # The discarded branch of torch.where still gets a gradient, so it must stay finite.
@@ -29,21 +25,16 @@ def axis_angle_to_matrix(axis_angle: Tensor) -> Tensor:
 
 
 def matrix_to_quaternion(matrix: Tensor) -> Tensor:
-    """(..., 3, 3) rotation matrices -> (..., 4) unit quaternions wxyz with w >= 0.
-
-    Shepperd's method: of the four ways to write the quaternion, take the one that divides by the largest component.
-    """
+    """(..., 3, 3) rotation matrices -> (..., 4) unit quaternions wxyz with w >= 0, by Shepperd's method."""
     m00, m01, m02, m10, m11, m12, m20, m21, m22 = matrix.flatten(-2).unbind(-1)
     # Row i is 4 * q_i * q, so the row with the largest diagonal entry 4 * q_i^2 is the safest to normalize.
-    rows = torch.stack(
-        (
-            torch.stack((1 + m00 + m11 + m22, m21 - m12, m02 - m20, m10 - m01), -1),
-            torch.stack((m21 - m12, 1 + m00 - m11 - m22, m10 + m01, m02 + m20), -1),
-            torch.stack((m02 - m20, m10 + m01, 1 - m00 + m11 - m22, m21 + m12), -1),
-            torch.stack((m10 - m01, m02 + m20, m21 + m12, 1 - m00 - m11 + m22), -1),
-        ),
-        -2,
-    )
+    entries = (
+        1 + m00 + m11 + m22, m21 - m12, m02 - m20, m10 - m01,
+        m21 - m12, 1 + m00 - m11 - m22, m10 + m01, m02 + m20,
+        m02 - m20, m10 + m01, 1 - m00 + m11 - m22, m21 + m12,
+        m10 - m01, m02 + m20, m21 + m12, 1 - m00 - m11 + m22,
+    )  # fmt: skip
+    rows = torch.stack(entries, -1).unflatten(-1, (4, 4))
     best = rows.diagonal(dim1=-2, dim2=-1).argmax(-1)
     quaternion = torch.take_along_dim(rows, best[..., None, None], dim=-2).squeeze(-2)
     quaternion = torch.nn.functional.normalize(quaternion, dim=-1)
@@ -65,12 +56,10 @@ def quaternion_multiply(first: Tensor, second: Tensor) -> Tensor:
     """Hamilton product of (..., 4) quaternions wxyz: `second` acts first, then `first`."""
     aw, ax, ay, az = first.unbind(-1)
     bw, bx, by, bz = second.unbind(-1)
-    return torch.stack(
-        (
-            aw * bw - ax * bx - ay * by - az * bz,
-            aw * bx + ax * bw + ay * bz - az * by,
-            aw * by - ax * bz + ay * bw + az * bx,
-            aw * bz + ax * by - ay * bx + az * bw,
-        ),
-        -1,
+    entries = (
+        aw * bw - ax * bx - ay * by - az * bz,
+        aw * bx + ax * bw + ay * bz - az * by,
+        aw * by - ax * bz + ay * bw + az * bx,
+        aw * bz + ax * by - ay * bx + az * bw,
     )
+    return torch.stack(entries, -1)

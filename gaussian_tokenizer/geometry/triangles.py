@@ -27,10 +27,7 @@ def nearest_on_faces(points: Tensor, point_faces: Tensor, vertices: Tensor, face
 
 
 def interpolate(per_vertex: Tensor, head_faces: Tensor, point_faces: Tensor, barycentrics: Tensor) -> Tensor:
-    """Values at N points of a mesh, (N, ...), of a quantity per vertex (V, ...), e.g. skinning weights (V, J).
-
-    `head_faces` (F, 3), `point_faces` (N,), `barycentrics` (N, 3).
-    """
+    """(V, ...) values of vertices -> (N, ...) of points: `head_faces` (F, 3), `point_faces` (N,), `barycentrics` (N, 3)."""
     corners = per_vertex[head_faces[point_faces]]  # (N, 3, ...)
     return torch.einsum("nc,nc...->n...", barycentrics, corners)
 

@@ -1,27 +1,20 @@
-"""FLAME from its pickle, by a reader that runs nothing.
+"""FLAME (Li et al. 2017; 2020, 2023 and 2023 Open) from its Python-2 pickle, of which nothing is run (`plain_arrays`).
 
-FLAME (Li et al. 2017; 2020, 2023 and 2023 Open) is distributed as a Python-2 pickle that holds chumpy arrays and a
-scipy sparse matrix. A pickle is a program, so it is not run: `plain_arrays` finds the numbers in it, in a process of its
-own. Every name that such a file does not need ends the reading with a `ValueError`. Convert once: `HeadModel.save`.
 With the teeth that GaussianAvatars adds (`flame_teeth`) the mesh has 5,143 vertices and 10,144 faces.
-
-    python -m gaussian_tokenizer.flame flame2023.pkl flame.safetensors
 """
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
 from gaussian_tokenizer.heads.flame_teeth import add_teeth
-from gaussian_tokenizer.heads.head_model import JOINTS, HeadModel
+from gaussian_tokenizer.heads.head_model import JOINTS, PARENTS, HeadModel
 from gaussian_tokenizer.utils.plain_arrays import PlainArray, PlainSparse, arrays_in_child
 
-EXPRESSIONS = 100  # the last ones of the shape directions
-PARENTS = (-1, 0, 1, 1, 1)
+EXPRESSIONS = 100  # the last of the shape directions
 MAX_NUMBERS = 2**25  # in all arrays of a file; FLAME 2023 has 7 million
 KEYS = ("v_template", "f", "shapedirs", "posedirs", "J_regressor", "kintree_table", "weights")
 
@@ -32,33 +25,30 @@ def read_flame(
     lip_rings: tuple[np.ndarray, np.ndarray] | None = None,
     expressions: int = EXPRESSIONS,
 ) -> HeadModel:
-    """A FLAME pickle -> `HeadModel`.
+    """A FLAME pickle -> `HeadModel`; the last `expressions` of its shape directions are expressions.
 
-    `lip_rings`: 15 vertex indices of the upper and 15 of the lower lip, each from one corner of the mouth to the
-    other, both in the same direction; None finds them on the mesh (`flame_teeth.find_lip_rings`). `expressions`: how
-    many of the last shape directions are expressions.
+    `lip_rings` place the teeth, as in `flame_teeth.add_teeth`.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such FLAME file; it is downloaded, after registration, from MPI's FLAME site"
-        )
+        raise FileNotFoundError(f"{path}: no such FLAME file; download it, after registration, from MPI's FLAME site")
     try:
-        plain = arrays_in_child(path, KEYS)
+        arrays = _arrays(arrays_in_child(path, KEYS), expressions)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    arrays = _arrays(path, plain, expressions)
     if teeth:
         try:
             add_teeth(arrays, lip_rings, expressions)
         except ValueError as error:
             raise ValueError(f"{path}: no teeth: {error}; give lip_rings=(upper, lower), or teeth=False") from error
-    vertices = arrays["v_template"].astype(np.float32)
+    regions = {"eyes": arrays["weights"][:, 3:5].sum(1) > 0.999}  # the vertices that follow an eye joint alone
+    if teeth:
+        regions["mouth_interior"] = arrays["teeth"]
     shapes = arrays["shapedirs"].astype(np.float32)
     split = shapes.shape[2] - expressions
     return HeadModel(
         name=path.stem,
-        template=torch.from_numpy(vertices),
+        template=torch.from_numpy(arrays["v_template"].astype(np.float32)),
         faces=torch.from_numpy(arrays["f"]),
         shape_dirs=torch.from_numpy(shapes[:, :, :split].copy()),
         expression_dirs=torch.from_numpy(shapes[:, :, split:].copy()),
@@ -69,16 +59,16 @@ def read_flame(
         expression_names=tuple(f"expression_{index:03d}" for index in range(expressions)),
         landmark_faces=torch.zeros(0, dtype=torch.int64),
         landmark_barycentrics=torch.zeros(0, 3),
-        regions=_regions(arrays),
+        regions={region: torch.from_numpy(mask) for region, mask in regions.items()},
     )
 
 
-def _arrays(path: Path, plain: Mapping[str, PlainArray | PlainSparse], expressions: int) -> dict[str, np.ndarray]:
-    """The arrays of `KEYS`, float64 and int64, of checked shapes."""
-    # Before anything is made of them: a sparse matrix is as large as it says.
+def _arrays(plain: Mapping[str, PlainArray | PlainSparse], expressions: int) -> dict[str, np.ndarray]:
+    """The arrays of `KEYS`, float64 and int64, of checked shapes and values."""
+    # Before any is made: a sparse matrix is as large as it says.
     numbers = sum(math.prod(value.shape) for value in plain.values())
     if numbers > MAX_NUMBERS:
-        raise ValueError(f"{path}: its arrays have {numbers:,} numbers, expected at most {MAX_NUMBERS:,} in all")
+        raise ValueError(f"its arrays have {numbers:,} numbers, expected at most {MAX_NUMBERS:,} in all")
     vertices, joints = (plain["v_template"].shape or (0,))[0], len(JOINTS)
     shapes = plain["shapedirs"].shape[-1] if len(plain["shapedirs"].shape) == 3 else 0
     expected = {
@@ -92,32 +82,32 @@ def _arrays(path: Path, plain: Mapping[str, PlainArray | PlainSparse], expressio
     }
     for key, shape in expected.items():
         if plain[key].shape != shape or 0 in shape[:1]:
-            raise ValueError(f"{path}: {key} is {plain[key].shape}, expected {shape} and at least one row")
+            raise ValueError(f"{key} is {plain[key].shape}, expected {shape} and at least one row")
     if shapes < expressions:
-        raise ValueError(f"{path}: shapedirs holds {shapes} directions, expected {expressions} expressions and more")
+        raise ValueError(f"shapedirs holds {shapes} directions, expected {expressions} expressions and more")
     arrays = {}
     for key in KEYS:
         try:
             value = _dense(plain[key])
         except ValueError as error:
-            raise ValueError(f"{path}: {key} is not a readable array: {error}") from error
+            raise ValueError(f"{key} is not a readable array: {error}") from error
         with np.errstate(over="ignore"):
             finite = value.dtype.kind in "iuf" and np.isfinite(value.astype(np.float32)).all()
         if not finite:
-            raise ValueError(f"{path}: {key} holds {value.dtype} values that are not all finite float32 numbers")
+            raise ValueError(f"{key} holds {value.dtype} values that are not all finite float32 numbers")
         arrays[key] = value.astype(np.int64 if key in ("f", "kintree_table") else np.float64)
     parents = tuple(arrays["kintree_table"][0, 1:].tolist())
     if parents != PARENTS[1:]:
-        raise ValueError(f"{path}: the parents of joints 1 to 4 are {parents}, expected {PARENTS[1:]}")
+        raise ValueError(f"the parents of joints 1 to 4 are {parents}, expected {PARENTS[1:]}")
     if arrays["f"].min() < 0 or arrays["f"].max() >= vertices:
-        raise ValueError(f"{path}: f has a vertex index outside 0..{vertices - 1}")
+        raise ValueError(f"f has a vertex index outside 0..{vertices - 1}")
     return arrays
 
 
 def _dense(value: PlainArray | PlainSparse) -> np.ndarray:
     if isinstance(value, PlainArray):
-        order: Literal["F", "C"] = "F" if value.fortran_order else "C"
-        return np.frombuffer(value.content, value.dtype).reshape(value.shape, order=order)
+        flat = np.frombuffer(value.content, value.dtype)
+        return flat.reshape(value.shape, order="F" if value.fortran_order else "C")
     return _dense_from_sparse(value) if value.rows_first else _dense_from_sparse(value).T
 
 
@@ -128,20 +118,11 @@ def _dense_from_sparse(value: PlainSparse) -> np.ndarray:
     if starts.shape != (lines + 1,) or not data.shape == indices.shape == (len(indices.reshape(-1)),):
         raise ValueError("a sparse matrix whose parts disagree")
     if starts.dtype.kind not in "iu" or indices.dtype.kind not in "iu":
-        raise ValueError("a sparse matrix whose indices are no integers")
+        raise ValueError("a sparse matrix whose indices are not integers")
     counts: np.ndarray = np.diff(starts.astype(np.int64))
-    consistent = (counts >= 0).all() and int(starts[0]) == 0 and int(starts[-1]) == len(indices)
-    if not consistent or (len(indices) and not 0 <= indices.min() <= indices.max() < width):
+    complete = (counts >= 0).all() and int(starts[0]) == 0 and int(starts[-1]) == len(indices)
+    if not complete or (len(indices) and not 0 <= indices.min() <= indices.max() < width):
         raise ValueError("a sparse matrix whose parts disagree")
     dense = np.zeros((lines, width))
     np.add.at(dense, (np.repeat(np.arange(lines), counts), indices), data)
     return dense
-
-
-def _regions(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """What a FLAME file itself says of its parts: the eyeballs are the vertices that follow an eye joint alone."""
-    eyes = arrays["weights"][:, 3:5].sum(1) > 0.999
-    regions = {"eyes": torch.from_numpy(eyes)}
-    if "teeth" in arrays:
-        regions["mouth_interior"] = torch.from_numpy(arrays["teeth"].astype(bool))
-    return regions

@@ -1,26 +1,24 @@
-"""The teeth that GaussianAvatars adds to FLAME, built on the template between the ridges of the lips.
+"""The teeth that GaussianAvatars (Qian et al. 2024) and VHAP add to FLAME, which Gaussians inside the mouth are bound to.
 
-FLAME has no teeth; without them Gaussians inside the mouth have nothing to hold on to. The rule is that of
-GaussianAvatars (Qian et al. 2024) and VHAP: 8 rows of 15 vertices, three strips of faces a jaw, upper teeth on the neck
-joint, lower teeth on the jaw, identity as the lips beside them, no expression. The rows are placed by 15 vertices of
-the upper and 15 of the lower lip. Which vertices these are is found from the mesh here, so the teeth come close to
-those of a GaussianAvatars file, not exactly there; for the very same, give the lists as `lip_rings`.
+8 rows of 15 vertices, three strips of faces for each jaw, placed between the ridges of the lips; they move with the neck joint or
+the jaw and have the identity of the lips. The ridges are found on the mesh, so the teeth are close to those of GaussianAvatars' own
+files; to get exactly those, give GaussianAvatars' lists of lip vertices as `lip_rings`.
 """
 
 import numpy as np
 
 from gaussian_tokenizer.heads.head_model import JOINTS
-from gaussian_tokenizer.heads.rigging import split_quads
+from gaussian_tokenizer.heads.rigging import strip_of_quads
 
 RING = 15  # vertices of each row and of each lip ring
-RECEDED = 3e-4  # meters behind the ridge (both lips together) that end the search for it
+RECEDED = 3e-4  # meters behind the ridge, both lips together, that end the search
 
 
 def add_teeth(arrays: dict[str, np.ndarray], lip_rings: tuple[np.ndarray, np.ndarray] | None, expressions: int) -> None:
     """Append 120 vertices and 168 faces to the arrays of a FLAME model, in place; rows in GaussianAvatars' order.
 
-    `lip_rings` (15,) and (15,): vertices of the upper and the lower lip, both from one corner of the mouth to the
-    other in the same direction; None finds them. The last `expressions` shape directions do not move the teeth.
+    `lip_rings` (15,) and (15,): vertices of the upper and the lower lip, both from one corner of the mouth to the other in the same
+    direction; None finds them on the mesh. The last `expressions` shape directions do not move the teeth.
     """
     vertices = arrays["v_template"]
     upper, lower = find_lip_rings(vertices, arrays["f"]) if lip_rings is None else map(np.asarray, lip_rings)
@@ -44,36 +42,28 @@ def add_teeth(arrays: dict[str, np.ndarray], lip_rings: tuple[np.ndarray, np.nda
     # Seen from the front, left to right is from the subject's right (-x) to the left.
     seen = index[:, ::-1] if vertices[upper[0], 0] > vertices[upper[-1], 0] else index
     strips = [(0, 2), (5, 4), (2, 5), (3, 1), (6, 7), (7, 3)]  # (above, below) as seen from outside
-    faces = np.concatenate([_strip(seen[above], seen[below]) for above, below in strips])
+    faces = np.concatenate([strip_of_quads(seen[above], seen[below]).reshape(-1, 3) for above, below in strips])
 
     lips = (arrays["shapedirs"][upper] + arrays["shapedirs"][lower]) / 2
     lips[:, :, lips.shape[2] - expressions :] = 0
-    weights = np.zeros((len(rows), RING, len(JOINTS)))
-    weights[is_upper, :, JOINTS.index("neck")] = 1
-    weights[~is_upper, :, JOINTS.index("jaw")] = 1
-    arrays["v_template"] = np.concatenate((vertices, rows.reshape(-1, 3)))
-    arrays["f"] = np.concatenate((arrays["f"], faces))
-    arrays["shapedirs"] = np.concatenate((arrays["shapedirs"], np.tile(lips, (len(rows), 1, 1))))
-    arrays["posedirs"] = np.concatenate((arrays["posedirs"], np.zeros((count, *arrays["posedirs"].shape[1:]))))
+    added = {
+        "v_template": rows.reshape(-1, 3),
+        "f": faces,
+        "shapedirs": np.tile(lips, (len(rows), 1, 1)),
+        "posedirs": np.zeros((count, *arrays["posedirs"].shape[1:])),
+        "weights": np.eye(len(JOINTS))[np.where(is_upper, JOINTS.index("neck"), JOINTS.index("jaw")).repeat(RING)],
+    }
+    arrays |= {key: np.concatenate((arrays[key], value)) for key, value in added.items()}
     arrays["J_regressor"] = np.concatenate((arrays["J_regressor"], np.zeros((len(JOINTS), count))), axis=1)
-    arrays["weights"] = np.concatenate((arrays["weights"], weights.reshape(count, -1)))
     arrays["teeth"] = np.arange(start + count) >= start
-
-
-def _strip(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Two rows of 15 vertices -> 28 triangles, diagonals mirrored about the middle."""
-    cells = len(above) - 1
-    quads = split_quads(above[:-1], below[:-1], below[1:], above[1:], np.arange(cells) < cells / 2)
-    return quads.reshape(-1, 3)
 
 
 def find_lip_rings(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The ridges of the lips: 15 vertices of the upper and 15 of the lower, each from the subject's right to the left.
 
-    Found from the mesh alone, vertices (V, 3) and faces (F, 3). The mouth is a hole of the skin: of the mesh's borders
-    the one that lies most forward. Its leftmost and rightmost vertices are the corners and part it into an upper and a
-    lower arc. From there the lips are climbed ring by ring along the edges, outward, until the surface recedes again:
-    the ring that lay furthest forward at the middle is the ridge. `ValueError` where a mesh has no such mouth.
+    The mouth is the most forward border of the mesh, vertices (V, 3) and faces (F, 3); its leftmost and rightmost vertices are the
+    corners. From its upper and lower arc the search goes outward ring by ring; the ring that is furthest forward at the middle is
+    the ridge. `ValueError` if a mesh has no such mouth.
     """
     upper_arc, lower_arc = _mouth_arcs(vertices, faces)
     neighbors = _neighbors(len(vertices), faces)

@@ -1,54 +1,39 @@
 """The head model: a triangle mesh with blendshapes, pose correctives and linear blend skinning.
 
-Everything an avatar is anchored to. `HeadParameters` go in, posed vertices and one rigid transform per joint come out,
-differentiable and batched over frames. A head model is made once, by `loading.load_head`, and is
-kept as one safetensors file. The formulas are those of SMPL (Loper et al. 2015, eq. 2-10) as FLAME (Li et al. 2017)
-uses them: joints are regressed from the shaped vertices, correctives are linear in the entries of R - I.
+Formulas: SMPL (Loper et al. 2015, eq. 2-10) as used by FLAME (Li et al. 2017).
 """
 
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
 from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix
 from gaussian_tokenizer.heads.head_parameters import ROTATION_KEYS, HeadParameters
-from gaussian_tokenizer.utils.atomic import atomic_file
-from gaussian_tokenizer.utils.json_files import parse_json
+from gaussian_tokenizer.utils.tensor_files import TensorFormat
 
 JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
-FORMAT = "avatar-pointillist head model 1"
-WEIGHT_ERROR = 1e-3  # of skinning weights, in all: many times what float32 or a text file costs
-# The tensors that decide where a vertex goes: what the hash covers, in this order.
-GEOMETRY = (
-    "template",
-    "faces",
-    "shape_dirs",
-    "expression_dirs",
-    "pose_dirs",
-    "joint_regressor",
-    "skinning_weights",
+HEAD_FILE = TensorFormat(
+    "a head model file", "head_model", "avatar-pointillist head model 1", "make one with HeadModel.save"
 )
+PARENTS = (-1, 0, 1, 1, 1)  # of the joints, in every model that is built here
+WEIGHT_ERROR = 1e-3  # of the sum of a vertex's skinning weights: well above rounding errors
+# What the hash covers, in this order: the tensors that decide where a vertex goes.
+GEOMETRY = ("template", "faces", "shape_dirs", "expression_dirs", "pose_dirs", "joint_regressor", "skinning_weights")
 
 
 class PosedHead(NamedTuple):
-    """`vertices` (T, V, 3) meters; `joint_transforms` (T, J, 4, 4) take rest points to the posed head.
+    """What `HeadModel.pose` gives."""
 
-    `rest_vertices` (T, V, 3) are the vertices they act on: shaped, with expression, offsets and pose correctives.
-    """
-
-    vertices: Tensor
-    joint_transforms: Tensor
-    rest_vertices: Tensor
+    vertices: Tensor  # (T, V, 3) meters
+    joint_transforms: Tensor  # (T, J, 4, 4), act on the rest vertices
+    rest_vertices: Tensor  # (T, V, 3) shaped, with expression, offsets and pose correctives
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +55,10 @@ class HeadModel:
     regions: Mapping[str, Tensor]  # name -> (V,) bool
 
     def __post_init__(self) -> None:
-        scalars = [name for name, value in self.__dict__.items() if isinstance(value, Tensor) and value.ndim == 0]
+        what = f"head model {self.name!r}"
+        scalars = [name for name, value in self._tensors().items() if value.ndim == 0]
         if scalars:
-            raise ValueError(f"head model {self.name!r}: {', '.join(scalars)} is one number, expected an array")
+            raise ValueError(f"{what}: {', '.join(scalars)} is one number, expected an array")
         vertices, joints = self.template.shape[0], len(JOINTS)
         expected = {
             "template": (vertices, 3),
@@ -90,16 +76,16 @@ class HeadModel:
         found |= {f"region {region}": mask for region, mask in self.regions.items()}
         for field, shape in expected.items():
             if tuple(found[field].shape) != shape:
-                raise ValueError(f"head model {self.name!r}: {field} is {tuple(found[field].shape)}, expected {shape}")
+                raise ValueError(f"{what}: {field} is {tuple(found[field].shape)}, expected {shape}")
         for region, mask in self.regions.items():
             if mask.dtype != torch.bool:
-                raise ValueError(f"head model {self.name!r}: region {region} is {mask.dtype}, expected torch.bool")
+                raise ValueError(f"{what}: region {region} is {mask.dtype}, expected torch.bool")
         if not vertices or not self.n_faces:
-            raise ValueError(f"head model {self.name!r}: {vertices} vertices and {self.n_faces} faces, expected a mesh")
+            raise ValueError(f"{what}: {vertices} vertices and {self.n_faces} faces, expected a mesh")
         if len(self.parents) != joints or self.parents[0] != -1:
-            raise ValueError(f"head model {self.name!r}: parents are {self.parents}, expected {joints} with -1 first")
+            raise ValueError(f"{what}: parents are {self.parents}, expected {joints} with -1 first")
         if any(not 0 <= parent < joint for joint, parent in enumerate(self.parents) if joint):
-            raise ValueError(f"head model {self.name!r}: parents {self.parents} must come before their children")
+            raise ValueError(f"{what}: parents {self.parents} must come before their children")
 
     @property
     def n_vertices(self) -> int:
@@ -121,9 +107,12 @@ class HeadModel:
     def n_joints(self) -> int:
         return self.skinning_weights.shape[-1]
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.__dict__.items() if isinstance(value, Tensor)}
+
     @functools.cached_property
     def hash(self) -> str:
-        """16 hex digits that name the geometry: equal for equal tensors, whatever the model or its file is called."""
+        """16 hex digits that identify the geometry, whatever the model or its file is called."""
         digest = hashlib.sha256(repr(self.parents).encode())
         for field in GEOMETRY:
             tensor = getattr(self, field)
@@ -137,11 +126,7 @@ class HeadModel:
 
     def to(self, device: torch.device | str) -> "HeadModel":
         """The same model with every tensor on `device`."""
-        moved = {
-            field.name: value.to(device)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
+        moved = {name: value.to(device) for name, value in self._tensors().items()}
         regions = {region: mask.to(device) for region, mask in self.regions.items()}
         return dataclasses.replace(self, **moved, regions=regions)  # type: ignore[arg-type]
 
@@ -176,10 +161,9 @@ class HeadModel:
         return self.shaped(params.canonical())[0]
 
     def pose(self, params: HeadParameters, pose_correctives: bool = True) -> PosedHead:
-        """Pose every frame of `params`; computed in the dtype and on the device of `params`.
+        """Pose every frame of `params`, in their dtype and on their device.
 
-        The translation is applied last and is part of `joint_transforms`, so that
-        vertex = sum_j weight_j * (joint_transform_j applied to the shaped and corrected vertex).
+        The translation is part of `joint_transforms`: vertex = sum_j weight_j * joint_transform_j(rest vertex).
         """
         rest_vertices, transforms = self.articulate(params, pose_correctives)
         vertices, _ = blend_joints(self.skinning_weights.to(rest_vertices), transforms, rest_vertices)
@@ -224,59 +208,39 @@ class HeadModel:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
-        tensors = {
-            field.name: value.detach().cpu().contiguous()
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        tensors |= {f"region.{region}": mask.cpu().contiguous() for region, mask in self.regions.items()}
-        strings = {"name": self.name, "parents": self.parents, "expression_names": self.expression_names}
-        # One metadata entry: safetensors does not promise the order of several, and equal models give equal files.
-        content = serialize(tensors, metadata={"head_model": json.dumps({"format": FORMAT} | strings)})
-        with atomic_file(path) as file:
-            file.write(content)
+        regions = {f"region.{region}": mask for region, mask in self.regions.items()}
+        about = {"name": self.name, "parents": self.parents, "expression_names": self.expression_names}
+        HEAD_FILE.write(path, self._tensors() | regions, about)
 
     @classmethod
     def load(cls, path: str | Path) -> "HeadModel":
         """Read what `save` wrote; `ValueError` naming the file if it is cut, not a head model, or inconsistent."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such head model file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or convert it again") from error
-        strings = _read_metadata(path, metadata)
-        regions = {
-            key.removeprefix("region."): tensors.pop(key) for key in sorted(tensors) if key.startswith("region.")
-        }
-        expected = {field.name for field in dataclasses.fields(cls)} - {*strings, "regions"}
-        if set(tensors) != expected:
-            missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-            raise ValueError(f"{path}: not a head model, missing tensors {missing}, unknown tensors {unknown}")
-        for key, tensor in tensors.items():
-            wanted = torch.int64 if key in ("faces", "landmark_faces") else torch.float32
-            if tensor.dtype != wanted:
-                raise ValueError(f"{path}: {key} is {tensor.dtype}, expected {wanted}")
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{path}: {key} has NaN or Inf")
-        try:
+        with HEAD_FILE.opened(Path(path)) as (about, tensors):
+            strings = _read_metadata(about)
+            masks = [key for key in sorted(tensors) if key.startswith("region.")]
+            regions = {key.removeprefix("region."): tensors.pop(key) for key in masks}
+            expected = {field.name for field in dataclasses.fields(cls)} - {*strings, "regions"}
+            if set(tensors) != expected:
+                missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+                raise ValueError(f"missing tensors {missing}, unknown tensors {unknown}")
+            for key, tensor in tensors.items():
+                wanted = torch.int64 if key in ("faces", "landmark_faces") else torch.float32
+                if tensor.dtype != wanted:
+                    raise ValueError(f"{key} is {tensor.dtype}, expected {wanted}")
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{key} has NaN or Inf")
             head = cls(**tensors, **strings, regions=regions)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        for key, size in (("faces", head.n_vertices), ("landmark_faces", head.n_faces)):
-            if tensors[key].numel() and not 0 <= int(tensors[key].min()) <= int(tensors[key].max()) < size:
-                raise ValueError(f"{path}: {key} has an index outside 0..{size - 1}")
-        sums = head.skinning_weights.sum(1)
-        worst = int((sums - 1).abs().argmax())
-        if abs(float(sums[worst]) - 1) > WEIGHT_ERROR or float(head.skinning_weights.min()) < -WEIGHT_ERROR:
-            raise ValueError(
-                f"{path}: skinning_weights of vertex {worst} sum to {float(sums[worst]):.4g}, the least weight is "
-                f"{float(head.skinning_weights.min()):.4g}; expected weights from 0 that sum to 1: make the file again"
-            )
-        return head
+            for key, size in (("faces", head.n_vertices), ("landmark_faces", head.n_faces)):
+                if tensors[key].numel() and not 0 <= int(tensors[key].min()) <= int(tensors[key].max()) < size:
+                    raise ValueError(f"{key} has an index outside 0..{size - 1}")
+            sums = head.skinning_weights.sum(1)
+            worst, least = int((sums - 1).abs().argmax()), float(head.skinning_weights.min())
+            if abs(float(sums[worst]) - 1) > WEIGHT_ERROR or least < -WEIGHT_ERROR:
+                raise ValueError(
+                    f"skinning_weights of vertex {worst} sum to {float(sums[worst]):.4g}, the least weight is {least:.4g}; "
+                    "expected weights from 0 that sum to 1"
+                )
+            return head
 
 
 def blend_joints(weights: Tensor, transforms: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,18 +252,10 @@ def blend_joints(weights: Tensor, transforms: Tensor, points: Tensor) -> tuple[T
     return (blended[..., :3] @ points[..., None])[..., 0] + blended[..., 3], blended[..., :3]
 
 
-def _read_metadata(path: Path, metadata: Mapping[str, str]) -> dict:
-    try:
-        strings = parse_json(metadata["head_model"], path)
-        if strings.pop("format") != FORMAT:
-            raise ValueError("another format")
-        name, parents, expressions = strings["name"], strings["parents"], strings["expression_names"]
-        if not isinstance(parents, list) or any(type(parent) is not int for parent in parents):
-            raise ValueError("parents must be whole numbers")
-        if not isinstance(expressions, list) or any(not isinstance(each, str) for each in (name, *expressions)):
-            raise ValueError("names must be text")
-        return {"name": name, "parents": tuple(parents), "expression_names": tuple(expressions)}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a head model file (no {FORMAT!r} metadata); make one with HeadModel.save"
-        ) from error
+def _read_metadata(about: Mapping[str, Any]) -> dict[str, Any]:
+    name, parents, expressions = about["name"], about["parents"], about["expression_names"]
+    if not isinstance(parents, list) or any(type(parent) is not int for parent in parents):
+        raise ValueError("parents must be whole numbers")
+    if not isinstance(expressions, list) or any(not isinstance(each, str) for each in (name, *expressions)):
+        raise ValueError("names must be text")
+    return {"name": name, "parents": tuple(parents), "expression_names": tuple(expressions)}

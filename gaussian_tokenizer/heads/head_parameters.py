@@ -1,9 +1,6 @@
-"""The numbers that shape and pose a head model: one subject's identity and a sequence of frames.
+"""The parameters of a head model, one subject's identity and a sequence of frames, and their file `flame_param.npz`.
 
-Names, shapes and units are those of a FLAME parameter file as VHAP and GaussianAvatars write it (`flame_param.npz`:
-uncompressed npz, float32, rotations as axis-angle in radians, translation in meters and applied last). The same names
-serve every head model; only the sizes differ. A file that was read is written back byte for byte: the order of its
-keys, the stored form of `static_offset`, keys we do not use and the compression are remembered in `NpzLayout`.
+Names, shapes and units are those of VHAP and GaussianAvatars. A file that is read is written back byte for byte.
 """
 
 import operator
@@ -52,10 +49,7 @@ class HeadParameters:
     layout: NpzLayout | None = None
 
     def __post_init__(self) -> None:
-        shapes = {name: tuple(value.shape) for name, value in self.tensors().items()}
-        problem = _disagreement(shapes)
-        if problem:
-            raise ValueError(f"head parameters: {problem}")
+        _check_shapes("head parameters", {name: tuple(value.shape) for name, value in self.tensors().items()})
         for name, value in self.tensors().items():
             if not value.is_floating_point():
                 raise ValueError(f"head parameters: {name} is {value.dtype}, expected torch.float32")
@@ -79,8 +73,7 @@ class HeadParameters:
             index = operator.index(index)
             if not -self.num_frames <= index < self.num_frames:
                 raise ValueError(f"frame {index} asked of head parameters that hold {self.num_frames} frames")
-            index = index % self.num_frames
-            index = slice(index, index + 1)
+            index = slice(index % self.num_frames, index % self.num_frames + 1)
         return replace(self, layout=None, **{name: value[index] for name, value in self.per_frame().items()})
 
     def canonical(self, jaw_angle: float = 0.0) -> "HeadParameters":
@@ -90,10 +83,7 @@ class HeadParameters:
         return replace(self, layout=None, **rest)
 
     def with_offsets(self, n_vertices: int | None = None) -> "HeadParameters":
-        """The same with both offsets, zeros where one is None: GaussianAvatars reads no file, and no motion, without them.
-
-        ValueError if both are None and `n_vertices` of the head model is not given.
-        """
+        """The same with both offsets, as GaussianAvatars' viewer needs, zeros where one is None; ValueError if V is unknown."""
         static, dynamic = self.static_offset, self.dynamic_offset
         size = next((offset.shape[-2] for offset in (static, dynamic) if offset is not None), n_vertices)
         if size is None:
@@ -120,8 +110,7 @@ class HeadParameters:
     def load(cls, path: str | os.PathLike) -> "HeadParameters":
         """Read a `flame_param.npz`: of a GaussianAvatars avatar (T frames) or of one VHAP frame (T = 1).
 
-        Raises ValueError with one line that names the file, the key and the row for anything but finite arrays of
-        agreeing shapes; nothing pickled is ever opened, and no more is unpacked than `npz` allows.
+        ValueError, in one line that names file, key and row, for anything but finite arrays of agreeing shapes.
         """
         path = Path(path)
         if not path.is_file():
@@ -134,18 +123,21 @@ class HeadParameters:
             )
         values = {key: arrays[key] for key in (*REQUIRED_KEYS, *OFFSET_KEYS) if key in arrays}
         for key, value in values.items():
-            _check_array(path, key, value)
-        stored_ndim = values["static_offset"].ndim if "static_offset" in values else 3
-        if stored_ndim == 3 and "static_offset" in values:
-            if values["static_offset"].shape[0] != 1:
-                raise ValueError(f"{path}: static_offset is {values['static_offset'].shape}, expected (1, V, 3)")
-            values["static_offset"] = values["static_offset"][0]
-        problem = _disagreement({key: value.shape for key, value in values.items()})
-        if problem:
-            raise ValueError(f"{path}: {problem}")
+            if value.dtype.kind != "f" or value.dtype.itemsize != 4:
+                raise ValueError(f"{path}: {key} is {value.dtype}, expected float32")
+            finite = np.isfinite(value)
+            if not finite.all():
+                row = np.argwhere(~finite)[0].tolist()
+                raise ValueError(f"{path}: {key} holds {value[tuple(row)]} at index {row}; every value must be finite")
+        static = values.get("static_offset")
+        if static is not None and static.ndim == 3:
+            if len(static) != 1:
+                raise ValueError(f"{path}: static_offset is {static.shape}, expected (1, V, 3)")
+            values["static_offset"] = static[0]
+        _check_shapes(path, {key: value.shape for key, value in values.items()})
         other = {key: value for key, value in arrays.items() if key not in values}
-        layout = NpzLayout(tuple(arrays), stored_ndim, compression, other)
-        # In native byte order and contiguous, as torch needs it; a copy, so that the file's buffer is let go.
+        layout = NpzLayout(tuple(arrays), 3 if static is None else static.ndim, compression, other)
+        # A contiguous copy in native byte order, as torch needs it; the file's buffer is freed.
         tensors = {key: torch.from_numpy(np.array(value, np.float32, order="C")) for key, value in values.items()}
         return cls(**tensors, layout=layout)
 
@@ -163,39 +155,34 @@ class HeadParameters:
         everything = {**arrays, **layout.other_arrays}
         ordered = [key for key in layout.keys if key in everything]
         ordered += [key for key in everything if key not in layout.keys]
-        # What np.savez does, entry for entry, but free in its key names.
+        # As np.savez, entry for entry, but with any key names.
         with zipfile.ZipFile(file, "w", layout.compression) as archive:
             for key in ordered:
                 with archive.open(f"{key}.npy", "w", force_zip64=True) as entry:
                     np.lib.format.write_array(entry, everything[key], allow_pickle=False)
 
 
-def _disagreement(shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """What is wrong with the shapes of a set of parameters, in words; None if nothing is."""
-    if len(shapes["shape"]) != 1:
-        return f"shape is {shapes['shape']}, expected (S,)"
-    if len(shapes["expr"]) != 2 or shapes["expr"][0] == 0:
-        return f"expr is {shapes['expr']}, expected (T, E) with at least one frame"
-    num_frames = shapes["expr"][0]
+def _check_shapes(what: object, shapes: dict[str, tuple[int, ...]]) -> None:
+    """`ValueError` if the shapes of the parameters of `what` are wrong or disagree."""
+    num_frames = next(iter(shapes["expr"]), 0)
+    of_frames = f": expr holds {num_frames} frames"
+    rules = [
+        ("shape", len(shapes["shape"]) == 1, "(S,)"),
+        ("expr", len(shapes["expr"]) == 2 and num_frames > 0, "(T, E) with at least one frame"),
+    ]
     for name, size in FRAME_KEYS.items():
-        if size and shapes[name] != (num_frames, size):
-            return f"{name} is {shapes[name]}, expected ({num_frames}, {size}): expr holds {num_frames} frames"
+        if size:
+            rules.append((name, shapes[name] == (num_frames, size), f"({num_frames}, {size}){of_frames}"))
     static, dynamic = (shapes.get(name) for name in OFFSET_KEYS)
-    if static is not None and (len(static) != 2 or static[1] != 3):
-        return f"static_offset is {static}, expected (V, 3) or in a file (1, V, 3)"
-    if dynamic is not None and (len(dynamic) != 3 or dynamic[0] != num_frames or dynamic[2] != 3):
-        return f"dynamic_offset is {dynamic}, expected ({num_frames}, V, 3): expr holds {num_frames} frames"
-    if static is not None and dynamic is not None and static[0] != dynamic[1]:
-        return (
-            f"static_offset is of {static[0]} vertices, dynamic_offset of {dynamic[1]}: they must be of one head model"
+    if static is not None:
+        rules.append(("static_offset", len(static) == 2 and static[1] == 3, "(V, 3) or in a file (1, V, 3)"))
+    if dynamic is not None:
+        fits = len(dynamic) == 3 and dynamic[::2] == (num_frames, 3)
+        rules.append(("dynamic_offset", fits, f"({num_frames}, V, 3){of_frames}"))
+    for name, fits, expected in rules:
+        if not fits:
+            raise ValueError(f"{what}: {name} is {shapes[name]}, expected {expected}")
+    if static and dynamic and static[0] != dynamic[1]:
+        raise ValueError(
+            f"{what}: static_offset is of {static[0]} vertices, dynamic_offset of {dynamic[1]}; expected one head model"
         )
-    return None
-
-
-def _check_array(path: Path, key: str, value: np.ndarray) -> None:
-    if value.dtype.kind != "f" or value.dtype.itemsize != 4:
-        raise ValueError(f"{path}: {key} is {value.dtype}, expected float32")
-    finite = np.isfinite(value)
-    if not finite.all():
-        row = np.argwhere(~finite)[0].tolist()
-        raise ValueError(f"{path}: {key} holds {value[tuple(row)]} at index {row}; every value must be finite")

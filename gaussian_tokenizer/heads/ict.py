@@ -1,37 +1,22 @@
 """ICT-FaceKit (the ICT Face Model Light: MIT license, made from scans) as a head model.
 
-Upstream is a folder of OBJ files in one topology: a neutral head, identity modes, expressions; each file holds absolute
-positions, the shape is the difference from the neutral. There is no rig, so joints and skinning weights are made here:
-the eyeballs turn about their centers, the jaw follows what the `jawOpen` shape moves, the neck blends by height.
-Centimeters become meters, quads are cut along their shorter diagonal, and the head is moved so that the point between
-the eyes is where the procedural head has it. Paper: Li et al., "Learning Formation of Physically-Based Face
-Attributes", CVPR 2020.
+Upstream is a folder of OBJ files of one topology: a neutral head, identities, expressions. It has no rig: joints and skinning
+weights are made here. Paper: Li et al., "Learning Formation of Physically-Based Face Attributes", CVPR 2020.
 """
 
 import re
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from gaussian_tokenizer.heads import rigging
 from gaussian_tokenizer.heads.head_model import JOINTS, HeadModel
-from gaussian_tokenizer.heads.rigging import (
-    BETWEEN_EYES,
-    above_hairline,
-    below_jaw,
-    fit_joint_regressor,
-    in_beard,
-    rounded,
-    smoothstep,
-    split_quads,
-    vertices_as_face_points,
-)
 from gaussian_tokenizer.utils.json_files import read_json
 
 NEUTRAL, INDICES = "generic_neutral_mesh.obj", "vertex_indices.json"
 N_VERTICES, N_FACES = 26_719, 26_384
-# Faces of the parts (first, one past the last) and vertices of the eyeballs, from the upstream documentation.
-SKIN, SOCKETS, GUMS_AND_TEETH, EYEBALLS = (0, 11_144), (11_144, 14_034), (14_034, 21_496), (21_496, 24_692)
+# Faces and vertices of the parts, from the upstream documentation.
+SKIN, SOCKETS, GUMS_AND_TEETH, EYEBALLS = np.split(np.arange(24_692), (11_144, 14_034, 21_496))
 SKIN_VERTICES, MOUTH_VERTICES = slice(0, 11_248), (slice(11_248, 13_294), slice(14_062, 21_451))
 EYE_VERTICES = {"left_eye": slice(21_451, 23_021), "right_eye": slice(23_021, 24_591)}
 SCLERA_VERTICES = {"left_eye": slice(21_451, 22_221), "right_eye": slice(23_021, 23_791)}
@@ -46,51 +31,49 @@ NECK, ROOT = np.array((0.0, -9.5, -0.8)), np.array((0.0, -15.5, -1.6))
 def read_ict(folder: str | Path, teeth: bool = False) -> HeadModel:
     """The upstream folder, or its `FaceXModel`, -> `HeadModel` with the identities and expressions that have a file.
 
-    Kept: face, head and neck, the sockets of mouth and eyes, and the eyeballs (34,332 triangles); with `teeth` the
-    gums, tongue and teeth as well. Lashes and the films around the eyes are left out.
+    Centimeters become meters. Kept are skin, eye and mouth sockets and eyeballs (34,332 triangles), with `teeth` gums, tongue and
+    teeth as well; not eyelashes and the films around the eyes.
     """
-    folder = _model_folder(Path(folder))
+    folder = Path(folder)
+    if (folder / "FaceXModel" / NEUTRAL).is_file():
+        folder = folder / "FaceXModel"
+    elif not (folder / NEUTRAL).is_file():
+        raise FileNotFoundError(f"{folder}: no {NEUTRAL} here or in FaceXModel; expected an ICT-FaceKit folder")
     neutral, faces = _read_neutral(folder / NEUTRAL)
-    names = _read_indices(folder / INDICES)
+    names, landmark_vertices = _read_indices(folder / INDICES)
     identities = sorted(path.stem for path in folder.glob("identity*.obj") if re.fullmatch(r"identity\d+", path.stem))
-    expressions = [name for name in names["expressions"] if (folder / f"{name}.obj").is_file()]
+    expressions = [name for name in names if (folder / f"{name}.obj").is_file()]
     if "jawOpen" not in expressions:
         raise FileNotFoundError(f"{folder}: lacks jawOpen.obj, from which the weights of the jaw are made")
     shape_dirs = _differences(folder, identities, neutral)
     expression_dirs = _differences(folder, expressions, neutral)
 
-    kept_faces = np.concatenate([faces[slice(*part)] for part in (SKIN, SOCKETS, EYEBALLS)])
-    if teeth:
-        kept_faces = np.concatenate((kept_faces, faces[slice(*GUMS_AND_TEETH)]))
-    triangles = _triangulate(kept_faces, neutral)
+    parts = (SKIN, SOCKETS, EYEBALLS, GUMS_AND_TEETH) if teeth else (SKIN, SOCKETS, EYEBALLS)
+    triangles = _triangulate(faces[np.concatenate(parts)], neutral)
     kept, triangles = np.unique(triangles, return_inverse=True)
     triangles = triangles.reshape(-1, 3)
 
     centers = {name: _sphere_center(neutral[vertices]) for name, vertices in SCLERA_VERTICES.items()}
-    origin = (centers["left_eye"] + centers["right_eye"]) / 2 - 100 * BETWEEN_EYES
+    origin = (centers["left_eye"] + centers["right_eye"]) / 2 - 100 * rigging.BETWEEN_EYES
     weights = _skinning_weights(neutral, expression_dirs[:, :, expressions.index("jawOpen")])
-    regressor = _joint_regressor(neutral[kept], kept, centers)
     new_index = np.full(N_VERTICES, -1)
     new_index[kept] = np.arange(len(kept))
-    landmarks = new_index[names["idx_to_landmark_verts"]]
+    landmarks = new_index[landmark_vertices]
     if (landmarks < 0).any():
         raise ValueError(f"{folder / INDICES}: a landmark lies on a part that is not kept")
-    landmark_faces, barycentrics = vertices_as_face_points(triangles, landmarks)
-    regions = _regions((neutral - origin) / 100, np.asarray(names["idx_to_landmark_verts"]))
-    return HeadModel(
-        name="ict-facekit",
-        template=rounded((neutral[kept] - origin) / 100),
-        faces=torch.from_numpy(triangles.astype(np.int64)),
-        shape_dirs=rounded(shape_dirs[kept] / 100),
-        expression_dirs=rounded(expression_dirs[kept] / 100),
-        pose_dirs=torch.zeros(len(kept), 3, 9 * (len(JOINTS) - 1)),
-        joint_regressor=rounded(regressor),
-        skinning_weights=rounded(weights[kept]),
-        parents=(-1, 0, 1, 1, 1),
-        expression_names=tuple(expressions),
-        landmark_faces=torch.from_numpy(landmark_faces),
-        landmark_barycentrics=torch.from_numpy(barycentrics).float(),
-        regions={name: torch.from_numpy(mask[kept]) for name, mask in regions.items()},
+    regions = _regions((neutral - origin) / 100, landmark_vertices)
+    return rigging.build_head(
+        "ict-facekit",
+        triangles,
+        expressions,
+        landmarks,
+        {name: mask[kept] for name, mask in regions.items()},
+        template=(neutral[kept] - origin) / 100,
+        shape_dirs=shape_dirs[kept] / 100,
+        expression_dirs=expression_dirs[kept] / 100,
+        pose_dirs=np.zeros((len(kept), 3, 9 * (len(JOINTS) - 1))),
+        joint_regressor=_joint_regressor(neutral[kept], kept, centers),
+        skinning_weights=weights[kept],
     )
 
 
@@ -114,13 +97,6 @@ def read_obj(path: Path, with_faces: bool = True) -> tuple[np.ndarray, list[list
     return vertices, faces
 
 
-def _model_folder(folder: Path) -> Path:
-    for candidate in (folder / "FaceXModel", folder):
-        if (candidate / NEUTRAL).is_file():
-            return candidate
-    raise FileNotFoundError(f"{folder}: no {NEUTRAL} here or in FaceXModel; expected an ICT-FaceKit folder")
-
-
 def _read_neutral(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Positions (V, 3) and faces (F, 4); a triangle repeats its last vertex."""
     vertices, faces = read_obj(path)
@@ -130,7 +106,8 @@ def _read_neutral(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return vertices, np.array([face if len(face) == 4 else [*face, face[-1]] for face in faces])
 
 
-def _read_indices(path: Path) -> dict:
+def _read_indices(path: Path) -> tuple[list[str], np.ndarray]:
+    """Names of the expressions, and the vertices (68,) of the landmarks."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it holds the names of the expressions and the landmarks")
     try:
@@ -142,7 +119,7 @@ def _read_indices(path: Path) -> dict:
     plain = all(re.fullmatch(r"\w+", name) for name in expressions)
     if not plain or landmarks.shape != (68,) or landmarks.dtype.kind != "i" or not (landmarks < N_VERTICES).all():
         raise ValueError(f"{path}: expected names in expressions and 68 vertices in idx_to_landmark_verts")
-    return {"expressions": expressions, "idx_to_landmark_verts": landmarks}
+    return expressions, landmarks
 
 
 def _differences(folder: Path, names: list[str], neutral: np.ndarray) -> np.ndarray:
@@ -161,7 +138,7 @@ def _triangulate(quads: np.ndarray, vertices: np.ndarray) -> np.ndarray:
     """(F, 4) -> triangles, each quad cut along its shorter diagonal; a repeated last corner means a triangle."""
     a, b, c, d = quads.T
     across = np.linalg.norm(vertices[a] - vertices[c], axis=1), np.linalg.norm(vertices[b] - vertices[d], axis=1)
-    both = split_quads(a, b, c, d, (across[0] <= across[1] + 1e-6) | (c == d)).reshape(-1, 3)
+    both = rigging.split_quads(a, b, c, d, (across[0] <= across[1] + 1e-6) | (c == d)).reshape(-1, 3)
     return both[(both[:, 1] != both[:, 2])]
 
 
@@ -172,15 +149,15 @@ def _sphere_center(points: np.ndarray) -> np.ndarray:
 
 
 def _skinning_weights(neutral: np.ndarray, jaw_open: np.ndarray) -> np.ndarray:
-    """(V, 5): how far each vertex takes part in the turn of the jaw is read from the jawOpen shape."""
+    """(V, 5); how much each vertex turns with the jaw is measured on the jawOpen shape."""
     weights = np.zeros((len(neutral), len(JOINTS)))
-    weights[:, 0] = 1 - smoothstep((neutral[:, 1] + 15.5) / 6.0)
+    weights[:, 0] = 1 - rigging.smoothstep((neutral[:, 1] + 15.5) / 6.0)
     angle = np.deg2rad(JAW_OPEN_DEGREES)
     arm = (neutral - JAW_HINGE)[:, 1:]
     turned = arm @ np.array(((np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle)))) - arm  # about +x
     # The part of the shape that lies along the turn; damped (by 3 mm) where the turn itself hardly moves anything.
     share = (jaw_open[:, 1:] * turned).sum(1) / ((turned**2).sum(1) + 0.09)
-    weights[:, 2] = smoothstep(1.05 * np.clip(share, 0, 1)) * (1 - weights[:, 0])
+    weights[:, 2] = rigging.smoothstep(1.05 * np.clip(share, 0, 1)) * (1 - weights[:, 0])
     weights[UPPER_TEETH], weights[LOWER_TEETH] = np.eye(5)[1], np.eye(5)[2]
     for name, vertices in EYE_VERTICES.items():
         weights[vertices] = np.eye(5)[JOINTS.index(name)]
@@ -190,25 +167,21 @@ def _skinning_weights(neutral: np.ndarray, jaw_open: np.ndarray) -> np.ndarray:
 
 def _joint_regressor(vertices: np.ndarray, kept: np.ndarray, centers: dict[str, np.ndarray]) -> np.ndarray:
     skin, (_, y, z) = kept < SKIN_VERTICES.stop, vertices.T
-    supports = {
+    joints = {
         "root": (ROOT, skin & (y < -13)),
         "neck": (NECK, skin & (y > -12.5) & (y < -7) & (z < 6.5)),
         "jaw": (JAW_HINGE, skin & (np.abs(y - JAW_HINGE[1]) < 3) & (z < 7)),
     }
     for name, sclera in SCLERA_VERTICES.items():
-        supports[name] = centers[name], (kept >= sclera.start) & (kept < sclera.stop)
-    return np.stack([fit_joint_regressor(vertices, supports[name][1], supports[name][0]) for name in JOINTS])
+        joints[name] = centers[name], (kept >= sclera.start) & (kept < sclera.stop)
+    return rigging.fit_joint_regressor(vertices, joints)
 
 
 def _regions(points: np.ndarray, landmarks: np.ndarray) -> dict[str, np.ndarray]:
-    """Names -> (V,) bool, from the parts, the landmarks and the lines of `head_building`; `points` in meters."""
-    count = len(points)
+    """Names -> (V,) bool, from the parts, the landmarks and the lines of `rigging`; `points` in meters."""
 
     def vertices(*parts: slice) -> np.ndarray:
-        mask = np.zeros(count, bool)
-        for part in parts:
-            mask[part] = True
-        return mask
+        return np.isin(np.arange(len(points)), np.r_[parts])
 
     x, y, z = np.abs(points[:, 0]), points[:, 1], points[:, 2]
     marks = points[landmarks]
@@ -217,21 +190,20 @@ def _regions(points: np.ndarray, landmarks: np.ndarray) -> dict[str, np.ndarray]
     # The ear stands out from the side of the head, behind the jaw and below the height of the brows.
     ears = skin & (x > np.interp(y, (-0.035, -0.020, 0.0, 0.03), (0.0685, 0.074, 0.0775, 0.0795)))
     ears &= (y > -0.036) & (y < 0.034) & (z < 0.012) & (z > -0.055)
-    lips = front & (
-        _in_polygon(points, marks[48:60]) | (_distance_to_line(points, marks[[*range(48, 60), 48]]) < 0.0015)
-    )
+    lips = _in_polygon(points, marks[48:60]) | (_distance_to_line(points, marks[[*range(48, 60), 48]]) < 0.0015)
+    lips &= front
     brows = front & (np.minimum(*(_distance_to_line(points, marks[a:b]) for a, b in ((17, 22), (22, 27)))) < 0.005)
     half_width = np.interp(y, (marks[33, 1], marks[30, 1], marks[28, 1], marks[27, 1]), (0.018, 0.018, 0.010, 0.008))
     nose = front & (x < half_width) & (y > marks[33, 1] - 0.002) & (y < marks[27, 1] + 0.002)
-    eye_centers = BETWEEN_EYES + np.stack((np.where(points[:, 0] < 0, -0.031, 0.031), 0 * x, 0 * x), 1)
+    eye_centers = rigging.BETWEEN_EYES + np.stack((np.where(points[:, 0] < 0, -0.031, 0.031), 0 * x, 0 * x), 1)
     eyelids = front & (np.linalg.norm(points - eye_centers, axis=1) < 0.0195)
-    scalp = skin & above_hairline(points) & ~ears
-    neck = skin & below_jaw(points) & ~ears
+    scalp = skin & rigging.above_hairline(points) & ~ears
+    neck = skin & rigging.below_jaw(points) & ~ears
     face = skin & ~scalp & ~neck & ~ears & (z > 0.005)
     return {
         "face": face,
         "scalp": scalp,
-        "beard": face & in_beard(points) & ~lips & ~nose,
+        "beard": face & rigging.in_beard(points) & ~lips & ~nose,
         "brows": brows,
         "lips": lips,
         "eyelids": eyelids,

@@ -1,45 +1,23 @@
-"""The built-in head model: no download, no license, recognisably a head, at any resolution from 600 to 40,000 faces.
+"""The built-in head model, without download or license, at any number of faces from 600 to 40,000.
 
-`procedural_mesh` makes the triangles; here the mesh becomes a `HeadModel`: identity and expression directions from a
-table of smooth local moves, joints, skinning weights, landmarks and regions. All of it is our own modeling; no scan
-and no other model went into it. The number of faces is always exactly what was asked for, the result depends on that
-number only, and coordinates are rounded to 0.1 micrometer so that every machine gets the same bytes and hash.
-
-One unit of an identity direction is one standard deviation of a varied crowd, one unit of an expression the full
-expression. Pose correctives are two: opening the jaw draws the cheeks in, nodding shortens the throat.
+All of it is our own modeling: no scan and no other model went into it. Every machine gets the same bytes. One unit of an
+identity direction is one standard deviation of a varied crowd, one unit of an expression is the full expression.
 """
 
 import functools
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
+from gaussian_tokenizer.heads import rigging
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.heads.procedural_mesh import (
-    LEFT_EAR,
-    LEFT_EYE,
-    LOWER_TEETH,
-    POCKET,
-    RIGHT_EAR,
-    RIGHT_EYE,
-    SKIN,
-    TONGUE,
-    UPPER_TEETH,
-    Mesh,
-    build_mesh,
-)
+from gaussian_tokenizer.heads.procedural_mesh import Mesh, Part, build_mesh
 from gaussian_tokenizer.heads.procedural_surface import EYE_CENTER
-from gaussian_tokenizer.heads.rigging import (
-    above_hairline,
-    below_jaw,
-    fit_joint_regressor,
-    in_beard,
-    rounded,
-    smoothstep,
-    vertices_as_face_points,
-)
 
+EYES, EARS = (Part.LEFT_EYE, Part.RIGHT_EYE), (Part.LEFT_EAR, Part.RIGHT_EAR)
+TEETH = (Part.UPPER_TEETH, Part.LOWER_TEETH)
+MOUTH_PARTS = (Part.POCKET, *TEETH, Part.TONGUE)
+HARD_PARTS = (*EYES, *TEETH, Part.TONGUE)  # moved by the joints only, not by expressions of the skin around
 JOINT_POSITIONS = {  # millimeters
     "root": (0.0, -150.0, -22.0),
     "neck": (0.0, -88.0, -18.0),
@@ -52,10 +30,9 @@ LIP_LINE = (-47.0, 88.0)  # (y, z)
 
 
 class Move(NamedTuple):
-    """A smooth local displacement in millimeters: weight(p) * (shift + scale * (p - center)).
+    """A smooth local displacement in millimeters: exp(-|(p - center) / radii|^4) * (shift + scale * (p - center)).
 
-    The weight is exp(-sum(|p - center| / radii)^4)), flat near the center; a `center` with x > 0 is mirrored to the
-    other side unless `one_side`.
+    A `center` with x > 0 is mirrored to the other side unless `one_side`.
     """
 
     center: tuple[float, float, float]
@@ -66,6 +43,7 @@ class Move(NamedTuple):
 
 
 WIDE = 1e6
+# Directions without moves are computed in `_identity` and `_expression`.
 IDENTITY: dict[str, tuple[Move, ...]] = {
     "head_size": (Move((0, 0, 0), (WIDE, WIDE, WIDE), scale=(0.035, 0.035, 0.035)),),
     "head_width": (Move((0, 20, 0), (WIDE, 120, WIDE), scale=(0.045, 0, 0)),),
@@ -97,17 +75,12 @@ IDENTITY: dict[str, tuple[Move, ...]] = {
         Move((0, -70, 84), (44, 36, 50), (1.6, 0, 0)),
         Move((31, 22, 76), (24, 22, 30), (0, 0.9, 0), one_side=True),
     ),
-    "ear_size": (),
-    "ear_protrusion": (),
+    **dict.fromkeys(("ear_size", "ear_protrusion"), ()),
 }
 MOUTH_CORNER, CORNER_RADII = (25.0, -47.0, 87.0), (17.0, 14.0, 22.0)
 RIGHT_CORNER = (-25.0, -47.0, 87.0)
 EXPRESSIONS: dict[str, tuple[Move, ...]] = {
-    "jaw_drop": (),
-    "lips_part": (),
-    "lids_close_left": (),
-    "lids_close_right": (),
-    "lids_widen": (),
+    **dict.fromkeys(("jaw_drop", "lips_part", "lids_close_left", "lids_close_right", "lids_widen"), ()),
     "smile_left": (
         Move(MOUTH_CORNER, CORNER_RADII, (6, 7, -4), one_side=True),
         Move((36, -16, 78), (19, 17, 24), (1.5, 4, 2.5), one_side=True),
@@ -118,10 +91,7 @@ EXPRESSIONS: dict[str, tuple[Move, ...]] = {
     ),
     "frown": (Move(MOUTH_CORNER, CORNER_RADII, (0.5, -7, -1)), Move((0, -60, 92), (16, 9, 20), (0, 2, 1.5))),
     "mouth_wide": (Move(MOUTH_CORNER, (20, 18, 26), (6.5, -1, -3)),),
-    "pucker": (
-        Move(MOUTH_CORNER, (14, 14, 22), (-8.5, 0, 4)),
-        Move((0, -47, 96), (19, 14, 26), (0, 0, 6)),
-    ),
+    "pucker": (Move(MOUTH_CORNER, (14, 14, 22), (-8.5, 0, 4)), Move((0, -47, 96), (19, 14, 26), (0, 0, 6))),
     "mouth_left": (Move((0, -48, 92), (36, 18, 40), (6, 0, 0)),),
     "mouth_right": (Move((0, -48, 92), (36, 18, 40), (-6, 0, 0)),),
     "cheek_puff": (Move((46, -38, 62), (24, 20, 34), (7.5, 0, 4)),),
@@ -141,31 +111,22 @@ UPPER_LIP, LOWER_LIP = ((0.0, -43.0, 96.0), (22.0, 10.0, 28.0)), ((0.0, -53.0, 9
 def build_procedural_head(n_faces: int = 10144) -> HeadModel:
     """The procedural head with exactly `n_faces` faces; `ValueError` outside what the topology can do."""
     mesh = build_mesh(n_faces)
-    p = mesh.vertices
     weights = _skinning_weights(mesh)
     shape_dirs = np.stack([_identity(mesh, name, moves) for name, moves in IDENTITY.items()], -1)
     expression_dirs = np.stack([_expression(mesh, weights, name, moves) for name, moves in EXPRESSIONS.items()], -1)
-    landmarks = _landmark_vertices(mesh)
-    landmark_faces, barycentrics = vertices_as_face_points(mesh.faces, landmarks)
-    return HeadModel(
-        name="procedural" if n_faces == 10144 else f"procedural:{n_faces}",
-        template=_meters(p),
-        faces=torch.from_numpy(np.ascontiguousarray(mesh.faces)),
-        shape_dirs=_meters(shape_dirs),
-        expression_dirs=_meters(expression_dirs),
-        pose_dirs=_meters(_pose_correctives(mesh)),
-        joint_regressor=rounded(_joint_regressor(mesh)),
-        skinning_weights=rounded(weights),
-        parents=(-1, 0, 1, 1, 1),
-        expression_names=tuple(EXPRESSIONS),
-        landmark_faces=torch.from_numpy(landmark_faces),
-        landmark_barycentrics=torch.from_numpy(barycentrics).float(),
-        regions={name: torch.from_numpy(mask) for name, mask in _regions(mesh).items()},
+    return rigging.build_head(
+        "procedural" if n_faces == 10144 else f"procedural:{n_faces}",
+        mesh.faces,
+        list(EXPRESSIONS),
+        _landmark_vertices(mesh),
+        _regions(mesh),
+        template=mesh.vertices / 1000,
+        shape_dirs=shape_dirs / 1000,
+        expression_dirs=expression_dirs / 1000,
+        pose_dirs=_pose_correctives(mesh) / 1000,
+        joint_regressor=_joint_regressor(mesh),
+        skinning_weights=weights,
     )
-
-
-def _meters(millimeters: np.ndarray) -> torch.Tensor:
-    return rounded(millimeters / 1000)
 
 
 def _flat_bump(p: np.ndarray, center: tuple, radii: tuple) -> np.ndarray:
@@ -189,18 +150,9 @@ def _eye_centers(p: np.ndarray) -> np.ndarray:
     return EYE_CENTER * np.where(p[:, :1] >= 0, (1, 1, 1), (-1, 1, 1))
 
 
-def _in_mouth(mesh: Mesh) -> np.ndarray:
-    return np.isin(mesh.part, (POCKET, UPPER_TEETH, LOWER_TEETH, TONGUE))
-
-
-def _is_hard(mesh: Mesh) -> np.ndarray:
-    """(V,) bool: moved by the joints alone, by no expression of the skin around."""
-    return np.isin(mesh.part, (LEFT_EYE, RIGHT_EYE, UPPER_TEETH, LOWER_TEETH, TONGUE))
-
-
 def _identity(mesh: Mesh, name: str, moves: tuple[Move, ...]) -> np.ndarray:
     p = mesh.vertices
-    ear = (mesh.part == LEFT_EAR) | (mesh.part == RIGHT_EAR)
+    ear = mesh.of(*EARS)
     base = np.where(p[:, :1] >= 0, (73.0, 0.0, -4.0), (-73.0, 0.0, -4.0))
     if name == "ear_size":
         return ear[:, None] * 0.11 * (p - base)
@@ -209,12 +161,11 @@ def _identity(mesh: Mesh, name: str, moves: tuple[Move, ...]) -> np.ndarray:
         return ear[:, None] * np.stack((0.3 * rearward * np.sign(p[:, 0]), 0 * rearward, 0.08 * rearward), -1)
     if name == "eye_size":
         return _displacement(p, moves) * ~ear[:, None]
-    # What is inside the mouth moves as the lips before it do.
-    p = np.where(_in_mouth(mesh)[:, None], np.stack((p[:, 0], *(0 * p[:, :2] + LIP_LINE).T), 1), p)
-    # Eyeballs move as one, and the lids close to them nearly so: neither may cut through the other. So do ears.
-    eye = (mesh.part == LEFT_EYE) | (mesh.part == RIGHT_EYE)
+    # What is inside the mouth moves with the lips in front of it.
+    p = np.where(mesh.of(*MOUTH_PARTS)[:, None], np.stack((p[:, 0], *(0 * p[:, :2] + LIP_LINE).T), 1), p)
+    # Eyeballs and ears move rigidly, and the lids nearly as the eyeballs do, so that neither cuts through the other.
     centers = _eye_centers(p)
-    along = np.where(eye, 1.0, 0.95 * np.exp(-((np.linalg.norm(p - centers, axis=1) / 21) ** 6)))[:, None]
+    along = np.where(mesh.of(*EYES), 1.0, 0.95 * np.exp(-((np.linalg.norm(p - centers, axis=1) / 21) ** 6)))[:, None]
     at = np.where(ear[:, None], base + 0.15 * (p - base), p + along * (centers - p))
     return _displacement(at, moves)
 
@@ -223,28 +174,21 @@ def _expression(mesh: Mesh, weights: np.ndarray, name: str, moves: tuple[Move, .
     p = mesh.vertices
     if name == "jaw_drop":
         angle = np.deg2rad(JAW_DROP_DEGREES)
-        arm = p - JOINT_POSITIONS["jaw"]
-        turned = np.stack(
-            (
-                arm[:, 0],
-                np.cos(angle) * arm[:, 1] - np.sin(angle) * arm[:, 2],
-                np.sin(angle) * arm[:, 1] + np.cos(angle) * arm[:, 2],
-            ),
-            -1,
-        )
-        return weights[:, 2:3] * (turned - arm)
+        x, y, z = (p - JOINT_POSITIONS["jaw"]).T
+        turned_y, turned_z = np.cos(angle) * y - np.sin(angle) * z, np.sin(angle) * y + np.cos(angle) * z
+        return weights[:, 2:3] * np.stack((0 * x, turned_y - y, turned_z - z), -1)
     if name == "lips_part":
         up = _flat_bump(p, *UPPER_LIP) * (mesh.side > 0) * weights[:, 1]
-        down = _flat_bump(p, *LOWER_LIP) * weights[:, 2] * ~_is_hard(mesh)
+        down = _flat_bump(p, *LOWER_LIP) * weights[:, 2] * ~mesh.of(*HARD_PARTS)
         return up[:, None] * np.array((0, 3.5, 0.8)) + down[:, None] * np.array((0, -5.0, 0.5))
     if name.startswith("lids"):
         on_side = {"lids_close_left": p[:, 0] > 0, "lids_close_right": p[:, 0] < 0, "lids_widen": True}[name]
         return _lid_motion(mesh, mesh.travel * on_side * (-0.3 if name == "lids_widen" else 1.0))
-    return _displacement(p, moves) * ~_is_hard(mesh)[:, None]
+    return _displacement(p, moves) * ~mesh.of(*HARD_PARTS)[:, None]
 
 
 def _lid_motion(mesh: Mesh, travel: np.ndarray) -> np.ndarray:
-    """Move up or down by `travel` on a sphere about the eye: closed lids bulge over the eyeball."""
+    """Move up or down by `travel` on a sphere around the eye: closed lids bulge over the eyeball."""
     arm = mesh.vertices - _eye_centers(mesh.vertices)
     squared = (arm**2).sum(-1)
     y = arm[:, 1] + travel
@@ -254,94 +198,84 @@ def _lid_motion(mesh: Mesh, travel: np.ndarray) -> np.ndarray:
 
 
 def _skinning_weights(mesh: Mesh) -> np.ndarray:
-    """(V, 5), rows sum to 1: the head hangs on the neck joint, chin, lower lip and what stands on it on the jaw."""
+    """(V, 5), rows sum to 1: chin, lower lip, lower teeth and tongue follow the jaw, the rest of the head the neck."""
     p = mesh.vertices
     weights = np.zeros((len(p), 5))
-    weights[:, 0] = 1 - smoothstep((p[:, 1] + 150) / 75)
+    weights[:, 0] = 1 - rigging.smoothstep((p[:, 1] + 150) / 75)
     # Below the plane through the hinge and the mouth line, softly in the cheeks, sharply between the lips.
     hinge = np.array(JOINT_POSITIONS["jaw"])
     along = np.array((0, -47.0, 97.0)) - hinge
     downward = np.array((0, -along[2], along[1])) / np.linalg.norm(along)
-    soft = smoothstep(0.5 + ((p - hinge) @ downward) / 30)
-    between_lips = (1 - smoothstep((np.abs(p[:, 0]) - 9) / 16)) * np.exp(-(((p[:, 1] + 47) / 20) ** 4)) * (p[:, 2] > 45)
+    soft = rigging.smoothstep(0.5 + ((p - hinge) @ downward) / 30)
+    between_lips = (
+        (1 - rigging.smoothstep((np.abs(p[:, 0]) - 9) / 16)) * np.exp(-(((p[:, 1] + 47) / 20) ** 4)) * (p[:, 2] > 45)
+    )
     jaw = soft + between_lips * ((1 - mesh.side) / 2 - soft)
-    jaw *= smoothstep((p[:, 2] - 2) / 38) * smoothstep((p[:, 1] + 128) / 32)
-    jaw[above_hairline(p / 1000)] = 0  # hair stays with the skull
+    jaw *= rigging.smoothstep((p[:, 2] - 2) / 38) * rigging.smoothstep((p[:, 1] + 128) / 32)
+    jaw[rigging.above_hairline(p / 1000)] = 0  # hair stays with the skull
     weights[:, 2] = jaw * (1 - weights[:, 0])
-    whole = {LEFT_EAR: 1, RIGHT_EAR: 1, UPPER_TEETH: 1, LOWER_TEETH: 2, TONGUE: 2, LEFT_EYE: 3, RIGHT_EYE: 4}
-    for part, joint in whole.items():
-        weights[mesh.part == part] = np.eye(5)[joint]
+    for joint, parts in enumerate(((*EARS, Part.UPPER_TEETH), (Part.LOWER_TEETH, Part.TONGUE), EYES[:1], EYES[1:]), 1):
+        weights[mesh.of(*parts)] = np.eye(5)[joint]
     weights[:, 1] = 1 - weights[:, [0, 2, 3, 4]].sum(1)
     return weights
 
 
 def _joint_regressor(mesh: Mesh) -> np.ndarray:
-    p, skin = mesh.vertices, mesh.part == SKIN
+    p, skin = mesh.vertices, mesh.of(Part.SKIN)
     supports = (
         skin & (p[:, 1] < -125),
         skin & (p[:, 1] < -60) & (p[:, 1] > -135) & (p[:, 2] < 55),
         skin & (np.abs(p[:, 1] + 10) < 35) & (p[:, 2] < 60),
-        mesh.part == LEFT_EYE,
-        mesh.part == RIGHT_EYE,
+        mesh.of(Part.LEFT_EYE),
+        mesh.of(Part.RIGHT_EYE),
     )
-    targets = zip(supports, JOINT_POSITIONS.values(), strict=True)
-    return np.stack([fit_joint_regressor(p, support, np.array(target)) for support, target in targets])
+    joints = zip(JOINT_POSITIONS.values(), supports, strict=True)
+    return rigging.fit_joint_regressor(p, dict(zip(JOINT_POSITIONS, joints, strict=True)))
 
 
 def _pose_correctives(mesh: Mesh) -> np.ndarray:
     """(V, 3, 36) millimeters per unit of the entries of R - I; entry (2, 1) is the sine of a turn about x."""
     correctives = np.zeros((len(mesh.vertices), 3, 36))
-    skin = (mesh.part == SKIN)[:, None]
-    throat = _displacement(mesh.vertices, (Move((0, -105, 35), (40, 22, 40), (0, 0, -8)),))
-    cheeks = _displacement(mesh.vertices, (Move((48, -34, 50), (24, 24, 34), (-5, 0, -1)),))
-    correctives[:, :, 0 * 9 + 7] = throat * skin
-    correctives[:, :, 1 * 9 + 7] = cheeks * skin
+    nodding = Move((0, -105, 35), (40, 22, 40), (0, 0, -8))  # shortens the throat
+    jaw_opening = Move((48, -34, 50), (24, 24, 34), (-5, 0, -1))  # draws the cheeks in
+    for joint, move in enumerate((nodding, jaw_opening)):
+        correctives[:, :, joint * 9 + 7] = _displacement(mesh.vertices, (move,)) * mesh.of(Part.SKIN)[:, None]
     return correctives
 
 
 def _regions(mesh: Mesh) -> dict[str, np.ndarray]:
     """Names -> (V,) bool; a vertex may be in several regions."""
-    p, skin = mesh.vertices, mesh.part == SKIN
+    p, skin = mesh.vertices, mesh.of(Part.SKIN)
     x, y, z = np.abs(p[:, 0]), p[:, 1], p[:, 2]
     to_eye = np.linalg.norm(p - _eye_centers(p), axis=1)
-    ears = (mesh.part == LEFT_EAR) | (mesh.part == RIGHT_EAR)
-    scalp = skin & above_hairline(p / 1000)
-    neck = skin & below_jaw(p / 1000)
+    scalp = skin & rigging.above_hairline(p / 1000)
+    neck = skin & rigging.below_jaw(p / 1000)
     lips = skin & (((x / 26.5) ** 2 + ((y + 48) / np.where(y > -47.4, 6.2, 8.6)) ** 2) < 1) & (z > 60)
     nose = skin & (x < np.interp(y, (-32, -14, 10, 26), (19, 18, 10, 7))) & (y > -31) & (y < 26) & (z > 80)
     brows = skin & (x > 8) & (x < 50) & (z > 40) & (np.abs(y - np.interp(x, (8, 28, 50), (36.5, 41.5, 35))) < 5)
     face = skin & ~scalp & ~neck & (z > 5)
-    beard = face & in_beard(p / 1000) & ~lips & ~nose
     return {
         "face": face,
         "scalp": scalp,
-        "beard": beard,
+        "beard": face & rigging.in_beard(p / 1000) & ~lips & ~nose,
         "brows": brows,
         "lips": lips,
         "eyelids": skin & (to_eye < 17.5) & (z > 66),
-        "eyes": (mesh.part == LEFT_EYE) | (mesh.part == RIGHT_EYE),
+        "eyes": mesh.of(*EYES),
         "iris": mesh.iris.copy(),
-        "ears": ears,
+        "ears": mesh.of(*EARS),
         "nose": nose,
         "neck": neck,
-        "mouth_interior": _in_mouth(mesh),
-        "teeth": (mesh.part == UPPER_TEETH) | (mesh.part == LOWER_TEETH),
-        "tongue": mesh.part == TONGUE,
+        "mouth_interior": mesh.of(*MOUTH_PARTS),
+        "teeth": mesh.of(*TEETH),
+        "tongue": mesh.of(Part.TONGUE),
     }
 
 
 def _landmark_vertices(mesh: Mesh) -> np.ndarray:
     """(68,) vertices nearest to where the landmarks of Multi-PIE are; the subject's right side (x < 0) comes first."""
-    jaw = [
-        (-72, 14, 8),
-        (-70, -8, 8),
-        (-66, -28, 14),
-        (-60, -48, 24),
-        (-50, -64, 40),
-        (-38, -76, 58),
-        (-25, -84, 76),
-        (-12, -88, 88),
-    ]
+    jaw = [(-72, 14, 8), (-70, -8, 8), (-66, -28, 14), (-60, -48, 24)]  # from the ear down, then forward to the chin
+    jaw += [(-50, -64, 40), (-38, -76, 58), (-25, -84, 76), (-12, -88, 88)]
     brow = [(-49, 34, 62), (-40, 40, 74), (-30, 42, 82), (-20, 40, 88), (-10, 36, 92)]
     eye = [(-44, 23, 76), (-36, 28, 84), (-26, 28, 84), (-18, 21, 80), (-26, 17, 84), (-36, 17, 84)]
     upper = [(-25, -47, 86), (-14, -41, 96), (-4, -39, 100)]
@@ -357,13 +291,10 @@ def _landmark_vertices(mesh: Mesh) -> np.ndarray:
     left_eye = [mirrored(eye)[i] for i in (3, 2, 1, 0, 5, 4)]  # inner corner first, over the upper lid
     targets = [*jaw, (0, -90, 92), *mirrored(jaw)[::-1], *brow, *mirrored(brow)[::-1], *nose, *under, *eye, *left_eye]
     targets += [*upper, (0, -40, 100), *mirrored(upper)[::-1], *lower, *inner_upper, *inner_lower]
-    below = np.zeros(68, bool)
-    below[[*range(55, 60), *range(65, 68)]] = True
-    chosen = np.zeros(68, np.int64)
-    for index, target in enumerate(targets):
-        distance = ((mesh.vertices - target) ** 2).sum(1)
-        allowed = mesh.part == SKIN
-        if index >= 48:
-            allowed &= (mesh.side <= 0) if below[index] else (mesh.side >= 0)
-        chosen[index] = np.where(allowed, distance, np.inf).argmin()
-    return chosen
+    distance = ((mesh.vertices - np.array(targets)[:, None]) ** 2).sum(2)  # (68, V)
+    distance[:, ~mesh.of(Part.SKIN)] = np.inf
+    lower_lip = [*range(55, 60), *range(65, 68)]
+    upper_lip = sorted({*range(48, 68)} - {*lower_lip})
+    distance[upper_lip] = np.where(mesh.side < 0, np.inf, distance[upper_lip])
+    distance[lower_lip] = np.where(mesh.side > 0, np.inf, distance[lower_lip])
+    return distance.argmin(1)

@@ -1,24 +1,22 @@
 """The triangles of the procedural head: where the implicit surface is sampled and what is attached to it.
 
-The skin is one grid, columns around the vertical axis and rows from the crown to the collar, finest in the face. Along
-three cuts of the grid (two eyes, one mouth) the rows above and below part: the lids open around separate eyeballs, the
-lips lead into a pocket that holds teeth and a tongue. The ears are shells of their own that sink into the skull.
-Resolution is two numbers, one for columns and one for rows; `build_mesh` picks them for a wanted number of faces and
-makes up the rest, exactly, by cutting the longest edges of the skin in two. Millimeters, axes as in
-`procedural_surface`.
+The skin is a grid, columns around the vertical axis and rows from crown to collar, cut at the eyes and the mouth; eyeballs, ears,
+teeth and tongue are meshes of their own. Millimeters, axes as in `procedural_surface`.
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
 from gaussian_tokenizer.heads.procedural_surface import EYE_CENTER, EYE_RADIUS, cast, skin_distance, skin_normal
-from gaussian_tokenizer.heads.rigging import split_quads
+from gaussian_tokenizer.heads.rigging import split_quads, strip_of_quads
 
 FEWEST_FACES, MOST_FACES = 600, 40_000
-# Values of `Mesh.part`.
-SKIN, POCKET, LEFT_EYE, RIGHT_EYE, LEFT_EAR, RIGHT_EAR, UPPER_TEETH, LOWER_TEETH, TONGUE = range(9)
+Part = IntEnum("Part", "SKIN POCKET LEFT_EYE RIGHT_EYE LEFT_EAR RIGHT_EAR UPPER_TEETH LOWER_TEETH TONGUE", start=0)
 
 # Columns: azimuth in degrees from the front (corners of eye and mouth fall on columns) and cells between, finest head.
 AZIMUTHS = (0.0, 11.6, 15.6, 30.0, 62.0, 118.0, 180.0)
@@ -37,6 +35,7 @@ ROWS = (
     (-84.0, -17.0, -34.0, -12.0, 4),  # neck
     (-148.0, -22.0, -24.0, 0.0, 0),  # collar
 )
+ROW_CELLS = tuple(key[4] for key in ROWS[:-1])
 EYE_KEY, MOUTH_KEY = 3, 5
 EYE_CUT, MOUTH_CUT = (11.6, 30.0), (-15.6, 15.6)  # azimuths of the corners
 LID_UP, LID_DOWN, LID_TILT = 6.0, 4.6, 0.8  # millimeters the lids open above and below the row, and the outer corner up
@@ -53,11 +52,11 @@ TONGUE_LENGTH, TONGUE_WIDTH = (61.0, 81.0), 12.5  # z of root and tip, half the 
 
 @dataclass
 class Mesh:
-    """A growing mesh. Lists of arrays until `build_mesh` joins them; V vertices, F faces."""
+    """A growing mesh of V vertices and F faces."""
 
     vertices: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))  # (V, 3) millimeters
     faces: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))  # (F, 3)
-    part: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (V,)
+    part: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (V,) values of `Part`
     side: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (V,) +1 above the mouth row, -1 below, 0 on it
     travel: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (V,) millimeters in y that close the lids
     iris: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (V,)
@@ -75,14 +74,15 @@ class Mesh:
         self.iris = np.concatenate((self.iris, np.zeros(count, bool)))
         return np.arange(start, start + count).reshape(shape)
 
+    def of(self, *parts: Part) -> np.ndarray:
+        """(V,) bool: the vertices of these parts."""
+        return np.isin(self.part, parts)
+
     def add_faces(self, *faces: np.ndarray) -> None:
         self.faces = np.concatenate((self.faces, *(np.reshape(f, (-1, 3)) for f in faces)))
 
     def add_quads(self, upper: np.ndarray, lower: np.ndarray) -> None:
-        """Two rows of indices (C,), left to right seen from outside: C - 1 quads, cut along alternating diagonals."""
-        cells = len(upper) - 1
-        half = np.arange(cells) < cells / 2  # diagonals mirrored about the middle, as the head is
-        quads = split_quads(upper[:-1], lower[:-1], lower[1:], upper[1:], half)
+        quads = strip_of_quads(upper, lower)
         self.add_faces(quads[:, 0], quads[:, 1])
 
 
@@ -91,29 +91,26 @@ def build_mesh(n_faces: int) -> Mesh:
     column_scale, row_scale = _resolution(n_faces)
     mesh = Mesh()
     _add_skin(mesh, column_scale, row_scale)
+    cells = _part_cells(column_scale)
     for mirror in (1, -1):
-        _add_eyeball(mesh, column_scale, mirror)
+        _add_eyeball(mesh, *cells.eye, mirror)
     for mirror in (1, -1):
-        _add_ear(mesh, column_scale, mirror)
-    for part, arch in ((UPPER_TEETH, UPPER_ARCH), (LOWER_TEETH, LOWER_ARCH)):
-        _add_teeth(mesh, column_scale, part, arch)
-    _add_tongue(mesh, column_scale)
+        _add_ear(mesh, *cells.ear, mirror)
+    _add_teeth(mesh, *cells.teeth, Part.UPPER_TEETH, UPPER_ARCH)
+    _add_teeth(mesh, *cells.teeth, Part.LOWER_TEETH, LOWER_ARCH)
+    _add_tongue(mesh, *cells.tongue)
     _split_edges(mesh, n_faces - len(mesh.faces))
     return mesh
 
 
 def _resolution(n_faces: int) -> tuple[float, float]:
-    """Scales of columns and rows whose face count falls short of `n_faces` by least; near-equal scales preferred."""
+    """Scales of columns and rows that give the most faces up to `n_faces`; near-equal scales preferred."""
     if not FEWEST_FACES <= n_faces <= MOST_FACES:
         raise ValueError(f"procedural head of {n_faces} faces: expected {FEWEST_FACES} to {MOST_FACES}")
-    best = None
-    for column_scale in np.arange(0.14, 2.5, 0.01):
-        for stretch in (1.0, 0.96, 1.04, 0.92, 1.08, 0.88, 1.12):
-            short = n_faces - _count(column_scale, column_scale * stretch)
-            if short >= 0 and (best is None or short < best[0]):
-                best = short, column_scale, column_scale * stretch
-    assert best is not None
-    return best[1], best[2]
+    stretches = (1.0, 0.96, 1.04, 0.92, 1.08, 0.88, 1.12)
+    scales = [(columns, columns * stretch) for columns in np.arange(0.14, 2.5, 0.01) for stretch in stretches]
+    short = np.array([n_faces - _count(*each) for each in scales])
+    return scales[np.where(short >= 0, short, n_faces).argmin()]
 
 
 def _cells(counts: tuple, scale: float) -> list[int]:
@@ -122,62 +119,54 @@ def _cells(counts: tuple, scale: float) -> list[int]:
 
 def _columns(scale: float) -> np.ndarray:
     """Azimuths in degrees from -180 to 180 (the last column repeats the first), symmetric."""
-    half = _between(AZIMUTHS, _cells(COLUMN_CELLS, scale))
+    parts = zip(AZIMUTHS, AZIMUTHS[1:], _cells(COLUMN_CELLS, scale), strict=False)
+    half = np.concatenate((*(np.linspace(a, b, n, endpoint=False) for a, b, n in parts), AZIMUTHS[-1:]))
     return np.concatenate((-half[:0:-1], half))
 
 
-def _between(keys: tuple, cells: list[int]) -> np.ndarray:
-    parts = [np.linspace(a, b, n, endpoint=False) for a, b, n in zip(keys, keys[1:], cells, strict=False)]
-    return np.concatenate((*parts, [keys[-1]]))
+def _cut_columns(azimuths: np.ndarray, cut: tuple[float, float]) -> np.ndarray:
+    return np.flatnonzero((azimuths > cut[0] - 0.01) & (azimuths < cut[1] + 0.01))
 
 
-def _pocket_rows(scale: float) -> int:
-    return max(2, round(3 * scale))
+class PartCells(NamedTuple):
+    """How finely the parts beside the skin are divided."""
+
+    pocket_rows: int
+    teeth: tuple[int, int]  # cells along an arch, and strips: fronts only, or also edges and backs
+    tongue: tuple[int, int]  # cells across and along
+    eye: tuple[int, np.ndarray]  # segments around, and the angles of the rings
+    ear: tuple[int, int, int]  # segments around, rings in front of the rim, rings behind it
 
 
-def _teeth_size(scale: float) -> tuple[int, int]:
-    """Cells along an arch of teeth, and strips: a coarse head has the fronts only, others edges and backs as well."""
-    return max(2, 2 * round(6 * scale)), 1 if scale < 0.45 else 3
-
-
-def _tongue_size(scale: float) -> tuple[int, int]:
-    """Cells across and along."""
-    return max(2, 2 * round(3.5 * scale)), max(2, round(5 * scale))
-
-
-def _eye_size(scale: float) -> tuple[int, np.ndarray]:
-    """Segments around and ring angles of an eyeball."""
+def _part_cells(scale: float) -> PartCells:
     rings = EYE_ANGLES if scale > 0.7 else EYE_ANGLES[2::2] if scale > 0.45 else EYE_ANGLES[2::3]
-    return max(6, 2 * round(10 * scale)), np.array(rings)
-
-
-def _ear_size(scale: float) -> tuple[int, int, int]:
-    """Segments around, rings in front, rings behind the rim of an ear."""
-    return max(6, round(26 * scale)), max(1, round(9 * scale)), max(1, round(3 * scale))
+    return PartCells(
+        pocket_rows=max(2, round(3 * scale)),
+        teeth=(max(2, 2 * round(6 * scale)), 1 if scale < 0.45 else 3),
+        tongue=(max(2, 2 * round(3.5 * scale)), max(2, round(5 * scale))),
+        eye=(max(6, 2 * round(10 * scale)), np.array(rings)),
+        ear=(max(6, round(26 * scale)), max(1, round(9 * scale)), max(1, round(3 * scale))),
+    )
 
 
 def _count(column_scale: float, row_scale: float) -> int:
     """Faces that the scales give, before edges are split."""
     azimuths = _columns(column_scale)
-    rows = sum(_cells(tuple(key[4] for key in ROWS[:-1]), row_scale))
-    skin = (len(azimuths) - 1) * (2 * rows - 1)
-    eye_cells = int(((azimuths > EYE_CUT[0] - 0.01) & (azimuths < EYE_CUT[1] + 0.01)).sum()) - 1
-    mouth_cells = int(((azimuths > MOUTH_CUT[0] - 0.01) & (azimuths < MOUTH_CUT[1] + 0.01)).sum()) - 1
-    rims = 2 * 2 * 2 * eye_cells
-    pocket = (2 * 2 * mouth_cells) * _pocket_rows(column_scale) + 2 * 2 * (_pocket_rows(column_scale) - 1)
-    segments, angles = _eye_size(column_scale)
-    eyes = 2 * 2 * segments * len(angles)
-    around, front, back = _ear_size(column_scale)
-    ears = 2 * around * (2 * (front + back) - 1)
-    cells, strips = _teeth_size(column_scale)
-    across, along = _tongue_size(column_scale)
-    return skin + rims + pocket + eyes + ears + 2 * 2 * cells * strips + 2 * across * along
+    skin = (len(azimuths) - 1) * (2 * sum(_cells(ROW_CELLS, row_scale)) - 1)
+    rims = 2 * 2 * 2 * (len(_cut_columns(azimuths, EYE_CUT)) - 1)
+    cells = _part_cells(column_scale)
+    mouth_cells = len(_cut_columns(azimuths, MOUTH_CUT)) - 1
+    pocket = (2 * 2 * mouth_cells) * cells.pocket_rows + 2 * 2 * (cells.pocket_rows - 1)
+    segments, angles = cells.eye
+    around, front, back = cells.ear
+    eyes, ears = 2 * 2 * segments * len(angles), 2 * around * (2 * (front + back) - 1)
+    return skin + rims + pocket + eyes + ears + 2 * 2 * math.prod(cells.teeth) + 2 * math.prod(cells.tongue)
 
 
 def _add_skin(mesh: Mesh, column_scale: float, row_scale: float) -> None:
     azimuths = _columns(column_scale)
     columns = len(azimuths) - 1
-    cells = _cells(tuple(key[4] for key in ROWS[:-1]), row_scale)
+    cells = _cells(ROW_CELLS, row_scale)
     starts = np.concatenate(([0], np.cumsum(cells)))
     keys = np.array([key[:4] for key in ROWS])
     rows = np.arange(starts[-1] + 1)
@@ -210,16 +199,16 @@ def _add_skin(mesh: Mesh, column_scale: float, row_scale: float) -> None:
     travel = -0.85 * gap * fade_up[:, None] ** 1.5 + 0.15 * gap * fade_down[:, None] ** 1.5
     side = np.sign(mouth_row - rows)[:, None] + 0.0 * turn
 
-    crown = mesh.add(points[0, :1], SKIN, 1.0)
-    upper = mesh.add(points[1:], SKIN, side[1:], travel[1:])  # (rows - 1, columns)
+    crown = mesh.add(points[0, :1], Part.SKIN, 1.0)
+    upper = mesh.add(points[1:], Part.SKIN, side[1:], travel[1:])  # (rows - 1, columns)
     upper = np.concatenate((np.broadcast_to(crown, (1, columns)), upper))
     lower = upper.copy()  # the indices that the cells below a row use: other vertices along the cuts
-    mouth_columns = np.flatnonzero((azimuths > MOUTH_CUT[0] - 0.01) & (azimuths < MOUTH_CUT[1] + 0.01))
+    mouth_columns = _cut_columns(azimuths, MOUTH_CUT)
     for cut in eye_columns:
         inside = cut[1:-1]
-        lower[eye_row, inside] = mesh.add(lower_lids[inside], SKIN, 1.0, 0.15 * gap[inside])
+        lower[eye_row, inside] = mesh.add(lower_lids[inside], Part.SKIN, 1.0, 0.15 * gap[inside])
     inside = mouth_columns[1:-1]
-    lower[mouth_row, inside] = mesh.add(points[mouth_row, inside], SKIN, -1.0)
+    lower[mouth_row, inside] = mesh.add(points[mouth_row, inside], Part.SKIN, -1.0)
     mesh.side[upper[mouth_row, inside]] = 1.0
 
     closed = np.append(np.arange(columns), 0)
@@ -228,7 +217,9 @@ def _add_skin(mesh: Mesh, column_scale: float, row_scale: float) -> None:
         mesh.add_quads(lower[row, closed], upper[row + 1, closed])
     for cut in eye_columns:
         _add_lid_rims(mesh, upper[eye_row, cut], lower[eye_row, cut])
-    _add_pocket(mesh, upper[mouth_row, mouth_columns], lower[mouth_row, mouth_columns], _pocket_rows(column_scale))
+    _add_pocket(
+        mesh, upper[mouth_row, mouth_columns], lower[mouth_row, mouth_columns], _part_cells(column_scale).pocket_rows
+    )
 
 
 def _smooth_curve(knots: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -265,15 +256,15 @@ def _add_lid_rims(mesh: Mesh, upper: np.ndarray, lower: np.ndarray) -> None:
         center = EYE_CENTER * np.where(points[:, :1] > 0, (1, 1, 1), (-1, 1, 1))
         ray = points - center
         inward = center + ray * (EYE_RADIUS - 1.2) / np.linalg.norm(ray, axis=1, keepdims=True)
-        rims.append(mesh.add(inward, SKIN, 1.0, mesh.travel[edge]))
+        rims.append(mesh.add(inward, Part.SKIN, 1.0, mesh.travel[edge]))
     mesh.add_quads(upper, rims[0])
     mesh.add_quads(rims[1], lower)
 
 
 def _add_pocket(mesh: Mesh, upper: np.ndarray, lower: np.ndarray, rows: int) -> None:
-    """The inside of the mouth: a roof from the upper lip and a floor from the lower, intersection at the back."""
+    """The inside of the mouth: a roof from the upper lip and a floor from the lower, which meet at the back."""
     lips = mesh.vertices[upper]
-    back = mesh.add(lips * (0.7, 1, 1) - (0, 2, POCKET_DEPTH), POCKET, 0.0)
+    back = mesh.add(lips * (0.7, 1, 1) - (0, 2, POCKET_DEPTH), Part.POCKET, 0.0)
     sheets = []
     for edge, sign in ((upper, 1.0), (lower, -1.0)):
         sheet = [edge]
@@ -281,7 +272,7 @@ def _add_pocket(mesh: Mesh, upper: np.ndarray, lower: np.ndarray, rows: int) -> 
             depth = row / rows
             height = sign * POCKET_HEIGHT * np.sin(np.pi * depth**0.7) - 2 * depth
             offset = np.array((0, height, -POCKET_DEPTH * depth))
-            sheet.append(mesh.add(lips * (1 - 0.3 * depth, 1, 1) + offset, POCKET, sign))
+            sheet.append(mesh.add(lips * (1 - 0.3 * depth, 1, 1) + offset, Part.POCKET, sign))
         sheets.append([*sheet, back])
     for roof, deeper in itertools.pairwise(sheets[0]):
         mesh.add_quads(roof, deeper)
@@ -290,25 +281,14 @@ def _add_pocket(mesh: Mesh, upper: np.ndarray, lower: np.ndarray, rows: int) -> 
     # The cheeks: between roof and floor, from the corner of the mouth to the back.
     for end in (0, -1):
         roof, floor = (np.array([row[end] for row in sheet]) for sheet in sheets)
-        start = len(mesh.faces)
-        mesh.add_faces(
-            *(
-                np.stack((a, b, c))
-                for a, b, c in (
-                    *zip(roof[:-1], floor[1:], roof[1:], strict=True),
-                    *zip(roof[:-1], floor[:-1], floor[1:], strict=True),
-                )
-                if len({a, b, c}) == 3
-            )
-        )
-        if end == -1:
-            mesh.faces[start:] = mesh.faces[start:, ::-1]
+        quads = split_quads(roof[:-1], floor[:-1], floor[1:], roof[1:], np.ones(len(roof) - 1, bool))
+        quads = quads if end == 0 else quads[..., ::-1]
+        mesh.add_faces(quads[:-1, 1], quads[1:, 0])  # the sheets meet at both ends: a triangle less at each
 
 
-def _add_teeth(mesh: Mesh, scale: float, part: int, arch: tuple[float, float, float, float, float]) -> None:
+def _add_teeth(mesh: Mesh, cells: int, strips: int, part: Part, arch: tuple[float, float, float, float, float]) -> None:
     """One arch of teeth as a parabola behind the lips, its root sunk into the roof or the floor of the pocket."""
     root, tip, front, half_width, recess = arch
-    cells, strips = _teeth_size(scale)
     along = np.linspace(-1, 1, cells + 1)
     outer = np.stack((half_width * along, 0 * along, front - recess * along**2), 1)
     inner = outer * (1 - TOOTH_THICKNESS / half_width, 1, 1) - (0, 0, TOOTH_THICKNESS)
@@ -318,31 +298,28 @@ def _add_teeth(mesh: Mesh, scale: float, part: int, arch: tuple[float, float, fl
         mesh.add_quads(above, below)
 
 
-def _add_tongue(mesh: Mesh, scale: float) -> None:
+def _add_tongue(mesh: Mesh, across: int, along: int) -> None:
     """The upper side of a tongue that lies in the lower teeth: a dome whose rim is sunk into the floor."""
-    across, along = _tongue_size(scale)
     x = np.linspace(-1, 1, across + 1)
     t = np.linspace(0, 1, along + 1)[:, None]  # 0 at the root
     width = TONGUE_WIDTH * np.sqrt(1 - 0.75 * t**3)
     height = -50.0 + 7.0 * np.sin(np.pi * (0.1 + 0.8 * t)) - 10.0 * x**4 - 8.0 * t**6
     depth = TONGUE_LENGTH[0] + t * (TONGUE_LENGTH[1] - TONGUE_LENGTH[0] - 6.0 * x**2)
     points = np.stack(np.broadcast_arrays(width * x, height, depth), -1)
-    rows = mesh.add(points, TONGUE)
+    rows = mesh.add(points, Part.TONGUE)
     for back, front in itertools.pairwise(rows):
         mesh.add_quads(back, front)
 
 
-def _add_eyeball(mesh: Mesh, scale: float, mirror: int) -> None:
+def _add_eyeball(mesh: Mesh, segments: int, angles: np.ndarray, mirror: int) -> None:
     """A sphere of rings around the gaze (+z), with a slightly bulging cornea."""
-    segments, angles = _eye_size(scale)
-    part = LEFT_EYE if mirror > 0 else RIGHT_EYE
+    part = Part.LEFT_EYE if mirror > 0 else Part.RIGHT_EYE
     around = 2 * np.pi * np.arange(segments) / segments
     polar = np.deg2rad(angles)[:, None]
     radius = EYE_RADIUS + 0.5 * np.clip(np.cos(polar * 90 / 35), 0, 1) * (polar < np.deg2rad(35))
     rings = np.stack((np.sin(polar) * np.cos(around), np.sin(polar) * np.sin(around), np.cos(polar) + 0 * around), -1)
     center = EYE_CENTER * (mirror, 1, 1)
-    tip = np.array((0, 0, EYE_RADIUS + 0.5))
-    front = mesh.add((center + tip)[None], part)
+    front = mesh.add(np.add(center, (0, 0, EYE_RADIUS + 0.5))[None], part)
     rings = mesh.add(center + radius[..., None] * rings, part)
     back = mesh.add((center - (0, 0, EYE_RADIUS))[None], part)
     mesh.iris[front] = True
@@ -363,9 +340,8 @@ def _add_rings(mesh: Mesh, tip: np.ndarray, rings: np.ndarray, end: np.ndarray |
         mesh.faces[start:] = mesh.faces[start:, ::-1]
 
 
-def _add_ear(mesh: Mesh, scale: float, mirror: int) -> None:
+def _add_ear(mesh: Mesh, segments: int, front: int, back: int, mirror: int) -> None:
     """A shell: from the concha over antihelix and helix to the rim, and behind it back into the skull."""
-    segments, front, back = _ear_size(scale)
     phi = 2 * np.pi * np.arange(segments) / segments  # 0 towards the back, counter-clockwise seen from outside: up next
     t = np.concatenate((np.arange(1, front + 1) / front, 1 + np.arange(1, back + 1) / back))[:, None]
     rearward = 0.5 + 0.5 * np.cos(phi - 0.5)  # the helix is highest behind and above, flat at the lobe and the cheek
@@ -388,7 +364,7 @@ def _add_ear(mesh: Mesh, scale: float, mirror: int) -> None:
         local = a[..., None] * up_axis + b[..., None] * rear_axis + h[..., None] * out_axis
         return (EAR_BASE + local) * (mirror, 1, 1)
 
-    part = LEFT_EAR if mirror > 0 else RIGHT_EAR
+    part = Part.LEFT_EAR if mirror > 0 else Part.RIGHT_EAR
     middle = mesh.add(place(*(np.array([value]) for value in (*center, -3.5))), part)
     rings = mesh.add(place(a, b, h), part)
     _add_rings(mesh, middle, rings, None, flip=mirror < 0)
@@ -402,7 +378,7 @@ def _split_edges(mesh: Mesh, missing: int) -> None:
         unique, inverse, counts = np.unique(edges, axis=0, return_inverse=True, return_counts=True)
         owners = np.argsort(inverse.ravel(), kind="stable") // 3
         first = np.concatenate(([0], np.cumsum(counts)[:-1]))
-        plain = (mesh.part == SKIN) & (mesh.travel == 0) & (mesh.vertices[:, 2] < 60)
+        plain = (mesh.part == Part.SKIN) & (mesh.travel == 0) & (mesh.vertices[:, 2] < 60)
         wanted = 1 if missing % 2 else 2
         length = np.linalg.norm(mesh.vertices[unique[:, 0]] - mesh.vertices[unique[:, 1]], axis=1)
         usable = plain[unique].all(1) & (counts == wanted)
@@ -415,7 +391,7 @@ def _split_edges(mesh: Mesh, missing: int) -> None:
                 continue
             touched.update(faces.tolist())
             middle = mesh.vertices[unique[edge]].mean(0, keepdims=True)
-            new = int(mesh.add(middle, SKIN, mesh.side[unique[edge]].mean())[0])
+            new = int(mesh.add(middle, Part.SKIN, mesh.side[unique[edge]].mean())[0])
             for face in faces:
                 corners = mesh.faces[face]
                 second = corners.copy()

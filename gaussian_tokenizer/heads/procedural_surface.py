@@ -1,9 +1,7 @@
 """The skin of the procedural head as an implicit surface: smooth unions of ellipsoids and cones.
 
-`skin_distance(p)` is about the signed distance to the skin, `cast` finds where rays from inside leave it. Nothing here
-knows of vertices: `procedural_mesh` decides where the surface is sampled. Sizes are those of an average adult head
-(breadth 155, chin to crown 220, distance of the eye centers 62), all numbers here in millimeters, x to the subject's
-left, y up, z forward. Method: distance functions and polynomial smooth minimum after I. Quilez.
+Millimeters, x to the subject's left, y up, z forward; the proportions of an average adult. Method: distance functions
+and polynomial smooth minimum after I. Quilez.
 """
 
 import numpy as np
@@ -19,44 +17,33 @@ def skin_distance(points: np.ndarray) -> np.ndarray:
     m = p.copy()  # paired features are modelled on the left (x > 0) and mirrored
     m[..., 0] = np.sqrt(p[..., 0] ** 2 + 0.25)
 
-    cranium = _ellipsoid(p, (0, 48, -8), (75, 82, 95))
-    forehead = _ellipsoid(p, (0, 58, 22), (62, 52, 65))
-    face = _ellipsoid(p, (0, -14, 26), (58, 82, 62))
-    head = _join(_join(cranium, forehead, 20), face, 24)
-    cheekbone = _ellipsoid(m, (42, -4, 53), (21, 17, 24))
-    temple = _ellipsoid(m, (76, 28, 50), (12, 24, 22))
-    ramus = _cone(m, (54, -4, 0), (44, -50, 12), 12, 10)
-    jaw = _cone(m, (44, -50, 12), (12, -80, 75), 10, 11)
-    head = _join(head, cheekbone, 26)
-    head = _carve(head, temple, 18)
-    head = _join(_join(head, ramus, 22), jaw, 22)
-    cheek = _ellipsoid(m, (35, -28, 49), (19, 30, 26))
-    head = _join(head, cheek, 24)
+    head = _ellipsoid(p, (0, 48, -8), (75, 82, 95))  # cranium
+    head = _join(head, _ellipsoid(p, (0, 58, 22), (62, 52, 65)), 20)  # forehead
+    head = _join(head, _ellipsoid(p, (0, -14, 26), (58, 82, 62)), 24)  # face
+    head = _join(head, _ellipsoid(m, (42, -4, 53), (21, 17, 24)), 26)  # cheekbones
+    head = _carve(head, _ellipsoid(m, (76, 28, 50), (12, 24, 22)), 18)  # temples
+    head = _join(head, _cone(m, (54, -4, 0), (44, -50, 12), 12, 10), 22)  # rami of the jaw
+    head = _join(head, _cone(m, (44, -50, 12), (12, -80, 75), 10, 11), 22)  # jaw
+    head = _join(head, _ellipsoid(m, (35, -28, 49), (19, 30, 26)), 24)  # cheeks
     chin = _join(_ellipsoid(p, (0, -79, 81), (17, 13, 13)), _ellipsoid(m, (9, -82, 79), (10, 9, 10)), 8)
     head = _join(head, chin, 14)
-    muzzle = _ellipsoid(p, (0, -42, 68), (30, 28, 28))
-    head = _join(head, muzzle, 16)
+    head = _join(head, _ellipsoid(p, (0, -42, 68), (30, 28, 28)), 16)  # muzzle
     head = _join(head, _neck(p, m), 22)
 
-    brow = _join(_cone(m, (9, 38, 82), (28, 42.5, 80), 6.5, 6.5), _cone(m, (28, 42.5, 80), (47, 38, 65), 6.5, 5.5), 5)
+    brow = _bent_cone(m, ((9, 38, 82), (28, 42.5, 80), (47, 38, 65)), (6.5, 6.5, 5.5), 5)
     head = _join(head, brow, 10)
-    socket = _ellipsoid(m, (31, 21, 93), (19, 13, 15))
-    head = _carve(head, socket, 9)
+    head = _carve(head, _ellipsoid(m, (31, 21, 93), (19, 13, 15)), 9)  # eye sockets
     head = _carve(head, _ellipsoid(m, (15, 20, 92), (6, 10, 8)), 6)  # beside the bridge of the nose
-    lids = np.linalg.norm(m - EYE_CENTER, axis=-1) - LID_RADIUS
-    head = _join(head, lids, 3.5)
-    pouch = _cone(m, (21, 9, 80), (42, 11, 75), 3, 2.5)
-    head = _join(head, pouch, 7)
+    head = _join(head, np.linalg.norm(m - EYE_CENTER, axis=-1) - LID_RADIUS, 3.5)  # eyelids
+    head = _join(head, _cone(m, (21, 9, 80), (42, 11, 75), 3, 2.5), 7)  # pouches below the eyes
     head = _join(head, _nose(p, m), 6)
-    nostril = _ellipsoid(m, (5.6, -28, 104), (2.8, 3.0, 4.6))
-    head = _carve(head, nostril, 2)
-    fold = _cone(m, (20, -25, 98), (31, -44, 92), 1.5, 1.5)
-    head = _carve(head, fold, 7)
+    head = _carve(head, _ellipsoid(m, (5.6, -28, 104), (2.8, 3.0, 4.6)), 2)  # nostrils
+    head = _carve(head, _cone(m, (20, -25, 98), (31, -44, 92), 1.5, 1.5), 7)  # folds from nose to mouth
     return _mouth(head, p, m)
 
 
 def cast(origins: np.ndarray, directions: np.ndarray, reach: float = 230.0) -> np.ndarray:
-    """Where rays (N, 3) from inside the head leave the skin for good: (N, 3), found by marching in from outside."""
+    """Where rays (N, 3) from inside the head leave it for the last time: (N, 3), found by marching in from outside."""
     distance = np.full(len(origins), reach)
     moving = np.arange(len(origins))
     for _ in range(110):
@@ -74,44 +61,28 @@ def skin_normal(points: np.ndarray) -> np.ndarray:
 
 
 def _neck(p: np.ndarray, m: np.ndarray) -> np.ndarray:
-    column = _cone(_squash(p, (0.94, 1, 1)), (0, -40, -12), (0, -172, -22), 47, 51)
-    muscle = _cone(m, (54, -34, -22), (15, -168, 27), 8, 7)  # behind the ear to the breast bone
-    trapezius = _cone(m, (20, -20, -52), (38, -190, -50), 14, 26)
-    larynx = _ellipsoid(p, (0, -120, 30), (9, 12, 8))
-    neck = _join(_join(column, muscle, 12), trapezius, 26)
-    return _join(neck, larynx, 12)
+    neck = _cone(p / (0.94, 1, 1), (0, -40, -12), (0, -172, -22), 47, 51)
+    neck = _join(neck, _cone(m, (54, -34, -22), (15, -168, 27), 8, 7), 12)  # muscles from ear to breastbone
+    neck = _join(neck, _cone(m, (20, -20, -52), (38, -190, -50), 14, 26), 26)  # trapezius
+    return _join(neck, _ellipsoid(p, (0, -120, 30), (9, 12, 8)), 12)  # larynx
 
 
 def _nose(p: np.ndarray, m: np.ndarray) -> np.ndarray:
-    bridge = _join(_cone(p, (0, 22, 81), (0, 2, 93), 5.5, 5.8), _cone(p, (0, 2, 93), (0, -15, 104), 5.8, 7), 6)
-    sides = _cone(m, (4, 12, 80), (7.5, -18, 93), 5, 6.5)
-    tip = _ellipsoid(p, (0, -17, 106), (9, 8.2, 9.2))
-    wing = _ellipsoid(m, (11.5, -21.5, 97), (6.2, 6.8, 10))
-    septum = _cone(p, (0, -24, 108), (0, -28.5, 96), 3.2, 3.6)
-    nose = _join(_join(bridge, sides, 9), tip, 7)
-    return _join(_join(nose, wing, 5), septum, 4)
+    bridge = _bent_cone(p, ((0, 22, 81), (0, 2, 93), (0, -15, 104)), (5.5, 5.8, 7), 6)
+    nose = _join(bridge, _cone(m, (4, 12, 80), (7.5, -18, 93), 5, 6.5), 9)  # sides
+    nose = _join(nose, _ellipsoid(p, (0, -17, 106), (9, 8.2, 9.2)), 7)  # tip
+    nose = _join(nose, _ellipsoid(m, (11.5, -21.5, 97), (6.2, 6.8, 10)), 5)  # wings
+    return _join(nose, _cone(p, (0, -24, 108), (0, -28.5, 96), 3.2, 3.6), 4)  # septum
 
 
 def _mouth(head: np.ndarray, p: np.ndarray, m: np.ndarray) -> np.ndarray:
-    philtrum = _cone(p, (0, -31, 103), (0, -37, 103), 2.0, 2.4)
-    head = _carve(head, philtrum, 3)
+    head = _carve(head, _cone(p, (0, -31, 103), (0, -37, 103), 2.0, 2.4), 3)  # philtrum
     # Each lip is a roll that thins and recedes towards the corner of the mouth.
-    upper = _join(
-        _cone(m, (3.4, -42.6, 94.2), (11, -43.4, 91.8), 5.0, 4.4),
-        _cone(m, (11, -43.4, 91.8), (25, -47, 81), 4.4, 2),
-        4,
-    )
-    lower = _join(
-        _cone(m, (0, -53.2, 92.3), (11, -52.4, 90.0), 5.8, 5.0),
-        _cone(m, (11, -52.4, 90.0), (25, -47.5, 81), 5.0, 2),
-        4,
-    )
+    upper = _bent_cone(m, ((3.4, -42.6, 94.2), (11, -43.4, 91.8), (25, -47, 81)), (5.0, 4.4, 2), 4)
+    lower = _bent_cone(m, ((0, -53.2, 92.3), (11, -52.4, 90.0), (25, -47.5, 81)), (5.8, 5.0, 2), 4)
     head = _join(_join(head, upper, 4), lower, 4)
-    groove = _cone(m, (0, -63, 96.5), (10, -62.5, 93), 3.5, 3)
-    head = _carve(head, groove, 6)
-    line = _join(
-        _cone(m, (0, -47.6, 99), (12, -47.6, 96), 0.7, 0.7), _cone(m, (12, -47.6, 96), (26, -47.4, 85), 0.7, 0.7), 1
-    )
+    head = _carve(head, _cone(m, (0, -63, 96.5), (10, -62.5, 93), 3.5, 3), 6)  # groove above the chin
+    line = _bent_cone(m, ((0, -47.6, 99), (12, -47.6, 96), (26, -47.4, 85)), (0.7, 0.7, 0.7), 1)
     return _carve(head, line, 3)
 
 
@@ -130,8 +101,10 @@ def _cone(p: np.ndarray, start: tuple, end: tuple, start_radius: float, end_radi
     return distance - (start_radius + along * (end_radius - start_radius))
 
 
-def _squash(p: np.ndarray, factors: tuple) -> np.ndarray:
-    return p / np.array(factors, float)
+def _bent_cone(p: np.ndarray, points: tuple, radii: tuple, blend: float) -> np.ndarray:
+    """Two cones from the first of three points over the second to the third."""
+    first, second = (_cone(p, *points[i : i + 2], *radii[i : i + 2]) for i in range(2))
+    return _join(first, second, blend)
 
 
 def _join(a: np.ndarray, b: np.ndarray, blend: float) -> np.ndarray:

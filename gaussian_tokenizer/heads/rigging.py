@@ -1,24 +1,57 @@
-"""Shared by the head models without a rig: joints from vertices, landmarks on faces, lines of hair and neck.
+"""Shared by the procedural head and ICT-FaceKit, which come without a rig: joints, landmarks, hairline and neck.
 
-Used by the procedural head and by ICT-FaceKit, which come without a rig. The region lines are drawn once for both, in
-meters, with the point between the eyes at (0, 0.022, 0.070): ICT-FaceKit is moved there.
+Regions are drawn in meters, with the point between the eyes at `BETWEEN_EYES`: ICT-FaceKit is moved there.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from gaussian_tokenizer.heads.head_model import JOINTS, PARENTS, HeadModel
+
 BETWEEN_EYES = np.array((0.0, 0.022, 0.070))
 
 
-def fit_joint_regressor(vertices: np.ndarray, support: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(V,) weights on `support` (V,) bool that sum to 1 and give `target` (3,): the ones closest to a plain mean."""
-    chosen = vertices[support]
-    equations = np.concatenate((chosen.T, np.ones((1, len(chosen)))))  # (4, n) @ weights = (target, 1)
-    even = np.full(len(chosen), 1 / len(chosen))
-    correction = np.linalg.pinv(equations) @ (np.append(target, 1) - equations @ even)
-    row = np.zeros(len(vertices))
-    row[support] = even + correction
-    return row
+def build_head(
+    name: str,
+    faces: np.ndarray,
+    expression_names: Sequence[str],
+    landmarks: np.ndarray,
+    regions: Mapping[str, np.ndarray],
+    **arrays: np.ndarray,
+) -> HeadModel:
+    """A head model from NumPy arrays, in meters, with `landmarks` (68,) given as vertices.
+
+    Floats are rounded to 1e-7, so that the last bits of another machine's arithmetic do not reach the hash.
+    """
+    landmark_faces = np.array([np.flatnonzero((faces == vertex).any(1))[0] for vertex in landmarks], np.int64)
+    return HeadModel(
+        name=name,
+        faces=torch.from_numpy(np.ascontiguousarray(faces, np.int64)),
+        parents=PARENTS,
+        expression_names=tuple(expression_names),
+        landmark_faces=torch.from_numpy(landmark_faces),
+        landmark_barycentrics=torch.from_numpy(faces[landmark_faces] == landmarks[:, None]).float(),
+        regions={region: torch.from_numpy(mask) for region, mask in regions.items()},
+        **{key: _rounded(value) for key, value in arrays.items()},
+    )
+
+
+def _rounded(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.round(values, 7).astype(np.float32) + np.float32(0)))
+
+
+def fit_joint_regressor(vertices: np.ndarray, joints: Mapping[str, tuple[Any, np.ndarray]]) -> np.ndarray:
+    """(J, V) weights that give each joint (3,) from its support (V,) bool and sum to 1: those closest to a plain mean."""
+    rows = np.zeros((len(JOINTS), len(vertices)))
+    for row, (target, support) in zip(rows, (joints[name] for name in JOINTS), strict=True):
+        chosen = vertices[support]
+        equations = np.concatenate((chosen.T, np.ones((1, len(chosen)))))  # (4, n) @ weights = (target, 1)
+        even = np.full(len(chosen), 1 / len(chosen))
+        row[support] = even + np.linalg.pinv(equations) @ (np.append(target, 1) - equations @ even)
+    return rows
 
 
 def split_quads(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, along_ac: np.ndarray) -> np.ndarray:
@@ -28,21 +61,17 @@ def split_quads(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray, alon
     return np.stack((first, second), 1)
 
 
+def strip_of_quads(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """Two rows of vertices (C,), left to right seen from outside -> triangles (C - 1, 2, 3)."""
+    cells = len(upper) - 1
+    half = np.arange(cells) < cells / 2  # diagonals mirrored about the middle, as the head is
+    return split_quads(upper[:-1], lower[:-1], lower[1:], upper[1:], half)
+
+
 def smoothstep(x: np.ndarray) -> np.ndarray:
     """0 below 0, 1 above 1, 3x^2 - 2x^3 between."""
     x = np.clip(x, 0, 1)
     return x * x * (3 - 2 * x)
-
-
-def rounded(values: np.ndarray) -> torch.Tensor:
-    """float32 after rounding to 1e-7: the last bits of another machine's arithmetic do not reach the hash."""
-    return torch.from_numpy(np.ascontiguousarray(np.round(values, 7).astype(np.float32) + np.float32(0)))
-
-
-def vertices_as_face_points(faces: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A face that has each vertex (K,), and the barycentrics (K, 3) that pick it."""
-    chosen = np.array([np.flatnonzero((faces == vertex).any(1))[0] for vertex in vertices], np.int64)
-    return chosen, (faces[chosen] == vertices[:, None]).astype(np.float64)
 
 
 def above_hairline(points: np.ndarray) -> np.ndarray:
@@ -58,6 +87,6 @@ def below_jaw(points: np.ndarray) -> np.ndarray:
 
 
 def in_beard(points: np.ndarray) -> np.ndarray:
-    """(V, 3) -> (V,) bool: moustache, chin and jaw, up to the sideburns; lips and nose are to be left out."""
+    """(V, 3) -> (V,) bool: moustache, chin and jaw, up to the sideburns; includes lips and nose."""
     x = (0.0, 0.024, 0.040, 0.075)
     return points[:, 1] < np.interp(np.abs(points[:, 0]), x, (-0.027, -0.029, -0.040, -0.004))

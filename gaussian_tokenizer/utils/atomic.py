@@ -1,8 +1,6 @@
-"""Writes that leave either the old state or the new one, never a mix.
+"""Writes that leave either the old state or the new one, never a mix, whenever they fail or are killed.
 
-Everything is first written under a hidden temporary name beside its target, flushed to the disk, and only then given
-its name by one rename. A full disk, an exception or a kill before the rename leaves what was there untouched; an
-exception also removes the temporary. Files come in through `atomic_file`, whole folders through `atomic_folder`.
+Everything is written under a hidden temporary name beside its target, flushed to the disk, and renamed.
 """
 
 import ctypes
@@ -15,16 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 @contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a new binary file that becomes `path` when the block ends without an exception.
 
-    To replace several files together, open all of them in one `with`, write them all, and call `flush_to_disk` on
-    each before the block ends: whatever can fail has then failed before the first rename.
+    To replace several files together, open them in one `with`, write all, and call `flush_to_disk` on each before the block ends:
+    whatever can fail has then failed before the first rename.
     """
     path = Path(path)
     _require_folder(path.parent)
@@ -45,11 +42,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Make a new empty folder that becomes `path` when the block ends without an exception.
-
-    A folder that is already at `path` is replaced whole: on Linux by an atomic exchange; elsewhere by two renames,
-    between which the old folder has a hidden name beside it.
-    """
+    """Make a new empty folder that becomes `path`, in place of a folder there, when the block ends without an exception."""
     path = Path(path)
     _require_folder(path.parent)
     if path.exists() and not path.is_dir():
@@ -58,11 +51,15 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _sync_tree(temporary)
+        for folder, _, names in os.walk(temporary, topdown=False):
+            for name in names:
+                with open(os.path.join(folder, name), "rb") as file:
+                    os.fsync(file.fileno())
+            _sync_folder(Path(folder))
         if not path.exists():
             os.rename(temporary, path)
         elif not exchange_names(temporary, path):
-            old = _temporary_name(path)
+            old = _temporary_name(path)  # not atomic, but only outside Linux and where the file system has no exchange
             os.rename(path, old)
             os.rename(temporary, path)
             os.rename(old, temporary)
@@ -70,7 +67,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_folder(path.parent)
-    shutil.rmtree(temporary, ignore_errors=True)  # what stood at `path` before, if anything
+    shutil.rmtree(temporary, ignore_errors=True)  # what was at `path` before, if anything
 
 
 def flush_to_disk(file: BinaryIO) -> None:
@@ -89,7 +86,7 @@ def _require_folder(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename lives in the folder's own data. Not every system lets a folder be opened; the rename itself is done.
+    # A rename is part of the folder's own data. Not every system lets a folder be opened; the rename itself is done.
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -103,22 +100,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_tree(root: Path) -> None:
-    for folder, _, names in os.walk(root, topdown=False):
-        for name in names:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        _sync_folder(Path(folder))
-
-
 def exchange_names(first: Path, second: Path) -> bool:
     """Swap two names in one step. False where the system or its file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         return False
-    result = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
-    return result == 0
+    return renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0

@@ -12,22 +12,17 @@ def upload(
     token: str | None = None,
     only: Sequence[str] | None = None,
 ) -> str:
-    """Upload a folder as a repository, created if it does not exist; returns its address.
+    """Upload a folder, or `only` these files of it, as a repository, created if it does not exist; returns its address.
 
-    `only` names the files to upload (None: all); `private` applies to a new repository. Any failure is a ConnectionError of
-    one line; the folder is untouched.
+    `private` applies to a new repository. Any failure is a ConnectionError of one line.
     """
     from huggingface_hub import HfApi
 
     try:
         api = HfApi(token=token)
         address = api.create_repo(repository, repo_type=repo_type, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=address.repo_id,
-            repo_type=repo_type,
-            folder_path=folder,
-            allow_patterns=None if only is None else list(only),
-        )
+        patterns = None if only is None else list(only)
+        api.upload_folder(repo_id=address.repo_id, repo_type=repo_type, folder_path=folder, allow_patterns=patterns)
     except Exception as error:  # of whatever HTTP library the Hub client uses
         words = ["hf upload", repository, str(folder), "."]
         words += [] if repo_type == "model" else [f"--repo-type {repo_type}"]

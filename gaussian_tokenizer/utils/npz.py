@@ -1,7 +1,6 @@
-"""NumPy's `.npz` from anywhere: plain arrays, within a limit of memory that is known before anything is unpacked.
+"""Untrusted `.npz` files: plain arrays, never pickled objects, and a limit of memory that is checked before unpacking.
 
-A zip of three megabytes may hold six gigabytes: the sizes in the entries' headers are summed and checked before anything
-is unpacked, and no more is unpacked than they announce. Arrays of objects, which are pickles, are never opened.
+A zip of three megabytes may hold six gigabytes; no more is unpacked than the entries' headers announce.
 """
 
 import os
@@ -17,10 +16,9 @@ MAX_OTHER_BYTES = 2**26  # of all others
 
 
 def read_npz(path: str | os.PathLike, wanted: Collection[str] | None = None) -> tuple[dict[str, np.ndarray], int]:
-    """All arrays of an npz in stored order, and the zip compression of the first.
+    """All arrays of an npz in stored order, and the zip compression of the first; ValueError in one line for anything else.
 
-    The arrays `wanted` (None: all) may take MAX_BYTES together, those beside them MAX_OTHER_BYTES, or as much as the file
-    itself where that is more. ValueError in one line for anything else, FileNotFoundError where there is no file.
+    The arrays `wanted` (None: all) may take MAX_BYTES together, the others MAX_OTHER_BYTES, or the size of the file if more.
     """
     path = Path(path)
     if not path.is_file():

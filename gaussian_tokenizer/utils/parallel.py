@@ -1,6 +1,5 @@
-"""Many independent jobs on several processes, with progress, and results that do not depend on how many there are.
+"""Many independent jobs on several processes, with progress, and results that do not depend on the number of processes.
 
-A job is a top-level function with its arguments; each also gets one shared object (a head model), which every process loads once.
 All processes, the calling one included, use one torch thread, so that sums have one order everywhere.
 """
 
@@ -17,20 +16,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-MAX_BATCH = 8  # jobs: handing one out takes a tenth of the time of the smallest
+MAX_BATCH = 8  # jobs: dispatching one takes a tenth of the time of the smallest
 BATCHES_PER_PROCESS = 64  # at least, if there are enough jobs, so that the processes end together
+RunAll = Callable[[Callable, Sequence[tuple]], Iterator[Any]]
 
 
 @contextlib.contextmanager
 def runner(num_proc: int, load_shared: Callable[[], Any], preload: Sequence[str] = ()) -> Iterator[Callable]:
     """`run(function, jobs, description, progress, done=0)` on `num_proc` processes, or in this one for 1.
 
-    It calls `function(*job, shared)` for every job and returns the results in the order of the jobs.
-
-    Args:
-        num_proc: number of processes.
-        load_shared: what a process calls once for the object that all its jobs get; must be picklable.
-        preload: modules that the processes import once for all of them.
+    It calls `function(*job, shared)`, a top-level function, for every job and returns the results in the order of the jobs. Every
+    process calls `load_shared`, which must be picklable, once. `preload` names modules to import once for all processes.
     """
     if num_proc < 1:
         raise ValueError(f"num_proc is {num_proc}; expected at least 1 process")
@@ -44,7 +40,7 @@ def runner(num_proc: int, load_shared: Callable[[], Any], preload: Sequence[str]
 
 
 @contextlib.contextmanager
-def _serial(load_shared: Callable[[], Any]) -> Iterator[Callable[[Callable, Sequence[tuple]], Iterator[Any]]]:
+def _serial(load_shared: Callable[[], Any]) -> Iterator[RunAll]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     shared = load_shared()
@@ -55,9 +51,7 @@ def _serial(load_shared: Callable[[], Any]) -> Iterator[Callable[[Callable, Sequ
 
 
 @contextlib.contextmanager
-def _parallel(
-    num_proc: int, load_shared: Callable[[], Any], preload: Sequence[str]
-) -> Iterator[Callable[[Callable, Sequence[tuple]], Iterator[Any]]]:
+def _parallel(num_proc: int, load_shared: Callable[[], Any], preload: Sequence[str]) -> Iterator[RunAll]:
     # Never a plain fork: torch's threads do not survive it. A fork server imports everything once.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
@@ -74,8 +68,7 @@ def _parallel(
     except BrokenProcessPool:
         raise ChildProcessError(
             f"one of the {num_proc} processes was killed, often because memory ran out; run again with a lower --num_proc, "
-            "what is finished is kept (a script that asks for several processes begins under `if __name__ == "
-            '"__main__":`)'
+            'finished jobs are kept (a script that starts several processes needs `if __name__ == "__main__":`)'
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,9 +1,7 @@
-"""The arrays of numbers in a pickle, as plain bytes: NumPy's, chumpy's around them, scipy's compressed sparse matrices.
+"""The numeric arrays of a pickle, as plain bytes: NumPy's, also inside chumpy's, and scipy's compressed sparse matrices.
 
-`interpret` (`plain_pickle`) runs nothing and is linear in the file. FLAME files, which are large and come from anywhere,
-are read in a process of its own besides, under limits of memory and time: `arrays_in_child`. That process starts within
-a few hundredths of a second because it loads nothing but this file, its sibling and the standard library; so no import of
-a third party may stand here.
+FLAME files are read in a process of their own, under limits of memory and time (`arrays_in_child`). It starts fast because it loads
+nothing but this file, `plain_pickle` and the standard library: nothing else may be imported here.
 """
 
 import marshal
@@ -26,27 +24,23 @@ NUMPY = {
     ("numpy.core.multiarray", "_reconstruct"): "make array",
     ("numpy._core.multiarray", "_reconstruct"): "make array",
     ("_codecs", "encode"): "encode",
-    ("__builtin__", "bytes"): "bytes",  # none of them
+    ("__builtin__", "bytes"): "bytes",  # empty
     ("collections", "OrderedDict"): "dictionary",
 }
 FLAME = NUMPY | {
-    ("copy_reg", "_reconstructor"): "make object",
-    ("copyreg", "_reconstructor"): "make object",
-    ("__builtin__", "object"): "object",
-    ("builtins", "object"): "object",
-    ("__builtin__", "set"): "set",
-    ("builtins", "set"): "set",
-    ("chumpy", "Ch"): "chumpy",
-    ("chumpy.ch", "Ch"): "chumpy",
-    ("scipy.sparse", "csc_matrix"): "columns",
-    ("scipy.sparse.csc", "csc_matrix"): "columns",
-    ("scipy.sparse._csc", "csc_matrix"): "columns",
-    ("scipy.sparse", "csr_matrix"): "rows",
-    ("scipy.sparse.csr", "csr_matrix"): "rows",
-    ("scipy.sparse._csr", "csr_matrix"): "rows",
+    (module, name): meaning
+    for modules, name, meaning in (
+        (("copy_reg", "copyreg"), "_reconstructor", "make object"),
+        (("__builtin__", "builtins"), "object", "object"),
+        (("__builtin__", "builtins"), "set", "set"),
+        (("chumpy", "chumpy.ch"), "Ch", "chumpy"),
+        (("scipy.sparse", "scipy.sparse.csc", "scipy.sparse._csc"), "csc_matrix", "columns"),
+        (("scipy.sparse", "scipy.sparse.csr", "scipy.sparse._csr"), "csr_matrix", "rows"),
+    )
+    for module in modules
 }
-# The package itself is not imported: its __init__ needs more than the standard library, and the caller's path is not
-# inherited, so that nothing in the working folder can step in.
+# The package's own __init__, which needs more than the standard library, is not run; the caller's path is not inherited, so that no
+# module in the working folder is imported.
 CHILD = (
     "import sys, types; package = types.ModuleType('package'); package.__path__ = [sys.argv[1]]; "
     "sys.modules['package'] = package; from package.plain_arrays import main; "
@@ -66,7 +60,7 @@ class PlainArray:
 
 @dataclass(frozen=True, eq=False)
 class PlainSparse:
-    """A compressed sparse matrix: of every line (row, or column) the numbers that are there, and where in it."""
+    """A compressed sparse matrix, by rows or by columns; the parts are those of scipy."""
 
     rows_first: bool
     shape: tuple[int, ...]
@@ -93,7 +87,7 @@ def read_arrays(content: object, keys: Sequence[str]) -> dict[str, PlainArray | 
 
 
 def read_array(value: object) -> PlainArray | PlainSparse:
-    """The numbers of a NumPy array, of a chumpy array around one, or of a sparse matrix."""
+    """The numbers of a NumPy array, which may be inside a chumpy array, or of a sparse matrix."""
     for _ in range(MAX_NESTED):
         if not (isinstance(value, Thing) and value.meaning == "chumpy"):
             break
@@ -141,7 +135,7 @@ def arrays_in_child(path: Path, keys: Sequence[str]) -> dict[str, PlainArray | P
 
 
 def main(path: str, keys: Sequence[str], output: BinaryIO) -> None:
-    """What the child does: the arrays, or what is wrong with the file, in the standard library's plainest form."""
+    """The child process: write the arrays, or what is wrong with the file, with `marshal`."""
     _limit_this_process(MEMORY + 8 * Path(path).stat().st_size)
     found: dict[str, tuple] | str
     try:
@@ -154,9 +148,6 @@ def main(path: str, keys: Sequence[str], output: BinaryIO) -> None:
         found = str(error)
     output.write(marshal.dumps(found))
     output.flush()
-
-
-# ---- small things
 
 
 def _member(state: object, key: str) -> Any:
@@ -179,7 +170,7 @@ def _as_array(parts: tuple) -> PlainArray | PlainSparse:
 
 
 def _limit_this_process(memory: int) -> None:
-    """Where the system can: not on Windows; macOS refuses a limit of memory."""
+    """Where the system can: not on Windows; macOS refuses a memory limit."""
     try:
         import resource
     except ImportError:

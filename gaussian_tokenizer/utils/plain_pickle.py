@@ -1,13 +1,11 @@
-"""A pickle read without running it.
+"""A pickle read without running it (opcodes: PEP 307, 3154 and 574, and the standard library's `pickletools`).
 
-A pickle is a program for a stack machine that may call anything. `interpret` is such a machine of its own: lists, tuples,
-dictionaries and text become themselves, every object becomes an inert `Thing` that keeps what it was given, and a name
-that is not expected ends the reading. Nothing is called, hashed (but text), compared or walked through, so that time and
-memory are linear in the length of the file, whatever its opcodes say. `plain_arrays` finds the numbers in what comes out.
-Opcodes: PEP 307, 3154 and 574, and the standard library's `pickletools`.
+Plain data become themselves, objects inert `Thing`s; a name that is not allowed ends the reading. Nothing is called, hashed (except
+text), compared or traversed, so that time and memory are linear in the length of the file, whatever its opcodes say.
 """
 
 import codecs
+import functools
 import re
 import struct
 from collections.abc import Callable, Mapping
@@ -22,14 +20,14 @@ OBJECTS = ("array", "chumpy", "columns", "rows")
 
 @dataclass(eq=False)
 class Name:
-    """A name of the pickle, by what it stands for."""
+    """A name in the pickle, as what it stands for."""
 
     meaning: str
 
 
 @dataclass(eq=False)
 class Thing:
-    """An object of the pickle: the name it was made by, what it was made of, and the state it was given."""
+    """An object in the pickle: what its constructor stands for, the arguments, and the state that was set."""
 
     meaning: str
     arguments: tuple
@@ -37,14 +35,11 @@ class Thing:
 
 
 def interpret(content: bytes, allowed: Mapping[tuple[str, str], str], persistent: Callable | None = None) -> Any:
-    """The value a pickle leaves; ValueError, in words that follow "it", for anything but plain data and `allowed` names.
+    """The value of a pickle; ValueError, with "it" as the subject, for anything but plain data and `allowed` names.
 
     `persistent` turns the ids of objects outside the pickle into values; without it they are refused.
     """
     return _Machine(content, allowed, persistent).run()
-
-
-# ---- the machine
 
 
 @dataclass
@@ -68,8 +63,6 @@ class _Machine:
             _OPCODES[opcode](self)
         raise ValueError(f"it has more than {MAX_STEPS:,} opcodes")
 
-    # the file
-
     def take(self, count: int) -> bytes:
         start, self.position = self.position, self.position + count
         if count < 0 or self.position > len(self.content):
@@ -85,14 +78,12 @@ class _Machine:
             raise ValueError("it is cut short")
         return self.take(end + 1 - self.position)[:-1]
 
-    # the stack
-
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
     def pop(self) -> Any:
         if not self.stack:
-            raise ValueError("it takes more from its stack than lies there")
+            raise ValueError("it takes more from its stack than is there")
         return self.stack.pop()
 
     def top(self) -> Any:
@@ -110,16 +101,11 @@ class _Machine:
         return above
 
     def discard(self) -> None:
-        """POP takes a mark off where nothing lies above it."""
+        """POP removes a mark if nothing lies above it."""
         if self.stack:
             self.stack.pop()
         else:
             self.above_mark()
-
-    # containers
-
-    def make_tuple(self, count: int) -> None:
-        self.push(tuple(reversed([self.pop() for _ in range(count)])))
 
     def make_dictionary(self) -> None:
         items = self.above_mark()
@@ -139,7 +125,7 @@ class _Machine:
             return
         if not isinstance(target, dict) or len(values) % 2:
             raise ValueError("it sets items of something that is no dictionary")
-        # Other keys name nothing that is read, and hashing or comparing them could take as long as their author likes.
+        # Other keys name nothing that is read, and hashing or comparing them could take arbitrarily long.
         target.update((k, v) for k, v in zip(values[::2], values[1::2]) if isinstance(k, str) and len(k) < LONGEST_KEY)
 
     def remember(self, index: int) -> None:
@@ -152,28 +138,22 @@ class _Machine:
             raise ValueError(f"it refers to a value {str(index)[:20]} that it has not made")
         self.push(self.memo[index])
 
-    # objects
-
-    def find(self, module: object, name: object) -> None:
+    def find(self, module: object, name: object) -> Name:
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError("it has a name that is no text")
+            raise ValueError("it has a name that is not text")
         if (module, name) not in self.allowed:
             raise ValueError(f"it names {module[:99]}.{name[:99]}, which no such file needs; nothing of it was run")
-        self.push(Name(self.allowed[module, name]))
+        return Name(self.allowed[module, name])
 
-    def find_lines(self) -> None:
-        self.find(self.line().decode("utf-8"), self.line().decode("utf-8"))
-
-    def find_on_stack(self) -> None:
-        name, module = self.pop(), self.pop()
-        self.find(module, name)
+    def find_lines(self) -> Name:
+        return self.find(self.line().decode("utf-8"), self.line().decode("utf-8"))
 
     def call(self, called: object, arguments: object) -> None:
         if not isinstance(called, Name) or not isinstance(arguments, tuple):
             raise ValueError("it calls something that is no function")
         meaning = called.meaning
         made_of = arguments[0].meaning if arguments and isinstance(arguments[0], Name) else ""
-        if meaning == "encode":  # with which Python 3 writes bytes in protocol 2
+        if meaning == "encode":  # how Python 3 writes bytes in protocol 2
             self.push(self.encode(arguments))
         elif (meaning == "make array" and made_of == "array") or (meaning == "make object" and made_of in OBJECTS):
             self.push(Thing(made_of, ()))
@@ -188,26 +168,21 @@ class _Machine:
                 raise ValueError("it has an array of something else than numbers")
             self.push(Thing(meaning, arguments))
 
-    def reduce(self) -> None:
-        arguments, called = self.pop(), self.pop()
-        self.call(called, arguments)
-
-    def call_line(self) -> None:
-        arguments = tuple(self.above_mark())
-        self.find_lines()
-        self.call(self.pop(), arguments)
-
     def call_marked(self) -> None:
         called, *arguments = self.above_mark() or [None]
         self.call(called, tuple(arguments))
 
-    def new_with_names(self) -> None:
+    def call_with_names(self) -> None:
         self.pop()
-        self.reduce()
+        self.call(*self.pop_last(2))
+
+    def pop_last(self, count: int) -> list:
+        """The values on top, in the order in which they were pushed."""
+        return [self.pop() for _ in range(count)][::-1]
 
     def encode(self, arguments: tuple) -> bytes:
         if len(arguments) != 2 or not isinstance(arguments[0], str) or arguments[1] not in ("latin1", "latin-1"):
-            raise ValueError("it encodes something else than bytes")
+            raise ValueError("it encodes something other than bytes")
         self.encoded += len(arguments[0])
         if self.encoded > len(self.content):
             raise ValueError("it makes more bytes than it has")
@@ -225,13 +200,9 @@ class _Machine:
         self.push(self.persistent(identifier))
 
 
-def _text(encoding: str) -> Callable[[bytes], str]:
-    return lambda content: content.decode(encoding, "strict" if encoding == "latin1" else "surrogatepass")
-
-
 def _quoted(line: bytes) -> str:
     if len(line) < 2 or line[:1] not in (b"'", b'"') or line[-1:] != line[:1]:
-        raise ValueError("it has a text without quotes")
+        raise ValueError("it has a string without quotes")
     return codecs.escape_decode(line[1:-1])[0].decode("latin1")  # type: ignore[attr-defined]
 
 
@@ -239,10 +210,6 @@ def _decimal(line: bytes) -> int | bool:
     if line in (b"00", b"01"):
         return line == b"01"
     return int(line.removesuffix(b"L"))
-
-
-def _constant(value: Any) -> Callable[[_Machine], None]:
-    return lambda m: m.push(value)
 
 
 def _binary(form: str) -> Callable[[_Machine], None]:
@@ -257,17 +224,15 @@ def _line(convert: Callable[[bytes], Any]) -> Callable[[_Machine], None]:
     return lambda m: m.push(convert(m.line()))
 
 
-def _little_endian(content: bytes) -> int:
-    return int.from_bytes(content, "little", signed=True)
-
-
-_LATIN, _UTF8 = _text("latin1"), _text("utf-8")
+_LATIN = functools.partial(str, encoding="latin1")
+_UTF8 = functools.partial(str, encoding="utf-8", errors="surrogatepass")
+_LITTLE_ENDIAN = functools.partial(int.from_bytes, byteorder="little", signed=True)
 _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"\x80": lambda m: m.take(1),  # the protocol
     b"\x95": lambda m: m.take(8),  # a frame
-    b"N": _constant(None),
-    b"\x88": _constant(True),
-    b"\x89": _constant(False),
+    b"N": lambda m: m.push(None),
+    b"\x88": lambda m: m.push(True),
+    b"\x89": lambda m: m.push(False),
     b"I": _line(_decimal),
     b"L": _line(_decimal),
     b"F": _line(float),
@@ -275,8 +240,8 @@ _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"K": _binary("<B"),
     b"M": _binary("<H"),
     b"G": _binary(">d"),
-    b"\x8a": _counted("<B", _little_endian),
-    b"\x8b": _counted("<i", _little_endian),
+    b"\x8a": _counted("<B", _LITTLE_ENDIAN),
+    b"\x8b": _counted("<i", _LITTLE_ENDIAN),
     b"S": _line(_quoted),
     b"T": _counted("<i", _LATIN),
     b"U": _counted("<B", _LATIN),
@@ -292,10 +257,10 @@ _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"0": _Machine.discard,
     b"1": _Machine.above_mark,
     b"2": lambda m: m.push(m.top()),
-    b")": _constant(()),
-    b"\x85": lambda m: m.make_tuple(1),
-    b"\x86": lambda m: m.make_tuple(2),
-    b"\x87": lambda m: m.make_tuple(3),
+    b")": lambda m: m.push(()),
+    b"\x85": lambda m: m.push(tuple(m.pop_last(1))),
+    b"\x86": lambda m: m.push(tuple(m.pop_last(2))),
+    b"\x87": lambda m: m.push(tuple(m.pop_last(3))),
     b"t": lambda m: m.push(tuple(m.above_mark())),
     b"]": lambda m: m.push([]),
     b"l": lambda m: m.push(m.above_mark()),
@@ -303,7 +268,7 @@ _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"e": lambda m: m.append(m.above_mark()),
     b"}": lambda m: m.push({}),
     b"d": _Machine.make_dictionary,
-    b"s": lambda m: m.set_items([m.pop(), m.pop()][::-1]),
+    b"s": lambda m: m.set_items(m.pop_last(2)),
     b"u": lambda m: m.set_items(m.above_mark()),
     b"\x8f": lambda m: m.push(Thing("set", ())),
     b"\x90": lambda m: m.append(m.above_mark()),
@@ -315,12 +280,12 @@ _OPCODES: dict[bytes, Callable[[_Machine], Any]] = {
     b"g": lambda m: m.recall(int(m.line())),
     b"h": lambda m: m.recall(m.number("<B")),
     b"j": lambda m: m.recall(m.number("<I")),
-    b"c": _Machine.find_lines,
-    b"\x93": _Machine.find_on_stack,
-    b"R": _Machine.reduce,
-    b"\x81": _Machine.reduce,
-    b"\x92": _Machine.new_with_names,
-    b"i": _Machine.call_line,
+    b"c": lambda m: m.push(m.find_lines()),
+    b"\x93": lambda m: m.push(m.find(*m.pop_last(2))),
+    b"R": lambda m: m.call(*m.pop_last(2)),
+    b"\x81": lambda m: m.call(*m.pop_last(2)),
+    b"\x92": _Machine.call_with_names,
+    b"i": lambda m: m.call(m.find_lines(), tuple(m.above_mark())),
     b"o": _Machine.call_marked,
     b"b": _Machine.build,
     b"P": lambda m: m.refer(m.line().decode("latin1")),

@@ -4,23 +4,20 @@ As Gaussians are added and removed, the state of `torch.optim.Adam` is cut and g
 Axes: N Gaussians, T timesteps.
 """
 
-import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
-from gaussian_tokenizer.utils.atomic import atomic_file
+from gaussian_tokenizer.utils.tensor_files import TensorFormat
 from training.fitting.density_control import Edit, GaussianParams
 
-FORMAT = "avatar-pointillist fit 2"
+CHECKPOINT = TensorFormat(
+    "a complete checkpoint of a fit", "fit", "avatar-pointillist fit 2", "remove it to begin again"
+)
 STATISTICS = ("gradient_sums", "views", "radii")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -88,18 +85,15 @@ class FitState:
             state = self.adam.state[group["params"][0]]
             tensors |= {f"{key}.{group['name']}": value for key, value in state.items()}
         tensors |= {name: getattr(self, name) for name in STATISTICS}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        about = {"format": FORMAT, "iteration": self.iteration, "seconds": self.seconds, "identity": dict(identity)}
-        content = serialize(tensors, metadata={"fit": json.dumps(about)})
-        with atomic_file(path) as file:
-            file.write(content)
+        about = {"iteration": self.iteration, "seconds": self.seconds, "identity": dict(identity)}
+        CHECKPOINT.write(path, tensors, about)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "FitState":
         """Read a checkpoint; ValueError if it is damaged."""
-        with _opened(path) as (about, file):
+        with CHECKPOINT.opened(path) as (about, tensors):
             # Copies, because the tensors are mapped from the file, which the next checkpoint replaces.
-            tensors = {name: file.get_tensor(name).clone().to(device) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: value.clone().to(device) for name, value in tensors.items()}
             gaussians = GaussianParams(**{field.name: tensors[field.name] for field in fields(GaussianParams)})
             head = {name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")}
             statistics = {name: tensors[name] for name in STATISTICS}
@@ -112,20 +106,8 @@ class FitState:
 
 def saved_identity(path: Path) -> dict[str, Any]:
     """Which fit a checkpoint belongs to; ValueError if it is damaged."""
-    with _opened(path) as (about, _):
+    with CHECKPOINT.opened(path) as (about, _):
         return about["identity"]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[dict[str, Any], Any]]:
-    try:
-        with safe_open(os.fspath(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {})["fit"])
-            if about["format"] != FORMAT:
-                raise ValueError(f"format {about['format']!r}, expected {FORMAT!r}")
-            yield about, file
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a complete checkpoint of a fit ({error}); remove it to begin again") from None
 
 
 def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
