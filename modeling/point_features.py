@@ -95,7 +95,7 @@ def _pieces(
     embed, heads = model.model.embed_tokens, model.lm_head
     assert isinstance(embed, PointEmbedding) and isinstance(heads, SlotHeads)
     faces = embed.faces(**face_inputs)
-    groups = group_tokens(ids, model.config.pad_token_id)
+    groups = group_tokens(ids, model.config.first_special + 2)
     for begin in range(0, groups.shape[1] - 1, -(-chunk // 4)):
         following = groups[:, begin + 1 : begin + 1 - (-chunk // 4)]
         read = groups[:, begin : begin + following.shape[1]]

@@ -41,9 +41,8 @@ def main() -> None:
     model = build_model(model_arguments, corpus)
     config = model.config
 
-    conditions = (config.use_vision_encoder, config.use_point_encoder, config.mesh_aware_faces)
-    train, heldout = (AvatarRows(corpus, split, *conditions) for split in ("train", data.eval_split))
-    window, grouped = config.sliding_window * config.tokens_per_position, config.level == "point"
+    train, heldout = (AvatarRows(corpus, split, model.input_names) for split in ("train", data.eval_split))
+    window, grouped = config.window_tokens, config.level == "point"
     num_items = arguments.max_steps * arguments.items_per_step
     trainer = PointillistTrainer(
         model=model,

@@ -180,7 +180,7 @@ class _Check:
             try:
                 load_corpus(self.path).head_faces()
             except (ValueError, OSError) as error:
-                yield _one_line(error)
+                yield one_line(error)
         if self.originals is not None:
             skipped = {entry["folder"] for entry in self.manifest["skipped"]}
             for avatar_id, folder in self.originals.folders.items():

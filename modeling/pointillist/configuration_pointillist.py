@@ -159,6 +159,16 @@ class PointillistConfig(PreTrainedConfig):
         """How many tokens a position of the decoder stands for."""
         return 4 if self.level == "point" else 1
 
+    @property
+    def window_tokens(self) -> int:
+        """The sliding window in tokens."""
+        return (self.sliding_window or 0) * self.tokens_per_position
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Slots (0 to 2: x, y, z; 3: face) in the order in which they are spelled."""
+        return tuple("xyzf".index(letter) for letter in self.slot_order or "xyzf")
+
     def slot_tokens(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Ids of the faces, and of everything else: coordinates, then special tokens."""
         bos = self.first_special
@@ -175,8 +185,7 @@ class PointillistConfig(PreTrainedConfig):
             raise ValueError(
                 f'slot_order is {self.slot_order!r}, expected the letters x, y, z, f in some order, as "yfzx"'
             )
-        assert self.sliding_window is not None
-        if self.sliding_window < 1 or (self.sliding_window * self.tokens_per_position) % 4:
+        if self.window_tokens < 4 or self.window_tokens % 4:
             raise ValueError(
                 f"sliding_window {self.sliding_window} is not a positive multiple of 4, the tokens of a point"
             )

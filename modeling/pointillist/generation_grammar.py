@@ -12,8 +12,8 @@ SORTED = (1, 2, 0, 3)  # slots y, z, x, face: most significant first
 def least_value(slot: int, previous: Tensor, point: Tensor, known: Tensor, most: Tensor) -> Tensor:
     """Least values (B,) of a slot with which a point can still be completed to one that is not before `previous`.
 
-    `previous` and `point` (B, 4) are bins and faces from zero, `known` (B, 4) says which of `point` are there, `most` (B, 4) are the
-    greatest values of the others. Where no value will do, the result is beyond all of them.
+    `previous` and `point` (B, 4) are bins and faces from zero, `known` (B, 4) says which of `point` are there, `most` (B, 4) are
+    the greatest values of the others. Where no value will do, the result is beyond all of them.
     """
     best = torch.where(known, point, most)
     ahead, level = best > previous, best == previous
@@ -103,9 +103,9 @@ class PointGrammar(LogitsProcessor):
     def allowed(
         self, slot: int, is_first: bool, previous: Tensor, points: Tensor, point: Tensor, known: Tensor
     ) -> Tensor:
-        """What slot may follow at the point level: (B, C) bool over bins or faces, and the end where the slot `is_first` spelled.
+        """What a slot may hold at the point level: (B, C) bool over bins or faces, and the end if the slot `is_first` spelled.
 
-        `previous` (B, 4) is the last of the `points` (B,) so far, zero if there is none; `point`, `known` (B, 4) as of `least_value`.
+        `previous` (B, 4) is the last of the `points` (B,) so far, zero if there is none; the others are as in `least_value`.
         """
         open_faces = self.open_faces(len(point), point.device)
         most = self.most(open_faces)

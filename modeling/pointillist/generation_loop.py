@@ -120,8 +120,9 @@ class PointLoop:
 
     def progress_bar(self, config, prompt: Tensor, limit: int) -> GenerationProgress:
         shown = limit - prompt.shape[1] > PROGRESS_FROM if self.progress is None else self.progress
-        is_sorted = self.grammar is not None and self.grammar.sorted_points
-        return GenerationProgress(config, prompt, self.grammar and self.grammar.max_points, is_sorted, shown)
+        limits = self.grammar
+        is_sorted = limits is not None and limits.sorted_points
+        return GenerationProgress(config, prompt, limits.max_points if limits else None, is_sorted, shown)
 
     def prepare(self, model, prompt: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """`model_kwargs` with attention_mask and position_ids for the positions of the decoder."""
@@ -227,7 +228,7 @@ def every_rank_finished(finished: bool, synced_gpus: bool, device: torch.device)
 def cache_of_generation(
     model, generation_config: GenerationConfig, model_kwargs: dict, ring: bool, limit: int
 ) -> EncoderDecoderCache | None:
-    """A ring for `limit` positions by default and for "static", unless the caller brought a cache; else that of `model_kwargs`, if any."""
+    """A ring for `limit` positions by default and for "static", unless the caller brought a cache; else that of the arguments."""
     if not model_kwargs["use_cache"]:
         return None
     cache = model_kwargs[CACHE_NAME]

@@ -1,7 +1,7 @@
 """The decoding loop of the point level: a step of the decoder a point, whose tokens the slot heads spell one after the other.
 
-Ids, arguments and results are those of the token level. Logits processors of the caller see the sequence up to the last whole point,
-and scores that are minus infinity outside of a slot.
+Ids, arguments and results are those of the token level. Logits processors of the caller see the sequence up to the last whole
+point, and scores that are minus infinity outside of a slot.
 
 Axes: B batch, L tokens, G groups of four tokens (bos, then the points), C classes of a slot, D width.
 """
@@ -103,12 +103,9 @@ class PointLevelLoop(PointLoop):
         num_points = (ids[:, prompt:] < config.bos_token_id).sum(1) // 4
         longest = int(num_points.max())
         real = torch.arange(longest, device=device) < num_points[:, None]
-        return PointillistGenerateOutput(
-            sequences=ids,  # type: ignore[arg-type]  # declared as LongTensor
-            point_features=features[:, :longest] * real[:, :, None, None] if self.output_point_features else None,
-            num_points=num_points,
-            **{CACHE_NAME: self.cache},
-        )
+        own = features[:, :longest] * real[:, :, None, None] if self.output_point_features else None
+        fields = dict(sequences=ids, point_features=own, num_points=num_points, **{CACHE_NAME: self.cache})
+        return PointillistGenerateOutput(**fields)
 
     def prepare(self, model, prompt: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         self.faces = model.model.embed_tokens.faces(model_kwargs.get("face_centers"), model_kwargs.get("face_normals"))
@@ -180,7 +177,7 @@ class PointLevelLoop(PointLoop):
 
     def processed(self, ids: Tensor, scores: Tensor, slot: int, count: int) -> Tensor:
         """Scores (B, C) after the caller's processors, which read the whole vocabulary."""
-        if not len(self.sampler.processors):
+        if not self.sampler.has_processors:
             return scores
         config = self.model.config
         begin = config.n_bins if slot == FACE else 0

@@ -34,7 +34,7 @@ class Sampler:
             first -= 1
         self.processors: Callable[..., Tensor] = LogitsProcessorList(processors[:first])
         self.warpers: Callable[..., Tensor] = LogitsProcessorList(processors[first:])
-        self.do_sample = do_sample
+        self.has_processors, self.do_sample = first > 0, do_sample
 
     def choose(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Warp the scores and choose."""

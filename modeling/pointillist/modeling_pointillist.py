@@ -258,8 +258,11 @@ class PointillistModel(PointillistPreTrainedModel):
         if inputs_embeds is not None:
             x = inputs_embeds
         elif isinstance(self.embed_tokens, PointEmbedding):
+            assert input_ids is not None
             faces = faces or self.embed_tokens.faces(face_centers, face_normals)
-            x = self.embed_tokens(group_tokens(input_ids, self.config.pad_token_id, self.config.first_special), faces)
+            x = self.embed_tokens(
+                group_tokens(input_ids, self.config.first_special + 2, self.config.first_special), faces
+            )
             if attention_mask is not None and attention_mask.ndim == 2:
                 attention_mask = group_tokens(attention_mask, 0).amax(-1)
         else:
@@ -319,12 +322,16 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         model.condition_encoder.freeze()  # its parameters are new, all of them trainable
         return (model, info) if output_loading_info else model
 
-    def select_inputs(self, inputs: Mapping[str, T]) -> dict[str, T]:
-        """Those of `inputs` (pixel_values, head_vertices, head_normals, face_centers, face_normals) that this model reads."""
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What this model reads beside ids: pixel_values, head_vertices and head_normals, face_centers and face_normals."""
         names = ("pixel_values",) * self.config.use_vision_encoder
         names += ("head_vertices", "head_normals") * self.config.use_point_encoder
-        names += ("face_centers", "face_normals") * self.config.mesh_aware_faces
-        return {name: inputs[name] for name in names if name in inputs}
+        return names + ("face_centers", "face_normals") * self.config.mesh_aware_faces
+
+    def select_inputs(self, inputs: Mapping[str, T]) -> dict[str, T]:
+        """Those of `inputs` that this model reads."""
+        return {name: inputs[name] for name in self.input_names if name in inputs}
 
     def encode_condition(
         self,
@@ -379,7 +386,9 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         if condition_embeds is None:
             condition_embeds = self.encode_condition(pixel_values, head_vertices, head_normals)
         condition = self.condition_encoder.or_empty(condition_embeds, len(tokens), drop_condition)
-        options = dict(cache=cache, use_cache=use_cache, condition=condition, condition_mask=condition_mask)
+        options: dict[str, Any] = dict(
+            cache=cache, use_cache=use_cache, condition=condition, condition_mask=condition_mask
+        )
         inputs = input_ids, attention_mask, position_ids
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if isinstance(self.lm_head, SlotHeads):
@@ -405,15 +414,17 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         **kwargs,
     ) -> PointillistOutput:
         """`forward` at the point level; `inputs` are those of the decoder, ids (B, L) first."""
-        ids, heads, config = inputs[0], self.lm_head, self.config
+        ids, pad = inputs[0], self.config.first_special + 2
+        heads: Any = self.lm_head
         if ids is None:
             raise ValueError(
                 'level="point" reads input_ids: their embedding (B, L, D) does not tell which faces they name'
             )
-        faces = self.model.embed_tokens.faces(face_centers, face_normals)
+        embed: Any = self.model.embed_tokens
+        faces = embed.faces(face_centers, face_normals)
         outputs = self.model(*inputs, faces=faces, **kwargs)
-        groups = group_tokens(ids, config.pad_token_id)
-        classes = heads.classes(F.pad(groups[:, 1:], (0, 0, 0, 1), value=config.pad_token_id))
+        groups = group_tokens(ids, pad)
+        classes = heads.classes(F.pad(groups[:, 1:], (0, 0, 0, 1), value=pad))
         states = heads.states(outputs.last_hidden_state, classes, faces)
 
         def of_tokens(x: Tensor) -> Tensor:
@@ -459,7 +470,8 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         A token competes with those of its slot, at the point level also with the end in the slot that is spelled first.
         """
         if isinstance(self.lm_head, SlotHeads):
-            faces = self.model.embed_tokens.faces(face_centers, face_normals)
+            embed: Any = self.model.embed_tokens
+            faces = embed.faces(face_centers, face_normals)
             return self.lm_head.point_nll(features, points, faces)
         config, nll = self.config, []
         for rows, slots in (

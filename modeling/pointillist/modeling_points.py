@@ -12,7 +12,7 @@ Axes: B batch, L tokens, G groups, F faces, C classes of a slot, D width.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,7 @@ class PointEmbedding(nn.Module):
 
 
 class SlotHead(nn.Module):
-    """One slot: context (..., D) -> state (..., D) -> scores (..., C), and a value back to a vector (..., D) for the slots after it.
+    """One slot: context (..., D) -> state (..., D) -> scores (..., C), and a value to a vector (..., D) for the slots after it.
 
     Classes are bins or faces, and the end as one more in the slot that is spelled first. A coordinate spelled after the face of a
     mesh-aware model is scored by its offset from the bin of that face's center.
@@ -136,8 +136,7 @@ class SlotHead(nn.Module):
 
     def __init__(self, config: PointillistConfig, slot: int):
         super().__init__()
-        order = config.slot_order
-        place, face_place = order.index("xyzf"[slot]), order.index("f")
+        place, face_place = config.slots.index(slot), config.slots.index(FACE)
         self.config, self.slot = config, slot
         self.has_end, self.is_last = place == 0, place == FACE
         self.is_offset = config.mesh_aware_faces and place > face_place
@@ -153,7 +152,8 @@ class SlotHead(nn.Module):
 
     def init_weights(self, std: float) -> None:
         if hasattr(self, "weight"):
-            rows = smooth_rows(*self.weight.shape, self.config.n_bins, std, self.weight.device)
+            count, width = self.weight.shape
+            rows = smooth_rows(count, width, self.config.n_bins, std, self.weight.device)
             init.copy_(self.weight, rows.to(self.weight))
 
     def state(self, context: Tensor) -> Tensor:
@@ -206,19 +206,19 @@ class SlotHeads(nn.Module):
     def __init__(self, config: PointillistConfig):
         super().__init__()
         self.config = config
-        self.order = tuple("xyzf".index(letter) for letter in config.slot_order)
-        self.heads = nn.ModuleList(SlotHead(config, slot) for slot in range(4))
+        self.order = config.slots
+        self.heads: Any = nn.ModuleList(SlotHead(config, slot) for slot in range(4))
 
     def classes(self, groups: Tensor) -> Tensor:
         """Ids or labels of points (B, G, 4) -> classes (B, G, 4), the end in the slot spelled first; -100 where there is none."""
         offset = torch.tensor([0, 0, 0, self.config.n_bins], device=groups.device)
         classes = torch.where((groups >= 0) & (groups < self.config.first_special), groups - offset, -100)
         end = self.config.n_faces if self.order[0] == FACE else self.config.n_bins
-        first = torch.where(groups[..., 0] == self.config.eos_token_id, end, classes[..., self.order[0]])
+        first = classes[..., self.order[0]].masked_fill(groups[..., 0] == self.config.first_special + 1, end)
         return classes.index_copy(-1, torch.tensor([self.order[0]], device=groups.device), first[..., None])
 
     def states(self, hidden: Tensor, classes: Tensor, faces: Faces) -> Tensor:
-        """Hidden states (B, G, D) and the classes (B, G, 4) of the groups they predict -> states (B, G, 4, D), by teacher forcing."""
+        """Hidden states (B, G, D) and classes (B, G, 4) of the groups they predict -> states (B, G, 4, D), by teacher forcing."""
         classes = classes.clamp(min=0)
         context, states = hidden, {}
         for slot in self.order:
@@ -257,14 +257,14 @@ class SlotHeads(nn.Module):
         The end is in slot x, where its token is, whichever slot is spelled first.
         """
         config, face = self.config, classes[..., FACE].clamp(min=0)
-        logits = states.new_full((*states.shape[:3], config.vocab_size), -torch.inf)
+        logits = states.new_full((*states.shape[:3], config.first_special + 3), -torch.inf)
         for slot, head in enumerate(self.heads):
             scores = head.scores(states[..., slot, :], faces, face)
             begin, count = (config.n_bins, config.n_faces) if slot == FACE else (0, config.n_bins)
             logits[..., slot, begin : begin + count] = scores[..., :count]
             if head.has_end:
                 ended = classes[..., self.order[0]] == count
-                logits[..., slot, config.eos_token_id] = scores[..., count]
+                logits[..., slot, config.first_special + 1] = scores[..., count]
                 # An end is the token of slot x, so its distribution is that of the slot in which it is decided.
                 logits[..., 0, :] = torch.where(ended[..., None], logits[..., slot, :], logits[..., 0, :])
         return logits

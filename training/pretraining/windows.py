@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from training.common.rows import CONDITIONS, AvatarRows, shuffled_row
+from training.common.rows import CONDITION, AvatarRows, shuffled_row
 
 
 @dataclass(eq=False)
@@ -110,7 +110,7 @@ def collate_windows(
     labels[:, : 4 if grouped else 1] = -100  # nothing predicts the first token or group
     dropped = torch.tensor([item["drop_condition"] for item in items])
     batch = {"input_ids": input_ids, "labels": labels, "drop_condition": dropped}
-    for name in CONDITIONS:
+    for name in CONDITION:
         if name in items[0]:
             batch[name] = torch.from_numpy(np.stack([item[name] for item in items]))
     return batch

@@ -352,7 +352,7 @@ def test_a_level_that_the_weights_do_not_have_is_refused(tmp_path):
         dict(slot_order="zyxf"),
     ):
         config = PointillistConfig.from_pretrained(tmp_path, **changes)
-        with pytest.raises((ValueError, RuntimeError), match="the weights lack|ignore_mismatched_sizes"):
+        with pytest.raises((ValueError, RuntimeError), match=r"the weights lack|ignore_mismatched_sizes"):
             PointillistForCausalLM.from_pretrained(tmp_path, config=config)
 
 
