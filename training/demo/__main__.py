@@ -180,8 +180,7 @@ def summary(report: dict[str, Any], output: Path) -> str:
 
 def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, output: Path) -> dict[str, Any]:
     """Avatars of the first `count` held-out subjects, compared with the true ones and drawn; entries of the report."""
-    use_heads = pipeline.point_model.config.use_point_encoder
-    subjects = SubjectRows(corpus, "validation", use_heads)
+    subjects = SubjectRows(corpus, "validation", pipeline.point_model.input_names)
     rows = range(min(count, len(subjects)))
     params = [shape_parameters(pipeline, subjects.subject(row, None)["shape"]) for row in rows]
     portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in rows]
@@ -194,7 +193,7 @@ def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, ou
     print(f"{tokens:,} tokens in {time.perf_counter() - begin:.1f} s", flush=True)
 
     truth = [pipeline.tokenizer.decode(subjects.rows.sequence(row)) for row in range(len(subjects))]
-    means = mean_images(SubjectRows(corpus, "train", use_heads=False))
+    means = mean_images(SubjectRows(corpus, "train"))
     results, clouds, avatars = [], [], []
     for row, features in zip(rows, pipeline.decode_points(generated)[1]):
         avatar_id = subjects.rows.ids[row]

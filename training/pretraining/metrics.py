@@ -92,8 +92,11 @@ def flops_per_token(config, num_parameters: int, window: float, condition_tokens
     A token of a window attends to half of it on average (Kaplan et al. 2020, PaLM appendix B).
     """
     inner = config.num_attention_heads * config.head_dim
-    weights = num_parameters - config.vocab_size * config.hidden_size  # the embedding is a look-up
-    return 6 * weights + 12 * config.num_hidden_layers * inner * (window / 2 + condition_tokens)
+    per_position = config.tokens_per_position
+    # The embedding is a look-up. At the point level its faces are also the output's keys.
+    weights = num_parameters - config.vocab_size * config.hidden_size * (per_position == 1)
+    attention = 12 * config.num_hidden_layers * inner * (window / per_position / 2 + condition_tokens)
+    return (6 * weights + attention) / per_position
 
 
 def peak_flops(device: torch.device) -> float:
