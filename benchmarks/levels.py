@@ -5,7 +5,7 @@
     python benchmarks/levels.py --corpus outputs/levels/corpus --minutes 20 --seeds 0 1 2
 
 Every row has the same decoder, condition encoders, batches of windows of the same points, and optimizer; the learning rate follows
-the clock. Measured on held-out subjects: nats a point and by slot, and clouds of one candidate each: chamfer distance to the own
+the clock. Measured on held-out subjects: nats per point and by slot, and clouds of one candidate each: chamfer distance to the own
 cloud and to the others, whether the own one is nearest, the height reached (1: that of the true cloud), points, clouds that fell
 apart (chamfer above three times the median), points a second. A finished run is kept in --output_dir and not repeated.
 """
@@ -109,7 +109,7 @@ def run(corpus: Corpus, name: str, seed: int, arguments: argparse.Namespace, fol
     metrics = slot_metrics(sums)
     slots = {f"nats {slot}": metrics[f"nll_{slot}"] for slot in ("y", "face", "z", "x")}
     # The end is counted in slot x; a point has four tokens.
-    point = {"row": name, "seed": seed, "steps": steps, "loss": loss, "nats a point": 4 * metrics["nll"], **slots}
+    point = {"row": name, "seed": seed, "steps": steps, "loss": loss, "nats per point": 4 * metrics["nll"], **slots}
     return point | clouds(model, heldout, arguments.clouds, seed)
 
 

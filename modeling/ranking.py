@@ -14,7 +14,7 @@ from .pointillist.modeling_pointillist import PointillistForCausalLM
 def mean_log_likelihood(
     model: PointillistForCausalLM, generated: PointillistGenerateOutput, **faces: Tensor | None
 ) -> Tensor:
-    """(B * C,) nats a token of the points, each token among those of its slot; -inf for a sequence without points.
+    """(B * C,) nats per token of the points, each token among those of its slot; -inf for a sequence without points.
 
     `generated` comes from `generate(..., output_point_features=True)` without a prompt; `faces` are `face_centers` and
     `face_normals`, for a model with mesh-aware faces.

@@ -89,7 +89,7 @@ def summarize(
         **{name.replace("eval_", "heldout_"): value for name, value in metrics.items() if name.startswith("eval_")},
     }
     print(
-        f"held-out NLL {report['heldout_nll']:.3f} nats a token (unigram {report['unigram_nll']:.3f}, "
+        f"held-out NLL {report['heldout_nll']:.3f} nats per token (unigram {report['unigram_nll']:.3f}, "
         f"uniform {report['uniform_nll']:.3f}); model in {trainer.args.output_dir}"
     )
     return report, model_card("point_model", corpus, config=model.config, report=report, arguments=trainer.args)

@@ -57,7 +57,7 @@ class PointillistConfig(PreTrainedConfig):
     r"""Configuration of `PointillistForCausalLM`.
 
     Args:
-        n_bins: quantization levels an axis; coordinate ids are `[0, n_bins)`.
+        n_bins: quantization levels per axis; coordinate ids are `[0, n_bins)`.
         n_faces: faces of the head model; face ids are `[n_bins, n_bins + n_faces)`. Then begin, end, padding.
         level: "token" (the paper), or "point": one position of the decoder a point, whose tokens small heads spell.
         mesh_aware_faces: at the point level, whether a face is described by its center and normal on the subject's mesh; what is

@@ -231,7 +231,7 @@ class SlotHeads(nn.Module):
     def loss(
         self, states: Tensor, labels: Tensor, classes: Tensor, faces: Faces, num_items: Tensor | int | None = None
     ) -> Tensor:
-        """Mean cross-entropy in nats a token of labels (B, G, 4), -100 where there is nothing to learn.
+        """Mean cross-entropy in nats per token of labels (B, G, 4), -100 where there is nothing to learn.
 
         `classes` (B, G, 4) are those of the groups, known where a label is not.
         """

@@ -121,7 +121,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--decoder_config", default="training/configs/decoder_demo.yaml", help="of training/train_gaussian_decoder.py")
     add("--decoder_steps", type=int, help="steps of the decoder's training; by default those of its config")
     add("--num_bench", type=int, default=8, help="subjects of the reenactment bench, 16 frames each; 0: no bench")
-    add("--n_bins", type=int, default=128, help="quantization levels an axis (the paper: 1,024)")
+    add("--n_bins", type=int, default=128, help="quantization levels per axis (the paper: 1,024)")
     add("--image_size", type=int, default=112, help="pixels of an image, a multiple of 14")
     add("--seed", type=int, default=0)
     arguments, training = parser.parse_known_args()
@@ -168,7 +168,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 def summary(report: dict[str, Any], output: Path) -> str:
     own, others = report["mean_chamfer_own"] * 1000, report["mean_chamfer_others"] * 1000
     return (
-        f"\npoints: held-out NLL {report['heldout_nll']:.3f} nats a token, with another subject's portrait and mesh "
+        f"\npoints: held-out NLL {report['heldout_nll']:.3f} nats per token, with another subject's portrait and mesh "
         f"{report['heldout_nll_other_condition']:.3f} (unigram {report['unigram_nll']:.3f}, uniform "
         f"{report['uniform_nll']:.3f}); invalid tokens {sum(g['invalid_tokens'] for g in report['generated'])}; mean chamfer "
         f"distance to the same subject {own:.2f} mm, to the others {others:.2f} mm\n"

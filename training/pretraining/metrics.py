@@ -1,4 +1,4 @@
-"""How well the next token is predicted in each slot, x, y, z and face, in nats a token; and how fast the model learns.
+"""How well the next token is predicted in each slot, x, y, z and face, in nats per token; and how fast the model learns.
 
 The end token takes the place of an x and is counted there.
 """
@@ -55,7 +55,7 @@ def slot_metrics(sums: Tensor) -> dict[str, float]:
 
 
 def baselines(train: AvatarRows, heldout: AvatarRows) -> dict[str, float]:
-    """`unigram_nll` and `uniform_nll` of the held-out split in nats a token, end tokens included.
+    """`unigram_nll` and `uniform_nll` of the held-out split in nats per token, end tokens included.
 
     Uniform knows only the grammar, unigram also how often a token occurs in its slot in training (counts plus one).
     """
