@@ -34,6 +34,7 @@ from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import fingerprint
+from training.common.rows import HEAD_COLUMNS
 from training.decoder.subjects import SubjectRows, mean_image_metrics, mean_images
 from training.demo.__main__ import reencoded, shape_parameters
 from training.demo.report import image_metrics, images_of, on_white, true_frames
@@ -100,7 +101,7 @@ def judge(arguments: argparse.Namespace) -> tuple[dict, list[list[np.ndarray]]]:
     """Variant -> metric -> a value for each seed; and for the first subjects a row of images: portrait, one for each variant."""
     pipeline = AvatarPipeline.from_pretrained(arguments.demo / "pipeline")
     corpus = load_corpus(arguments.demo / "corpus")
-    subjects = SubjectRows(corpus, "validation", use_heads=True, max_subjects=arguments.num_subjects)
+    subjects = SubjectRows(corpus, "validation", HEAD_COLUMNS, max_subjects=arguments.num_subjects)
     rows = range(len(subjects))
     params = [shape_parameters(pipeline, subjects.subject(row, None)["shape"]) for row in rows]
     frames = [true_frames(subjects, row) for row in rows]
@@ -109,7 +110,7 @@ def judge(arguments: argparse.Namespace) -> tuple[dict, list[list[np.ndarray]]]:
     longest = 2 * int(subjects.rows.lengths.max()) // 4
     written = pipeline.generate(inputs, seed=0, max_points=longest, max_points_per_face=15, progress=True)
     clouds = list(zip(*pipeline.decode_points(written), inputs["pixel_values"], params))
-    means = mean_images(SubjectRows(corpus, "train", use_heads=False))
+    means = mean_images(SubjectRows(corpus, "train"))
     baseline = [mean_image_metrics(means, subjects, list(subjects.frame_rows(row))) for row in rows]
     mean_psnr, mean_ssim = (float(np.mean([float(value.mean()) for value in values])) for values in zip(*baseline))
     judged: dict = {"mean image": {"psnr": [mean_psnr], "ssim": [mean_ssim]}}

@@ -2,11 +2,13 @@
 
     python benchmarks/ar_model.py --size small            # on a CPU, two or three minutes
     python benchmarks/ar_model.py --size paper --dtype bfloat16 --device cuda
-    python benchmarks/ar_model.py --size paper --skip training --new_tokens 8      # the paper's size on a CPU: slow
+    python benchmarks/ar_model.py --size paper --parts generation --new_tokens 8   # the paper's size on a CPU: slow
+    python benchmarks/ar_model.py --size debug --parts length                      # time and memory a point, up to 27,000 points
 
 Training: forward and backward on 2,048 tokens (--train_tokens). Generation: tokens after a prompt that fills the window, so that
 every step attends to all of it, timed from the first new token to the last, without the prompt. Both models have the same weights
-and decode greedily. The rows take turns in one run; each counts its best round.
+and decode greedily; rows of the point level have the same decoder, whose window holds the same number of points. The rows take
+turns in one run; each counts its best round.
 
 The limit of generation is the time to read the weights and the window's keys and values from memory once per token, at the
 bandwidth measured in the same run (a matrix-vector product over a large array; CPU caches can exceed it).
@@ -17,8 +19,11 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from report import markdown_table, write_report
 from transformers.generation.streamers import BaseStreamer
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
@@ -32,6 +37,7 @@ SIZES = {
     "paper": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, sliding_window=12000),
 }
 CONDITION_TOKENS = 257
+CLOUD = 27_000  # points of the paper's clouds
 
 
 def main() -> None:
@@ -44,18 +50,19 @@ def main() -> None:
         "--train_tokens", type=int, help="tokens of a training sequence (default: 2,048, at most the window)"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--skip", choices=["training", "generation"], help="skip one of the two parts")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["training", "generation", "length"], default=["training", "generation"]
+    )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     bench = Bench(arguments)
     rows = []
-    if arguments.skip != "training":
-        rows += bench.training()
-    if arguments.skip != "generation":
-        rows += bench.generation()
+    for part in arguments.parts:
+        rows += getattr(bench, part)()
     print(markdown_table(rows))
+    parts = "_length" if arguments.parts == ["length"] else ""
     path = write_report(
-        f"ar_model_{arguments.size}_{bench.device.type}_{arguments.dtype}",
+        f"ar_model_{arguments.size}_{bench.device.type}_{arguments.dtype}{parts}",
         rows,
         size=SIZES[arguments.size],
         dtype=arguments.dtype,
@@ -72,9 +79,10 @@ class Bench:
         self.device, self.dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
         self.rounds, self.new_tokens = arguments.rounds, arguments.new_tokens
         size = SIZES[arguments.size]
-        self.config = PointillistConfig(
-            **size, intermediate_size=4 * size["hidden_size"], use_vision_encoder=False, use_point_encoder=False
+        self.size = size | dict(
+            intermediate_size=4 * size["hidden_size"], use_vision_encoder=False, use_point_encoder=False
         )
+        self.config = PointillistConfig(**self.size)
         torch.manual_seed(0)
         self.theirs = TransformerWrapper(
             num_tokens=self.config.vocab_size,
@@ -100,6 +108,23 @@ class Bench:
         self.condition = torch.randn(1, CONDITION_TOKENS, size["hidden_size"], device=self.device, dtype=self.dtype)
         self.window = torch.randint(0, self.config.bos_token_id, (1, self.config.sliding_window), device=self.device)
         self.window[0, 0] = self.config.bos_token_id
+        points = torch.randint(0, self.config.n_bins, (self.config.sliding_window // 4 - 1, 4), device=self.device)
+        points[:, 3] = self.config.n_bins + torch.randint(0, self.config.n_faces, (len(points),), device=self.device)
+        self.points = torch.cat((self.window[0, :1], points.flatten()))[None]  # a full window of the point level
+        self.point_level = {
+            "ours, point level": self.point_model(False),
+            "ours, point level, mesh-aware": self.point_model(True),
+        }
+        faces = torch.randn(2, 1, self.config.n_faces, 3, device=self.device, dtype=self.dtype)
+        self.faces = {
+            "face_centers": self.config.n_bins / 2 * (1 + faces[0] / 3),
+            "face_normals": F.normalize(faces[1], dim=-1),
+        }
+
+    def point_model(self, mesh_aware: bool) -> PointillistForCausalLM:
+        window = self.config.sliding_window // 4
+        changes = dict(level="point", mesh_aware_faces=mesh_aware, sliding_window=window)
+        return PointillistForCausalLM(PointillistConfig(**self.size | changes)).to(self.device, self.dtype)
 
     def training(self) -> list[dict]:
         ids = self.window[:, : self.train_tokens]
@@ -110,6 +135,14 @@ class Bench:
                 ids, labels=ids, condition_embeds=self.condition, use_cache=False
             ).loss.backward(),
         }
+        groups = F.pad(self.points[:, : self.train_tokens - 3], (3, 0), value=self.config.pad_token_id)
+        labels = groups.clone()
+        labels[:, :4] = -100
+        for name, model in self.point_level.items():
+            model.train()
+            calls[name] = lambda model=model: model(
+                groups, labels=labels, condition_embeds=self.condition, use_cache=False, **self.faces
+            ).loss.backward()
         self.theirs.train()
         self.ours.train()
         seconds = self.time_in_turns(calls)
@@ -150,6 +183,22 @@ class Bench:
         }
         if self.device.type == "cuda":
             generators["ours, static cache, compiled"] = lambda: ours(cache_implementation="static")
+
+        def by_points(model: PointillistForCausalLM) -> None:
+            model.eval().generate(
+                self.points,
+                condition_embeds=self.condition,
+                do_sample=False,
+                max_new_tokens=1 + self.new_tokens,
+                progress=False,
+                streamer=clock,
+                min_points=self.new_tokens + self.config.sliding_window,
+                sorted_points=False,
+                **self.faces,
+            )
+
+        for name, model in self.point_level.items():
+            generators[name] = partial(by_points, model)
         steps = dict.fromkeys(generators, math.inf)
         for turn in range(self.rounds + 1):
             for name, generate in generators.items():
@@ -162,14 +211,57 @@ class Bench:
             print(f"round {turn} of {self.rounds}" + (" (warm-up)" if not turn else ""), flush=True)
         base = steps["x-transformers"]
         rows = [row("generation", name, 1 / s, base / s) for name, s in steps.items()]
-        limit = memory_bandwidth(self.device) / self.bytes_per_token()
-        return [*rows, row("generation", "limit: memory bandwidth", limit, limit * base)]
+        bandwidth = memory_bandwidth(self.device)
+        limit = bandwidth / self.bytes_per_token()
+        rows.append(row("generation", "limit: memory bandwidth", limit, limit * base))
+        for name, model in self.point_level.items():
+            limit = 4 * bandwidth / self.bytes_per_point(model)
+            rows.append(row("generation", f"limit of {name}: memory bandwidth", limit, limit * base))
+        return rows
+
+    def length(self) -> list[dict]:
+        """Milliseconds a point and peak memory of a whole cloud of 27,000 points, early and late."""
+        rows = []
+        models = {"ours": self.ours} | self.point_level
+        for name, model in models.items():
+            clock = Clock(self.device)
+            torch.manual_seed(0)
+            with torch.no_grad():
+                model.eval().generate(
+                    condition_embeds=self.condition,
+                    max_points=CLOUD,
+                    min_points=CLOUD,
+                    max_points_per_face=15,
+                    progress=False,
+                    streamer=clock,
+                    **self.faces,
+                )
+            for first in (100, 3_000, 10_000, CLOUD - 1_000):
+                ticks = clock.ticks[1 + 4 * first : 2 + 4 * (first + 900)]
+                rows.append(
+                    {
+                        "task": "length",
+                        "row": name,
+                        "from point": first,
+                        "ms a point": 1e3 * float(np.median(np.diff(ticks[::4]))),
+                    }
+                )
+        return rows
 
     def bytes_per_token(self) -> int:
         """Weights without the embedding, and keys and values of the window and the condition."""
         config = self.config
         inner = config.num_attention_heads * config.head_dim
         weights = self.ours.num_decoder_parameters() - config.vocab_size * config.hidden_size
+        cache = 2 * config.num_hidden_layers * inner * (config.sliding_window + CONDITION_TOKENS)
+        return (weights + cache) * self.dtype.itemsize
+
+    def bytes_per_point(self, model: PointillistForCausalLM) -> int:
+        """The same of a step at the point level: decoder and slot heads, the vectors of all faces, the window and the condition."""
+        config = model.config
+        decoder = (*model.model.layers.parameters(), *model.lm_head.parameters())
+        weights = sum(parameter.numel() for parameter in decoder) + config.n_faces * config.hidden_size
+        inner = config.num_attention_heads * config.head_dim
         cache = 2 * config.num_hidden_layers * inner * (config.sliding_window + CONDITION_TOKENS)
         return (weights + cache) * self.dtype.itemsize
 

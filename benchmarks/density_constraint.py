@@ -8,8 +8,8 @@ Two questions, each answered with and without the density constraint, all else e
 1. Two synthetic subjects (1,500 faces, 128 pixels, nine cameras, the demo schedule): PSNR of a held-out camera and of held-out
    timesteps; the number of Gaussians, and of those on the fullest face.
 2. Several smaller ones (600 faces, 64 pixels, a shorter schedule), as corpora with one tokenizer: the loss of a small point model
-   on unseen subjects, after the same number of steps. Sequences differ in length, so nats a token do not compare: a denser cloud
-   has more points, each with less information. Hence also nats a point and nats a subject.
+   on unseen subjects, after the same number of steps. Sequences differ in length, so nats per token do not compare: a denser cloud
+   has more points, each with less information. Hence also nats per point and nats a subject.
 
 Every step is a command of the toolkit, printed before it runs. Existing results are kept.
 """
@@ -171,10 +171,10 @@ def model_row(way: str, output: Path) -> dict:
         "steps": report["steps"],
         "parameters": report["num_parameters"],
         "held-out points a subject": round(points / subjects),
-        "nats a token": report["heldout_nll"],
+        "nats per token": report["heldout_nll"],
         "unigram": report["unigram_nll"],
         **{f"nats {slot}": report[f"heldout_nll_{slot}"] for slot in ("x", "y", "z", "face")},
-        "nats a point": nats / points,
+        "nats per point": nats / points,
         "nats a subject": round(nats / subjects),
     }
 
@@ -221,11 +221,13 @@ def draw(models: list[dict], output: Path, path: Path) -> None:
         log = json.loads((output / f"model-{way}" / "training_log.json").read_text())
         evaluated = [(entry["step"], entry["eval_nll"]) for entry in log if "eval_nll" in entry]
         steps, nll = np.array(evaluated).T
-        points.plot(steps, nll * row["nats a point"] / row["nats a token"], "o-", color=colors[way], label=WAYS[way])
-        subjects.plot(
-            steps, nll * row["nats a subject"] / row["nats a token"] / 1000, "o-", color=colors[way], label=WAYS[way]
+        points.plot(
+            steps, nll * row["nats per point"] / row["nats per token"], "o-", color=colors[way], label=WAYS[way]
         )
-    points.set(xlabel="step", ylabel="nats a point", title="point model, subjects not seen")
+        subjects.plot(
+            steps, nll * row["nats a subject"] / row["nats per token"] / 1000, "o-", color=colors[way], label=WAYS[way]
+        )
+    points.set(xlabel="step", ylabel="nats per point", title="point model, subjects not seen")
     subjects.set(xlabel="step", ylabel="thousand nats a subject", title="the same, whole sequences", ylim=(0, None))
     for axes in (histogram, points, subjects):
         axes.legend(fontsize=8, frameon=False)

@@ -34,7 +34,7 @@ from gaussian_tokenizer.utils.json_files import read_json, write_json
 from .checks import check_head, check_vocabulary, check_width
 from .conversion import to_gaussians
 from .gaussian_decoder.modeling_gaussian_decoder import GaussianDecoder
-from .pointillist.generation_pointillist import PointillistGenerateOutput
+from .pointillist.generation_loop import PointillistGenerateOutput
 from .pointillist.modeling_pointillist import PointillistForCausalLM
 from .ranking import likeliest
 
@@ -133,13 +133,17 @@ class AvatarPipeline:
         if candidates < 1:
             raise ValueError(f"candidates must be at least 1, found {candidates}")
         condition = self.point_model.select_inputs(inputs)
+        condition = {name: value.repeat_interleave(candidates, 0) for name, value in condition.items()}
         if seed is not None:
             torch.manual_seed(seed)
         output = self.point_model.generate(
-            **{name: value.repeat_interleave(candidates, 0) for name, value in condition.items()},
+            **condition,
             **SAMPLING | options | {"output_point_features": True, "return_dict_in_generate": True},
         )
-        return output if candidates == 1 else likeliest(self.point_model, output, candidates)
+        if candidates == 1:
+            return output
+        faces = {name: condition[name] for name in ("face_centers", "face_normals") if name in condition}
+        return likeliest(self.point_model, output, candidates, **faces)
 
     def decode_points(self, output: PointillistGenerateOutput) -> tuple[list[dict], list[Tensor]]:
         """The points of each sequence (positions (N, 3), faces (N,)) and their features (N, 4, D)."""

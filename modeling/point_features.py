@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from gaussian_tokenizer.utils.atomic import atomic_file
 
 from .pointillist.modeling_pointillist import PointillistForCausalLM
+from .pointillist.modeling_points import PointEmbedding, SlotHeads, group_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ def point_features(
     pixel_values: Tensor | None = None,
     head_vertices: Tensor | None = None,
     head_normals: Tensor | None = None,
+    face_centers: Tensor | None = None,
+    face_normals: Tensor | None = None,
     condition_embeds: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
@@ -46,8 +49,9 @@ def point_features(
 
     Args:
         input_ids: (B, L) whole sequences, bos first, then four tokens a point, then eos (which may be missing), then padding.
-        pixel_values, head_vertices, head_normals, condition_embeds: the condition, see `PointillistForCausalLM.forward`.
-        chunk: tokens a pass, on which the memory depends, but not the result.
+        pixel_values, head_vertices, head_normals, face_centers, face_normals, condition_embeds: the condition, see
+            `PointillistForCausalLM.forward`.
+        chunk: tokens a pass, default 2,048. The result does not depend on it.
 
     Returns:
         (B, N, 4, D) in the precision of the model, N points of the longest row; zero beyond a row's end.
@@ -65,12 +69,8 @@ def point_features(
         if condition_embeds is None:
             condition_embeds = model.encode_condition(pixel_values, head_vertices, head_normals)
         condition = model.condition_encoder.or_empty(condition_embeds, len(input_ids), None)
-        cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())
-        pieces = []
-        for begin in range(0, length, chunk):
-            # Padding is on the right, where no token of a sequence attends: it needs no mask.
-            piece = input_ids[:, begin : min(begin + chunk, length)]
-            pieces.append(model.model(piece, condition=condition, cache=cache, use_cache=True).last_hidden_state)
+        faces = {"face_centers": face_centers, "face_normals": face_normals}
+        pieces = list(_pieces(model, input_ids[:, : length + 1], chunk, condition, faces))
     finally:
         for module, training in modes:
             module.training = training
@@ -79,6 +79,28 @@ def point_features(
     features = torch.cat(pieces, dim=1).unflatten(1, (-1, 4))
     real = torch.arange(features.shape[1], device=features.device) < counts.to(features.device)[:, None]
     return features.masked_fill(~real[..., None, None], 0)
+
+
+def _pieces(
+    model: PointillistForCausalLM, ids: Tensor, chunk: int, condition: Tensor, face_inputs: dict[str, Tensor | None]
+) -> Iterator[Tensor]:
+    """What predicts the tokens of sequences (B, 1 + L), bos first, as pieces (B, `chunk`, D) of it."""
+    # Padding is on the right, where no token of a sequence attends: it needs no mask.
+    options: dict[str, Any] = {"condition": condition, "use_cache": True}
+    options["cache"] = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())
+    if model.config.level == "token":
+        for begin in range(0, ids.shape[1] - 1, chunk):
+            yield model.model(ids[:, begin : min(begin + chunk, ids.shape[1] - 1)], **options).last_hidden_state
+        return
+    embed, heads = model.model.embed_tokens, model.lm_head
+    assert isinstance(embed, PointEmbedding) and isinstance(heads, SlotHeads)
+    faces = embed.faces(**face_inputs)
+    groups = group_tokens(ids, model.config.first_special + 2)
+    for begin in range(0, groups.shape[1] - 1, -(-chunk // 4)):
+        following = groups[:, begin + 1 : begin + 1 - (-chunk // 4)]
+        read = groups[:, begin : begin + following.shape[1]]
+        hidden = model.model(inputs_embeds=embed(read, faces), **options).last_hidden_state
+        yield heads.states(hidden, heads.classes(following), faces).flatten(1, 2)
 
 
 class FeatureCache:

@@ -41,15 +41,15 @@ def main() -> None:
     model = build_model(model_arguments, corpus)
     config = model.config
 
-    conditions = (config.use_vision_encoder, config.use_point_encoder)
-    train, heldout = (AvatarRows(corpus, split, *conditions) for split in ("train", data.eval_split))
+    train, heldout = (AvatarRows(corpus, split, model.input_names) for split in ("train", data.eval_split))
+    window, grouped = config.window_tokens, config.level == "point"
     num_items = arguments.max_steps * arguments.items_per_step
     trainer = PointillistTrainer(
         model=model,
         args=arguments,
-        train_dataset=TrainWindows(train, config.sliding_window, num_items, arguments.seed, data.condition_dropout),
-        eval_dataset=EvaluationWindows(heldout, config.sliding_window, data.max_eval_avatars),
-        data_collator=partial(collate_windows, pad_token_id=config.pad_token_id),
+        train_dataset=TrainWindows(train, window, num_items, arguments.seed, data.condition_dropout, grouped),
+        eval_dataset=EvaluationWindows(heldout, window, data.max_eval_avatars, grouped),
+        data_collator=partial(collate_windows, pad_token_id=config.pad_token_id, grouped=grouped),
     )
     sizes = f"{decoder_parameters(model) / 1e6:.1f} M parameters in the decoder, {get_model_param_count(model) / 1e6:.1f} M in all"
     about = f"{sizes}; {len(train)} avatars, {int(train.lengths.sum()):,} tokens; "
@@ -89,7 +89,7 @@ def summarize(
         **{name.replace("eval_", "heldout_"): value for name, value in metrics.items() if name.startswith("eval_")},
     }
     print(
-        f"held-out NLL {report['heldout_nll']:.3f} nats a token (unigram {report['unigram_nll']:.3f}, "
+        f"held-out NLL {report['heldout_nll']:.3f} nats per token (unigram {report['unigram_nll']:.3f}, "
         f"uniform {report['uniform_nll']:.3f}); model in {trainer.args.output_dir}"
     )
     return report, model_card("point_model", corpus, config=model.config, report=report, arguments=trainer.args)

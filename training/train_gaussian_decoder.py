@@ -58,7 +58,7 @@ def main() -> None:
     point_model = open_point_model("--point_model", decoder_arguments.point_model, corpus)
     perceptual = perceptual_loss(losses)
     model = build_decoder(decoder_arguments, point_model, corpus)
-    heldout = SubjectRows(corpus, frames.eval_split, point_model.config.use_point_encoder, frames.max_eval_avatars)
+    heldout = SubjectRows(corpus, frames.eval_split, point_model.input_names, frames.max_eval_avatars)
     trainer = DecoderTrainer(
         model=model,
         args=arguments,
@@ -83,7 +83,7 @@ def train_subjects(
     corpus: Corpus, frames: FrameArguments, arguments: DecoderTrainingArguments, point_model: PointillistForCausalLM
 ) -> TrainSubjects:
     """The training set, with sequences of the point model where the arguments ask for them."""
-    subjects, sequences = SubjectRows(corpus, "train", point_model.config.use_point_encoder), []
+    subjects, sequences = SubjectRows(corpus, "train", point_model.input_names), []
     if frames.self_generated_ratio:
         folder = Path(frames.feature_cache or arguments.output_dir) / "generated_sequences"
         point_model.to(arguments.device)

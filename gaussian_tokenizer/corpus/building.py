@@ -22,11 +22,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Features
 
 from gaussian_tokenizer.corpus import planning
 from gaussian_tokenizer.corpus.card import card_text
-from gaussian_tokenizer.corpus.corpus import CARD_NAME, FORMAT, MANIFEST_NAME, TOKENIZER_FOLDER, staging_folder
+from gaussian_tokenizer.corpus.corpus import (
+    CARD_NAME,
+    FACES_NAME,
+    FORMAT,
+    MANIFEST_NAME,
+    TOKENIZER_FOLDER,
+    staging_folder,
+)
 from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.corpus.schema import CONFIGURATIONS, corpus_features
 from gaussian_tokenizer.corpus.shards import ShardPlan, write_shard
@@ -89,6 +97,7 @@ def build(
         for configuration in features.keys() - {plan.configuration for plan in plans}:
             (staging / "corpus" / configuration).rmdir()
         tokenizer.save_pretrained(staging / "corpus" / TOKENIZER_FOLDER)
+        np.save(staging / "corpus" / FACES_NAME, head.faces.numpy().astype(np.int32))
         _write(staging / "corpus" / CARD_NAME, card_text(manifest, good, features, tokenizer.axis_order))
         _write(staging / "corpus" / MANIFEST_NAME, to_json(manifest))
         _check_output(output, overwrite)  # again, because building took its time

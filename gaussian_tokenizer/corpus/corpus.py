@@ -3,6 +3,7 @@
     <corpus>/avatars/<split>-00000-of-0000N.parquet   one row per subject
     <corpus>/frames/<split>-00000-of-0000N.parquet    one row per image; an avatar's rows lie together
     <corpus>/tokenizer/                               the GaussianTokenizer the ids were made with
+    <corpus>/head_faces.npy                           vertex indices (F, 3) of the head model's faces
     <corpus>/corpus.json                              head model, tokenizer, rows and checksum of every shard
     <corpus>/README.md                                the dataset card
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset, load_dataset
@@ -33,6 +35,7 @@ from gaussian_tokenizer.utils.json_files import parse_json
 
 FORMAT = "avatar-pointillist corpus 1"
 MANIFEST_NAME, TOKENIZER_FOLDER, CARD_NAME = "corpus.json", "tokenizer", "README.md"
+FACES_NAME = "head_faces.npy"
 SPLITS = ("train", "validation", "test")
 # What readers of corpus.json rely on; every split, skipped subject and shard has these.
 ENTRIES: dict[str, dict[str, type]] = {
@@ -72,6 +75,31 @@ class Corpus:
     def frames(self, split: str = "train", streaming: bool = False) -> Dataset | IterableDataset:
         """One row per image: `avatar_id`, `image`, camera and head parameters. ValueError if the corpus has none."""
         return self._load("frames", split, streaming)
+
+    def head_faces(self) -> np.ndarray:
+        """(F, 3) vertex indices of the head model's faces. ValueError for a corpus built before they were kept."""
+        try:
+            with self.files.open(FACES_NAME) as file:
+                faces = np.load(file, allow_pickle=False)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.location}: has no {FACES_NAME}; build the corpus again for mesh-aware faces"
+            ) from None
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(
+                f"{self.location}/{FACES_NAME}: corrupted ({one_line(error)}); build the corpus again"
+            ) from None
+        head = self.manifest["head"]
+        expected = (head["n_faces"], 3)
+        if (
+            faces.shape != expected
+            or faces.dtype.kind not in "iu"
+            or not 0 <= faces.min() <= faces.max() < head["n_vertices"]
+        ):
+            raise ValueError(
+                f"{self.location}/{FACES_NAME}: {faces.dtype} {faces.shape} is not {expected} indices below {head['n_vertices']}"
+            )
+        return faces
 
     def frame_rows(self, split: str = "train") -> dict[str, range]:
         """avatar_id -> its rows in `frames(split)`; avatars without images have an empty range."""

@@ -22,9 +22,11 @@ from gaussian_tokenizer.captures.frame import Frame
 from gaussian_tokenizer.captures.subject import Subject, find_subject_folders
 from gaussian_tokenizer.corpus.corpus import (
     CARD_NAME,
+    FACES_NAME,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     check_shard,
+    load_corpus,
     open_files,
     read_manifest,
     read_shard,
@@ -174,6 +176,11 @@ class _Check:
         yield from (f"does not know {file}" for file in files if file not in known)
         if not (self.path / CARD_NAME).is_file():
             yield f"{CARD_NAME} is missing: load_dataset cannot tell the configurations apart"
+        if (self.path / FACES_NAME).is_file():  # corpora of 0.1 have none
+            try:
+                load_corpus(self.path).head_faces()
+            except (ValueError, OSError) as error:
+                yield one_line(error)
         if self.originals is not None:
             skipped = {entry["folder"] for entry in self.manifest["skipped"]}
             for avatar_id, folder in self.originals.folders.items():

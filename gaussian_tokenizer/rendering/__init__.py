@@ -1,4 +1,4 @@
-"""Gaussians and cameras to images: gsplat on CUDA, a differentiable rasterizer in PyTorch elsewhere."""
+"""Gaussians and cameras to images: gsplat on CUDA, a differentiable rasterizer in compiled loops elsewhere."""
 
 from .cameras import Cameras, portrait_cameras
 from .splatting import render

@@ -1,21 +1,16 @@
-"""Differentiable Gaussian splatting in plain PyTorch: what `render` uses where there is no CUDA.
+"""Differentiable Gaussian splatting on the CPU: what `render` uses where there is no CUDA.
 
 World-space Gaussians and pinhole cameras go in; color, alpha and depth sums come out, with gradients to everything but
 the intrinsics. The mathematics is that of 3D Gaussian Splatting (Kerbl et al. 2023) with the conventions of gsplat 1.5:
 affine projection (Zwicker et al. 2001, section 5), `eps2d` added to the 2D covariance, alpha = min(0.999, opacity
 exp(-sigma)), nothing below 1/255, and a pixel ends before the Gaussian that would bring its transmittance to 1e-4.
-`rasterizer_reference` is the slow twin.
 
-The work is laid out in strips of `STRIP` pixels of one image row. A Gaussian meets the strips that its ellipse crosses
-(found exactly, row by row), the intersections are sorted by strip and stay in order of depth inside, and pixel j of all
-intersections is one contiguous vector. Time and memory grow with the intersections: with points + pixels, not their product.
+Here are the steps and what autograd keeps of them. The loops, compiled by numba, are in `projection` (world to ellipses)
+and `blending` (ellipses to pixels); `compiling` runs them on as many threads as torch uses.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,29 +18,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
+from gaussian_tokenizer.rendering import projection
+from gaussian_tokenizer.rendering.blending import (
+    MIN_ALPHA,
+    N_SUMS,
+    TILE,
+    blend,
+    blend_backward,
+    count_tiles,
+    fill_tiles,
+)
+from gaussian_tokenizer.rendering.compiling import in_threads
 
-MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.999  # a contribution below is left out, one above is cut
-MIN_TRANSMITTANCE = 1e-4
-CHANNELS = 5  # red, green, blue, depth, one (its sum is alpha)
-STRIP = 8  # pixels; shorter strips mean more intersections, longer ones more pixels outside the ellipse
-INTERSECTIONS_AT_ONCE = 16384  # temporaries of this many strips stay in a core's cache
-STEEP = 1e30  # makes any number below zero a very low one
-NOTHING = -60.0  # exponents are cut here: exp is ten times slower where its result underflows
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Each operation is so short that threads lose more by waiting for each other, 30 times on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+PART = 2048  # Gaussians that one thread takes at a time; sums over all Gaussians are made part by part
+TILES_AT_ONCE = 4
 
 
-@_one_thread()
 def rasterize(
     means: Tensor,
     quats: Tensor,
@@ -70,270 +58,140 @@ def rasterize(
     if means.ndim == 2:
         means, quats, scales = means[None], quats[None], scales[None]
     dtype = torch.float64 if means.dtype == torch.float64 else torch.float32
-    axes = quaternion_to_matrix(quats.double()) * scales.double()[..., None, :]
-    centers, log_opacities = means.double(), opacities.double().clamp(min=1e-30).log()
-    images = []
-    for index in range(max(len(means), len(viewmats))):
-        frame, camera = min(index, len(means) - 1), min(index, len(viewmats) - 1)
-        viewmat, K = viewmats[camera].double(), Ks[camera].detach().double()
-        with torch.no_grad():
-            depth = centers[frame] @ viewmat[2, :3] + viewmat[2, 3]
-            seen = ((depth > near) & (depth < far) & (opacities >= MIN_ALPHA)).nonzero()[:, 0]
-            seen = seen[depth[seen].argsort(stable=True)]  # front to back
-        means2d, covariances, depth = project(centers[frame][seen], axes[frame][seen], viewmat, K, width, height, eps2d)
-        colors = view_colors(centers[frame][seen], sh[seen], viewmat)
-        features = torch.cat(
-            (colors.to(dtype), depth[:, None].to(dtype), torch.ones_like(depth[:, None], dtype=dtype)), 1
-        )
-        ellipses = torch.cat((means2d.T, covariances.T, log_opacities[seen][None]))
-        images.append(_Blend.apply(ellipses, features, width, height))
-    sums = torch.stack(images).to(means.dtype)
-    return sums[..., :3], sums[..., 4:], sums[..., 3:4]
+    inputs = [x.to(dtype) for x in (means, quats, scales, opacities, sh)]
+    lens = (width, height, float(eps2d))
+    colors, alphas, depths = _Rasterize.apply(
+        *inputs, viewmats.double(), Ks.detach().double(), lens, float(near), float(far)
+    )
+    return colors.to(means.dtype), alphas.to(means.dtype), depths.to(means.dtype)
 
 
 def project(
-    centers: Tensor, axes: Tensor, viewmat: Tensor, K: Tensor, width: int, height: int, eps2d: float
+    means: Tensor, quats: Tensor, scales: Tensor, viewmat: Tensor, K: Tensor, width: int, height: int, eps2d: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """N Gaussians to one image: means (N, 2) pixels, shapes (N, 3), depths (N,) meters.
+    """N Gaussians to one image, without gradients: means (N, 2) pixels, shapes (N, 3), depths (N,) meters; float64.
 
-    `axes` (N, 3, 3) has the standard deviations as columns (rotation times scales). The shape of a projected covariance
-    [[xx, xy], [xy, yy]] is (xy / yy, yy, det / yy): the slope of the line of the rows' maxima, the variance over rows, and
-    the variance inside a row, so that sigma = dy^2 / (2 yy) + (dx - slope dy)^2 / (2 det / yy). Nothing is subtracted to
-    get it: det = |a x b|^2 + eps2d (|a|^2 + |b|^2) + eps2d^2 for the image axes a and b.
+    The shape of a projected covariance [[xx, xy], [xy, yy]] is (xy / yy, yy, det / yy), see `projection`.
     """
-    x, y, depth = (centers @ viewmat[:3, :3].T + viewmat[:3, 3]).unbind(1)
-    (fx, skew, cx), (_, fy, cy) = K[0], K[1]
-    tan_x, tan_y = x / depth, y / depth
-    means2d = torch.stack((fx * tan_x + skew * tan_y + cx, fy * tan_y + cy), 1)
-    # Outside of the image plus 15% the Jacobian is taken at the border, or it would blow up Gaussians beside the camera.
-    margin_x, margin_y = 0.15 * width / fx, 0.15 * height / fy
-    tan_x = tan_x.clamp(-cx / fx - margin_x, (width - cx) / fx + margin_x)
-    tan_y = tan_y.clamp(-cy / fy - margin_y, (height - cy) / fy + margin_y)
-    in_camera = viewmat[:3, :3] @ axes
-    a = (fx / depth)[:, None] * (in_camera[:, 0] - tan_x[:, None] * in_camera[:, 2])
-    b = (fy / depth)[:, None] * (in_camera[:, 1] - tan_y[:, None] * in_camera[:, 2])
-    xx, yy = (a * a).sum(1), (b * b).sum(1)
-    det = torch.linalg.cross(a, b).square().sum(1) + eps2d * (xx + yy + eps2d)
-    yy = yy + eps2d
-    return means2d, torch.stack(((a * b).sum(1) / yy, yy, det / yy), 1), depth
+    count = len(means)
+    gaussians = [x.detach().double().contiguous().numpy() for x in (means, quats, scales)]
+    camera = [x.detach().double().contiguous().numpy() for x in (viewmat, K)]
+    ellipses, features, seen = np.empty((count, 6)), np.empty((count, 4)), np.empty(count, np.bool_)
+    everything = -math.inf, math.inf, 0.0
+    in_threads(
+        projection.project, count, PART, *gaussians, np.ones(count), np.zeros((count, 1, 3)), *camera, np.zeros(3),
+        width, height, float(eps2d), *everything, ellipses, features, seen,
+    )  # fmt: skip
+    drawn = torch.from_numpy(ellipses)
+    return drawn[:, :2], drawn[:, 2:5], torch.from_numpy(features[:, 3].copy())
 
 
-def view_colors(centers: Tensor, sh: Tensor, viewmat: Tensor) -> Tensor:
-    """(N, 3) >= 0, spherical harmonics (N, K, 3) seen from the camera, plus 0.5."""
-    directions = centers - torch.linalg.inv(viewmat)[:3, 3]
-    basis = sh_basis(torch.nn.functional.normalize(directions, dim=1), round(sh.shape[1] ** 0.5) - 1).to(sh.dtype)
-    return ((basis[:, :, None] * sh).sum(1) + 0.5).clamp(min=0)
-
-
-def sh_basis(directions: Tensor, degree: int) -> Tensor:
-    """Real spherical harmonics (N, (degree + 1)^2) of unit directions (N, 3), degree 0 to 3.
-
-    With the Condon-Shortley phase, order m = -l..l inside a degree, as 3D Gaussian Splatting has them (Sloan 2013).
-    """
-    x, y, z = directions.unbind(1)
-    xx, yy, zz = x * x, y * y, z * z
-    pi = math.pi
-    one, two = math.sqrt(3 / (4 * pi)), math.sqrt(15 / (4 * pi))
-    three = math.sqrt(35 / (32 * pi)), math.sqrt(105 / (4 * pi)), math.sqrt(21 / (32 * pi)), math.sqrt(7 / (16 * pi))
-    basis = [torch.full_like(x, math.sqrt(1 / (4 * pi)))]
-    if degree > 0:
-        basis += [-one * y, one * z, -one * x]
-    if degree > 1:
-        basis += [two * x * y, -two * y * z, two / math.sqrt(12) * (2 * zz - xx - yy)]
-        basis += [-two * x * z, two / 2 * (xx - yy)]
-    if degree > 2:
-        basis += [-three[0] * y * (3 * xx - yy), three[1] * x * y * z, -three[2] * y * (4 * zz - xx - yy)]
-        basis += [three[3] * z * (2 * zz - 3 * xx - 3 * yy), -three[2] * x * (4 * zz - xx - yy)]
-        basis += [three[1] / 2 * z * (xx - yy), -three[0] * x * (xx - 3 * yy)]
-    return torch.stack(basis, 1)
-
-
-class _Blend(torch.autograd.Function):
-    """Composite M projected Gaussians, given front to back, to (H, W, CHANNELS) sums of weight times feature.
-
-    `ellipses` (6, M) float64: mean x, mean y, slope, variance over rows, variance inside a row, log opacity.
-    `features` (M, CHANNELS). The backward pass computes the weights again; the intersections are kept.
-    """
+class _Rasterize(torch.autograd.Function):
+    """All images; the backward pass computes the weights again, and needs each image's lists and where its pixels ended."""
 
     @staticmethod
-    def forward(ctx: Any, ellipses: Tensor, features: Tensor, width: int, height: int) -> Tensor:
-        intersections = _Intersections.of(ellipses.numpy(), width, height, features.dtype)
-        # Eight columns: the widths that embedding_bag is fast for.
-        padded = torch.nn.functional.pad(features, (0, 8 - CHANNELS))
-        sums = features.new_zeros(intersections.n_strips, STRIP, CHANNELS)
-        for chunk in intersections.chunks():
-            alpha, transmittance, _ = chunk.weights()
-            count, per_strip = len(chunk.owners), len(chunk.strips)
-            bags = torch.arange(0, STRIP * count, count)[:, None] + chunk.starts
-            blended = torch.nn.functional.embedding_bag(
-                chunk.owners.repeat(STRIP),
-                padded,
-                bags.flatten().to(chunk.owners.dtype),
-                mode="sum",
-                per_sample_weights=alpha.mul_(transmittance).flatten(),
-            )
-            sums[chunk.strips] = blended[:, :CHANNELS].view(STRIP, per_strip, CHANNELS).transpose(0, 1)
-        ctx.save_for_backward(ellipses, features)
-        ctx.intersections = intersections
-        return sums.view(height, -1, CHANNELS)[:, :width].contiguous()
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        tensors, (lens, near, far) = arguments[:7], arguments[7:]
+        means, quats, scales, opacities, sh, viewmats, Ks = (x.detach().contiguous().numpy() for x in tensors)
+        count, (width, height, _) = max(len(means), len(viewmats)), lens
+        colors = np.empty((count, height, width, 3), means.dtype)
+        alphas, depths = np.empty((2, count, height, width, 1), means.dtype)
+        ctx.images = []
+        for index in range(count):
+            frame, camera = min(index, len(means) - 1), min(index, len(viewmats) - 1)
+            gaussians = (means[frame], quats[frame], scales[frame], opacities, sh)
+            image = _Image.project(gaussians, viewmats[camera], Ks[camera], lens, near, far)
+            image.blend(colors[index], alphas[index, ..., 0], depths[index, ..., 0])
+            if any(ctx.needs_input_grad):
+                ctx.images.append((frame, camera, image))
+        ctx.save_for_backward(*tensors)
+        return torch.from_numpy(colors), torch.from_numpy(alphas), torch.from_numpy(depths)
 
     @staticmethod
     @once_differentiable
-    @_one_thread()
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        ellipses, features = ctx.saved_tensors
-        intersections: _Intersections = ctx.intersections
-        missing = -grad.shape[1] % STRIP
-        grad = torch.nn.functional.pad(grad, (0, 0, 0, missing)).view(-1, STRIP, CHANNELS)
-        # Sums over a Gaussian's pixels, in float64: those of g, g dy, g dy^2, g u, g u dy, g u^2, and of the features.
-        sums = ellipses.new_zeros(6 + CHANNELS - 1, features.shape[0])
-        for chunk in intersections.chunks():
-            chunk.add_gradients(sums, grad[chunk.strips].permute(2, 1, 0).contiguous(), features)
-        total, dy, dy2, u, u_dy, u2 = sums[:6]
-        _, _, slope, over_rows, inside, _ = ellipses
-        grad_ellipses = torch.stack(
-            (u / inside, dy / over_rows - slope * u / inside, u_dy / inside,
-             dy2 / (2 * over_rows**2), u2 / (2 * inside**2), total)
-        )  # fmt: skip
-        grad_features = torch.nn.functional.pad(sums[6:].T, (0, 1)).to(features.dtype)
-        return grad_ellipses, grad_features, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        tensors = ctx.saved_tensors[:6]
+        means, quats, scales, opacities, sh, viewmats = sums = [np.zeros(x.shape) for x in tensors]
+        grad_colors, grad_alphas, grad_depths = (x.contiguous().numpy() for x in grads)
+        for index, (frame, camera, image) in enumerate(ctx.images):
+            grad_image = grad_colors[index], grad_alphas[index, ..., 0], grad_depths[index, ..., 0]
+            frame_sums = (means[frame], quats[frame], scales[frame], opacities, sh)
+            viewmats[camera] += image.backward(grad_image, frame_sums)
+        return *(torch.from_numpy(x).to(like.dtype) for x, like in zip(sums, tensors)), None, None, None, None
 
 
 @dataclass(frozen=True, eq=False)
-class _Chunk:
-    """Some whole strips with their intersections, sorted by strip, front to back inside."""
+class _Image:
+    """N Gaussians seen by one camera: M of them are seen, front to back, with E entries in the lists of T tiles."""
 
-    strips: Tensor  # (S,) int64
-    starts: Tensor  # (S,) int64, the first intersection of each
-    counts: np.ndarray  # (S,)
-    owners: Tensor  # (E,) int32, Gaussians
-    peak: Tensor  # (E,) log alpha at the row's maximum
-    offset: Tensor  # (E,) pixels from that maximum to the center of the strip's first pixel
-    falloff: Tensor  # (E,) 1 / (2 variance inside the row)
-    middle: Tensor  # (E,) of the ellipse's pixels in this row, counted from the strip's first
-    reach: Tensor  # (E,) half their number
-    dy: Tensor  # (E,) pixels from the mean to the row
-
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha, transmittance in front (1e-26 where the pixel has ended), 1 - alpha: each (STRIP, E)."""
-        pixel = torch.arange(STRIP, dtype=self.peak.dtype)[:, None]
-        from_maximum = self.offset + pixel
-        alpha = torch.addcmul(self.peak, self.falloff * from_maximum, from_maximum, value=-1)
-        # Whether a pixel belongs to the ellipse was decided in float64; a minimum is several times faster than `where`.
-        outside = (pixel - self.middle).abs_().sub_(self.reach).mul_(-STEEP)
-        alpha = torch.minimum(alpha, outside, out=alpha).clamp_(min=NOTHING).exp_().clamp_(max=MAX_ALPHA)
-        alpha = torch.nn.functional.threshold(alpha, 2 * math.exp(NOTHING), 0.0)
-        rest = 1 - alpha
-        logs = rest.log()
-        # Exclusive sums along all intersections, in float64 because they are long, less the value at the strip's start.
-        before = torch.zeros(STRIP, logs.shape[1] + 1, dtype=torch.float64)
-        torch.cumsum(logs.double(), 1, out=before[:, 1:])
-        before = (before[:, :-1] - self.repeat(before[:, self.starts])).to(logs.dtype)
-        ended = (before + logs).sub_(math.log(MIN_TRANSMITTANCE)).mul_(STEEP)
-        return alpha, torch.minimum(before, ended, out=before).clamp_(min=NOTHING).exp_(), rest
-
-    def add_gradients(self, sums: Tensor, grad: Tensor, features: Tensor) -> None:
-        """Add these intersections to the sums (10, M), given the gradient (CHANNELS, STRIP, S) of the strips."""
-        alpha, transmittance, rest = self.weights()
-        owners = self.owners.long()
-        weight = alpha * transmittance
-        grad = self.repeat(grad)
-        feature = features[owners].T.contiguous()
-        along = grad[CHANNELS - 1].clone()
-        sources = []
-        for channel in range(CHANNELS - 1):
-            along.addcmul_(feature[channel], grad[channel])
-            sources.append(grad[channel].mul_(weight).sum(0))
-        # dL/dalpha = T (c . grad) - (what the intersections behind contribute) / (1 - alpha)
-        through = torch.cumsum((weight * along).double(), 1)
-        total = self.repeat(through[:, self.starts + torch.from_numpy(self.counts) - 1])
-        behind = (total - through).to(alpha.dtype)
-        g = transmittance.mul_(along).sub_(behind.div_(rest))
-        # No gradient where the pixel has ended (transmittance and `behind` vanish) or alpha was cut: only -alpha > -MAX.
-        g.mul_(torch.nn.functional.threshold(-alpha, -MAX_ALPHA, 0.0)).neg_()
-        from_maximum = self.offset + torch.arange(STRIP, dtype=alpha.dtype)[:, None]
-        g_sum, g_u = g.sum(0), g.mul_(from_maximum).sum(0)
-        g_u2 = g.mul_(from_maximum).sum(0)
-        sources = [g_sum, g_sum * self.dy, g_sum * self.dy**2, g_u, g_u * self.dy, g_u2, *sources]
-        for row, source in zip(sums, sources):
-            row.index_add_(0, owners, source.double())
-
-    def repeat(self, values: Tensor) -> Tensor:
-        """(..., S) -> (..., E), a strip's value for each of its intersections; NumPy's is the fast one."""
-        return torch.from_numpy(np.repeat(values.numpy(), self.counts, axis=-1))
-
-
-@dataclass(frozen=True, eq=False)
-class _Intersections:
-    """Every (Gaussian, strip) with at least one pixel where alpha reaches MIN_ALPHA, sorted by strip, then by depth."""
-
-    n_strips: int
-    counts: np.ndarray  # (n_strips,) intersections of each strip
-    owners: Tensor  # (E,) int32
-    table: Tensor  # (6, E) peak, offset, falloff, middle, reach, dy of _Chunk
+    gaussians: tuple[np.ndarray, ...]  # means (N, 3), quats (N, 4), scales (N, 3), opacities (N,), sh (N, K, 3)
+    camera: tuple[np.ndarray, ...]  # viewmat (4, 4), K (3, 3), position (3,)
+    lens: tuple[int, int, float]  # width, height, eps2d
+    ellipses: np.ndarray  # (N, 6)
+    features: np.ndarray  # (N, 4)
+    order: np.ndarray  # (M,) int64
+    entries: np.ndarray  # (M + 1,) int64, the first entry of each Gaussian
+    starts: np.ndarray  # (T + 1,) int64, the first entry of each tile
+    owners: np.ndarray  # (E,) int32, Gaussians, by tile
+    places: np.ndarray  # (E,) int32, the same entries' numbers by Gaussian
+    remaining: np.ndarray  # (T, TILE, TILE) transmittance
+    stops: np.ndarray  # (T, TILE, TILE) place in the tile's list of the Gaussian that ended the pixel
 
     @classmethod
-    def of(cls, ellipses: np.ndarray, width: int, height: int, dtype: torch.dtype) -> "_Intersections":
-        mean_x, mean_y, slope, over_rows, inside, log_opacity = ellipses
-        room = np.maximum(log_opacity - math.log(MIN_ALPHA), 0)
-        top, rows = _pixels_within(mean_y, np.sqrt(2 * room * over_rows), height)
-        owner = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
-        row = _count_up(top, rows)
-        dy = row + 0.5 - mean_y[owner]
-        peak = log_opacity[owner] - dy * dy / (2 * over_rows)[owner]
-        center = mean_x[owner] + slope[owner] * dy
-        room = np.maximum(peak - math.log(MIN_ALPHA), 0)
-        left, columns = _pixels_within(center, np.sqrt(room * (2 * inside)[owner]), width)
-        first = left // STRIP
-        strips = np.where(columns > 0, (left + columns - 1) // STRIP - first + 1, 0)
-        per_row = -(-width // STRIP)
-        strip = _count_up(row * per_row + first, strips)
-        # Stable: the Gaussians come front to back, and stay so inside a strip.
-        strip, order = (values.numpy() for values in torch.sort(torch.from_numpy(strip), stable=True))
-        line = np.repeat(np.arange(len(owner), dtype=np.int32), strips)[order]
-        x = (strip % per_row) * STRIP
-        left, columns, owner = left[line], columns[line], owner[line]
-        table = np.stack(
-            (
-                peak[line],
-                x + 0.5 - center[line],
-                (0.5 / inside)[owner],
-                left + 0.5 * (columns - 1) - x,
-                0.5 * columns,
-                dy[line],
-            )
+    def project(
+        cls, gaussians: tuple, viewmat: np.ndarray, K: np.ndarray, lens: tuple, near: float, far: float
+    ) -> "_Image":
+        count, (width, height, _) = len(gaussians[0]), lens
+        dtype = gaussians[0].dtype
+        camera = viewmat, K, np.ascontiguousarray(np.linalg.inv(viewmat)[:3, 3])
+        ellipses, features, seen = np.empty((count, 6)), np.empty((count, 4), dtype), np.empty(count, np.bool_)
+        in_threads(
+            projection.project, count, PART, *gaussians, *camera, *lens, near, far, MIN_ALPHA, ellipses, features, seen
         )
-        n_strips = height * per_row
-        counts = np.bincount(strip, minlength=n_strips)
-        return cls(n_strips, counts, torch.from_numpy(owner), torch.from_numpy(table).to(dtype))
+        order = np.flatnonzero(seen)
+        depths = gaussians[0][order] @ viewmat[2, :3] + viewmat[2, 3]
+        order = order[np.argsort(depths, kind="stable")]
+        n_across, n_down = -(-width // TILE), -(-height // TILE)
+        n_tiles, n_parts = n_across * n_down, -(-len(order) // PART)
+        met, per_tile = np.zeros(len(order), np.int32), np.zeros((n_parts, n_tiles), np.int64)
+        tiles = (PART, order, ellipses, n_across, n_down)
+        in_threads(count_tiles, n_parts, 1, *tiles, met, per_tile)
+        entries, starts = _first(met), _first(per_tile.sum(0))
+        cursors = starts[:-1] + np.cumsum(per_tile, 0) - per_tile
+        owners, places = np.empty((2, entries[-1]), np.int32)
+        in_threads(fill_tiles, n_parts, 1, *tiles, entries, cursors, owners, places)
+        pixels = (n_tiles, TILE, TILE)
+        return cls(
+            gaussians, camera, lens, ellipses, features, order, entries, starts, owners, places,
+            *np.empty((2, *pixels), dtype),
+        )  # fmt: skip
 
-    def chunks(self) -> Iterator[_Chunk]:
-        filled = np.flatnonzero(self.counts)
-        counts = self.counts[filled]
-        ends = np.cumsum(counts)
-        cuts = np.searchsorted(
-            ends, np.arange(INTERSECTIONS_AT_ONCE, ends[-1] if len(ends) else 0, INTERSECTIONS_AT_ONCE)
-        )
-        cuts = np.unique(np.concatenate(([0], cuts, [len(ends)])))
-        for low, high in pairwise(cuts.tolist()):
-            begin, end = int(ends[low] - counts[low]), int(ends[high - 1])
-            yield _Chunk(
-                torch.from_numpy(filled[low:high]),
-                torch.from_numpy(ends[low:high] - counts[low:high] - begin),
-                counts[low:high],
-                self.owners[begin:end],
-                *self.table[:, begin:end].unbind(),
-            )
+    def blend(self, colors: np.ndarray, alphas: np.ndarray, depths: np.ndarray) -> None:
+        in_threads(
+            blend, len(self.starts) - 1, TILES_AT_ONCE, self.starts, self.owners, self.ellipses, self.features, colors,
+            alphas, depths, self.remaining, self.stops,
+        )  # fmt: skip
+
+    def backward(self, grad_image: tuple[np.ndarray, ...], sums: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Add the gradients of the Gaussians to `sums`, float64; that of the camera's matrix is returned (4, 4)."""
+        entry_sums = np.zeros((len(self.owners), N_SUMS), self.features.dtype)
+        in_threads(
+            blend_backward, len(self.starts) - 1, TILES_AT_ONCE, self.starts, self.owners, self.places, self.ellipses,
+            self.features, self.remaining, self.stops, *grad_image, entry_sums,
+        )  # fmt: skip
+        n_parts = -(-len(self.order) // PART)
+        by_part = np.zeros((n_parts, projection.CAMERA_GRADIENTS))
+        in_threads(
+            projection.project_backward, n_parts, 1, PART, self.order, self.entries, entry_sums, *self.gaussians,
+            *self.camera, *self.lens, self.ellipses, *sums, by_part,
+        )  # fmt: skip
+        total = by_part.sum(0)
+        grad_viewmat, by_inverse, inverse = np.zeros((4, 4)), np.zeros((4, 4)), np.linalg.inv(self.camera[0])
+        grad_viewmat[:3] = total[:12].reshape(3, 4)
+        by_inverse[:3, 3] = total[12:]  # the camera's position is the inverse's last column
+        return grad_viewmat - inverse.T @ by_inverse @ inverse.T
 
 
-def _pixels_within(center: np.ndarray, reach: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """First pixel and number of pixels whose centers lie in [center - reach, center + reach] and in the image, int32."""
-    first = np.clip(np.ceil(center - reach - 0.5), 0, size)
-    end = np.clip(np.floor(center + reach + 0.5), 0, size)
-    return first.astype(np.int32), np.maximum(end - first, 0).astype(np.int32)
-
-
-def _count_up(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """first, first + 1, ..., `counts` numbers of each, one after the other, int32."""
-    ends = np.cumsum(counts, dtype=np.int32)
-    return np.arange(ends[-1] if len(ends) else 0, dtype=np.int32) + np.repeat(first - (ends - counts), counts)
+def _first(counts: np.ndarray) -> np.ndarray:
+    """(n,) counts -> (n + 1,) where each one's entries begin, and the end."""
+    return np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))

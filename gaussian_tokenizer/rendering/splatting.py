@@ -58,7 +58,7 @@ def render(
     cameras = cameras.to(positions.device)
     on_gpu = _gsplat_rasterization() if positions.is_cuda else None
     draw = _with_ours if on_gpu is None else functools.partial(_with_gsplat, on_gpu)
-    _log_once("the rasterizer in PyTorch draws (CPU)" if on_gpu is None else "gsplat draws (CUDA)")
+    _log_once("the toolkit's rasterizer draws (CPU)" if on_gpu is None else "gsplat draws (CUDA)")
     try:
         colors, alpha, depth = draw(gaussians, cameras, eps2d, near, far)
     except torch.cuda.OutOfMemoryError as error:
@@ -149,7 +149,7 @@ def _gsplat_rasterization() -> Callable | None:
         raise
     except (ImportError, AttributeError, RuntimeError, OSError) as error:
         logger.warning(
-            "gsplat does not work here (%s: %s); the slower rasterizer in PyTorch draws on the CPU instead. "
+            "gsplat does not work here (%s: %s); the toolkit's slower rasterizer draws on the CPU instead. "
             'For gsplat: pip install "avatar-pointillist[render]", with a CUDA toolkit (nvcc) of the version of torch',
             type(error).__name__,
             error,

@@ -63,6 +63,18 @@ def head_condition(head_vertices: Any, head_faces: Any, n_faces: int) -> dict[st
     return data
 
 
+def face_condition(vertices: np.ndarray, faces: np.ndarray, bounds: np.ndarray, n_bins: int) -> dict[str, np.ndarray]:
+    """Vertices (B, V, 3), faces (F, 3), bounds (2, 3) -> `face_centers`, `face_normals` (B, F, 3) float32.
+
+    Centers are in bins: 0 and `n_bins` at the bounds. A face without an area has the normal 0.
+    """
+    corners = vertices.astype(np.float64)[:, faces]
+    normals = np.cross(corners[:, :, 1] - corners[:, :, 0], corners[:, :, 2] - corners[:, :, 0])
+    normals /= np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-20)
+    centers = (corners.mean(axis=2) - bounds[0]) / (bounds[1] - bounds[0]) * n_bins
+    return {"face_centers": centers.astype(np.float32), "face_normals": normals.astype(np.float32)}
+
+
 def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Vertices (V, 3), faces (F, 3) -> unit area-weighted normals (V, 3); zero where no face with an area touches."""
     corners = vertices.astype(np.float64)[faces]

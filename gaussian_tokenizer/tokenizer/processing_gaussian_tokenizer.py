@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from transformers import BatchFeature, ProcessorMixin
 
-from .point_codec import DEFAULT_BOUNDS, PointCodec, one_of, positive_integer
-from .processing_conditions import head_condition, pixel_values
+from .point_codec import DEFAULT_BOUNDS, PointCodec, as_array, one_of, positive_integer
+from .processing_conditions import face_condition, head_condition, pixel_values
 
 MAX_IMAGE_SIZE = 2**14  # 3 GB per image
 
@@ -57,7 +57,14 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "head_vertices", "head_normals"]
+        head = ["head_vertices", "head_normals", "face_centers", "face_normals"]
+        return ["input_ids", "attention_mask", "pixel_values", *head]
+
+    def face_condition(self, head_vertices: Any, head_faces: Any) -> dict[str, np.ndarray]:
+        """Centers, in bins of this tokenizer, and unit normals (B, F, 3) of the faces (F, 3) of meshes (B, V, 3) in meters."""
+        return face_condition(
+            np.asarray(head_vertices), as_array(head_faces, "head_faces"), np.array(self.bounds), self.n_bins
+        )
 
     def __call__(
         self,
@@ -76,15 +83,16 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
             points: avatars (asked for `head_hash` and `canonical_points()`) or mappings with `positions` (N, 3) meters
                 and `faces` (N,) integers.
             images: PIL images, arrays or tensors (H, W), (H, W, C) or (C, H, W), or image files; see `pixel_values`.
-            head_vertices: (V, 3) or (B, V, 3) meters; `head_faces` (F, 3) then gives `head_normals`.
+            head_vertices: (V, 3) or (B, V, 3) meters; `head_faces` (F, 3) then gives `head_normals`, `face_centers` and
+                `face_normals`.
             return_tensors: None, "pt" or "np". None: `input_ids` is one array (L,) of the smallest of uint16 and uint32
                 that holds the vocabulary, or a list of them. "pt", "np": int64 (B, L), padded.
             return_order: add `order`, for each cloud the (N,) indices of its points in sorted order: `colors[order]`.
             on_out_of_bounds: "warn", "raise" or "ignore"; what is outside is clamped to the border bin.
 
         Returns:
-            `input_ids` and `attention_mask`; `pixel_values` (B, 3, S, S), `head_vertices` and `head_normals` (B, V, 3)
-            float32; and, with `return_tensors` None only, `num_out_of_bounds`.
+            `input_ids` and `attention_mask`; `pixel_values` (B, 3, S, S), `head_vertices` and `head_normals` (B, V, 3),
+            `face_centers` (bins) and `face_normals` (B, F, 3) float32; and, with `return_tensors` None only, `num_out_of_bounds`.
         """
         one_of("on_out_of_bounds", on_out_of_bounds, ("warn", "raise", "ignore"))
         one_of("return_tensors", return_tensors, (None, "pt", "np"))
@@ -100,6 +108,8 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
             data["pixel_values"] = pixel_values(images, self.image_size)
         if head_vertices is not None:
             data.update(head_condition(head_vertices, head_faces, self.n_faces))
+            if head_faces is not None:
+                data.update(self.face_condition(data["head_vertices"], head_faces))
         sizes = {name: len(data[name]) for name in data if name in ("pixel_values", "head_vertices")}
         if points is not None:
             sizes["points"] = len(points) if isinstance(points, (list, tuple)) else 1

@@ -57,14 +57,20 @@ class PointillistConfig(PreTrainedConfig):
     r"""Configuration of `PointillistForCausalLM`.
 
     Args:
-        n_bins: quantization levels an axis; coordinate ids are `[0, n_bins)`.
+        n_bins: quantization levels per axis; coordinate ids are `[0, n_bins)`.
         n_faces: faces of the head model; face ids are `[n_bins, n_bins + n_faces)`. Then begin, end, padding.
+        level: "token" (the paper), or "point": one position of the decoder a point, whose tokens small heads spell.
+        mesh_aware_faces: at the point level, whether a face is described by its center and normal on the subject's mesh; what is
+            spelled of a point after its face are offsets from that center.
+        slot_order: at the point level, the order in which x, y, z and the face (f) of a point are spelled (default "yfzx" with
+            mesh-aware faces, else "yzxf").
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, head_dim: the decoder.
         num_key_value_heads: of self-attention; fewer than the query heads means grouped queries (default: all, as in the paper).
         partial_rotary_factor: share of each head that RoPE rotates (0.5 is x-transformers' default, hence the paper's).
         rope_theta: base wavelength of RoPE.
         rms_norm_eps: added to the mean square; tiny, because x-transformers' RMSNorm has none.
-        sliding_window: how many tokens a token attends to, itself included; a multiple of 4.
+        sliding_window: how many tokens a token attends to, itself included; a multiple of 4 (default 12,000: paper). At the point
+            level counted in points (default 3,000).
         attention_dropout: dropout on attention weights while training.
         loss_within_slot: normalize the loss over faces for a face, over the other tokens for all else, as generation under the
             grammar does; saves most logits of a large vocabulary (default: over the whole vocabulary).
@@ -84,6 +90,9 @@ class PointillistConfig(PreTrainedConfig):
     n_bins: int = 1024
     n_faces: int = 10144
     vocab_size: int | None = None
+    level: str = "token"
+    mesh_aware_faces: bool = False
+    slot_order: str | None = None
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -98,7 +107,7 @@ class PointillistConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     attention_dropout: float = 0.0
     loss_within_slot: bool = False
-    sliding_window: int = 12000
+    sliding_window: int | None = None
     layer_types: list[str] | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -131,6 +140,10 @@ class PointillistConfig(PreTrainedConfig):
             )
         self.vocab_size = expected
         self.bos_token_id, self.eos_token_id, self.pad_token_id = expected - 3, expected - 2, expected - 1
+        if self.level == "point" and self.slot_order is None:
+            self.slot_order = "yfzx" if self.mesh_aware_faces else "yzxf"
+        if self.sliding_window is None:
+            self.sliding_window = 12000 // self.tokens_per_position
         self.layer_types = ["sliding_attention"] * self.num_hidden_layers
         self.point_center = self.point_center or [0.0, 0.0, 0.0]
         self.vision_config = dinov2_config(self.vision_config) if self.use_vision_encoder else None
@@ -141,6 +154,21 @@ class PointillistConfig(PreTrainedConfig):
         """The id of bos, the first of the special tokens: all smaller ids are coordinates and faces."""
         return self.n_bins + self.n_faces
 
+    @property
+    def tokens_per_position(self) -> int:
+        """How many tokens a position of the decoder stands for."""
+        return 4 if self.level == "point" else 1
+
+    @property
+    def window_tokens(self) -> int:
+        """The sliding window in tokens."""
+        return (self.sliding_window or 0) * self.tokens_per_position
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Slots (0 to 2: x, y, z; 3: face) in the order in which they are spelled."""
+        return tuple("xyzf".index(letter) for letter in self.slot_order or "xyzf")
+
     def slot_tokens(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Ids of the faces, and of everything else: coordinates, then special tokens."""
         bos = self.first_special
@@ -149,9 +177,18 @@ class PointillistConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Raise `ValueError` for fields that are out of range or contradict each other."""
         check_fields(self, LIMITS)
-        window = self.sliding_window
-        if window < 4 or window % 4:
-            raise ValueError(f"sliding_window {window} is not a positive multiple of 4, the tokens of a point")
+        if self.level not in ("token", "point"):
+            raise ValueError(f'level is {self.level!r}, expected "token" or "point"')
+        if self.level == "token" and (self.mesh_aware_faces or self.slot_order is not None):
+            raise ValueError('mesh_aware_faces and slot_order need level="point"')
+        if self.slot_order is not None and sorted(self.slot_order) != sorted("xyzf"):
+            raise ValueError(
+                f'slot_order is {self.slot_order!r}, expected the letters x, y, z, f in some order, as "yfzx"'
+            )
+        if self.window_tokens < 4 or self.window_tokens % 4:
+            raise ValueError(
+                f"sliding_window {self.sliding_window} is not a positive multiple of 4, the tokens of a point"
+            )
         pairs = ("num_attention_heads", "num_key_value_heads"), ("point_hidden_size", "point_attention_heads")
         for name, divisor in pairs:
             if getattr(self, name) % getattr(self, divisor):

@@ -1,4 +1,4 @@
-"""The grammar of a sequence, `bos, (x, y, z, face)*, eos` with points sorted by (y, z, x, face), as a logits processor."""
+"""The grammar of a sequence, `bos, (x, y, z, face)*, eos` with points sorted by (y, z, x, face), at both levels of the model."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,37 @@ from transformers import LogitsProcessor
 
 from .configuration_pointillist import PointillistConfig
 
+SORTED = (1, 2, 0, 3)  # slots y, z, x, face: most significant first
+
+
+def least_value(slot: int, previous: Tensor, point: Tensor, known: Tensor, most: Tensor) -> Tensor:
+    """Least values (B,) of a slot with which a point can still be completed to one that is not before `previous`.
+
+    `previous` and `point` (B, 4) are bins and faces from zero, `known` (B, 4) says which of `point` are there, `most` (B, 4) are
+    the greatest values of the others. Where no value will do, the result is beyond all of them.
+    """
+    best = torch.where(known, point, most)
+    ahead, level = best > previous, best == previous
+    place = SORTED.index(slot)
+    reached = torch.ones_like(ahead[:, 0])
+    for other in reversed(SORTED[place + 1 :]):
+        reached = ahead[:, other] | (level[:, other] & reached)
+    least = previous[:, slot] + (~reached).long()
+    for other in reversed(SORTED[:place]):
+        least = torch.where(level[:, other], least, torch.where(ahead[:, other], 0, torch.iinfo(torch.long).max))
+    return least
+
 
 class PointGrammar(LogitsProcessor):
     """Masks every token that the sequence so far does not allow.
 
     A wrong slot, a point before its predecessor (with `sorted_points`: Meshtron's order-enforced sampling), an end within a point
-    or before `min_points`, or a point beyond `max_points` or `max_points_per_face`. There are no dead ends: a coordinate is allowed
-    only if the point can still be completed, and where no further point fits the sequence must end. It is tensor arithmetic on
-    the last eight ids: no host synchronization, any batch, prompts padded on the left.
+    or before `min_points`, or a point beyond `max_points` or `max_points_per_face`. There are no dead ends: a value is allowed only
+    if the point can still be completed, and where no further point fits the sequence must end. It is tensor arithmetic on the
+    last eight ids: no host synchronization, any batch, prompts padded on the left.
+
+    Every call reads the sequence anew, unless `follow` is set: then calls are for one token more each, and the work does not grow
+    with the sequence.
     """
 
     def __init__(
@@ -33,63 +56,96 @@ class PointGrammar(LogitsProcessor):
         self.sorted_points = sorted_points
         self.min_points, self.max_points = min_points, max_points
         self.max_points_per_face = max_points_per_face
+        self.follow = False
+        self.start: Tensor | None = None  # (B,) column after bos
+        self.counts: Tensor | None = None  # (B, F) points of each face, where that is limited
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """ids (B, L) so far, scores (B, vocabulary) of the next token -> scores with minus infinity on what is not allowed."""
-        length = input_ids.shape[1]
-        device = input_ids.device
-        start = (input_ids == self.bos).int().argmax(1) + 1  # column after bos
-        written = length - start  # tokens after bos
+        length, device = input_ids.shape[1], input_ids.device
+        if self.start is None or not self.follow:
+            self.start = (input_ids == self.bos).int().argmax(1) + 1
+            written = length - self.start
+            self.count(input_ids, written)
+        else:
+            written = length - self.start
+            self.add(input_ids[:, -1] - self.n_bins, (written % 4 == 0) & (input_ids[:, -1] < self.bos))
         slot, points = written % 4, written // 4
 
-        # The last complete point and the coordinates written since, gathered by column (clamped: unused where points == 0).
-        columns = (start + 4 * (points - 1))[:, None] + torch.arange(8, device=device)
-        recent = input_ids.gather(1, columns.clamp(0, length - 1))
-        (px, py, pz, pface), (x, y) = recent[:, :4].unbind(1), recent[:, 4:6].unbind(1)
-        z = recent[:, 6]
-        last = self.n_bins - 1
-        has_previous = (points > 0) & self.sorted_points
+        # The last complete point and the tokens since, gathered by column (clamped: unused where points == 0).
+        columns = (self.start + 4 * (points - 1))[:, None] + torch.arange(8, device=device)
+        offset = torch.tensor([0, 0, 0, self.n_bins], device=device)
+        previous, point = (input_ids.gather(1, columns.clamp(0, length - 1)).unflatten(1, (2, 4)) - offset).unbind(1)
+        previous = torch.where((points > 0)[:, None], previous, 0)
+        known = torch.arange(4, device=device) < slot[:, None]
+        open_faces = self.open_faces(len(input_ids), device)
+        most = self.most(open_faces)
+        previous = previous if self.sorted_points else torch.zeros_like(previous)
+        least = torch.stack([least_value(each, previous, point, known, most) for each in range(4)], 1)
+        least = least.gather(1, slot[:, None])
 
-        # At the place of the last point a face must not come before that point's.
-        open_faces = self.open_faces(input_ids, start, points)  # (B or 1, F)
-        face_ids = torch.arange(self.n_faces, device=device) + self.n_bins
-        same_place = has_previous & (x == px) & (y == py) & (z == pz)
-        face_from = torch.where(same_place, pface, self.n_bins)
-        tie_possible = (open_faces & (face_ids >= pface[:, None])).any(1)
-
-        # The least x, z, y that still allow a completion: ties reach down the order y, z, x, face.
-        tie_x = px + (~tie_possible).long()  # least x on the last point's y and z
-        tie_z = pz + (x < tie_x).long()  # least z on its y, given x
-        tie_y = py + (tie_z > last).long()  # least y, given x
-        x_from = tie_x.where(has_previous & (py == last) & (pz == last), 0)
-        y_from = tie_y.where(has_previous, 0)
-        z_from = tie_z.where(has_previous & (y == py), 0)
-
-        low = torch.stack((x_from, y_from, z_from, face_from)).gather(0, slot[None])[0]
-        high = torch.where(slot == 3, self.bos, self.n_bins)
         ids = torch.arange(scores.shape[1], device=device)
-        allowed = (ids >= low[:, None]) & (ids < high[:, None])
-        allowed[:, self.n_bins : self.bos] &= (slot != 3)[:, None] | open_faces
-
-        # The end: between points only; the only way out when no further point is allowed.
-        between = slot == 0
-        room = open_faces.any(1) & (x_from <= last)
+        is_face = (slot == 3)[:, None]
+        allowed = torch.where(is_face, ids - self.n_bins >= least, (ids >= least) & (ids < self.n_bins)) & (
+            ids < self.bos
+        )
+        allowed[:, self.n_bins : self.bos] &= ~is_face | open_faces
+        room = open_faces.any(1) & (least[:, 0] < self.n_bins)
         if self.max_points is not None:
             room &= points < self.max_points
+        between = slot == 0
         allowed &= (~between | room)[:, None]
         # A finished row is padded by the caller whatever its scores are; keep one of them finite.
         finished = input_ids[:, -1] > self.bos
-        allowed[:, self.eos] = between & ((points >= self.min_points) | ~room) | finished
+        allowed[:, self.eos] = (between & ((points >= self.min_points) | ~room)) | finished
         return scores.masked_fill(~allowed, -torch.inf)
 
-    def open_faces(self, input_ids: Tensor, start: Tensor, points: Tensor) -> Tensor:
-        """(B, F) True where a face may take another point, or (1, F) where faces have no limit."""
+    def allowed(
+        self, slot: int, is_first: bool, previous: Tensor, points: Tensor, point: Tensor, known: Tensor
+    ) -> Tensor:
+        """What a slot may hold at the point level: (B, C) bool over bins or faces, and the end if the slot `is_first` spelled.
+
+        `previous` (B, 4) is the last of the `points` (B,) so far, zero if there is none; the others are as in `least_value`.
+        """
+        open_faces = self.open_faces(len(point), point.device)
+        most = self.most(open_faces)
+        previous = previous if self.sorted_points else torch.zeros_like(previous)
+        least = least_value(slot, previous, point, known, most)
+        count = self.n_faces if slot == 3 else self.n_bins
+        allowed = torch.arange(count, device=point.device) >= least[:, None]
+        if slot == 3:
+            allowed = allowed & open_faces
+        if not is_first:
+            return allowed
+        room = open_faces.any(1) & (least <= most[:, slot])
+        if self.max_points is not None:
+            room = room & (points < self.max_points)
+        begun = known.any(1)  # by the prompt: such a point cannot be the end
+        may_end = ((points >= self.min_points) | ~room) & ~begun
+        return torch.cat((allowed & (room | begun)[:, None], may_end[:, None]), dim=1)
+
+    def count(self, ids: Tensor, written: Tensor) -> None:
+        """Count the points of each face in sequences (B, L) of which the last `written` (B,) ids come after bos."""
         if self.max_points_per_face is None:
-            return torch.ones(1, self.n_faces, dtype=torch.bool, device=input_ids.device)
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        offset = columns - start[:, None]
-        is_face = (offset >= 0) & (offset % 4 == 3) & (offset < 4 * points[:, None])
-        faces = (input_ids - self.n_bins).clamp(0, self.n_faces - 1)
-        counts = torch.zeros(len(input_ids), self.n_faces, dtype=torch.long, device=input_ids.device)
-        counts.scatter_add_(1, faces, is_face.long())
-        return counts < self.max_points_per_face
+            return
+        place = torch.arange(ids.shape[1], device=ids.device) - (ids.shape[1] - written)[:, None]
+        is_face = (place >= 0) & (place % 4 == 3)
+        self.counts = torch.zeros(len(ids), self.n_faces, dtype=torch.long, device=ids.device)
+        self.counts.scatter_add_(1, (ids - self.n_bins).clamp(0, self.n_faces - 1), is_face.long())
+
+    def add(self, face: Tensor, is_new: Tensor) -> None:
+        """Count one more point on `face` (B,) where `is_new` (B,)."""
+        if self.counts is not None:
+            self.counts.scatter_add_(1, face.clamp(0, self.n_faces - 1)[:, None], is_new.long()[:, None])
+
+    def open_faces(self, batch: int, device: torch.device) -> Tensor:
+        """(B, F) True where a face may take another point."""
+        if self.counts is None or self.max_points_per_face is None:
+            return torch.ones(1, self.n_faces, dtype=torch.bool, device=device).expand(batch, -1)
+        return self.counts < self.max_points_per_face
+
+    def most(self, open_faces: Tensor) -> Tensor:
+        """The greatest value (B, 4) of each slot; -1 where no face is open."""
+        faces = torch.arange(self.n_faces, device=open_faces.device)
+        most = torch.where(open_faces, faces, -1).amax(1)
+        return torch.stack([torch.full_like(most, self.n_bins - 1)] * 3 + [most], 1)

@@ -48,14 +48,14 @@ def holds_cache(output: type) -> type:
     return output
 
 
-def forward_pass(model, cache: Cache | None, generation_config) -> Callable:
-    """The call that decodes a token: compiled where the cache has fixed shapes and transformers deems the hardware fit for it.
+def forward_pass(model, cache: Cache | None, generation_config, part=None) -> Callable:
+    """The call of `model` or a `part` of it that decodes a position.
 
     `_valid_auto_compile_criteria` is private, but a copy of what it knows about quantizers, offloading and devices would age.
     """
     if cache is not None and model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
-        return model.get_compiled_call(generation_config.compile_config)
-    return model.__call__
+        return (part or model).get_compiled_call(generation_config.compile_config)
+    return (part or model).__call__
 
 
 def synchronizes_ranks(model) -> bool:

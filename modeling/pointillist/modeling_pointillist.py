@@ -3,7 +3,6 @@
 Axes: B batch, L tokens, M condition tokens, H heads, D width, W window.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +25,7 @@ from .generation_pointillist import PointillistGenerationMixin
 from .generation_ring_cache import additive_mask, self_attention_mask
 from .modeling_compatibility import CACHE_NAME, CACHE_NAMES, holds_cache, takes_cache
 from .modeling_condition import ConditionEncoder
+from .modeling_points import Faces, PointEmbedding, SlotHead, SlotHeads, group_tokens, smooth_rows
 
 T = TypeVar("T")
 
@@ -196,10 +196,14 @@ class PointillistPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, ConditionEncoder):
-            module.init_weights(self.config.initializer_range)
+        std = self.config.initializer_range
+        if isinstance(module, (ConditionEncoder, PointEmbedding, SlotHead)):
+            module.init_weights(std)
         elif isinstance(module, (nn.Embedding, VocabularyHead)):
-            init.copy_(module.weight, with_smooth_bins(module.weight, self.config))
+            bins = smooth_rows(
+                self.config.n_bins, module.weight.shape[1], self.config.n_bins, std, module.weight.device
+            )
+            init.copy_(module.weight, torch.cat((bins.to(module.weight), module.weight[self.config.n_bins :])))
 
     def save_pretrained(self, *args, **kwargs):
         # transformers registers the class it saves; the one of AutoModel is in the same file.
@@ -208,21 +212,10 @@ class PointillistPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
 
-def with_smooth_bins(weight: Tensor, config: PointillistConfig) -> Tensor:
-    """`weight` (vocabulary, D) with other rows for the coordinates, so that neighboring bins start alike.
-
-    Every channel is a wave over the bins with half a period up to a period in five bins (random Fourier features), so the order of
-    the bins need not be learned.
-    """
-    channels = torch.rand(2, weight.shape[1], device=weight.device, dtype=torch.float32)
-    periods = 0.5 * (0.4 * config.n_bins) ** channels[0]
-    bins = torch.arange(config.n_bins, device=weight.device)[:, None] / config.n_bins
-    waves = torch.cos(2 * math.pi * (periods * bins + channels[1]))
-    return torch.cat((2**0.5 * config.initializer_range * waves.to(weight), weight[config.n_bins :]))
-
-
 class PointillistModel(PointillistPreTrainedModel):
     """The decoder without its head: embeddings, blocks, final norm. Its condition (B, M, D) is already encoded.
+
+    A position is a token or, at the point level, a group of four (`group_tokens`).
 
     Each block is self-attention with rotary positions and a sliding window, cross-attention to the condition, and a GELU
     feed-forward, all pre-normalized by RMSNorm: x-transformers' `Decoder(cross_attend=True)` (supplementary, section D).
@@ -232,7 +225,10 @@ class PointillistModel(PointillistPreTrainedModel):
 
     def __init__(self, config: PointillistConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.first_special + 3, config.hidden_size)
+        if config.level == "point":
+            self.embed_tokens: nn.Module = PointEmbedding(config)
+        else:
+            self.embed_tokens = nn.Embedding(config.first_special + 3, config.hidden_size)
         self.layers = nn.ModuleList(PointillistLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -251,11 +247,25 @@ class PointillistModel(PointillistPreTrainedModel):
         condition: Tensor | None = None,
         condition_mask: Tensor | None = None,
         use_cache: bool | None = None,
+        face_centers: Tensor | None = None,
+        face_normals: Tensor | None = None,
+        faces: Faces | None = None,
         **kwargs,
     ) -> PointillistOutput:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is not None:
+            x = inputs_embeds
+        elif isinstance(self.embed_tokens, PointEmbedding):
+            assert input_ids is not None
+            faces = faces or self.embed_tokens.faces(face_centers, face_normals)
+            x = self.embed_tokens(
+                group_tokens(input_ids, self.config.first_special + 2, self.config.first_special), faces
+            )
+            if attention_mask is not None and attention_mask.ndim == 2:
+                attention_mask = group_tokens(attention_mask, 0).amax(-1)
+        else:
+            x = self.embed_tokens(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if cache is not None and not isinstance(cache, EncoderDecoderCache):
@@ -288,23 +298,39 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         super().__init__(config)
         self.model = PointillistModel(config)
         self.condition_encoder = ConditionEncoder(config)
-        self.lm_head = VocabularyHead(config.hidden_size, config.first_special + 3, bias=False)
+        if config.level == "point":
+            self.lm_head: nn.Module = SlotHeads(config)
+        else:
+            self.lm_head = VocabularyHead(config.hidden_size, config.first_special + 3, bias=False)
         self.post_init()
         self.generation_config.do_sample = True
         self.generation_config.top_k = 0  # transformers would keep the 50 most likely tokens
         self.generation_config.max_new_tokens = 4 * 32_768 + 1
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)  # with new parameters, all of them trainable
-        (loaded[0] if isinstance(loaded, tuple) else loaded).condition_encoder.freeze()
-        return loaded
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        absent = sorted(name for name in info["missing_keys"] if name.startswith(("lm_head.", "model.embed_tokens.")))
+        if absent:
+            config = model.config
+            raise ValueError(
+                f"{args[0] if args else 'the checkpoint'}: config.json says level={config.level!r}, mesh_aware_faces="
+                f"{config.mesh_aware_faces}, slot_order={config.slot_order!r}, but the weights lack {', '.join(absent)}: "
+                "restore the config.json that was saved with them"
+            )
+        model.condition_encoder.freeze()  # its parameters are new, all of them trainable
+        return (model, info) if output_loading_info else model
 
-    def select_inputs(self, inputs: Mapping[str, T]) -> dict[str, T]:
-        """Those of `inputs` (pixel_values, head_vertices, head_normals) that the encoders of this model read."""
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What this model reads beside ids: pixel_values, head_vertices and head_normals, face_centers and face_normals."""
         names = ("pixel_values",) * self.config.use_vision_encoder
         names += ("head_vertices", "head_normals") * self.config.use_point_encoder
-        return {name: inputs[name] for name in names if name in inputs}
+        return names + ("face_centers", "face_normals") * self.config.mesh_aware_faces
+
+    def select_inputs(self, inputs: Mapping[str, T]) -> dict[str, T]:
+        """Those of `inputs` that this model reads."""
+        return {name: inputs[name] for name in self.input_names if name in inputs}
 
     def encode_condition(
         self,
@@ -328,6 +354,8 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         pixel_values: Tensor | None = None,
         head_vertices: Tensor | None = None,
         head_normals: Tensor | None = None,
+        face_centers: Tensor | None = None,
+        face_normals: Tensor | None = None,
         condition_embeds: Tensor | None = None,
         condition_mask: Tensor | None = None,
         drop_condition: Tensor | None = None,
@@ -337,11 +365,15 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
     ) -> PointillistOutput:
         """One pass.
 
+        At the point level ids are whole points (`group_tokens`), and what is predicted of a token also knows the slots of its own
+        point that are spelled before it. Positions and cache count points, and there are no logits beside a loss.
+
         Args:
             input_ids: (B, L) ids of `GaussianTokenizer`, or `inputs_embeds` (B, L, D).
             attention_mask: (B, L) with 0 on padding; needed for padding on the left only.
             labels: (B, L) ids, -100 where there is nothing to learn; shifted here.
             pixel_values: (B, 3, h, w) portrait, ImageNet-normalized. head_vertices, head_normals: (B, V, 3), meters.
+            face_centers, face_normals: (B, F, 3), bins and unit vectors; what `mesh_aware_faces` reads.
             condition_embeds: (B, M, D) from `encode_condition`; condition_mask: (B, M), 0 on padding.
             drop_condition: (B,) bool, True for rows that read the empty condition instead (training of guidance).
             cache: keys and values of the tokens before, from the output of the last pass; also as `past_key_values`.
@@ -353,9 +385,14 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         if condition_embeds is None:
             condition_embeds = self.encode_condition(pixel_values, head_vertices, head_normals)
         condition = self.condition_encoder.or_empty(condition_embeds, len(tokens), drop_condition)
-        options = dict(cache=cache, use_cache=use_cache, condition=condition, condition_mask=condition_mask)
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **options, **kwargs)
+        options: dict[str, Any] = dict(
+            cache=cache, use_cache=use_cache, condition=condition, condition_mask=condition_mask
+        )
+        inputs = input_ids, attention_mask, position_ids
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if isinstance(self.lm_head, SlotHeads):
+            return self.forward_points(inputs, labels, face_centers, face_normals, kept, **options, **kwargs)
+        outputs = self.model(*inputs, inputs_embeds=inputs_embeds, **options, **kwargs)
         outputs["last_hidden_state"] = hidden = outputs.last_hidden_state[:, kept]
         if labels is not None and self.config.loss_within_slot:
             own = self.loss_within_slot(hidden, labels, kwargs.get("num_items_in_batch"))
@@ -364,6 +401,42 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return PointillistOutput(loss=loss, logits=logits, **outputs)
+
+    def forward_points(
+        self,
+        inputs: tuple,
+        labels: Tensor | None,
+        face_centers: Tensor | None,
+        face_normals: Tensor | None,
+        kept: slice | Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> PointillistOutput:
+        """`forward` at the point level; `inputs` are those of the decoder, ids (B, L) first."""
+        ids, pad = inputs[0], self.config.first_special + 2
+        heads: Any = self.lm_head
+        if ids is None:
+            raise ValueError(
+                'level="point" reads input_ids: their embedding (B, L, D) does not tell which faces they name'
+            )
+        embed: Any = self.model.embed_tokens
+        faces = embed.faces(face_centers, face_normals)
+        outputs = self.model(*inputs, faces=faces, **kwargs)
+        groups = group_tokens(ids, pad)
+        classes = heads.classes(F.pad(groups[:, 1:], (0, 0, 0, 1), value=pad))
+        states = heads.states(outputs.last_hidden_state, classes, faces)
+
+        def of_tokens(x: Tensor) -> Tensor:
+            """(B, G, 4, C) of what predicts each group -> (B, L, C) of what predicts each token; zero before the second group."""
+            lead = 3 if ids.shape[1] % 4 else 0
+            return F.pad(x.flatten(1, 2), (0, 0, 3, 0))[:, lead : lead + ids.shape[1]][:, kept]
+
+        outputs["last_hidden_state"] = of_tokens(states)
+        if labels is None:
+            return PointillistOutput(logits=of_tokens(heads.logits(states, classes, faces)), **outputs)
+        targets = group_tokens(labels, -100)[:, 1:]
+        loss = heads.loss(states[:, :-1], targets, classes[:, :-1], faces, num_items_in_batch)
+        return PointillistOutput(loss=loss, **outputs)
 
     def loss_within_slot(
         self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
@@ -383,6 +456,31 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
                 targets = torch.where(targets >= faces[0].stop, targets - self.config.n_faces, targets)
             total = total + F.cross_entropy(self.lm_head(hidden[chosen], rows).float(), targets, reduction="sum")
         return total / ((labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    def point_nll(
+        self,
+        features: Tensor,
+        points: Tensor,
+        face_centers: Tensor | None = None,
+        face_normals: Tensor | None = None,
+    ) -> Tensor:
+        """Nats (B, N, 4) of the ids of points (B, N, 4), given the features (B, N, 4, D) that predicted them; zero where negative.
+
+        A token competes with those of its slot, at the point level also with the end in the slot that is spelled first.
+        """
+        if isinstance(self.lm_head, SlotHeads):
+            embed: Any = self.model.embed_tokens
+            faces = embed.faces(face_centers, face_normals)
+            return self.lm_head.point_nll(features, points, faces)
+        config, nll = self.config, []
+        for rows, slots in (
+            (slice(0, config.n_bins), slice(0, 3)),
+            (slice(config.n_bins, config.first_special), slice(3, 4)),
+        ):
+            scores = self.lm_head(features[:, :, slots], (rows,)).float()
+            targets = torch.where(points[..., slots] < 0, -100, points[..., slots] - rows.start)
+            nll.append(F.cross_entropy(scores.permute(0, 3, 1, 2), targets, reduction="none"))
+        return torch.cat(nll, dim=-1)
 
     def num_decoder_parameters(self) -> int:
         """Parameters without the encoders of the condition, as the paper counts them."""

@@ -5,12 +5,13 @@ formulas (Kerbl et al. 2023, section 4; Zwicker et al. 2001, section 5; conventi
 together. Blocks of pixels are checkpointed, which bounds the memory.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
-from gaussian_tokenizer.rendering.rasterizer import sh_basis
 
 PIXELS_AT_ONCE = 1024
 
@@ -88,3 +89,26 @@ def _blend(pixels: Tensor, means2d: Tensor, conics: Tensor, opacities: Tensor, f
     before = torch.cat((torch.ones_like(after[:, :1]), after[:, :-1]), 1)
     weight = torch.where(after > 1e-4, alpha * before, 0)
     return weight @ features
+
+
+def sh_basis(directions: Tensor, degree: int) -> Tensor:
+    """Real spherical harmonics (N, (degree + 1)^2) of unit directions (N, 3), degree 0 to 3.
+
+    With the Condon-Shortley phase, order m = -l..l inside a degree, as 3D Gaussian Splatting has them (Sloan 2013).
+    """
+    x, y, z = directions.unbind(1)
+    xx, yy, zz = x * x, y * y, z * z
+    pi = math.pi
+    one, two = math.sqrt(3 / (4 * pi)), math.sqrt(15 / (4 * pi))
+    three = math.sqrt(35 / (32 * pi)), math.sqrt(105 / (4 * pi)), math.sqrt(21 / (32 * pi)), math.sqrt(7 / (16 * pi))
+    basis = [torch.full_like(x, math.sqrt(1 / (4 * pi)))]
+    if degree > 0:
+        basis += [-one * y, one * z, -one * x]
+    if degree > 1:
+        basis += [two * x * y, -two * y * z, two / math.sqrt(12) * (2 * zz - xx - yy)]
+        basis += [-two * x * z, two / 2 * (xx - yy)]
+    if degree > 2:
+        basis += [-three[0] * y * (3 * xx - yy), three[1] * x * y * z, -three[2] * y * (4 * zz - xx - yy)]
+        basis += [three[3] * z * (2 * zz - 3 * xx - 3 * yy), -three[2] * x * (4 * zz - xx - yy)]
+        basis += [three[1] / 2 * z * (xx - yy), -three[0] * x * (xx - 3 * yy)]
+    return torch.stack(basis, 1)

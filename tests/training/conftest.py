@@ -14,7 +14,7 @@ from transformers import Dinov2Config
 
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from modeling import PointillistConfig, PointillistForCausalLM
-from training.common.rows import AvatarRows
+from training.common.rows import CONDITION, AvatarRows
 
 DEBUG = ROOT / "training" / "configs" / "debug.yaml"
 DECODER_DEBUG = DEBUG.with_name("decoder_debug.yaml")
@@ -38,7 +38,7 @@ def corpus(tiny_corpus, datasets_cache) -> Corpus:
 
 @pytest.fixture(scope="session")
 def train_rows(corpus) -> AvatarRows:
-    return AvatarRows(corpus, "train", use_images=True, use_heads=True)
+    return AvatarRows(corpus, "train", CONDITION[:3])
 
 
 class Launcher:

@@ -1,6 +1,7 @@
 """Random access to the token sequences and conditions of one split of a corpus."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,16 +9,18 @@ import numpy as np
 from gaussian_tokenizer.corpus.corpus import Corpus
 
 HEAD_COLUMNS = ("head_vertices", "head_normals")
+CONDITION = ("pixel_values", *HEAD_COLUMNS, "face_centers", "face_normals")
 
 
 class AvatarRows:
-    """The sequences and conditions of one split of a corpus."""
+    """The sequences of one split of a corpus, and those of the `CONDITION` that `inputs` names."""
 
-    def __init__(self, corpus: Corpus, split: str, use_images: bool, use_heads: bool):
-        self.tokenizer = corpus.tokenizer
+    def __init__(self, corpus: Corpus, split: str, inputs: Iterable[str]):
+        self.tokenizer, inputs = corpus.tokenizer, set(inputs)
+        self.faces = corpus.head_faces() if "face_centers" in inputs else None
         self.avatars = corpus.avatars(split).with_format("numpy")
         self.frames, self.frame_rows = None, {}
-        if use_images:
+        if "pixel_values" in inputs:
             self.frame_rows = corpus.frame_rows(split)
             without = [avatar_id for avatar_id, rows in self.frame_rows.items() if not rows]
             if without:
@@ -28,8 +31,8 @@ class AvatarRows:
             self.frames = corpus.frames(split).select_columns(["image"])
         # Every column that is read costs a fifth of a millisecond a row.
         self.sequences = self.avatars.select_columns(["input_ids"])
-        self.conditions = self.avatars.select_columns(["avatar_id", *(HEAD_COLUMNS if use_heads else ())])
-        self.use_heads = use_heads
+        self.head_columns = HEAD_COLUMNS if inputs - {"pixel_values"} else ()
+        self.conditions = self.avatars.select_columns(["avatar_id", *self.head_columns])
         # A point has four tokens; bos and eos enclose the sequence.
         self.lengths = 4 * np.asarray(self.avatars["num_points"], dtype=np.int64) + 2
         self.ids = [str(avatar_id) for avatar_id in self.avatars["avatar_id"]]
@@ -49,8 +52,10 @@ class AvatarRows:
             rows = self.frame_rows[str(avatar["avatar_id"])]
             chosen = rows[0] if pick is None else rows[int(pick.integers(len(rows)))]
             condition["pixel_values"] = self.tokenizer(images=self.frames[chosen]["image"])["pixel_values"][0]
-        if self.use_heads:
-            condition |= {name: np.asarray(avatar[name], np.float32) for name in HEAD_COLUMNS}
+        condition |= {name: np.asarray(avatar[name], np.float32) for name in self.head_columns}
+        if self.faces is not None:
+            of_faces = self.tokenizer.face_condition(condition["head_vertices"][None], self.faces)
+            condition |= {name: value[0] for name, value in of_faces.items()}
         return condition
 
 

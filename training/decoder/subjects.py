@@ -5,7 +5,7 @@ timestep, and a background for both the true and the rendered image, so that opa
 Axes: B subjects, C target frames, H W pixels, S shape, E expression.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,10 @@ BACKGROUNDS = (0.0, 0.5, 1.0)  # gray levels of training (LAM)
 
 
 class SubjectRows:
-    """The subjects of one split: sequence, condition, shape and images."""
+    """The subjects of one split: sequence, portrait and other `inputs` of the point model, shape and images."""
 
-    def __init__(self, corpus: Corpus, split: str, use_heads: bool, max_subjects: int | None = None):
-        self.rows = AvatarRows(corpus, split, use_images=True, use_heads=use_heads)
+    def __init__(self, corpus: Corpus, split: str, inputs: Iterable[str] = (), max_subjects: int | None = None):
+        self.rows = AvatarRows(corpus, split, {"pixel_values", *inputs})
         self.tokenizer = self.rows.tokenizer
         self.frames = corpus.frames(split)
         shapes = [name for name in ("shape", "static_offset") if name in self.rows.avatars.column_names]

@@ -121,7 +121,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--decoder_config", default="training/configs/decoder_demo.yaml", help="of training/train_gaussian_decoder.py")
     add("--decoder_steps", type=int, help="steps of the decoder's training; by default those of its config")
     add("--num_bench", type=int, default=8, help="subjects of the reenactment bench, 16 frames each; 0: no bench")
-    add("--n_bins", type=int, default=128, help="quantization levels an axis (the paper: 1,024)")
+    add("--n_bins", type=int, default=128, help="quantization levels per axis (the paper: 1,024)")
     add("--image_size", type=int, default=112, help="pixels of an image, a multiple of 14")
     add("--seed", type=int, default=0)
     arguments, training = parser.parse_known_args()
@@ -168,7 +168,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 def summary(report: dict[str, Any], output: Path) -> str:
     own, others = report["mean_chamfer_own"] * 1000, report["mean_chamfer_others"] * 1000
     return (
-        f"\npoints: held-out NLL {report['heldout_nll']:.3f} nats a token, with another subject's portrait and mesh "
+        f"\npoints: held-out NLL {report['heldout_nll']:.3f} nats per token, with another subject's portrait and mesh "
         f"{report['heldout_nll_other_condition']:.3f} (unigram {report['unigram_nll']:.3f}, uniform "
         f"{report['uniform_nll']:.3f}); invalid tokens {sum(g['invalid_tokens'] for g in report['generated'])}; mean chamfer "
         f"distance to the same subject {own:.2f} mm, to the others {others:.2f} mm\n"
@@ -180,8 +180,7 @@ def summary(report: dict[str, Any], output: Path) -> str:
 
 def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, output: Path) -> dict[str, Any]:
     """Avatars of the first `count` held-out subjects, compared with the true ones and drawn; entries of the report."""
-    use_heads = pipeline.point_model.config.use_point_encoder
-    subjects = SubjectRows(corpus, "validation", use_heads)
+    subjects = SubjectRows(corpus, "validation", pipeline.point_model.input_names)
     rows = range(min(count, len(subjects)))
     params = [shape_parameters(pipeline, subjects.subject(row, None)["shape"]) for row in rows]
     portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in rows]
@@ -194,7 +193,7 @@ def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, ou
     print(f"{tokens:,} tokens in {time.perf_counter() - begin:.1f} s", flush=True)
 
     truth = [pipeline.tokenizer.decode(subjects.rows.sequence(row)) for row in range(len(subjects))]
-    means = mean_images(SubjectRows(corpus, "train", use_heads=False))
+    means = mean_images(SubjectRows(corpus, "train"))
     results, clouds, avatars = [], [], []
     for row, features in zip(rows, pipeline.decode_points(generated)[1]):
         avatar_id = subjects.rows.ids[row]

@@ -63,11 +63,12 @@ def compare_points(points: Mapping, invalid: int, truth: Sequence[Mapping], row:
 @torch.no_grad()
 def nll_of_another(model: PointillistForCausalLM, rows: AvatarRows) -> float:
     """Held-out NLL with the condition of the next subject instead of the true one: it shows the value of the condition."""
-    windows = EvaluationWindows(rows, model.config.sliding_window)
+    grouped = model.config.level == "point"
+    windows = EvaluationWindows(rows, model.config.window_tokens, grouped=grouped)
     sums = torch.zeros(3, 4, dtype=torch.double)
     for i, (row, _, _) in enumerate(windows.items):
         item = windows[i] | rows.condition((row + 1) % len(rows), None)
-        batch = collate_windows([item], model.config.pad_token_id)
+        batch = collate_windows([item], model.config.pad_token_id, grouped)
         labels = batch.pop("labels")
         sums += slot_sums(model(**batch).logits, labels, model.config).sum(0)
     return slot_metrics(sums)["nll"]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from gaussian_tokenizer.avatars.gaussians import SH_DC, Gaussians
-from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.image_metrics import ssim
 from gaussian_tokenizer.rendering.rasterizer import project
@@ -39,11 +38,14 @@ def scale_regularizer(log_scales: Tensor, threshold: float) -> Tensor:
 @torch.no_grad()
 def screen_radii(gaussians: Gaussians, camera: Cameras) -> Tensor:
     """(N,) pixels, three standard deviations of the longer axis; 0 for a Gaussian outside the image. T = C = 1."""
-    viewmat, K = camera.viewmats[0].double(), camera.Ks[0].double()
-    axes = quaternion_to_matrix(gaussians.quats[0].double()) * gaussians.scales[0].double()[:, None]
-    means, shapes, depths = project(
-        gaussians.positions[0].double(), axes, viewmat, K, camera.width, camera.height, EPS2D
-    )
+    drawn = gaussians.to("cpu")
+    means, shapes, depths = (
+        x.to(gaussians.positions.device)
+        for x in project(
+            drawn.positions[0], drawn.quats[0], drawn.scales[0], camera.viewmats[0].cpu(), camera.Ks[0].cpu(),
+            camera.width, camera.height, EPS2D,
+        )
+    )  # fmt: skip
     slope, over_rows, inside = shapes.unbind(1)
     # The covariance is [[inside + slope^2 over_rows, slope over_rows], [slope over_rows, over_rows]].
     half = (inside + slope**2 * over_rows + over_rows) / 2

@@ -99,7 +99,7 @@ def draw(fit: Fit, avatar: GaussianAvatar, index: int) -> Tensor:
 
 
 def tokenized(avatar: GaussianAvatar) -> GaussianAvatar:
-    """The avatar with positions quantized to `N_BINS` levels an axis."""
+    """The avatar with positions quantized to `N_BINS` levels per axis."""
     assert avatar.head is not None
     codec = PointCodec(n_bins=N_BINS, n_faces=avatar.head.n_faces)
     codec.fit(avatar, MARGIN)

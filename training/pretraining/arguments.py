@@ -16,6 +16,9 @@ class ModelArguments:
     """The model; defaults are the paper's."""
 
     model: str | None = option("checkpoint folder or Hub id to start from; its sizes override those given here", None)
+    level: str = option('"token", or "point": one pass of the decoder a point', "token")
+    mesh_aware_faces: bool = option("describe faces by their place on the subject's mesh (point level)", False)
+    slot_order: str | None = option("order in which x, y, z and f of a point are spelled (point level), as yfzx", None)
     hidden_size: int = option("width of the decoder", 1024)
     intermediate_size: int = option("width of the feed-forward", 4096)
     num_hidden_layers: int = option("blocks of the decoder", 24)
@@ -25,7 +28,7 @@ class ModelArguments:
     partial_rotary_factor: float = option("fraction of a head's channels that RoPE rotates", 0.5)
     rope_theta: float = option("base wavelength of RoPE", 10000.0)
     initializer_range: float = option("standard deviation of new weights; larger for a narrow model", 0.02)
-    sliding_window: int = option("tokens a token attends to, and tokens in a training window", 12000)
+    sliding_window: int = option("tokens a token attends to, and tokens in a training window, four a point", 12000)
     loss_within_slot: bool = option("normalize a token over those of its slot only: cheaper, learns faster", False)
     attn_implementation: str = option("eager, sdpa, flash_attention_2, flex_attention", "sdpa")
     use_vision_encoder: bool = option("condition on a portrait", True)
@@ -58,8 +61,10 @@ class ModelArguments:
                 image_size=tokenizer.image_size,
             )
         frozen = bool(self.vision_model) if self.freeze_vision_encoder is None else self.freeze_vision_encoder
+        window = self.sliding_window // (4 if self.level == "point" else 1)  # positions of the decoder
         return PointillistConfig(
-            **shared_fields(self, PointillistConfig, tokenizer) | {"freeze_vision_encoder": frozen},
+            **shared_fields(self, PointillistConfig, tokenizer)
+            | {"freeze_vision_encoder": frozen, "sliding_window": window},
             n_bins=tokenizer.n_bins,
             n_faces=tokenizer.n_faces,
             vision_config=vision,

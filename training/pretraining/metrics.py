@@ -1,4 +1,4 @@
-"""How well the next token is predicted in each slot, x, y, z and face, in nats a token; and how fast the model learns.
+"""How well the next token is predicted in each slot, x, y, z and face, in nats per token; and how fast the model learns.
 
 The end token takes the place of an x and is counted there.
 """
@@ -55,7 +55,7 @@ def slot_metrics(sums: Tensor) -> dict[str, float]:
 
 
 def baselines(train: AvatarRows, heldout: AvatarRows) -> dict[str, float]:
-    """`unigram_nll` and `uniform_nll` of the held-out split in nats a token, end tokens included.
+    """`unigram_nll` and `uniform_nll` of the held-out split in nats per token, end tokens included.
 
     Uniform knows only the grammar, unigram also how often a token occurs in its slot in training (counts plus one).
     """
@@ -92,8 +92,11 @@ def flops_per_token(config, num_parameters: int, window: float, condition_tokens
     A token of a window attends to half of it on average (Kaplan et al. 2020, PaLM appendix B).
     """
     inner = config.num_attention_heads * config.head_dim
-    weights = num_parameters - config.vocab_size * config.hidden_size  # the embedding is a look-up
-    return 6 * weights + 12 * config.num_hidden_layers * inner * (window / 2 + condition_tokens)
+    per_position = config.tokens_per_position
+    # The embedding is a look-up. At the point level its faces are also the output's keys.
+    weights = num_parameters - config.vocab_size * config.hidden_size * (per_position == 1)
+    attention = 12 * config.num_hidden_layers * inner * (window / per_position / 2 + condition_tokens)
+    return (6 * weights + attention) / per_position
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from training.common.rows import AvatarRows, shuffled_row
+from training.common.rows import CONDITION, AvatarRows, shuffled_row
 
 
 @dataclass(eq=False)
@@ -27,6 +28,7 @@ class TrainWindows(Dataset):
     num_items: int
     seed: int  # decides order, cut, image and dropped conditions
     condition_dropout: float  # share of windows without condition, for classifier-free guidance
+    grouped: bool = False  # windows of whole points, as the point level reads them
 
     def __post_init__(self) -> None:
         if self.window % 4 or self.window < 4:
@@ -37,11 +39,19 @@ class TrainWindows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, random = shuffled_row(index, len(self.rows), self.seed)
-        ids = self.rows.sequence(row)
+        ids = lead(self.rows.sequence(row), self.rows.tokenizer.pad_token_id if self.grouped else None)
         start = window_start(len(ids), self.window, random)
         ids = ids[start : start + self.window]
         dropped = random.random() < self.condition_dropout
         return {"input_ids": ids, "labels": ids, "drop_condition": dropped, **self.rows.condition(row, random)}
+
+
+def lead(ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
+    """Ids (L,) with three tokens of padding before bos, or as they are without `pad_token_id`.
+
+    Every fourth token then ends a group, bos or a face, as `modeling_points.group_tokens` has them.
+    """
+    return ids if pad_token_id is None else np.concatenate((np.full(3, pad_token_id), ids))
 
 
 def window_start(length: int, window: int, random: np.random.Generator) -> int:
@@ -60,10 +70,10 @@ class EvaluationWindows(Dataset):
     A window after the first starts half a window earlier, as context, and counts only its newer half (labels are -100 elsewhere).
     """
 
-    def __init__(self, rows: AvatarRows, window: int, max_avatars: int | None = None):
-        self.rows, self.window = rows, window
+    def __init__(self, rows: AvatarRows, window: int, max_avatars: int | None = None, grouped: bool = False):
+        self.rows, self.window, self.grouped = rows, window, grouped
         self.items: list[tuple[int, int, int]] = []  # row, start, known tokens
-        for row, length in enumerate(rows.lengths[:max_avatars]):
+        for row, length in enumerate(rows.lengths[:max_avatars] + 3 * grouped):
             self.items.append((row, 0, 0))
             counted = window
             while counted < length:
@@ -76,22 +86,31 @@ class EvaluationWindows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, start, known = self.items[index]
-        ids = self.rows.sequence(row)[start : start + self.window]
+        ids = lead(self.rows.sequence(row), self.rows.tokenizer.pad_token_id if self.grouped else None)
+        ids = ids[start : start + self.window]
         labels = ids.copy()
         labels[:known] = -100
         return {"input_ids": ids, "labels": labels, "drop_condition": False, **self.rows.condition(row, None)}
 
 
-def collate_windows(items: list[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Stack windows (B, L). They are padded on the right, where no real token attends to padding, so there is no mask."""
+def collate_windows(
+    items: list[Mapping[str, Any]], pad_token_id: int, grouped: bool = False
+) -> dict[str, torch.Tensor]:
+    """Stack windows (B, L). They are padded on the right, where no real token attends to padding, so there is no mask.
+
+    `grouped` windows (see `TrainWindows`) are padded to whole groups.
+    """
     input_ids, labels = (
         pad_sequence([torch.from_numpy(item[name]) for item in items], batch_first=True, padding_value=padding)
         for name, padding in (("input_ids", pad_token_id), ("labels", -100))
     )
-    labels[:, 0] = -100  # nothing predicts the first token
+    if grouped:
+        room = (0, -input_ids.shape[1] % 4)
+        input_ids, labels = F.pad(input_ids, room, value=pad_token_id), F.pad(labels, room, value=-100)
+    labels[:, : 4 if grouped else 1] = -100  # nothing predicts the first token or group
     dropped = torch.tensor([item["drop_condition"] for item in items])
     batch = {"input_ids": input_ids, "labels": labels, "drop_condition": dropped}
-    for name in ("pixel_values", "head_vertices", "head_normals"):
+    for name in CONDITION:
         if name in items[0]:
             batch[name] = torch.from_numpy(np.stack([item[name] for item in items]))
     return batch

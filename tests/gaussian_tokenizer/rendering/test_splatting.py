@@ -124,7 +124,7 @@ def test_the_rasterizer_that_draws_is_logged_once(caplog, monkeypatch):
         for _ in range(2):
             render(some_gaussians(), some_cameras())
     (record,) = caplog.records
-    assert len(drawn) == 2 and "PyTorch" in record.message and "gsplat" not in record.message
+    assert len(drawn) == 2 and "the toolkit" in record.message and "gsplat" not in record.message
 
 
 def test_out_of_memory_says_what_to_make_smaller(monkeypatch):

@@ -6,13 +6,14 @@ import torch
 
 from modeling import PointillistForCausalLM
 from modeling.point_features import num_points
+from training.common.rows import HEAD_COLUMNS
 from training.decoder.generated_sequences import generated_sequences
 from training.decoder.subjects import SubjectRows, TrainSubjects
 
 
 @pytest.fixture(scope="module")
 def subjects(corpus) -> SubjectRows:
-    return SubjectRows(corpus, "train", use_heads=True, max_subjects=3)
+    return SubjectRows(corpus, "train", HEAD_COLUMNS, max_subjects=3)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.synthetic.source import PIXELS_BETWEEN_POINTS
 from gaussian_tokenizer.synthetic.subject import portrait_avatar, synthesize_subject
+from training.common.rows import HEAD_COLUMNS
 from training.decoder.subjects import (
     BACKGROUNDS,
     EvaluationSubjects,
@@ -26,7 +27,7 @@ from training.decoder.subjects import (
 
 @pytest.fixture(scope="module")
 def subjects(corpus) -> SubjectRows:
-    return SubjectRows(corpus, "train", use_heads=True)
+    return SubjectRows(corpus, "train", HEAD_COLUMNS)
 
 
 def test_an_item_depends_on_seed_and_number_alone(subjects):

@@ -18,6 +18,7 @@ from gaussian_tokenizer.rendering.splatting import render
 from modeling import GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM, to_gaussians
 from modeling.conversion import vertex_points
 from modeling.point_features import FeatureCache, point_features
+from training.common.rows import HEAD_COLUMNS
 from training.decoder.arguments import DecoderTrainingArguments, LossArguments
 from training.decoder.subjects import (
     EvaluationSubjects,
@@ -62,7 +63,7 @@ def make_trainer(corpus, point_model, head, tmp_path):
             per_device_eval_batch_size=2, eval_strategy="no", save_strategy="no", use_cpu=True, disable_tqdm=True, num_threads=1,
             warmup_steps=0, logging_steps=1,
         )  # fmt: skip
-        train, heldout = (SubjectRows(corpus, split, use_heads=True) for split in ("train", "validation"))
+        train, heldout = (SubjectRows(corpus, split, HEAD_COLUMNS) for split in ("train", "validation"))
         return DecoderTrainer(
             model=GaussianDecoder(GaussianDecoderConfig(**(settings | config))),
             args=arguments,

@@ -20,6 +20,7 @@ from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline
+from training.common.rows import HEAD_COLUMNS
 from training.decoder.subjects import SubjectRows, mean_image_metrics
 from training.demo.report import chamfer, image_metrics, judge, true_frames
 
@@ -159,7 +160,7 @@ def test_every_python_example_of_the_documentation_runs_by_itself_after_the_demo
 
 @pytest.fixture(scope="module")
 def subjects(corpus) -> SubjectRows:
-    return SubjectRows(corpus, "validation", use_heads=True)
+    return SubjectRows(corpus, "validation", HEAD_COLUMNS)
 
 
 def test_image_metrics_are_those_of_the_drawn_frames(subjects, tiny_corpus):

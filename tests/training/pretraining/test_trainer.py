@@ -20,7 +20,7 @@ from training.common import exact_trainer
 from training.common.arguments import parse_arguments
 from training.common.exact_trainer import COMPLETE, checkpoint_to_resume, steps_ahead
 from training.common.process import Interrupted
-from training.common.rows import AvatarRows
+from training.common.rows import HEAD_COLUMNS, AvatarRows
 from training.common.training_arguments import PretrainArguments
 from training.pretraining import trainer as trainer_module
 from training.pretraining.metrics import slot_metrics
@@ -48,9 +48,7 @@ def make_trainer(corpus, tmp_path):
             num_hidden_layers=1, num_attention_heads=2, head_dim=16, sliding_window=window, use_vision_encoder=False,
             point_latents=4, point_hidden_size=16, point_layers=1, point_attention_heads=2, initializer_range=0.1,
         )  # fmt: skip
-        train, heldout = (
-            AvatarRows(corpus, split, use_images=False, use_heads=True) for split in ("train", "validation")
-        )
+        train, heldout = (AvatarRows(corpus, split, HEAD_COLUMNS) for split in ("train", "validation"))
         settings = {
             "output_dir": str(tmp_path / "run"), "max_steps": max_steps, "save_steps": 1, "eval_strategy": "no",
             "per_device_train_batch_size": 2, "per_device_eval_batch_size": 3, "logging_steps": 1, "use_cpu": True,

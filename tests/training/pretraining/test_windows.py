@@ -10,7 +10,7 @@ from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic.subject import synthesize_subject
-from training.common.rows import AvatarRows
+from training.common.rows import CONDITION, HEAD_COLUMNS, AvatarRows
 from training.pretraining.windows import EvaluationWindows, TrainWindows, collate_windows, window_start
 
 
@@ -179,5 +179,5 @@ def test_avatars_without_images_are_refused_where_the_model_reads_a_portrait(tmp
     build(tmp_path / "avatars", head, tmp_path / "corpus", settings, progress=False)
     corpus = load_corpus(tmp_path / "corpus")
     with pytest.raises(ValueError, match=r"2 avatars of 'train' have no images.*--use_vision_encoder false"):
-        AvatarRows(corpus, "train", use_images=True, use_heads=True)
-    assert len(AvatarRows(corpus, "train", use_images=False, use_heads=True)) == 2
+        AvatarRows(corpus, "train", CONDITION[:3])
+    assert len(AvatarRows(corpus, "train", HEAD_COLUMNS)) == 2
