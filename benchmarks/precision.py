@@ -27,9 +27,9 @@ CONDITION_TOKENS = 65
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--window", type=int, default=1024, help="tokens in a window")
-    parser.add_argument("--windows", type=int, default=8, help="in a step")
-    parser.add_argument("--head_dim", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--windows", type=int, default=4, help="in a step")
+    parser.add_argument("--head_dim", type=int, default=32, help="channels of a head")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -85,7 +85,7 @@ class Case:
 
     def __init__(self, model: PointillistForCausalLM, bf16: bool, options: dict):
         self.model, self.bf16, self.options = copy.deepcopy(model), bf16, options
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
         self.best, self.loss = (math.inf,) * 3, math.nan
 
     def step(self, ids: torch.Tensor, condition: torch.Tensor, timed: bool) -> None:
