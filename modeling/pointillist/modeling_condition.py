@@ -116,8 +116,7 @@ class ConditionEncoder(nn.Module):
             if head_normals is None:
                 raise ValueError("head_vertices need head_normals of the same shape; the tokenizer makes both")
             tokens.append(self.point_proj(self.points(head_vertices, head_normals)))
-        # Under autocast the tokens are bfloat16 and the norm is not, for which torch has no fused kernel, and warns.
-        return self.norm(torch.cat(tokens, dim=1).to(self.norm.weight.dtype)) if tokens else None
+        return self.norm(torch.cat(tokens, dim=1)) if tokens else None
 
     def or_empty(self, condition: Tensor | None, batch: int, drop: Tensor | None) -> Tensor:
         """The condition (B, M, D), or the learned empty token where there is none or `drop` (B,) is True."""

@@ -45,7 +45,7 @@ class Launcher:
     """Starts a training script with `arguments` after its configuration.
 
     `processes`: "one" by `accelerate launch`, "python" for one without a launcher, or two by torchrun ("ddp") or under
-    DeepSpeed ("zero2", "zero3").
+    DeepSpeed ("zero2", "zero3", with further flags of the launcher behind).
     """
 
     def __init__(self, cache: Path, *words: str | Path):
@@ -64,8 +64,10 @@ class Launcher:
             prefix = [binaries / "accelerate", "launch", "--num_processes", "1", "--num_machines", "1"]
             prefix += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         else:
-            configuration = ROOT / "training" / "configs" / "accelerate" / f"cpu_{processes}.yaml"
-            prefix = [binaries / "accelerate", "launch", "--config_file", configuration, "--main_process_port", "0"]
+            name, *flags = processes.split()
+            configuration = ROOT / "training" / "configs" / "accelerate" / f"cpu_{name}.yaml"
+            prefix = [binaries / "accelerate", "launch", "--config_file", configuration]
+            prefix += ["--main_process_port", "0", *flags]
         command = [*prefix, *self.words, "--output_dir", output]
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",

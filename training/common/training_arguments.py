@@ -1,6 +1,7 @@
 """Arguments that the trainings of both networks share: transformers' own, with other defaults and a few checks."""
 
 import os
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +59,10 @@ class PretrainArguments(TrainingArguments):
             torch.set_num_threads(self.num_threads or max(1, (os.cpu_count() or 1) // processes))
         self.choose_precision()
         super().__post_init__()
+        if (
+            self.bf16_auto
+        ):  # only now, as transformers' check admits no bf16 on CPUs under DeepSpeed, but Trainer compares
+            self.bf16 = self.mixed_precision == "bf16"
 
     def choose_precision(self) -> None:
         """Replace `--bf16 auto` by true or false, and note why.
@@ -75,13 +80,15 @@ class PretrainArguments(TrainingArguments):
         if self.bf16 is True and deepspeed and not torch.cuda.is_available():
             raise ValueError(
                 "--bf16 true: DeepSpeed on CPUs takes the precision of its launcher; give accelerate launch "
-                "--mixed_precision bf16, or set it in its config file, and leave --bf16 out"
+                "--mixed_precision bf16, or set it in its config file, and --bf16 auto"
             )
         if (self.bf16_auto and deepspeed) or (launched != "no" and self.bf16 is not True):
             self.bf16, self.precision_reason = False, "the configuration of the launcher"
         else:
             asked, device = None if self.bf16_auto else bool(self.bf16), "cpu" if self.use_cpu else "cuda"
             self.bf16, self.precision_reason = choose_bf16(asked, device, f"--bf16 {str(self.bf16).lower()}")
+        # Of norms with float32 weights under autocast: torch has no fused kernel for them.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
 
     @property
     def items_per_step(self) -> int:

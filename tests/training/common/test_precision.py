@@ -58,7 +58,16 @@ def test_auto_follows_a_launcher_that_sets_the_precision(cpu, tmp_path, monkeypa
     cpu(False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for asked in ("auto", False):
-        assert chosen(tmp_path, bf16=asked) == (False, "bf16", "the configuration of the launcher")
+        assert chosen(tmp_path, bf16=asked) == (asked == "auto", "bf16", "the configuration of the launcher")
+
+
+@pytest.mark.distributed
+def test_deepspeed_on_cpus_trains_in_the_precision_of_its_launcher(launcher, tmp_path):
+    pytest.importorskip("deepspeed")
+    launched = "zero2 --mixed_precision bf16"
+    launcher.run(tmp_path / "run", "--max_steps", "2", "--bf16", "auto", processes=launched)
+    report = json.loads((tmp_path / "run" / "training_report.json").read_text())
+    assert (report["precision"], report["precision_reason"]) == ("bfloat16", "the configuration of the launcher")
 
 
 def test_deepspeed_keeps_its_precision(cpu, tmp_path, monkeypatch):
@@ -67,7 +76,7 @@ def test_deepspeed_keeps_its_precision(cpu, tmp_path, monkeypatch):
         PretrainArguments(output_dir=str(tmp_path), bf16="auto", deepspeed="ds.json")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="accelerate launch --mixed_precision bf16"):
+    with pytest.raises(ValueError, match=r"accelerate launch --mixed_precision bf16, or .* --bf16 auto"):
         PretrainArguments(output_dir=str(tmp_path), bf16=True)
     arguments = PretrainArguments.__new__(PretrainArguments)
     arguments.bf16, arguments.deepspeed = "auto", None
