@@ -25,8 +25,8 @@ MOST_EXPECTED = 7  # mean number of points on an occupied face where a few faces
 NOISE, LESS_NOISE, NOISE_LIMIT = 0.0015, 0.0003, 2.5  # standard deviations in meters, and the largest in these
 # Teeth must not show through the lips, nor eyes through their lids: these are less noisy, and lips move outwards only.
 PRECISE, OUTWARDS = (*INSIDE, "eyes", "iris", "eyelids"), "lips"
-# Random faces leave larger gaps: points beside them are up to WIDEST times as wide as evenly spread ones, in hair too.
-WITHOUT_GAPS, WIDEST = (*CLOSED, "scalp", "ears"), 1.2
+# Random places leave larger gaps than even ones: there points are WIDER times as wide.
+WIDER = 1.25
 
 
 def captured_points(
@@ -61,7 +61,7 @@ def captured_points(
     counts[occupied] = sizes[occupied]
 
     faces = np.repeat(np.arange(len(counts)), counts)
-    spacing = spacings(layout, counts, WITHOUT_GAPS, WIDEST)[faces]
+    spacing = (spacings(layout, counts) * np.where(np.isin(zones, CLOSED), WIDER, 1))[faces]
     noise = np.clip(rng.standard_normal(len(faces)), -NOISE_LIMIT, NOISE_LIMIT)
     noise = np.where(zones[faces] == OUTWARDS, np.abs(noise), noise)
     heights = np.where(np.isin(zones[faces], PRECISE), LESS_NOISE, NOISE) * noise

@@ -6,7 +6,6 @@ the paper's fit); the occupied faces of a zone are the first of a farthest-point
 """
 
 import functools
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -152,13 +151,11 @@ def regular_points(layout: FaceLayout, counts: np.ndarray) -> SurfacePoints:
     return SurfacePoints(faces, barycentrics, spacings(layout, counts)[faces], np.zeros(len(faces)), depth, along)
 
 
-def spacings(
-    layout: FaceLayout, counts: np.ndarray, closed: Collection[str] = CLOSED, widest: float = 1.0
-) -> np.ndarray:
+def spacings(layout: FaceLayout, counts: np.ndarray) -> np.ndarray:
     """(F,) meters that each point of a face with `counts` (F,) points has to fill, 0 on a face without points.
 
-    The distance between points spread evenly over their zone, or at least over their face; in `closed` zones also that to the
-    faces without points which they are nearest to, at rest and with the jaw open, up to `widest` times the even distance.
+    The distance between points spread evenly over their zone, or at least over their face; on skin also that to the faces
+    without points which they are nearest to, at rest and with the jaw open.
     """
     result = np.zeros(len(layout.zone))
     for zone, faces in layout.order.items():
@@ -169,11 +166,11 @@ def spacings(
         spacing = np.maximum(even, np.sqrt(layout.areas[occupied] / counts[occupied]))
         if zone in INSIDE:
             spacing = np.minimum(spacing, WIDEST_INSIDE)
-        if zone in closed and len(bare):
+        if zone in CLOSED and len(bare):
             for centers in layout.centers:
                 distance = np.linalg.norm(centers[bare, None] - centers[occupied], axis=-1)
                 np.maximum.at(spacing, distance.argmin(1), distance.min(1))
-            spacing = np.minimum(spacing, max(even + CLOSING * (zone in CLOSED), widest * even))
+            spacing = np.minimum(spacing, even + CLOSING)
         result[occupied] = spacing
     return result
 
