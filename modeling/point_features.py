@@ -100,7 +100,7 @@ def _pieces(
         following = groups[:, begin + 1 : begin + 1 - (-chunk // 4)]
         read = groups[:, begin : begin + following.shape[1]]
         hidden = model.model(inputs_embeds=embed(read, faces), **options).last_hidden_state
-        yield heads.states(hidden, heads.classes(following), faces).flatten(1, 2)
+        yield heads.states(hidden, heads.targets(following, read), faces).flatten(1, 2)
 
 
 class FeatureCache:

@@ -22,7 +22,8 @@ CHROMIUM_FLAGS = (
 def tiny_corpus(tmp_path_factory) -> Path:
     """Folder of a corpus: 12 subjects, 4 of them held out, about 60 points each on 600 faces, four images of 56 pixels."""
     folder = tmp_path_factory.mktemp("tiny")
-    synthesize(folder / "avatars", num_subjects=12, image_size=56, num_points=60, views=2, timesteps=2)
+    settings = {"image_size": 56, "num_points": 60, "views": 2, "timesteps": 2, "placement": "regular"}
+    synthesize(folder / "avatars", num_subjects=12, **settings)
     settings = BuildSettings(n_bins=64, image_size=56, num_validation=4)
     build(folder / "avatars", build_procedural_head(600), folder / "corpus", settings, progress=False)
     return folder / "corpus"

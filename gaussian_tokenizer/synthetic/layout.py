@@ -1,11 +1,13 @@
-"""Which faces of a head carry points, and how many; the same for all subjects of one style of hair and beard.
+"""Zones of the faces of a head, and the regular placement: the same faces for all subjects of one style of hair and beard.
 
 Every face belongs to one zone, found from the regions of the head model. A face carries no point, or 4 to 15 (the bounds of
 the paper's fit); the occupied faces of a zone are the first of a farthest-point order, evenly spread for any number of them.
+`captured` places points as a fit does.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,6 +61,21 @@ class FaceLayout:
     def zone_area(self, zone: str) -> float:
         return float(self.areas[self.order[zone]].sum())
 
+    def reference(self) -> float:
+        """Sum of density times area of the average subject: what `num_points` is spread over."""
+        return sum(REFERENCE.get(zone, ZONES[zone][0]) * self.zone_area(zone) for zone in self.zones)
+
+
+class SurfacePoints(NamedTuple):
+    """Where N points are; arrays of length N."""
+
+    faces: np.ndarray
+    barycentrics: np.ndarray  # (N, 3)
+    spacing: np.ndarray  # meters that a point has to fill
+    heights: np.ndarray  # meters off the surface, along its normal
+    depth: np.ndarray  # in the volume of hair or beard, 0..1
+    along: np.ndarray  # position along the strand, 0..1
+
 
 @functools.lru_cache(maxsize=4)
 def face_layout(head: HeadModel) -> FaceLayout:
@@ -99,7 +116,7 @@ def sparse_counts(
 ) -> np.ndarray:
     """Points on every face (F,), each 0 or 4..15; about `num_points` in total, more with much hair, fewer without."""
     chosen = ZONES | {"scalp": HAIR[hair], "beard": BEARD[beard]}
-    reference = sum(REFERENCE.get(zone, ZONES[zone][0]) * layout.zone_area(zone) for zone in layout.zones)
+    reference = layout.reference()
     counts = np.zeros(len(layout.zone), np.int64)
     for zone, (density, per_face) in chosen.items():
         faces = layout.order[zone]
@@ -123,6 +140,15 @@ def dense_counts(layout: FaceLayout, spacing: float, hair: str) -> np.ndarray:
     more[layout.zones.index("scalp")] = DENSER_HAIR[hair]
     counts = np.maximum(1, np.round(layout.areas * more[layout.zone] / spacing**2)).astype(np.int64)
     return np.where(layout.zone >= 0, counts, 0)
+
+
+def regular_points(layout: FaceLayout, counts: np.ndarray) -> SurfacePoints:
+    """`counts` (F,) points on the faces, at the same places for all subjects."""
+    faces, index, barycentrics = points_of_faces(counts)
+    # Even over the points of a face and over the faces.
+    depth = (0.5 + index * 0.6180339887498949 + faces * 0.7548776662466927) % 1
+    along = (0.5 + index * 0.8191725133961645 + faces * 0.5698402909980532) % 1
+    return SurfacePoints(faces, barycentrics, spacings(layout, counts)[faces], np.zeros(len(faces)), depth, along)
 
 
 def spacings(layout: FaceLayout, counts: np.ndarray) -> np.ndarray:

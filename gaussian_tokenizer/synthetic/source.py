@@ -18,7 +18,13 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.rendering.splatting import render, to_rgba
 from gaussian_tokenizer.synthetic.layout import MAX_POINTS_PER_FACE, MIN_POINTS_PER_FACE
-from gaussian_tokenizer.synthetic.subject import SyntheticSubject, draw_timesteps, portrait_avatar, synthesize_subject
+from gaussian_tokenizer.synthetic.subject import (
+    PLACEMENTS,
+    SyntheticSubject,
+    draw_timesteps,
+    portrait_avatar,
+    synthesize_subject,
+)
 from gaussian_tokenizer.utils.options import option
 
 LICENSE, CONSENT = "CC0-1.0", "synthetic, no person"
@@ -38,8 +44,11 @@ class SyntheticSettings:
     timesteps: int = option(1, "1 is at rest, further ones have random expressions and turns")
     identity_scale: float = option(1.0, "how much heads differ: 1 natural, 2 caricatures")
     min_points_per_face: int = option(MIN_POINTS_PER_FACE, "a smaller number spreads the points over more faces")
+    placement: str = option("captured", "points at places of each subject's own, or of all", choices=PLACEMENTS)
 
     def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement is {self.placement!r}, expected one of {PLACEMENTS}")
         for name, low, high in (
             ("seed", 0, 2**63 - 1),
             ("image_size", 16, 2048),
@@ -95,7 +104,8 @@ class RenderedSubject(Subject):
 def render_subject(name: str, settings: SyntheticSettings, head: HeadModel) -> RenderedSubject:
     """The subject of a name `synthetic-<seed>-<index>` with its images."""
     seed = (settings.seed, int(name.rsplit("-", 1)[1]))
-    subject = synthesize_subject(head, seed, settings.num_points, settings.identity_scale, settings.min_points_per_face)
+    same = ("num_points", "identity_scale", "min_points_per_face", "placement")
+    subject = synthesize_subject(head, seed, **{name: getattr(settings, name) for name in same})
     metadata = {
         "avatar_id": name,
         "license": LICENSE,

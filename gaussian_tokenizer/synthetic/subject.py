@@ -1,8 +1,8 @@
 """Synthetic subjects: complete avatars that are a function of a head model and a seed.
 
-A seed gives an identity (normally distributed coefficients of the shape basis) and an appearance. Gaussians are placed on
-the canonical head where `layout` says; hair and beard are lifted off the skin into a smooth volume, long hair falls. There
-is no noise per point: shape, hair and beard determine where every point is.
+A seed gives an identity (normally distributed coefficients of the shape basis), an appearance and, on the canonical head, the
+places of the Gaussians: random ones (`captured`) or those that all subjects share (`layout`). Hair and beard are lifted off
+the skin into a smooth volume, long hair falls.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,19 +19,20 @@ from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.synthetic.appearance import Appearance, colors_of, draw_appearance, smoothstep
+from gaussian_tokenizer.synthetic.captured import captured_points
 from gaussian_tokenizer.synthetic.layout import (
     JAW_OPENING,
     MIN_POINTS_PER_FACE,
     ZONES,
-    FaceLayout,
+    SurfacePoints,
     default_num_points,
     dense_counts,
     face_layout,
-    points_of_faces,
-    spacings,
+    regular_points,
     sparse_counts,
 )
 
+PLACEMENTS = ("captured", "regular")
 SHAPE_LIMIT = 2.5  # standard deviations
 ROUNDING = 0.7  # of Phong tessellation: 0 keeps the flat faces, 1 the full tangent planes
 OPACITY = 0.98
@@ -58,13 +59,17 @@ def synthesize_subject(
     num_points: int | None = None,
     identity_scale: float = 1.0,
     min_points_per_face: int = MIN_POINTS_PER_FACE,
+    placement: str = "captured",
 ) -> SyntheticSubject:
     """The subject of `seed` on `head`, the same for the same arguments.
 
     `num_points` is the number of Gaussians of a subject with average hair and beard (None: `default_num_points`); the
     subject's own is up to a sixth more or less. Regions that the head lacks (no `scalp`: no hair) are left out.
-    `identity_scale` multiplies the identity: 1 gives natural heads, 2 caricatures.
+    `identity_scale` multiplies the identity: 1 gives natural heads, 2 caricatures. `placement`: "captured" puts the points of
+    every subject on faces and at places of its own, with noise, as a fit does; "regular" has them where all subjects have them.
     """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement is {placement!r}, expected one of {PLACEMENTS}")
     num_points = default_num_points(head.n_faces) if num_points is None else num_points
     if num_points < 1:
         raise ValueError(f"{num_points} points asked for; expected at least 1")
@@ -75,14 +80,20 @@ def synthesize_subject(
     params = HeadParameters.zeros(head.n_shape, head.n_expression)
     params.shape.copy_(torch.from_numpy(shape))
     styles = appearance.hair_style, appearance.beard_style
-    counts = sparse_counts(face_layout(head), num_points, *styles, min_points_per_face)
-    return SyntheticSubject(appearance, head, params, _build_avatar(head, params, appearance, counts, WIDTH))
+    layout = face_layout(head)
+    if placement == "regular":
+        points = regular_points(layout, sparse_counts(layout, num_points, *styles, min_points_per_face))
+    else:
+        contrast = _contrast(head, params, appearance)
+        points = captured_points(layout, contrast, num_points, *styles, min_points_per_face, rng)
+    return SyntheticSubject(appearance, head, params, _build_avatar(head, params, appearance, points, WIDTH))
 
 
 def portrait_avatar(subject: SyntheticSubject, spacing: float) -> GaussianAvatar:
     """The subject as portraits show it: a closed surface with a point at least every `spacing` meters."""
-    counts = dense_counts(face_layout(subject.head), spacing, subject.appearance.hair_style)
-    return _build_avatar(subject.head, subject.params, subject.appearance, counts, DENSE_WIDTH)
+    layout = face_layout(subject.head)
+    points = regular_points(layout, dense_counts(layout, spacing, subject.appearance.hair_style))
+    return _build_avatar(subject.head, subject.params, subject.appearance, points, DENSE_WIDTH)
 
 
 def draw_timesteps(subject: SyntheticSubject, num_timesteps: int, seed: int | Sequence[int]) -> HeadParameters:
@@ -104,7 +115,6 @@ def draw_timesteps(subject: SyntheticSubject, num_timesteps: int, seed: int | Se
 class _Points(NamedTuple):
     """N points on the skin of a canonical head; arrays of length N."""
 
-    faces: np.ndarray
     skin: np.ndarray  # (N, 3) meters
     normals: np.ndarray  # (N, 3)
     weights: dict[str, np.ndarray]  # by region, see `appearance.colors_of`
@@ -114,11 +124,11 @@ class _Points(NamedTuple):
 
 
 def _build_avatar(
-    head: HeadModel, params: HeadParameters, appearance: Appearance, counts: np.ndarray, width: float
+    head: HeadModel, params: HeadParameters, appearance: Appearance, where: SurfacePoints, width: float
 ) -> GaussianAvatar:
-    """The avatar with `counts` (F,) points on the faces, Gaussians `width` times as wide as the points are apart."""
-    layout, vertices = face_layout(head), head.canonical_vertices(params)
-    points = _points_on_skin(head, vertices, appearance, layout, counts)
+    """The avatar with its points `where` the placement says, Gaussians `width` times as wide as the points are apart."""
+    vertices = head.canonical_vertices(params)
+    points = _points_on_skin(head, vertices, appearance, where)
     offsets = np.zeros_like(points.skin)
     for name, thickness, lift in (
         ("scalp", appearance.hair_thickness, _hair_offsets),
@@ -130,9 +140,10 @@ def _build_avatar(
     length = np.linalg.norm(offsets, axis=1)
     lifted, hanging = smoothstep(length / 0.006), smoothstep((length - 0.03) / 0.05)
     relative = np.stack((1 + 0.5 * lifted + 0.8 * hanging, FLAT + (0.8 - FLAT) * lifted, 1 + 0.2 * lifted), 1)
-    widths = width * spacings(layout, counts)[points.faces]
+    offsets += ((1 + lifted) * where.heights)[:, None] * points.normals  # hair and beard are noisier than skin
+    widths = width * where.spacing
     colors = colors_of(appearance, points.weights, points.normals, points.waves, points.depth)
-    faces, frames = torch.from_numpy(points.faces), face_frames(vertices, head.faces)
+    faces, frames = torch.from_numpy(where.faces), face_frames(vertices, head.faces)
     placed = Placed(
         torch.from_numpy(points.skin + offsets).float(),
         torch.from_numpy(widths[:, None] * relative).float(),
@@ -150,11 +161,19 @@ def _build_avatar(
     ).with_head(head)
 
 
-def _points_on_skin(
-    head: HeadModel, canonical: torch.Tensor, appearance: Appearance, layout: FaceLayout, counts: np.ndarray
-) -> _Points:
-    """`counts` (F,) points on the faces of a head with vertices `canonical` (V, 3)."""
-    faces, index, barycentrics = points_of_faces(counts)
+def _contrast(head: HeadModel, params: HeadParameters, appearance: Appearance) -> np.ndarray:
+    """(F,) largest distance between the colors (RGB in 0..1) of two corners of each face."""
+    faces, corners = np.repeat(np.arange(head.n_faces), 3), np.tile(np.eye(3), (head.n_faces, 1))
+    nothing, middle = np.zeros(len(faces)), np.full(len(faces), 0.5)
+    where = SurfacePoints(faces, corners, spacing=nothing, heights=nothing, depth=middle, along=middle)
+    points = _points_on_skin(head, head.canonical_vertices(params), appearance, where)
+    colors = colors_of(appearance, points.weights, points.normals, points.waves, points.depth).reshape(-1, 3, 3)
+    return np.linalg.norm(colors - np.roll(colors, 1, axis=1), axis=2).max(1)
+
+
+def _points_on_skin(head: HeadModel, canonical: torch.Tensor, appearance: Appearance, where: SurfacePoints) -> _Points:
+    """Points on the faces of a head with vertices `canonical` (V, 3)."""
+    layout, faces, barycentrics = face_layout(head), where.faces, where.barycentrics
     corners = head.faces.numpy()[faces]  # (N, 3)
     vertices, vertex_normals = canonical.double().numpy(), head.normals(canonical).double().numpy()
 
@@ -165,14 +184,12 @@ def _points_on_skin(
     rounding = ROUNDING * (layout.zone[faces] != layout.zones.index("mouth_interior"))
     skin = _rounded_surface(vertices, vertex_normals, corners, barycentrics, rounding)
     return _Points(
-        faces=faces,
         skin=skin,
         normals=_normalized(at_points(vertex_normals)),
         weights=_region_weights(head, at_points, len(faces)),
         waves=np.sin(skin @ appearance.wave_vectors.T + appearance.wave_phases).mean(1),
-        # Even over the points of a face and over the faces, and the same for all subjects.
-        depth=(0.5 + index * 0.6180339887498949 + faces * 0.7548776662466927) % 1,
-        along=(0.5 + index * 0.8191725133961645 + faces * 0.5698402909980532) % 1,
+        depth=where.depth,
+        along=where.along,
     )
 
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from .generation_loop import PointillistGenerateOutput, PointLoop, every_rank_finished
 from .generation_sampling import Sampler
 from .modeling_compatibility import CACHE_NAME, forward_pass
-from .modeling_points import FACE, Faces
+from .modeling_points import FACE, Faces, Y
 
 
 @dataclass
@@ -44,9 +44,9 @@ class PointLevelLoop(PointLoop):
         begun = (prompt - start) % 4  # tokens of a point that the prompt leaves to be completed
         self.check_prompts(begun)
         least_begun, most_begun = begun.aminmax()
-        first, last = prompt - int(most_begun), prompt - int(least_begun)
-        steps = -(-(limit - first) // 4)
-        ids = torch.full((batch, last + 4 * steps), config.pad_token_id, device=device)
+        shortest, longest = prompt - int(most_begun), prompt - int(least_begun)
+        steps = -(-(limit - shortest) // 4)
+        ids = torch.full((batch, longest + 4 * steps), config.pad_token_id, device=device)
         ids[:, :prompt] = input_ids
         self.points = (prompt - start) // 4  # whole points so far
         groups = whole_groups(input_ids, start, self.points, config.pad_token_id)
@@ -68,9 +68,14 @@ class PointLevelLoop(PointLoop):
                 position = self.prompt + step
                 if not finished:
                     known = columns < prompt
-                    previous = self.classes(groups[:, position - 1], self.points > 0)
+                    last = groups[:, position - 1]  # of a finished row: padding
+                    previous = self.classes(last, last[:, FACE] < config.first_special)
                     point, states, ended = self.spell(
-                        hidden, previous, self.classes(ids.gather(1, columns), known), known, ids[:, : first + 4 * step]
+                        hidden,
+                        previous,
+                        self.classes(ids.gather(1, columns), known),
+                        known,
+                        ids[:, : shortest + 4 * step],
                     )
                     point = torch.where(unfinished[:, None], point, config.pad_token_id)
                     groups[:, position] = point
@@ -82,12 +87,14 @@ class PointLevelLoop(PointLoop):
                     self.points = self.points + unfinished
                     if self.grammar is not None:
                         self.grammar.add(point[:, FACE] - config.n_bins, unfinished)
-                    unfinished = unfinished & ~stopping_criteria(ids[:, : first + 4 * (step + 1)], None)
+                    unfinished = unfinished & ~stopping_criteria(ids[:, : shortest + 4 * (step + 1)], None)
                 if device.type == "cpu" or self.streamer is not None or step % 4 == 0:
-                    bar.update(ids[:, : first + 4 * (step + 1)], unfinished)
+                    bar.update(ids[:, : shortest + 4 * (step + 1)], unfinished)
                     finished = finished or not bool(unfinished.any())
                 if self.streamer is not None:
-                    reached = min(limit, int(ends.max()) if finished or step + 1 == steps else first + 4 * (step + 1))
+                    reached = min(
+                        limit, int(ends.max()) if finished or step + 1 == steps else shortest + 4 * (step + 1)
+                    )
                     for column in range(shown, reached):
                         self.streamer.put(ids[:, column].cpu())
                     shown = max(shown, reached)
@@ -101,9 +108,9 @@ class PointLevelLoop(PointLoop):
         if not generation_config.return_dict_in_generate:
             return ids
         num_points = (ids[:, prompt:] < config.bos_token_id).sum(1) // 4
-        longest = int(num_points.max())
-        real = torch.arange(longest, device=device) < num_points[:, None]
-        own = features[:, :longest] * real[:, :, None, None] if self.output_point_features else None
+        most = int(num_points.max())
+        real = torch.arange(most, device=device) < num_points[:, None]
+        own = features[:, :most] * real[:, :, None, None] if self.output_point_features else None
         fields = dict(sequences=ids, point_features=own, num_points=num_points, **{CACHE_NAME: self.cache})
         return PointillistGenerateOutput(**fields)
 
@@ -150,7 +157,8 @@ class PointLevelLoop(PointLoop):
             head, is_first = heads.heads[slot], place == 0
             state = head.state(context)
             states[slot] = state[:batch, 0]
-            scores = head.scores(state, self.slot_faces, self.doubled(point[:, FACE:]))[:, 0].float()
+            origin = head.origin(self.slot_faces, self.doubled(point[:, FACE:]), self.doubled(previous[:, Y : Y + 1]))
+            scores = head.scores(state, self.slot_faces.embeds, origin)[:, 0].float()
             if self.guidance_scale is not None:
                 guided, empty = scores.chunk(2)
                 scores = empty + self.guidance_scale * (guided - empty)
@@ -168,9 +176,7 @@ class PointLevelLoop(PointLoop):
             point = point.index_copy(1, self.slot_index[slot], value[:, None])
             known = known.index_fill(1, self.slot_index[slot], True)
             if not head.is_last:
-                context = context + head.read(
-                    self.doubled(value[:, None]), self.slot_faces, self.doubled(point[:, FACE:])
-                )
+                context = context + head.read(self.doubled(value[:, None]), self.slot_faces.embeds, origin)
         point = point + torch.tensor([0, 0, 0, config.n_bins], device=point.device)
         end = torch.tensor([config.eos_token_id, *[config.pad_token_id] * 3], device=point.device)
         return torch.where(ended[:, None], end, point), torch.stack([states[slot] for slot in range(4)], 1), ended

@@ -423,8 +423,8 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         faces = embed.faces(face_centers, face_normals)
         outputs = self.model(*inputs, faces=faces, **kwargs)
         groups = group_tokens(ids, pad)
-        classes = heads.classes(F.pad(groups[:, 1:], (0, 0, 0, 1), value=pad))
-        states = heads.states(outputs.last_hidden_state, classes, faces)
+        targets = heads.targets(F.pad(groups[:, 1:], (0, 0, 0, 1), value=pad), groups)
+        states = heads.states(outputs.last_hidden_state, targets, faces)
 
         def of_tokens(x: Tensor) -> Tensor:
             """(B, G, 4, C) of what predicts each group -> (B, L, C) of what predicts each token; zero before the second group."""
@@ -433,10 +433,10 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
 
         outputs["last_hidden_state"] = of_tokens(states)
         if labels is None:
-            return PointillistOutput(logits=of_tokens(heads.logits(states, classes, faces)), **outputs)
-        targets = group_tokens(labels, -100)[:, 1:]
-        loss = heads.loss(states[:, :-1], targets, classes[:, :-1], faces, num_items_in_batch)
-        return PointillistOutput(loss=loss, **outputs)
+            return PointillistOutput(logits=of_tokens(heads.logits(states, targets, faces)), **outputs)
+        own = F.pad(heads.classes(group_tokens(labels, -100)[:, 1:]), (0, 0, 0, 1), value=-100)
+        count = (own >= 0).sum() if num_items_in_batch is None else num_items_in_batch
+        return PointillistOutput(loss=heads.nll(states, own, targets, faces).sum() / count, **outputs)
 
     def loss_within_slot(
         self, hidden: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
@@ -470,8 +470,9 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         """
         if isinstance(self.lm_head, SlotHeads):
             embed: Any = self.model.embed_tokens
-            faces = embed.faces(face_centers, face_normals)
-            return self.lm_head.point_nll(features, points, faces)
+            known = torch.where(points < 0, self.config.first_special + 2, points)
+            own = self.lm_head.targets(known, F.pad(known[:, :-1], (0, 0, 1, 0), value=self.config.first_special))
+            return self.lm_head.nll(features, own.classes, own, embed.faces(face_centers, face_normals))
         config, nll = self.config, []
         for rows, slots in (
             (slice(0, config.n_bins), slice(0, 3)),

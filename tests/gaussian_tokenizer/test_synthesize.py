@@ -104,6 +104,7 @@ def test_a_folder_of_another_recipe_is_refused_before_anything_is_written(writte
         {"views": 1},
         {"timesteps": 1},
         {"num_points": 300},
+        {"placement": "regular"},
         {"head": "procedural:700"},
     ):
         arguments = {"head": HEAD, "image_size": 32, "views": 3, "timesteps": 2, "seed": 5} | changed
@@ -232,6 +233,8 @@ def test_a_half_made_corpus_of_other_subjects_is_not_continued(head, tiny_corpus
     assert len(list(staging_folder(tmp_path / "corpus").glob("subjects/*"))) == 3  # kept: they took time to make
     with pytest.raises(ValueError, match=r"half-built corpus of other settings: recipe .*'seed': 5.*now .*'seed': 6"):
         build(source(3, seed=6), head, tmp_path / "corpus", SETTINGS, progress=False)
+    with pytest.raises(ValueError, match=r"half-built corpus of other settings: recipe .*'captured'.*now .*'regular'"):
+        build(source(3, placement="regular"), head, tmp_path / "corpus", SETTINGS, progress=False)
     with pytest.raises(ValueError, match="half-built corpus of other settings: recipe"):
         build(tiny_corpus.parent / "avatars", head, tmp_path / "corpus", SETTINGS, progress=False)
     assert len(list(staging_folder(tmp_path / "corpus").glob("subjects/*"))) == 3  # no refused command took them away

@@ -64,7 +64,7 @@ def main() -> None:
 
     def synthesize(**options: object) -> list[str]:
         subject = same("head", "num_points", "identity_scale", "min_points_per_face")
-        options = subject | {"num_proc": processes} | options
+        options = subject | {"num_proc": processes, "placement": "regular"} | options
         return [sys.executable, "-m", "gaussian_tokenizer.synthesize", *flags(**options)]
 
     captured = same("num_subjects", "views", "timesteps", "image_size", "seed")

@@ -36,7 +36,8 @@ def slot_sums(logits: Tensor, labels: Tensor, config: PointillistConfig) -> Tens
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
     counted = (targets != -100).double()
     hits = (logits.argmax(-1) == targets).double() * counted
-    slots = torch.arange(targets.shape[1], device=targets.device) % 4
+    # Windows of the point level begin with a whole group, so their first target is a y.
+    slots = (torch.arange(targets.shape[1], device=targets.device) + (config.level == "point")) % 4
     sums = torch.stack((nll.view_as(targets).double() * counted, hits, counted), dim=1)  # (B, 3, L - 1)
     return sums.new_zeros(len(sums), 3, 4).index_add_(2, slots, sums)
 

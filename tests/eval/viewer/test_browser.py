@@ -67,7 +67,7 @@ WATCH = """
 @pytest.fixture(scope="module")
 def avatar_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("viewer") / "ada"
-    synthesize_subject(load_head(HEAD), 0, num_points=NUM_POINTS).avatar.save(folder)
+    synthesize_subject(load_head(HEAD), 0, num_points=NUM_POINTS, placement="regular").avatar.save(folder)
     return folder
 
 

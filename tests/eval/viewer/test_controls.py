@@ -65,7 +65,7 @@ def test_sliders_are_added_to_the_frame_of_a_motion_which_stays_as_it_was(head):
 
 
 def test_motions_are_the_built_in_ones_the_file_and_what_the_avatar_came_with(head, tmp_path):
-    avatar = synthesize_subject(head, 1, num_points=60).avatar
+    avatar = synthesize_subject(head, 1, num_points=60, placement="regular").avatar
     path = tmp_path / "tracked.npz"
     synthetic_motion("talk", head, 5).save(path)
     assert [*motions(head, None, avatar)] == [*MOTIONS]

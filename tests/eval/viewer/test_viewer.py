@@ -25,7 +25,7 @@ from gaussian_tokenizer.synthetic.subject import synthesize_subject
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("viewer") / "ada"
-    synthesize_subject(build_procedural_head(600), 1, num_points=80).avatar.save(folder)
+    synthesize_subject(build_procedural_head(600), 1, num_points=80, placement="regular").avatar.save(folder)
     return folder
 
 

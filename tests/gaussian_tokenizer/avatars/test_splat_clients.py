@@ -114,7 +114,9 @@ def splat_transform(pytestconfig):
 @pytest.fixture(scope="module")
 def gaussians() -> Gaussians:
     """A head of 1,500 Gaussians, SH degree 0."""
-    return synthesize_subject(build_procedural_head(600), 0, num_points=1500).avatar.canonical_gaussians()
+    return synthesize_subject(
+        build_procedural_head(600), 0, num_points=1500, placement="regular"
+    ).avatar.canonical_gaussians()
 
 
 @pytest.fixture(scope="module", params=[(".sog", "y"), (".spz", "minus_y")], ids=["sog", "spz"])

@@ -159,8 +159,11 @@ def test_scores_of_a_mesh_aware_model_are_those_of_the_formula(inputs):
     centers, normals = inputs["face_centers"].double(), inputs["face_normals"].double()
     faces = embed.faces(centers, normals)
     state, face = torch.randn(2, 1, 64, dtype=torch.float64), torch.tensor([[3], [11]])
-    by_face = heads.heads[3].scores(state, faces, face)
-    by_offset = heads.heads[2].scores(state, faces, face)
+    previous_y = torch.tensor([[0], [9]])
+    by_face, by_offset, by_step = (
+        head.scores(state, faces.embeds, head.origin(faces, face, previous_y))
+        for head in (heads.heads[3], heads.heads[2], heads.heads[1])
+    )
     for row in range(2):
         for index in range(model.config.n_faces):
             center = centers[row, index] / 8 - 1  # 16 bins
@@ -177,6 +180,9 @@ def test_scores_of_a_mesh_aware_model_are_those_of_the_formula(inputs):
         for level in range(16):
             weight = heads.heads[2].weight[level - bin_of_center + 15]
             torch.testing.assert_close(by_offset[row, 0, level], weight @ state[row, 0])
+            weight = heads.heads[1].weight[level - int(previous_y[row, 0]) + 15]
+            torch.testing.assert_close(by_step[row, 0, level], weight @ state[row, 0])
+        torch.testing.assert_close(by_step[row, 0, 16], heads.heads[1].weight[31] @ state[row, 0])  # the end
 
 
 def test_a_row_is_the_same_alone_and_in_a_batch_of_prompts_of_other_lengths(model, inputs, ids):
