@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from modeling import PointillistConfig, PointillistForCausalLM
+from modeling.pipeline import SAMPLING
 from training.common.rows import AvatarRows
 from training.demo.report import chamfer, judge
 from training.pretraining.metrics import slot_metrics, slot_sums
@@ -43,7 +44,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "point, mesh-aware f y z x": dict(level="point", mesh_aware_faces=True, slot_order="fyzx"),
     "point, mesh-aware y z x f": dict(level="point", mesh_aware_faces=True, slot_order="yzxf"),
 }
-SAMPLING = {"temperature": 1.0, "top_p": 1.0}
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=384, help="points of a training window")
     parser.add_argument("--batch", type=int, default=8, help="windows of a step")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--clouds", type=int, default=16, help="held-out subjects for which a cloud is generated")
+    parser.add_argument("--clouds", type=int, default=16, help="generated clouds; the held-out subjects take turns")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of matrix products in training"
     )
@@ -139,9 +139,9 @@ def train_for(model: PointillistForCausalLM, loader: DataLoader, arguments: argp
 
 
 def clouds(model: PointillistForCausalLM, rows: AvatarRows, count: int, seed: int) -> dict[str, Any]:
-    """Figures of one cloud for each of the first `count` subjects."""
-    count = min(count, len(rows))
-    items = [rows.condition(row, None) for row in range(count)]
+    """Figures of `count` clouds, of one candidate each, for the subjects in turn."""
+    subjects = [index % len(rows) for index in range(count)]
+    items = [rows.condition(row, None) for row in subjects]
     condition = {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in items[0]}
     truth = [rows.tokenizer.decode(rows.sequence(row)) for row in range(len(rows))]
     torch.manual_seed(seed)
@@ -152,8 +152,8 @@ def clouds(model: PointillistForCausalLM, rows: AvatarRows, count: int, seed: in
     )
     seconds = time.perf_counter() - begin
     own, others, nearest, heights, numbers, invalid = [], [], 0, [], [], 0
-    for row in range(count):
-        points, wrong = judge(rows.tokenizer, ids[row].numpy())
+    for row, sequence in zip(subjects, ids):
+        points, wrong = judge(rows.tokenizer, sequence.numpy())
         distances = np.array([chamfer(points["positions"], other["positions"]) for other in truth])
         own.append(distances[row])
         others.append(np.delete(distances, row).mean())
@@ -164,6 +164,7 @@ def clouds(model: PointillistForCausalLM, rows: AvatarRows, count: int, seed: in
         invalid += wrong
     return {
         "chamfer own mm": 1e3 * float(np.mean(own)),
+        "median": 1e3 * float(np.median(own)),
         "chamfer others mm": 1e3 * float(np.mean(others)),
         "own nearest": f"{nearest} of {count}",
         "height": float(np.mean(heights)),
