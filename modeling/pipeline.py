@@ -34,7 +34,7 @@ from gaussian_tokenizer.utils.json_files import read_json, write_json
 from .checks import check_head, check_vocabulary, check_width
 from .conversion import to_gaussians
 from .gaussian_decoder.modeling_gaussian_decoder import GaussianDecoder
-from .pointillist.generation_loop import PointillistGenerateOutput
+from .pointillist.generation_pointillist import PointillistGenerateOutput
 from .pointillist.modeling_pointillist import PointillistForCausalLM
 from .ranking import likeliest
 

@@ -6,7 +6,7 @@ Axes: B subjects, C candidates of each, N points, D width.
 import torch
 from torch import Tensor
 
-from .pointillist.generation_loop import PointillistGenerateOutput
+from .pointillist.generation_pointillist import PointillistGenerateOutput
 from .pointillist.modeling_pointillist import PointillistForCausalLM
 
 

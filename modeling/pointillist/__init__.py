@@ -2,7 +2,7 @@
 
 from .configuration_pointillist import PointillistConfig
 from .generation_grammar import PointGrammar
-from .generation_loop import PointillistGenerateOutput
+from .generation_pointillist import PointillistGenerateOutput
 from .generation_ring_cache import RingCache
 from .generation_streamer import PointStreamer
 from .modeling_pointillist import PointillistForCausalLM, PointillistModel, PointillistOutput

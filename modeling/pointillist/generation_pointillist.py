@@ -1,27 +1,56 @@
-"""`generate()` for point clouds: transformers' generation with an inner loop of our own.
+"""`generate()` for point clouds: transformers' generation with an inner loop made for sequences of 100,000 tokens.
+
+Ids and features go into buffers allocated once, the condition is encoded once, and the cache never moves.
 
 Axes: B batch, L tokens, N points, D width.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .configuration_pointillist import PointillistConfig
 from .generation_grammar import PointGrammar
-from .generation_loop import (
-    PointillistGenerateOutput,  # noqa: F401  (named in annotations of its users)
-    PointLoop,
-)
-from .generation_points import PointLevelLoop
+from .generation_progress import GenerationProgress
 from .generation_ring_cache import RingCache, self_attention_mask
+from .generation_sampling import TokenSampler
 from .generation_streamer import PointStreamer  # noqa: F401  (so that it travels with a checkpoint)
-from .modeling_compatibility import CACHE_NAME, rename_cache, synchronizes_ranks, takes_cache
+from .modeling_compatibility import (
+    CACHE_NAME,
+    forward_pass,
+    holds_cache,
+    rename_cache,
+    synchronizes_ranks,
+    takes_cache,
+)
 from .modeling_condition import ConditionEncoder
+
+PROGRESS_FROM = 2_000  # new tokens from which a progress bar is shown unless told otherwise
+STOP_CHECK_EVERY = 16  # tokens between checks whether every row is finished: each waits for the device
+
+
+@dataclass
+@holds_cache
+class PointillistGenerateOutput(GenerateDecoderOnlyOutput):
+    """`generate(..., return_dict_in_generate=True)`: the usual fields (with `cache`, also as `past_key_values`) and
+
+    point_features: (B, N, 4, D) last hidden states that predicted x, y, z and face of each new point, zero beyond a row's
+    end, if `output_point_features=True`.
+    num_points: (B,) new points in each row.
+    """
+
+    point_features: Tensor | None = None
+    num_points: Tensor | None = None
 
 
 class PointillistGenerationMixin(GenerationMixin):
@@ -29,6 +58,7 @@ class PointillistGenerationMixin(GenerationMixin):
 
     config: PointillistConfig
     condition_encoder: ConditionEncoder
+    loop_class: "type[PointLoop]"  # PointLoop, or PointLevelLoop at the point level
 
     def generate(  # type: ignore[override]  # fewer positional arguments: the others are keywords here
         self,
@@ -57,14 +87,11 @@ class PointillistGenerationMixin(GenerationMixin):
 
         Args:
             inputs: (B, L) ids of a beginning, padded on the left; default `bos` for each condition.
-            pixel_values, head_vertices, head_normals, face_centers, face_normals, condition_embeds, condition_mask: see
-                `forward`.
+            pixel_values to condition_embeds: the condition, see `forward`; also condition_mask.
             guidance_scale: classifier-free guidance; logits = empty + scale * (condition - empty). None or 1: off.
-            grammar: False lets every token through, or at `level="point"` every value of a slot (`sorted_points` False: only
-                the order).
+            grammar: False lets every token through, at `level="point"` every value of a slot; `sorted_points` False: any order.
             min_points, max_points, max_points_per_face: limits that the grammar keeps, prompt included.
-            output_point_features: also return the hidden states that predicted each point, from the same pass
-                (implies `return_dict_in_generate`).
+            output_point_features: return the hidden states that predicted each point too (implies `return_dict_in_generate`).
             window_policy: beyond the window, "rolling" (default) drops the oldest token at each step (Meshtron), "reprefill"
                 restarts from the newest half (DeepMesh): there these are different models.
             progress: show a progress bar; default: if more than 2,000 tokens may be generated.
@@ -88,8 +115,7 @@ class PointillistGenerationMixin(GenerationMixin):
         elif (min_points, max_points, max_points_per_face) != (1, None, None):
             raise ValueError("min_points, max_points and max_points_per_face need the grammar: leave grammar=True")
         scale = None if guidance_scale in (None, 1) else float(guidance_scale)
-        loop_class = PointLevelLoop if self.config.level == "point" else PointLoop
-        loop = loop_class(scale, output_point_features, window_policy, progress, limits if grammar else None)
+        loop = self.loop_class(scale, output_point_features, window_policy, progress, limits if grammar else None)
         self._choose_loop(loop, generation_config or self.generation_config, kwargs)
         return super().generate(  # type: ignore[misc]  # declared for models, not for their mixins
             inputs, generation_config, logits_processor, condition_embeds=condition_embeds, **kwargs
@@ -166,3 +192,200 @@ class PointillistGenerationMixin(GenerationMixin):
         if isinstance(own, RingCache) and "flash" in config._attn_implementation:
             return attention_mask  # of two axes, like the one that the forward pass makes of it
         return self_attention_mask(config, inputs_embeds, attention_mask, own, position_ids)
+
+
+@dataclass
+class PointLoop:
+    """The decoding loop behind `generate()`: greedy or sampled, one token a step for every row.
+
+    With guidance every row runs twice, the second time under the empty condition. The options are those of `generate`, and `ring`:
+    whether the cache is ours to choose.
+    """
+
+    tokens_per_position: ClassVar[int] = 1  # of the decoder
+
+    guidance_scale: float | None
+    output_point_features: bool
+    window_policy: str
+    progress: bool | None
+    grammar: PointGrammar | None
+    streamer: Any = None
+    synced_gpus: bool = False
+    ring: bool = True
+
+    def __call__(
+        self,
+        model,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | PointillistGenerateOutput:
+        """Sequences for prompts (B, L); called by `GenerationMixin.generate`."""
+        batch, prompt = input_ids.shape
+        limit, device, config = generation_config.max_length, input_ids.device, model.config
+        self.check_prompts((input_ids < config.bos_token_id).sum(1) % 4)
+        if self.grammar is not None:
+            self.grammar.follow = True
+        ids = torch.full((batch, limit), config.pad_token_id, device=device)
+        ids[:, :prompt] = input_ids
+        kept = (limit - prompt) * self.output_point_features
+        features = model.lm_head.weight.new_zeros(batch, kept, config.hidden_size)
+        unfinished = torch.ones(batch, dtype=torch.bool, device=device)
+        ends = torch.full((batch,), prompt, device=device)
+        sample = TokenSampler(logits_processor, config, input_ids, generation_config.do_sample)
+        logits, hidden = self.read_prompt(model, input_ids, limit, generation_config, model_kwargs)
+        finished = False
+        with closing(self.progress_bar(config, input_ids, limit)) as bar:
+            for column in range(prompt, limit):
+                if not finished:
+                    token = sample(ids[:, :column], logits)
+                    ids[:, column] = torch.where(unfinished, token, config.pad_token_id)
+                    if self.output_point_features:
+                        features[:, column - prompt] = hidden * unfinished[:, None]
+                    ends = torch.where(unfinished, column + 1, ends)
+                    unfinished = unfinished & ~stopping_criteria(ids[:, : column + 1], None)
+                    if self.streamer is not None:
+                        self.streamer.put(ids[:, column].cpu())
+                if device.type == "cpu" or self.streamer is not None or (column - prompt) % STOP_CHECK_EVERY == 0:
+                    bar.update(ids[:, : column + 1], unfinished)
+                    finished = finished or not bool(unfinished.any())
+                if column + 1 == limit or every_rank_finished(finished, self.synced_gpus, device):
+                    break
+                logits, hidden = self.next(ids, column + 1)
+            bar.finish(ids)
+        if self.streamer is not None:
+            self.streamer.end()
+        ids = ids[:, : int(ends.max())]
+        if not generation_config.return_dict_in_generate:
+            return ids
+        num_points = (ids[:, prompt:] < config.bos_token_id).sum(1) // 4
+        own = whole_points(features, num_points) if self.output_point_features else None
+        fields = dict(sequences=ids, point_features=own, num_points=num_points, **{CACHE_NAME: self.cache})
+        return PointillistGenerateOutput(**fields)
+
+    def check_prompts(self, begun: Tensor) -> None:
+        """Raise `ValueError` for prompts that end within a point, of which `begun` (B,) tokens are there, where they must not."""
+        if (self.output_point_features or self.window_policy == "reprefill") and begun.any():
+            raise ValueError("point features and reprefill need prompts of whole points (4 tokens each, after bos)")
+
+    def progress_bar(self, config, prompt: Tensor, limit: int) -> GenerationProgress:
+        shown = limit - prompt.shape[1] > PROGRESS_FROM if self.progress is None else self.progress
+        limits = self.grammar
+        is_sorted = limits is not None and limits.sorted_points
+        return GenerationProgress(config, prompt, limits.max_points if limits else None, is_sorted, shown)
+
+    def prepare(self, model, prompt: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`model_kwargs` with attention_mask and position_ids for the positions of the decoder."""
+        return model_kwargs
+
+    def calls(self, generation_config: GenerationConfig) -> tuple[Callable, Callable]:
+        """The forward pass of a prompt, and that of one position."""
+        return self.model.__call__, forward_pass(self.model, self.cache, generation_config)
+
+    def read_prompt(
+        self, model, prompt: Tensor, limit: int, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Any:
+        """Read the prompt (B, L, ...) without what the cache holds, at once or in pieces of `prefill_chunk_size` tokens.
+
+        `limit`: positions of the decoder in the longest sequence.
+        """
+        self.model, self.prompt = model, prompt.shape[1]
+        self.cache = cache_of_generation(model, generation_config, model_kwargs, self.ring, limit)
+        if self.window_policy == "reprefill" and self.cache is None:
+            raise ValueError('window_policy="reprefill" refills a cache: leave use_cache=True')
+        model_kwargs = self.prepare(model, prompt, model_kwargs)
+        names = ("condition_embeds", "condition_mask", "attention_mask", "position_ids")
+        self.condition = {name: model_kwargs[name] for name in names if model_kwargs.get(name) is not None}
+        if self.guidance_scale is not None:
+            embeds = self.condition["condition_embeds"]
+            empty = model.condition_encoder.or_empty(None, 1, None).expand_as(embeds)
+            self.condition = {name: torch.cat((value, value)) for name, value in self.condition.items()}
+            self.condition["condition_embeds"] = torch.cat((embeds, empty))
+        # Positions count from bos; a row's are its columns less its padding.
+        self.shift = self.condition.pop("position_ids")[:, -1:] - (self.prompt - 1)
+        self.mask = self.condition.pop("attention_mask", None)
+        if self.mask is not None:
+            self.mask = F.pad(self.mask, (0, limit - self.prompt), value=1)
+        self.first_column = 0  # column of the oldest position the cache has seen
+        held = 0 if self.cache is None else self.cache.get_seq_length()
+        if held >= self.prompt:
+            raise ValueError(
+                f"found a cache of {self.tokens_per_position * held} tokens and a prompt of "
+                f"{self.tokens_per_position * self.prompt}, expected a longer prompt"
+            )
+        piece = self.prompt
+        if self.cache is not None and generation_config.prefill_chunk_size:
+            piece = -(-generation_config.prefill_chunk_size // self.tokens_per_position)
+        self.forward, step = self.calls(generation_config)
+        self.step = self.forward
+        for begin in range(held, self.prompt, piece):
+            outputs = self.run(prompt, begin, min(begin + piece, self.prompt))
+        self.step = step
+        return outputs
+
+    def next(self, ids: Tensor, length: int) -> Any:
+        """Read the newest position, at column length - 1."""
+        window = self.model.config.sliding_window
+        if self.cache is None:
+            return self.run(ids, 0, length)
+        if self.window_policy == "reprefill" and length - self.first_column > window:
+            begin = length - window // 2
+            # a face, as the windows of training begin
+            self.first_column = begin - (begin - self.prompt + 1) % (4 // self.tokens_per_position)
+            self.cache.self_attention_cache.reset()
+            return self.run(ids, self.first_column, length)
+        return self.run(ids, length - 1, length)
+
+    def run(self, ids: Tensor, begin: int, length: int) -> tuple[Tensor, Tensor]:
+        """Read columns [begin, length); next logits (B, vocabulary) in float32 and the hidden states (B, D) behind them."""
+        tokens = ids[:, begin:length].contiguous()
+        tokens = tokens if self.guidance_scale is None else torch.cat((tokens, tokens))
+        positions, mask = self.positions_and_mask(tokens, begin, length)
+        call = self.step if length - begin == 1 else self.forward
+        options = dict(cache=self.cache, use_cache=self.cache is not None, logits_to_keep=1, return_dict=True)
+        outputs = call(tokens, mask, positions, **options, **self.condition)
+        logits, hidden = outputs.logits[:, -1].float(), outputs.last_hidden_state[: len(ids), -1]
+        if self.guidance_scale is not None:
+            guided, empty = logits.chunk(2)
+            logits = empty + self.guidance_scale * (guided - empty)
+        return logits, hidden
+
+    def positions_and_mask(self, inputs: Tensor, begin: int, length: int) -> tuple[Tensor, Tensor | None]:
+        """position_ids (1 or B, L) and attention_mask of inputs (B, L, ...), which are the columns [begin, length)."""
+        mask = None if self.mask is None else self.mask[:, self.first_column : length]
+        if self.cache is not None and self.cache.is_compileable and length - begin == 1:
+            metadata = torch.empty(*inputs.shape[:2], 0, dtype=self.model.dtype, device=inputs.device)
+            mask = self.model.create_masks_for_generate(self.model.config, metadata, mask, self.cache)
+        return torch.arange(begin, length, device=inputs.device)[None] + self.shift, mask
+
+
+def whole_points(features: Tensor, num_points: Tensor) -> Tensor:
+    """(B, L, D) -> (B, N, 4, D), zero beyond a row's `num_points` (B,): at its end may stand an end token or part of a point."""
+    longest = int(num_points.max())
+    features = rearrange(features[:, : 4 * longest], "b (n t) d -> b n t d", t=4)
+    return features * (torch.arange(longest, device=features.device) < num_points[:, None])[:, :, None, None]
+
+
+def every_rank_finished(finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+    """Whether nothing is left to do on this rank or, where all must run together (`synced_gpus`), on any rank."""
+    if not synced_gpus:
+        return finished
+    unfinished_ranks = torch.tensor(0 if finished else 1, device=device)
+    torch.distributed.all_reduce(unfinished_ranks)
+    return int(unfinished_ranks) == 0
+
+
+def cache_of_generation(
+    model, generation_config: GenerationConfig, model_kwargs: dict, ring: bool, limit: int
+) -> EncoderDecoderCache | None:
+    """A ring for `limit` positions by default and for "static", unless the caller brought a cache; else that of the arguments."""
+    if not model_kwargs["use_cache"]:
+        return None
+    cache = model_kwargs[CACHE_NAME]
+    if ring and generation_config.cache_implementation in (None, "static"):
+        longest = max(limit - 1, generation_config.max_cache_len or 0)
+        static = generation_config.cache_implementation == "static"
+        cache = RingCache(model.config.num_hidden_layers, model.config.sliding_window, longest, static)
+    return cache if isinstance(cache, EncoderDecoderCache) else EncoderDecoderCache(cache, DynamicCache())

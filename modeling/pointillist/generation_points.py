@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from .generation_loop import PointillistGenerateOutput, PointLoop, every_rank_finished
+from .generation_pointillist import PointillistGenerateOutput, PointLoop, every_rank_finished, whole_points
 from .generation_sampling import Sampler
 from .modeling_compatibility import CACHE_NAME, forward_pass
 from .modeling_points import FACE, Faces, Y
@@ -27,6 +28,30 @@ class PointLevelLoop(PointLoop):
 
     tokens_per_position: ClassVar[int] = 4
 
+    def begin(self, model, input_ids: Tensor, limit: int) -> int:
+        """Set up what is written for prompts (B, L); returns how many points there may be up to `limit` tokens."""
+        config, (batch, prompt) = model.config, input_ids.shape
+        start = (input_ids == config.bos_token_id).int().argmax(1) + 1
+        begun = (prompt - start) % 4  # tokens of a point that the prompt leaves to be completed
+        self.check_prompts(begun)
+        least, most = (int(count) for count in begun.aminmax())
+        self.shortest = prompt - most
+        steps = -(-(limit - self.shortest) // 4)
+        self.ids = input_ids.new_full((batch, prompt - least + 4 * steps), config.pad_token_id)
+        self.ids[:, :prompt] = input_ids
+        self.prompted = prompt
+        self.first_columns = (prompt - begun)[:, None] + torch.arange(4, device=input_ids.device)
+        self.points = (prompt - start) // 4  # whole points so far
+        self.groups = whole_groups(input_ids, start, self.points, config.pad_token_id)
+        if self.grammar is not None:
+            self.grammar.count(self.groups.flatten(1), 4 * self.points)
+        kept = (batch, steps * self.output_point_features, 4, config.hidden_size)
+        self.features = model.lm_head.heads[0].norm.weight.new_zeros(kept)
+        self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+        self.ends = torch.full((batch,), prompt, device=input_ids.device)
+        self.slot_index = torch.arange(4, device=input_ids.device)[:, None]
+        return steps
+
     def __call__(
         self,
         model,
@@ -37,82 +62,63 @@ class PointLevelLoop(PointLoop):
         **model_kwargs: Any,
     ) -> Tensor | PointillistGenerateOutput:
         """Sequences for prompts (B, L); called by `GenerationMixin.generate`."""
-        config, device = model.config, input_ids.device
-        batch, prompt = input_ids.shape
-        limit = generation_config.max_length
-        start = (input_ids == config.bos_token_id).int().argmax(1) + 1
-        begun = (prompt - start) % 4  # tokens of a point that the prompt leaves to be completed
-        self.check_prompts(begun)
-        least_begun, most_begun = begun.aminmax()
-        shortest, longest = prompt - int(most_begun), prompt - int(least_begun)
-        steps = -(-(limit - shortest) // 4)
-        ids = torch.full((batch, longest + 4 * steps), config.pad_token_id, device=device)
-        ids[:, :prompt] = input_ids
-        self.points = (prompt - start) // 4  # whole points so far
-        groups = whole_groups(input_ids, start, self.points, config.pad_token_id)
+        prompt, limit, device = input_ids.shape[1], generation_config.max_length, input_ids.device
+        steps = self.begin(model, input_ids, limit)
         self.sampler = Sampler(logits_processor, generation_config.do_sample)
-        features = model.lm_head.heads[0].norm.weight.new_zeros(
-            batch, steps * self.output_point_features, 4, config.hidden_size
-        )
-        unfinished = torch.ones(batch, dtype=torch.bool, device=device)
-        ends = torch.full((batch,), prompt, device=device)
-        hidden = self.read_prompt(model, groups, groups.shape[1] + steps, generation_config, model_kwargs)
-        self.slot_index = torch.arange(4, device=device)[:, None]
-        if self.grammar is not None:
-            self.grammar.count(groups.flatten(1), 4 * self.points)
-        groups = torch.cat((groups, groups.new_full((batch, steps, 4), config.pad_token_id)), dim=1)
+        hidden = self.read_prompt(model, self.groups, self.groups.shape[1] + steps, generation_config, model_kwargs)
+        self.groups = F.pad(self.groups, (0, 0, 0, steps), value=model.config.pad_token_id)
         shown, finished = prompt, False
-        with closing(self.progress_bar(config, input_ids, limit)) as bar:
+        with closing(self.progress_bar(model.config, input_ids, limit)) as bar:
             for step in range(steps):
-                columns = (prompt - begun)[:, None] + 4 * step + torch.arange(4, device=device)
-                position = self.prompt + step
+                length = self.shortest + 4 * (step + 1)  # ids up to which every row is written
                 if not finished:
-                    known = columns < prompt
-                    last = groups[:, position - 1]  # of a finished row: padding
-                    previous = self.classes(last, last[:, FACE] < config.first_special)
-                    point, states, ended = self.spell(
-                        hidden,
-                        previous,
-                        self.classes(ids.gather(1, columns), known),
-                        known,
-                        ids[:, : shortest + 4 * step],
-                    )
-                    point = torch.where(unfinished[:, None], point, config.pad_token_id)
-                    groups[:, position] = point
-                    ids.scatter_(1, columns, point)
-                    if self.output_point_features:
-                        features[:, step] = states * unfinished[:, None, None]
-                    ends = torch.where(unfinished, torch.where(ended, columns[:, 0], columns[:, 3]) + 1, ends)
-                    unfinished = unfinished & ~ended
-                    self.points = self.points + unfinished
-                    if self.grammar is not None:
-                        self.grammar.add(point[:, FACE] - config.n_bins, unfinished)
-                    unfinished = unfinished & ~stopping_criteria(ids[:, : shortest + 4 * (step + 1)], None)
+                    self.write(step, *self.spell(hidden, *self.known(step)))
+                    self.unfinished = self.unfinished & ~stopping_criteria(self.ids[:, :length], None)
                 if device.type == "cpu" or self.streamer is not None or step % 4 == 0:
-                    bar.update(ids[:, : shortest + 4 * (step + 1)], unfinished)
-                    finished = finished or not bool(unfinished.any())
+                    bar.update(self.ids[:, :length], self.unfinished)
+                    finished = finished or not bool(self.unfinished.any())
                 if self.streamer is not None:
-                    reached = min(
-                        limit, int(ends.max()) if finished or step + 1 == steps else shortest + 4 * (step + 1)
-                    )
+                    reached = min(limit, int(self.ends.max()) if finished or step + 1 == steps else length)
                     for column in range(shown, reached):
-                        self.streamer.put(ids[:, column].cpu())
+                        self.streamer.put(self.ids[:, column].cpu())
                     shown = max(shown, reached)
                 if step + 1 == steps or every_rank_finished(finished, self.synced_gpus, device):
                     break
-                hidden = self.next(groups, position + 1)
-            bar.finish(ids)
+                hidden = self.next(self.groups, self.prompt + step + 1)
+            bar.finish(self.ids)
         if self.streamer is not None:
             self.streamer.end()
-        ids = ids[:, : min(limit, int(ends.max()))]
+        ids = self.ids[:, : min(limit, int(self.ends.max()))]
         if not generation_config.return_dict_in_generate:
             return ids
-        num_points = (ids[:, prompt:] < config.bos_token_id).sum(1) // 4
-        most = int(num_points.max())
-        real = torch.arange(most, device=device) < num_points[:, None]
-        own = features[:, :most] * real[:, :, None, None] if self.output_point_features else None
-        fields = dict(sequences=ids, point_features=own, num_points=num_points, **{CACHE_NAME: self.cache})
+        num_points = (ids[:, prompt:] < model.config.bos_token_id).sum(1) // 4
+        features = whole_points(self.features.flatten(1, 2), num_points) if self.output_point_features else None
+        fields = dict(sequences=ids, point_features=features, num_points=num_points, **{CACHE_NAME: self.cache})
         return PointillistGenerateOutput(**fields)
+
+    def known(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Classes (B, 4) of the last point and of the next, which of the latter the prompt gives, and the ids (B, L) so far."""
+        last = self.groups[:, self.prompt + step - 1]  # of a finished row: padding
+        previous = self.classes(last, (last[:, FACE] < self.model.config.first_special)[:, None])
+        columns = self.first_columns + 4 * step
+        given = columns < self.prompted
+        point = self.classes(self.ids.gather(1, columns), given)
+        return previous, point, given, self.ids[:, : self.shortest + 4 * step]
+
+    def write(self, step: int, point: Tensor, states: Tensor, ended: Tensor) -> None:
+        """Write the ids (B, 4) of unfinished rows and the states (B, 4, D) behind them; rows that `ended` (B,) are finished."""
+        config, columns = self.model.config, self.first_columns + 4 * step
+        point = torch.where(self.unfinished[:, None], point, config.pad_token_id)
+        self.groups[:, self.prompt + step] = point
+        self.ids.scatter_(1, columns, point)
+        if self.output_point_features:
+            self.features[:, step] = states * self.unfinished[:, None, None]
+        end = torch.where(ended, columns[:, 0], columns[:, 3]) + 1
+        self.ends = torch.where(self.unfinished, end, self.ends)
+        self.unfinished = self.unfinished & ~ended
+        self.points = self.points + self.unfinished
+        if self.grammar is not None:
+            self.grammar.add(point[:, FACE] - config.n_bins, self.unfinished)
 
     def prepare(self, model, prompt: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         self.faces = model.model.embed_tokens.faces(model_kwargs.get("face_centers"), model_kwargs.get("face_normals"))
@@ -198,8 +204,7 @@ class PointLevelLoop(PointLoop):
         return rows if self.guidance_scale is None else torch.cat((rows, rows))
 
     def classes(self, ids: Tensor, known: Tensor) -> Tensor:
-        """Ids (B, 4) of points -> bins and faces from zero; zero where not `known` (B,) or (B, 4)."""
-        known = known if known.ndim == 2 else known[:, None]
+        """Ids (B, 4) of points -> bins and faces from zero; zero where not `known` (B, 4)."""
         return torch.where(known, ids - torch.tensor([0, 0, 0, self.model.config.n_bins], device=ids.device), 0)
 
 

@@ -21,7 +21,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_pointillist import PointillistConfig
-from .generation_pointillist import PointillistGenerationMixin
+from .generation_pointillist import PointillistGenerationMixin, PointLoop
+from .generation_points import PointLevelLoop
 from .generation_ring_cache import additive_mask, self_attention_mask
 from .modeling_compatibility import CACHE_NAME, CACHE_NAMES, holds_cache, takes_cache
 from .modeling_condition import ConditionEncoder
@@ -302,6 +303,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             self.lm_head: nn.Module = SlotHeads(config)
         else:
             self.lm_head = VocabularyHead(config.hidden_size, config.first_special + 3, bias=False)
+        self.loop_class = PointLevelLoop if config.level == "point" else PointLoop
         self.post_init()
         self.generation_config.do_sample = True
         self.generation_config.top_k = 0  # transformers would keep the 50 most likely tokens
