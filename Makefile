@@ -14,7 +14,7 @@ MINUTES ?= 10
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast newest fuzz chaos check format wheel clean
+.PHONY: help install demo test test-fast gpu newest fuzz chaos check format wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ test: $(INSTALLED) ## all tests, two at a time (a quarter of an hour on two core
 
 test-fast: $(INSTALLED) ## tests that take seconds
 	$(PYTEST) -m "not slow and not distributed"
+
+gpu: $(INSTALLED) ## everything that needs a GPU: tests and benchmarks, about an hour, resumable; PART=decoding for one, GPU="--write_docs"
+	$(BIN)/python benchmarks/gpu.py $(if $(PART),--parts $(PART)) $(GPU)
 
 newest: ## the tests of loading, training, generation and evaluation on the newest torch, transformers, ..., in .venv-newest
 	$(PYTHON) .ci/newest.py

@@ -127,28 +127,31 @@ class Bench:
         return PointillistForCausalLM(PointillistConfig(**self.size | changes)).to(self.device, self.dtype)
 
     def training(self) -> list[dict]:
+        calls = {name: lambda loss=loss: loss().backward() for name, loss in self.training_losses().items()}
+        seconds = self.time_in_turns(calls)
+        return [
+            row("training", name, self.train_tokens / s, seconds["x-transformers"] / s) for name, s in seconds.items()
+        ]
+
+    def training_losses(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """The loss of `train_tokens` tokens by each model, in training mode."""
         ids = self.window[:, : self.train_tokens]
         # AutoregressiveWrapper predicts all but the first token of its input, as our labels do.
-        calls = {
-            "x-transformers": lambda: self.wrapper(ids, context=self.condition).backward(),
-            "ours": lambda: self.ours(
-                ids, labels=ids, condition_embeds=self.condition, use_cache=False
-            ).loss.backward(),
+        losses = {
+            "x-transformers": lambda: self.wrapper(ids, context=self.condition),
+            "ours": lambda: self.ours(ids, labels=ids, condition_embeds=self.condition, use_cache=False).loss,
         }
         groups = F.pad(self.points[:, : self.train_tokens - 3], (3, 0), value=self.config.pad_token_id)
         labels = groups.clone()
         labels[:, :4] = -100
         for name, model in self.point_level.items():
             model.train()
-            calls[name] = lambda model=model: model(
-                groups, labels=labels, condition_embeds=self.condition, use_cache=False, **self.faces
-            ).loss.backward()
+            losses[name] = lambda model=model: (
+                model(groups, labels=labels, condition_embeds=self.condition, use_cache=False, **self.faces).loss
+            )
         self.theirs.train()
         self.ours.train()
-        seconds = self.time_in_turns(calls)
-        return [
-            row("training", name, self.train_tokens / s, seconds["x-transformers"] / s) for name, s in seconds.items()
-        ]
+        return losses
 
     def generation(self) -> list[dict]:
         self.theirs.eval()
@@ -248,22 +251,22 @@ class Bench:
                 )
         return rows
 
-    def bytes_per_token(self) -> int:
-        """Weights without the embedding, and keys and values of the window and the condition."""
+    def bytes_per_token(self, batch: int = 1) -> int:
+        """Read in a step of `batch` rows: weights without the embedding, and keys and values of the window and the condition."""
         config = self.config
         inner = config.num_attention_heads * config.head_dim
         weights = self.ours.num_decoder_parameters() - config.vocab_size * config.hidden_size
         cache = 2 * config.num_hidden_layers * inner * (config.sliding_window + CONDITION_TOKENS)
-        return (weights + cache) * self.dtype.itemsize
+        return (weights + batch * cache) * self.dtype.itemsize
 
-    def bytes_per_point(self, model: PointillistForCausalLM) -> int:
+    def bytes_per_point(self, model: PointillistForCausalLM, batch: int = 1) -> int:
         """The same of a step at the point level: decoder and slot heads, the vectors of all faces, the window and the condition."""
         config = model.config
         decoder = (*model.model.layers.parameters(), *model.lm_head.parameters())
         weights = sum(parameter.numel() for parameter in decoder) + config.n_faces * config.hidden_size
         inner = config.num_attention_heads * config.head_dim
         cache = 2 * config.num_hidden_layers * inner * (config.sliding_window + CONDITION_TOKENS)
-        return (weights + cache) * self.dtype.itemsize
+        return (weights + batch * cache) * self.dtype.itemsize
 
     def time_in_turns(self, calls: dict) -> dict:
         """Best seconds of each call; every round runs all of them, after a warm-up round."""
@@ -305,8 +308,9 @@ def row(task: str, name: str, speed: float, ratio: float) -> dict:
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a matrix-vector product reads from 512 MiB, best of ten."""
-    matrix = torch.ones(2**14, 2**13, device=device)
+    """Bytes per second that a matrix-vector product reads from 512 MiB (8 GiB on CUDA), best of ten."""
+    # On a GPU 512 MiB take a tenth of a millisecond, little more than starting the product and fetching a number of it.
+    matrix = torch.ones(2**18 if device.type == "cuda" else 2**14, 2**13, device=device)
     vector = torch.ones(2**13, device=device)
     best = math.inf
     for _ in range(10):

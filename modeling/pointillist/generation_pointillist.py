@@ -340,7 +340,8 @@ class PointLoop:
 
     def run(self, ids: Tensor, begin: int, length: int) -> tuple[Tensor, Tensor]:
         """Read columns [begin, length); next logits (B, vocabulary) in float32 and the hidden states (B, D) behind them."""
-        tokens = ids[:, begin:length].contiguous()
+        # A copy even where a view is contiguous: its strides are those of `ids`, and a compiled step is made for its strides.
+        tokens = ids[:, begin:length].clone(memory_format=torch.contiguous_format)
         tokens = tokens if self.guidance_scale is None else torch.cat((tokens, tokens))
         positions, mask = self.positions_and_mask(tokens, begin, length)
         call = self.step if length - begin == 1 else self.forward

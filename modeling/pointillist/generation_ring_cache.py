@@ -27,7 +27,14 @@ class RingLayer(CacheLayerMixin):
         super().__init__()
         self.capacity = capacity
         self.static = self.is_compileable = static
-        self.length = 0  # tokens seen, on the host
+        self.counted: int | None = 0  # tokens seen, on the host; None after compiled steps
+
+    @property
+    def length(self) -> int:
+        """Tokens seen; after compiled steps it is fetched from the device."""
+        if self.counted is None:
+            self.counted = int(self.position)
+        return self.counted
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -52,7 +59,10 @@ class RingLayer(CacheLayerMixin):
             self.keys.index_copy_(2, slot, key_states)
             self.values.index_copy_(2, slot, value_states)
             self.position.add_(1)
-            self.length += 1
+            if self.static and torch.compiler.is_compiling():
+                self.counted = None  # a number of the host would be an input of the step: a CUDA graph for each value
+                return self.keys, self.values
+            self.counted = self.length + 1
             if self.static:
                 return self.keys, self.values
             filled = min(self.length, self.capacity)
@@ -68,7 +78,7 @@ class RingLayer(CacheLayerMixin):
         self.keys[:, :, slots] = key_states[:, :, -stored:]
         self.values[:, :, slots] = value_states[:, :, -stored:]
         self.position.add_(new)
-        self.length += new
+        self.counted = self.length + new
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -84,7 +94,7 @@ class RingLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         super().reset()
-        self.length = 0
+        self.counted = 0
         if self.is_initialized:
             self.position.zero_()
 

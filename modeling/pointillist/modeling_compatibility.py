@@ -53,9 +53,11 @@ def forward_pass(model, cache: Cache | None, generation_config, part=None) -> Ca
 
     `_valid_auto_compile_criteria` is private, but a copy of what it knows about quantizers, offloading and devices would age.
     """
+    called = part or model
     if cache is not None and model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
-        return (part or model).get_compiled_call(generation_config.compile_config)
-    return (part or model).__call__
+        called.generation_config = model.generation_config  # read below; a part that cannot generate has none
+        return called.get_compiled_call(generation_config.compile_config)
+    return called.__call__
 
 
 def synchronizes_ranks(model) -> bool:

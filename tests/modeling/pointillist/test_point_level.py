@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from tiny_model import TINY
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LogitsProcessor
+from transformers import AutoModel, AutoModelForCausalLM, CompileConfig, DynamicCache, LogitsProcessor
 
 from modeling import PointGrammar, PointillistConfig, PointillistForCausalLM, PointStreamer
 from modeling.point_features import point_features
@@ -73,6 +73,21 @@ def test_every_cache_writes_the_same_points_far_beyond_the_window(model, inputs)
         "prompt in pieces": dict(inputs=ring[:, :33], prefill_chunk_size=10),
     }.items():
         assert torch.equal(model.generate(**inputs, **options, **cache), ring), name
+
+
+@pytest.mark.parametrize("mesh_aware", [False, True])
+def test_a_compiled_static_cache_writes_the_same_points(mesh_aware, inputs):
+    model = make_model(mesh_aware, "yfzx" if mesh_aware else "yzxf")
+    compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters
+    graphs.clear()
+    for points in (POINTS, POINTS + 3):
+        options = dict(do_sample=False, min_points=points, max_points=points, **inputs)
+        compiled = model.generate(cache_implementation="static", compile_config=compile_config, **options)
+        assert torch.equal(compiled, model.generate(**options))
+    assert graphs["stats"]["unique_graphs"] == 1
 
 
 @torch.no_grad()
