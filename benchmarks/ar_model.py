@@ -106,11 +106,8 @@ class Bench:
         self.wrapper = AutoregressiveWrapper(self.theirs, pad_value=self.config.pad_token_id)
         self.train_tokens = arguments.train_tokens or min(2048, self.config.sliding_window)
         self.condition = torch.randn(1, CONDITION_TOKENS, size["hidden_size"], device=self.device, dtype=self.dtype)
-        self.window = torch.randint(0, self.config.bos_token_id, (1, self.config.sliding_window), device=self.device)
-        self.window[0, 0] = self.config.bos_token_id
-        points = torch.randint(0, self.config.n_bins, (self.config.sliding_window // 4 - 1, 4), device=self.device)
-        points[:, 3] = self.config.n_bins + torch.randint(0, self.config.n_faces, (len(points),), device=self.device)
-        self.points = torch.cat((self.window[0, :1], points.flatten()))[None]  # a full window of the point level
+        self.points = valid_prompt(self.config).to(self.device)  # a full window of the point level
+        self.window = self.points[:, : self.config.sliding_window]
         self.point_level = {
             "ours, point level": self.point_model(False),
             "ours, point level, mesh-aware": self.point_model(True),
@@ -141,7 +138,7 @@ class Bench:
             "x-transformers": lambda: self.wrapper(ids, context=self.condition),
             "ours": lambda: self.ours(ids, labels=ids, condition_embeds=self.condition, use_cache=False).loss,
         }
-        groups = F.pad(self.points[:, : self.train_tokens - 3], (3, 0), value=self.config.pad_token_id)
+        groups = F.pad(ids[:, :-3], (3, 0), value=self.config.pad_token_id)
         labels = groups.clone()
         labels[:, :4] = -100
         for name, model in self.point_level.items():
@@ -189,7 +186,7 @@ class Bench:
 
         def by_points(model: PointillistForCausalLM) -> None:
             model.eval().generate(
-                self.points,
+                self.points[:, :-4],  # bos and points fill the window
                 condition_embeds=self.condition,
                 do_sample=False,
                 max_new_tokens=1 + self.new_tokens,
@@ -285,6 +282,16 @@ class Bench:
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def valid_prompt(config: PointillistConfig) -> torch.Tensor:
+    """bos and as many points (1, 1 + 4 N) as the window has room for, sorted, in the lower half of the box."""
+    bins = torch.randint(0, config.n_bins, (config.sliding_window // 4, 3)) // torch.tensor([1, 2, 1])
+    faces = config.n_bins + torch.randint(0, config.n_faces, (len(bins), 1))
+    x, y, z = bins.T
+    order = ((y * config.n_bins + z) * config.n_bins + x).argsort()
+    points = torch.cat((bins, faces), dim=1)[order]
+    return F.pad(points.flatten(), (1, 0), value=config.bos_token_id)[None]
 
 
 class Clock(BaseStreamer):
