@@ -91,6 +91,33 @@ def zero2(launcher, tmp_path_factory) -> Path:
 # ---- what a run leaves
 
 
+def test_the_point_level_trains_resumes_and_generates(launcher, corpus, tmp_path):
+    level = ("--level", "point", "--mesh_aware_faces", "true")
+    launcher.run(tmp_path / "whole", *SETTINGS, *level)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert (model.config.level, model.config.slot_order, model.config.sliding_window) == ("point", "yfzx", 32)
+    report = json.loads((tmp_path / "whole" / "training_report.json").read_text())
+    assert report["heldout_nll"] < report["uniform_nll"]
+    avatar = corpus.avatars("validation").with_format("numpy")[0]
+    faces = build_procedural_head(600).faces
+    inputs = corpus.tokenizer(
+        images=corpus.frames("validation")[0]["image"],
+        head_vertices=avatar["head_vertices"],
+        head_faces=faces,
+        return_tensors="pt",
+    )
+    torch.manual_seed(0)
+    points = corpus.tokenizer.decode(model.generate(**inputs, max_points=5)[0])
+    assert 1 <= len(points["faces"]) <= 5
+    # From the checkpoint in the middle on, the losses are those of the whole run.
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for checkpoint in sorted((tmp_path / "again").glob("checkpoint-*"), key=lambda each: int(each.name[11:]))[1:]:
+        shutil.rmtree(checkpoint)
+    launcher.run(tmp_path / "again", *SETTINGS, *level, "--resume_from_checkpoint", "true")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 @pytest.mark.newest
 def test_the_output_folder_loads_and_writes_points(reference, corpus):
     model = AutoModelForCausalLM.from_pretrained(reference)

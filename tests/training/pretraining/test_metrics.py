@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
@@ -52,6 +53,15 @@ def test_slot_sums_are_those_of_a_loop_over_tokens():
     assert np.allclose(sums.sum(0), loop_sums(logits.double(), labels), rtol=1e-6)
     for row in range(3):
         assert np.allclose(sums[row], loop_sums(logits[row : row + 1].double(), labels[row : row + 1]), rtol=1e-6)
+
+
+def test_windows_of_the_point_level_begin_with_a_whole_group():
+    logits, labels = random_case()
+    config = PointillistConfig(**SIZES, level="point")
+    groups = F.pad(labels, (3, 0), value=-100)
+    groups[:, 3] = -100  # bos, at the end of the first group
+    sums = slot_sums(F.pad(logits, (0, 0, 3, 0)), groups, config)
+    assert np.allclose(sums.sum(0), loop_sums(logits.double(), labels), rtol=1e-6)
 
 
 def test_a_model_that_learns_within_slots_is_judged_within_them():

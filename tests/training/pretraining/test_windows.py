@@ -1,5 +1,7 @@
 """Windows: the same item whatever was read before it, cut between points, every token learned and counted."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -131,6 +133,39 @@ def test_evaluation_predicts_every_token_once_with_half_a_window_of_context(wind
             assert labels[t] == item["input_ids"][t] == start + t
             counted[row][start + t] += 1
             assert start == 0 or t >= window // 2
+    assert all((count[1:] == 1).all() for count in counted)
+
+
+def test_grouped_windows_hold_whole_points_and_their_batches_whole_groups(train_rows):
+    tokenizer = train_rows.tokenizer
+    windows = TrainWindows(train_rows, 64, 40, seed=0, condition_dropout=0.0, grouped=True)
+    items = [windows[i] for i in range(40)]
+    batch = collate_windows(items, tokenizer.pad_token_id, grouped=True)
+    groups = batch["input_ids"].unflatten(1, (-1, 4))
+    labels = batch["labels"].unflatten(1, (-1, 4))
+    face = (groups[..., 3] >= tokenizer.n_bins) & (groups[..., 3] < tokenizer.bos_token_id)
+    assert (face == (groups[..., :3] < tokenizer.n_bins).all(-1)).all()
+    begins = groups[:, 0, 3] == tokenizer.bos_token_id
+    assert 0 < begins.sum() < 40 and (face[:, 0] != begins).all() and (labels[:, 0] == -100).all()
+    assert torch.equal(labels[:, 1:][face[:, 1:]], groups[:, 1:][face[:, 1:]])
+    ends = groups[:, 1:, 0] == tokenizer.eos_token_id
+    assert ends.any() and (labels[:, 1:][ends] == torch.tensor([tokenizer.eos_token_id, -100, -100, -100])).all()
+
+
+@pytest.mark.parametrize("window", [8, 12, 64])
+def test_grouped_evaluation_predicts_every_token_but_bos_once(window):
+    class Rows(Sequences):
+        tokenizer = SimpleNamespace(pad_token_id=99_999)
+
+    lengths = (2, 6, 10, 62, 66, 70, 102, 1002)
+    windows = EvaluationWindows(Rows(*lengths), window, grouped=True)
+    counted = [np.zeros(length, int) for length in lengths]
+    for i, (row, start, _) in enumerate(windows.items):
+        item = windows[i]
+        labels = collate_windows([item], 99_999, grouped=True)["labels"][0].numpy()
+        for t in np.flatnonzero(labels != -100):
+            assert labels[t] == item["input_ids"][t] == start + t - 3  # the padding before bos
+            counted[row][start + t - 3] += 1
     assert all((count[1:] == 1).all() for count in counted)
 
 
