@@ -1,6 +1,6 @@
 """Levels of the point model at equal wall time: a position of the decoder a token or a point, with or without mesh-aware faces.
 
-    pointillist synthesize --num_subjects 320 --num_validation 16 --head procedural:2000 --num_points 2000 --identity_scale 2.5 \
+    pointillist synthesize --num_subjects 320 --num_validation 16 --head procedural:2000 --num_points 2000 --identity_scale 2.5 \\
         --min_points_per_face 1 --views 1 --timesteps 1 --image_size 126 --tokenizer_image_size 126 --n_bins 256 \\
         --corpus outputs/levels/corpus
     python benchmarks/levels.py --corpus outputs/levels/corpus --minutes 20 --seeds 0 1 2
