@@ -62,7 +62,7 @@ class PointillistConfig(PreTrainedConfig):
         level: "token" (the paper), or "point": one position of the decoder a point, whose tokens small heads spell.
         mesh_aware_faces: at the point level, whether a face is described by its center and normal on the subject's mesh; what is
             spelled of a point after its face are offsets from that center.
-        slot_order: at the point level, the order in which x, y, z and the face (f) of a point are spelled (default "yfzx" with
+        slot_order: at the point level, the order in which x, y, z and the face (f) of a point are spelled (default "yfxz" with
             mesh-aware faces, else "yzxf").
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, head_dim: the decoder.
         num_key_value_heads: of self-attention; fewer than the query heads means grouped queries (default: all, as in the paper).
@@ -141,7 +141,7 @@ class PointillistConfig(PreTrainedConfig):
         self.vocab_size = expected
         self.bos_token_id, self.eos_token_id, self.pad_token_id = expected - 3, expected - 2, expected - 1
         if self.level == "point" and self.slot_order is None:
-            self.slot_order = "yfzx" if self.mesh_aware_faces else "yzxf"
+            self.slot_order = "yfxz" if self.mesh_aware_faces else "yzxf"
         if self.sliding_window is None:
             self.sliding_window = 12000 // self.tokens_per_position
         self.layer_types = ["sliding_attention"] * self.num_hidden_layers
@@ -183,7 +183,7 @@ class PointillistConfig(PreTrainedConfig):
             raise ValueError('mesh_aware_faces and slot_order need level="point"')
         if self.slot_order is not None and sorted(self.slot_order) != sorted("xyzf"):
             raise ValueError(
-                f'slot_order is {self.slot_order!r}, expected the letters x, y, z, f in some order, as "yfzx"'
+                f'slot_order is {self.slot_order!r}, expected the letters x, y, z, f in some order, as "yfxz"'
             )
         if self.window_tokens < 4 or self.window_tokens % 4:
             raise ValueError(

@@ -95,7 +95,7 @@ def test_the_point_level_trains_resumes_and_generates(launcher, corpus, tmp_path
     level = ("--level", "point", "--mesh_aware_faces", "true")
     launcher.run(tmp_path / "whole", *SETTINGS, *level)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
-    assert (model.config.level, model.config.slot_order, model.config.sliding_window) == ("point", "yfzx", 32)
+    assert (model.config.level, model.config.slot_order, model.config.sliding_window) == ("point", "yfxz", 32)
     report = json.loads((tmp_path / "whole" / "training_report.json").read_text())
     assert report["heldout_nll"] < report["uniform_nll"]
     avatar = corpus.avatars("validation").with_format("numpy")[0]

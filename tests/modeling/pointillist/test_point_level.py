@@ -14,7 +14,15 @@ from modeling.point_features import point_features
 from modeling.pointillist import modeling_points
 from modeling.ranking import mean_log_likelihood
 
-VARIANTS = [(False, "yzxf"), (False, "fzyx"), (True, "yfzx"), (True, "fyzx"), (True, "xyzf"), (True, "zxfy")]
+VARIANTS = [
+    (False, "yzxf"),
+    (False, "fzyx"),
+    (True, "yfxz"),
+    (True, "yfzx"),
+    (True, "fyzx"),
+    (True, "xyzf"),
+    (True, "zxfy"),
+]
 POINTS = 20  # two and a half windows of 8
 SORTED = (1, 2, 0, 3)
 
@@ -77,7 +85,7 @@ def test_every_cache_writes_the_same_points_far_beyond_the_window(model, inputs)
 
 @pytest.mark.parametrize("mesh_aware", [False, True])
 def test_a_compiled_static_cache_writes_the_same_points(mesh_aware, inputs):
-    model = make_model(mesh_aware, "yfzx" if mesh_aware else "yzxf")
+    model = make_model(mesh_aware, "yfxz" if mesh_aware else "yzxf")
     compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     compile_config._compile_all_devices = True
     torch._dynamo.reset()
@@ -288,7 +296,7 @@ def test_reprefilling_restarts_from_the_newest_half_window(model, inputs):
     assert again.shape == rolling.shape and torch.equal(again[:, : 1 + 4 * 7], rolling[:, : 1 + 4 * 7])
 
 
-@pytest.mark.parametrize("order", ["yfzx", "fyzx", "xyzf", "zxfy"])
+@pytest.mark.parametrize("order", ["yfxz", "yfzx", "fyzx", "xyzf", "zxfy"])
 def test_the_grammar_of_a_point_is_that_of_brute_force(order):
     """Every slot in every order: a value is allowed exactly if some permitted point has it and what is spelled already."""
     n, faces = 3, 3
