@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -123,12 +124,18 @@ class Corpus:
     def _avatar_ids(self, configuration: str, split: str) -> list[str]:
         ids = []
         for shard in shards_of(self.manifest, configuration, split):
-            try:
-                with self.files.open(shard["file"]) as file:
-                    ids += pq.read_table(file, columns=["avatar_id"])["avatar_id"].to_pylist()
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{self.location}/{shard['file']}: corrupted shard ({one_line(error)})") from None
+            with self.open_shard(shard) as file:
+                ids += pq.read_table(file, columns=["avatar_id"])["avatar_id"].to_pylist()
         return ids
+
+    @contextmanager
+    def open_shard(self, shard: Mapping[str, Any]) -> Iterator[BinaryIO]:
+        """The Parquet file of a shard; ValueError that names the file for what pyarrow cannot read of it."""
+        try:
+            with self.files.open(shard["file"]) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{self.location}/{shard['file']}: corrupted shard ({one_line(error)}); {AGAIN}") from None
 
 
 def load_corpus(path: str | os.PathLike, tokenizer: GaussianTokenizer | None = None) -> Corpus:
@@ -237,7 +244,7 @@ def check_shard(location: str, files: DirFileSystem, shard: Mapping[str, Any], f
 def read_rows(corpus: Corpus, configuration: str, columns: list[str]) -> Iterator[dict[str, Any]]:
     """The given columns of all rows of all splits, a few rows in memory at a time; see `read_shard`."""
     for shard in shards_of(corpus.manifest, configuration):
-        with corpus.files.open(shard["file"]) as file:
+        with corpus.open_shard(shard) as file:
             yield from read_shard(file, columns)
 
 

@@ -46,7 +46,7 @@ def first_images(corpus: Corpus, count: int) -> Iterator[tuple[str, Image.Image]
     """(avatar_id, image) of the first frame of up to `count` avatars; only the row groups that hold them are read."""
     previous = None
     for shard in shards_of(corpus.manifest, "frames"):
-        with corpus.files.open(shard["file"]) as stream, pq.ParquetFile(stream) as file:
+        with corpus.open_shard(shard) as stream, pq.ParquetFile(stream) as file:
             for group in range(file.num_row_groups):
                 ids = file.read_row_group(group, columns=["avatar_id"])["avatar_id"].to_pylist()
                 rows = [row for row, (before, own) in enumerate(zip([previous, *ids], ids)) if before != own]

@@ -21,7 +21,9 @@ from gaussian_tokenizer.captures.frame import Frame
 from gaussian_tokenizer.captures.subject import Subject, write_subject
 from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.corpus import load_corpus
+from gaussian_tokenizer.corpus.html_page import first_images
 from gaussian_tokenizer.corpus.options import BuildSettings
+from gaussian_tokenizer.corpus.stats import compute_stats
 from gaussian_tokenizer.corpus.validation import validate
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
@@ -334,6 +336,18 @@ def test_a_damaged_shard_is_named_when_the_corpus_is_opened(copy, subjects, dama
     assert str(file) in str(error.value)
     bad = [verdict.file for verdict in validate(copy) if verdict.problems]
     assert str(file.relative_to(copy)) in bad
+
+
+@pytest.mark.parametrize(
+    "configuration, read", [("avatars", compute_stats), ("frames", lambda c: [*first_images(c, 9)])]
+)
+def test_a_shard_damaged_in_its_middle_is_named_by_what_reads_it(copy, configuration, read):
+    file = a_shard(copy, configuration)
+    content = bytearray(file.read_bytes())
+    content[4:-2000] = bytes(len(content) - 2004)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file}: corrupted shard"):
+        read(load_corpus(copy))
 
 
 def test_a_flipped_bit_is_found_by_validate(copy):
