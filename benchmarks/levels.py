@@ -44,6 +44,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "point, absolute": dict(level="point"),
     "point, mesh-aware y f z x": dict(level="point", mesh_aware_faces=True, slot_order="yfzx"),
     "point, mesh-aware y f x z": dict(level="point", mesh_aware_faces=True, slot_order="yfxz"),
+    "point, mesh-aware y f x z, attention head": dict(
+        level="point", mesh_aware_faces=True, slot_order="yfxz", slot_head="attention"
+    ),
     "point, mesh-aware f y z x": dict(level="point", mesh_aware_faces=True, slot_order="fyzx"),
     "point, mesh-aware y z x f": dict(level="point", mesh_aware_faces=True, slot_order="yzxf"),
 }
