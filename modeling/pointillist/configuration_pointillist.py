@@ -64,6 +64,7 @@ class PointillistConfig(PreTrainedConfig):
             spelled of a point after its face are offsets from that center.
         slot_order: at the point level, the order in which x, y, z and the face (f) of a point are spelled (default "yfxz" with
             mesh-aware faces, else "yzxf").
+        slot_head: at the point level, what spells a point: "mlp", one a slot, or "attention", one transformer block for all slots.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, head_dim: the decoder.
         num_key_value_heads: of self-attention; fewer than the query heads means grouped queries (default: all, as in the paper).
         partial_rotary_factor: share of each head that RoPE rotates (0.5 is x-transformers' default, hence the paper's).
@@ -93,6 +94,7 @@ class PointillistConfig(PreTrainedConfig):
     level: str = "token"
     mesh_aware_faces: bool = False
     slot_order: str | None = None
+    slot_head: str = "mlp"
 
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -179,8 +181,10 @@ class PointillistConfig(PreTrainedConfig):
         check_fields(self, LIMITS)
         if self.level not in ("token", "point"):
             raise ValueError(f'level is {self.level!r}, expected "token" or "point"')
-        if self.level == "token" and (self.mesh_aware_faces or self.slot_order is not None):
-            raise ValueError('mesh_aware_faces and slot_order need level="point"')
+        if self.slot_head not in ("mlp", "attention"):
+            raise ValueError(f'slot_head is {self.slot_head!r}, expected "mlp" or "attention"')
+        if self.level == "token" and (self.mesh_aware_faces or self.slot_order is not None or self.slot_head != "mlp"):
+            raise ValueError('mesh_aware_faces, slot_order and slot_head="attention" need level="point"')
         if self.slot_order is not None and sorted(self.slot_order) != sorted("xyzf"):
             raise ValueError(
                 f'slot_order is {self.slot_order!r}, expected the letters x, y, z, f in some order, as "yfxz"'

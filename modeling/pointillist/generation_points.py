@@ -46,7 +46,7 @@ class PointLevelLoop(PointLoop):
         if self.grammar is not None:
             self.grammar.count(self.groups.flatten(1), 4 * self.points)
         kept = (batch, steps * self.output_point_features, 4, config.hidden_size)
-        self.features = model.lm_head.heads[0].norm.weight.new_zeros(kept)
+        self.features = model.lm_head.heads[0].state_norm.weight.new_zeros(kept)
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         self.ends = torch.full((batch,), prompt, device=input_ids.device)
         self.slot_index = torch.arange(4, device=input_ids.device)[:, None]
@@ -157,10 +157,11 @@ class PointLevelLoop(PointLoop):
         """
         config, heads = self.model.config, self.model.lm_head
         begun, batch = known.any(1), len(point)
-        context, states = hidden, {}
+        inputs, states = [hidden], {}
         ended = torch.zeros_like(begun)
         for place, slot in enumerate(heads.order):
             head, is_first = heads.heads[slot], place == 0
+            *_, context = heads.contexts(inputs)
             state = head.state(context)
             states[slot] = state[:batch, 0]
             origin = head.origin(self.slot_faces, self.doubled(point[:, FACE:]), self.doubled(previous[:, Y : Y + 1]))
@@ -182,7 +183,7 @@ class PointLevelLoop(PointLoop):
             point = point.index_copy(1, self.slot_index[slot], value[:, None])
             known = known.index_fill(1, self.slot_index[slot], True)
             if not head.is_last:
-                context = context + head.read(self.doubled(value[:, None]), self.slot_faces.embeds, origin)
+                inputs.append(head.read(self.doubled(value[:, None]), self.slot_faces.embeds, origin))
         point = point + torch.tensor([0, 0, 0, config.n_bins], device=point.device)
         end = torch.tensor([config.eos_token_id, *[config.pad_token_id] * 3], device=point.device)
         return torch.where(ended[:, None], end, point), torch.stack([states[slot] for slot in range(4)], 1), ended

@@ -26,7 +26,7 @@ from .generation_points import PointLevelLoop
 from .generation_ring_cache import additive_mask, self_attention_mask
 from .modeling_compatibility import CACHE_NAME, CACHE_NAMES, holds_cache, takes_cache
 from .modeling_condition import ConditionEncoder
-from .modeling_points import Faces, PointEmbedding, SlotHead, SlotHeads, group_tokens, smooth_rows
+from .modeling_points import Faces, PointEmbedding, SlotAttention, SlotHead, SlotHeads, group_tokens, smooth_rows
 
 T = TypeVar("T")
 
@@ -198,7 +198,7 @@ class PointillistPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, (ConditionEncoder, PointEmbedding, SlotHead)):
+        if isinstance(module, (ConditionEncoder, PointEmbedding, SlotAttention, SlotHead)):
             module.init_weights(std)
         elif isinstance(module, (nn.Embedding, VocabularyHead)):
             bins = smooth_rows(
@@ -317,8 +317,8 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             config = model.config
             raise ValueError(
                 f"{args[0] if args else 'the checkpoint'}: config.json says level={config.level!r}, mesh_aware_faces="
-                f"{config.mesh_aware_faces}, slot_order={config.slot_order!r}, but the weights lack {', '.join(absent)}: "
-                "restore the config.json that was saved with them"
+                f"{config.mesh_aware_faces}, slot_order={config.slot_order!r}, slot_head={config.slot_head!r}, but the weights "
+                f"lack {', '.join(absent)}: restore the config.json that was saved with them"
             )
         model.condition_encoder.freeze()  # its parameters are new, all of them trainable
         return (model, info) if output_loading_info else model

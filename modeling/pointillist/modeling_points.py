@@ -5,13 +5,16 @@ is one position of the decoder, whose hidden state predicts the next group. A tr
 (CVPR 2026) for meshes, RQ-Transformer, Moshi and CSM for audio and images.
 
 The heads spell the slots in `config.slot_order`, each from the hidden state and the slots spelled before it, so the order inside a
-point is free while the sequence stays sorted. With `mesh_aware_faces` a face is described by where it lies on the subject's own
-mesh, both as input and as key of the output; coordinates spelled after the face are offsets from its center.
+point is free while the sequence stays sorted: by an MLP for each slot, which reads their sum, or by one transformer block over them
+for all slots (`config.slot_head`). With `mesh_aware_faces` a face is described by where it lies on the subject's own mesh, both as
+input and as key of the output; coordinates spelled after the face are offsets from its center.
 
 Axes: B batch, L tokens, G groups, F faces, C classes of a slot, D width.
 """
 
 import math
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -143,8 +146,10 @@ class SlotHead(nn.Module):
         self.from_face = config.mesh_aware_faces and place > face_place
         self.is_offset = self.from_face or slot == Y
         width = config.hidden_size
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.network = network(width, width)
+        self.has_network = config.slot_head == "mlp"
+        if self.has_network:
+            self.norm = nn.RMSNorm(width, eps=1e-6)
+            self.network = network(width, width)
         self.state_norm = nn.RMSNorm(width, eps=1e-6)
         classes = 0 if slot == FACE else 2 * config.n_bins - 1 if self.is_offset else config.n_bins
         if classes + self.has_end:
@@ -159,7 +164,7 @@ class SlotHead(nn.Module):
             init.copy_(self.weight, rows.to(self.weight))
 
     def state(self, context: Tensor) -> Tensor:
-        return self.state_norm(context + self.network(self.norm(context)))
+        return self.state_norm(context + self.network(self.norm(context)) if self.has_network else context)
 
     def scores(self, state: Tensor, embeds: Tensor, origin: Tensor) -> Tensor:
         """States (B, G, D), the faces' vectors and the bin (B, G) that offsets count from -> scores (B, G, C)."""
@@ -203,6 +208,36 @@ class SlotHead(nn.Module):
         return torch.cat([checkpoint(of, *row, use_reentrant=False) for row in rows])
 
 
+class SlotAttention(nn.Module):
+    """`slot_head="attention"`: a causal pre-norm transformer block over the inputs (..., P, D), P up to 4, of a point's slots.
+
+    The MLP alone has about as many parameters as those of the four slots together, which this block takes the place of.
+    """
+
+    def __init__(self, config: PointillistConfig):
+        super().__init__()
+        width, self.num_heads = config.hidden_size, config.num_attention_heads
+        inner = self.num_heads * config.head_dim
+        self.places = nn.Parameter(torch.empty(4, width))
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * inner, bias=False)
+        self.output = nn.Linear(inner, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def init_weights(self, std: float) -> None:
+        init.normal_(self.places, std=std)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = inputs + self.places[: inputs.shape[-2]]
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = (each.transpose(-3, -2) for each in qkv.unbind(-3))  # (..., H, P, head_dim)
+        later = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).triu(1)
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(later, -torch.inf)
+        x = x + self.output((scores.softmax(-1).to(v.dtype) @ v).transpose(-3, -2).flatten(-2))
+        return x + self.mlp(self.mlp_norm(x))
+
+
 class SlotHeads(nn.Module):
     """The four heads in the order in which they spell: what follows the decoder in place of a vocabulary head."""
 
@@ -211,6 +246,7 @@ class SlotHeads(nn.Module):
         self.config = config
         self.order = config.slots
         self.heads: Any = nn.ModuleList(SlotHead(config, slot) for slot in range(4))
+        self.attention = SlotAttention(config) if config.slot_head == "attention" else None
 
     def classes(self, groups: Tensor) -> Tensor:
         """Ids or labels of points (B, G, 4) -> classes (B, G, 4), the end in the slot spelled first; -100 where there is none."""
@@ -220,15 +256,23 @@ class SlotHeads(nn.Module):
         first = classes[..., self.order[0]].masked_fill(groups[..., 0] == self.config.first_special + 1, end)
         return classes.index_copy(-1, torch.tensor([self.order[0]], device=groups.device), first[..., None])
 
+    def contexts(self, inputs: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Hidden state and vectors of the slots spelled so far, each (B, G, D) -> contexts (B, G, D) of these and of the next."""
+        if self.attention is None:
+            return accumulate(inputs)
+        return self.attention(torch.stack(tuple(inputs), dim=-2)).unbind(-2)
+
     def states(self, hidden: Tensor, targets: "Targets", faces: Faces) -> Tensor:
         """Hidden states (B, G, D) and the groups they predict -> states (B, G, 4, D), by teacher forcing."""
-        context, states = hidden, {}
-        for slot in self.order:
-            head = self.heads[slot]
-            states[slot] = head.state(context)
-            if not head.is_last:
+
+        def inputs() -> Iterator[Tensor]:
+            yield hidden
+            for slot in self.order[:-1]:
+                head = self.heads[slot]
                 origin = head.origin(faces, targets.face, targets.previous_y)
-                context = context + head.read(targets.classes[..., slot].clamp(min=0), faces.embeds, origin)
+                yield head.read(targets.classes[..., slot].clamp(min=0), faces.embeds, origin)
+
+        states = {slot: self.heads[slot].state(context) for slot, context in zip(self.order, self.contexts(inputs()))}
         return torch.stack([states[slot] for slot in range(4)], dim=-2)
 
     def targets(self, following: Tensor, groups: Tensor) -> "Targets":

@@ -19,6 +19,7 @@ class ModelArguments:
     level: str = option('"token", or "point": one pass of the decoder a point', "token")
     mesh_aware_faces: bool = option("describe faces by their place on the subject's mesh (point level)", False)
     slot_order: str | None = option("order in which x, y, z and f of a point are spelled (point level), as yfxz", None)
+    slot_head: str = option('"mlp", or "attention": a transformer block spells a point (point level)', "mlp")
     hidden_size: int = option("width of the decoder", 1024)
     intermediate_size: int = option("width of the feed-forward", 4096)
     num_hidden_layers: int = option("blocks of the decoder", 24)

@@ -1,4 +1,4 @@
-"""level="point": what it predicts, writes and refuses, with and without mesh-aware faces and in several orders of the slots."""
+"""level="point": what it predicts, writes and refuses, with and without mesh-aware faces, in several orders, with both heads."""
 
 from itertools import product
 
@@ -22,22 +22,24 @@ VARIANTS = [
     (True, "fyzx"),
     (True, "xyzf"),
     (True, "zxfy"),
+    (False, "yzxf", "attention"),
+    (True, "yfxz", "attention"),
 ]
 POINTS = 20  # two and a half windows of 8
 SORTED = (1, 2, 0, 3)
 
 
-def make_model(mesh_aware, order, **changes):
+def make_model(mesh_aware, order, slot_head="mlp", **changes):
     torch.manual_seed(0)
     # Large initial weights, so that a wrong mask, position or offset shows.
     config = PointillistConfig(
         **TINY | {"sliding_window": 8, "use_point_encoder": False, "initializer_range": 0.2} | changes,
-        level="point", mesh_aware_faces=mesh_aware, slot_order=order,
+        level="point", mesh_aware_faces=mesh_aware, slot_order=order, slot_head=slot_head,
     )  # fmt: skip
     return PointillistForCausalLM(config).eval()
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda variant: f"{variant[1]}{'-mesh' * variant[0]}")
+@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join((*variant[1:], *["mesh"] * variant[0])))
 def model(request):
     return make_model(*request.param)
 
@@ -83,9 +85,9 @@ def test_every_cache_writes_the_same_points_far_beyond_the_window(model, inputs)
         assert torch.equal(model.generate(**inputs, **options, **cache), ring), name
 
 
-@pytest.mark.parametrize("mesh_aware", [False, True])
-def test_a_compiled_static_cache_writes_the_same_points(mesh_aware, inputs):
-    model = make_model(mesh_aware, "yfxz" if mesh_aware else "yzxf")
+@pytest.mark.parametrize("variant", [(False, "yzxf"), (True, "yfxz"), (True, "yfxz", "attention")])
+def test_a_compiled_static_cache_writes_the_same_points(variant, inputs):
+    model = make_model(*variant)
     compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
     compile_config._compile_all_devices = True
     torch._dynamo.reset()
@@ -168,7 +170,8 @@ def test_groups_with_padding_before_bos_and_windows_from_the_middle_predict_the_
     led = torch.cat((torch.full((2, 3), model.config.pad_token_id), ids), 1)
     led = F.pad(led, (0, -led.shape[1] % 4), value=model.config.pad_token_id)
     torch.testing.assert_close(model(led, **inputs).logits[:, 3 : 3 + 4 * POINTS], logits[:, : 4 * POINTS])
-    middle = make_model(model.config.mesh_aware_faces, model.config.slot_order, num_hidden_layers=1)
+    config = model.config
+    middle = make_model(config.mesh_aware_faces, config.slot_order, config.slot_head, num_hidden_layers=1)
     whole = middle(ids, **inputs).logits[:, 4 * 12 : 4 * 16]
     window = middle(ids[:, 1 + 4 * 4 : 1 + 4 * 16], **inputs).logits[:, 4 * 8 - 1 : 4 * 12 - 1]
     torch.testing.assert_close(window, whole, atol=1e-5, rtol=1e-4)
@@ -206,6 +209,39 @@ def test_scores_of_a_mesh_aware_model_are_those_of_the_formula(inputs):
             weight = heads.heads[1].weight[level - int(previous_y[row, 0]) + 15]
             torch.testing.assert_close(by_step[row, 0, level], weight @ state[row, 0])
         torch.testing.assert_close(by_step[row, 0, 16], heads.heads[1].weight[31] @ state[row, 0])  # the end
+
+
+@torch.no_grad()
+def test_states_of_an_attention_head_are_those_of_the_formula():
+    """A float64 loop over places and heads, from the weights alone."""
+    model = make_model(False, "yzxf", "attention").double()
+    heads, block, width = model.lm_head, model.lm_head.attention, 64
+    groups = torch.tensor([[[0, 0, 0, 36], [3, 5, 7, 16 + 11], [3, 6, 2, 16 + 4]]])
+    hidden = torch.randn(1, 3, width, dtype=torch.float64)
+    faces = model.model.embed_tokens.faces(None, None)
+    targets = heads.targets(groups.roll(-1, 1), groups)
+    states = heads.states(hidden, targets, faces)
+
+    def norm(x, weight):
+        return x / (x.square().mean() + 1e-6).sqrt() * weight
+
+    for group, (x, y, z, previous_y) in enumerate([(3, 5, 7, 0), (3, 6, 2, 5)]):
+        rows = [heads.heads[1].weight[y - previous_y + 15], heads.heads[2].weight[z], heads.heads[0].weight[x]]
+        inputs = [hidden[0, group]]
+        inputs += [norm(row, heads.heads[slot].read_norm.weight) for slot, row in zip((1, 2, 0), rows)]
+        inputs = [vector + block.places[place] for place, vector in enumerate(inputs)]
+        keys = [norm(vector, block.attention_norm.weight) for vector in inputs]
+        for place, slot in enumerate((1, 2, 0, 3)):
+            mixed = []
+            for head in range(4):
+                q, k, v = (block.qkv.weight[part * width + head * 16 :][:16] for part in range(3))
+                weights = torch.stack([(q @ keys[place]) @ (k @ key) / 4 for key in keys[: place + 1]]).exp()
+                mixed.append(sum(w * (v @ key) for w, key in zip(weights / weights.sum(), keys)))
+            vector = inputs[place] + block.output.weight @ torch.cat(mixed)
+            first, last = block.mlp[0], block.mlp[2]
+            between = F.gelu(first.weight @ norm(vector, block.mlp_norm.weight) + first.bias)
+            vector = vector + last.weight @ between + last.bias
+            torch.testing.assert_close(states[0, group, slot], norm(vector, heads.heads[slot].state_norm.weight))
 
 
 def test_a_row_is_the_same_alone_and_in_a_batch_of_prompts_of_other_lengths(model, inputs, ids):
@@ -379,6 +415,7 @@ def test_a_level_that_the_weights_do_not_have_is_refused(tmp_path):
     for changes in (
         dict(level="token", mesh_aware_faces=False, slot_order=None, sliding_window=32),
         dict(slot_order="zyxf"),
+        dict(slot_head="attention"),
     ):
         config = PointillistConfig.from_pretrained(tmp_path, **changes)
         with pytest.raises((ValueError, RuntimeError), match=r"the weights lack|ignore_mismatched_sizes"):
@@ -399,7 +436,9 @@ def test_what_does_not_work_is_said(inputs, ids):
     with pytest.raises(ValueError, match="reads input_ids"):
         model(inputs_embeds=torch.zeros(2, 4, 64), **inputs)
     for message, fields in {
+        'mesh_aware_faces, slot_order and slot_head="attention" need level="point"': dict(slot_head="attention"),
         'need level="point"': dict(mesh_aware_faces=True),
+        "slot_head is 'rnn', expected": dict(level="point", slot_head="rnn"),
         "letters x, y, z, f": dict(level="point", slot_order="xyz"),
         '"token" or "point"': dict(level="face"),
     }.items():

@@ -96,6 +96,13 @@ def test_without_a_file_the_defaults_are_the_papers():
     assert training.report_to in ("none", [])
 
 
+def test_flags_of_the_point_level_reach_the_configuration():
+    words = ("--level", "point", "--mesh_aware_faces", "true", "--slot_order", "fyzx", "--slot_head", "attention")
+    config = parse("--corpus", "a", *words)[0].config(GaussianTokenizer(n_bins=64, n_faces=600))
+    assert (config.level, config.mesh_aware_faces) == ("point", True)
+    assert (config.slot_order, config.slot_head, config.sliding_window) == ("fyzx", "attention", 3000)
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "'1e-4'"])
 def test_numbers_are_numbers_however_yaml_reads_them(config, text):
     training = parse(config(f"corpus: a\nlearning_rate: {text}\nsave_steps: 5\nwarmup_steps: 3\n"))[2]
