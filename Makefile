@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed]'
 	touch $@
 
-demo: $(INSTALLED) ## synthetic heads -> tokens -> corpus -> two trainings -> avatars that move -> bench, in outputs/demo (a quarter of an hour, CPU)
+demo: $(INSTALLED) ## synthetic heads -> tokens -> corpus -> two trainings -> avatars that move -> bench, in outputs/demo (seven minutes, CPU)
 	$(BIN)/python -m training.demo --output_dir outputs/demo
 
 test: $(INSTALLED) ## all tests, two at a time (a quarter of an hour on two cores)
