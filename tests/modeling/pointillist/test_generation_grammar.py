@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from modeling import PointGrammar, PointillistConfig
 
-SIZES = dict(n_bins=3, n_faces=3, use_vision_encoder=False, use_point_encoder=False)
+SIZES = dict(n_bins=3, n_faces=4, use_vision_encoder=False, use_point_encoder=False)
 CONFIG = PointillistConfig(**SIZES)
 ORDERS = ["".join(order) for order in permutations("xyzf")]
 
