@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from report import markdown_table, write_report
 from torch.utils.data import DataLoader
 
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
+from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig, PointillistForCausalLM
 from modeling.pipeline import SAMPLING
 from training.common.rows import AvatarRows
@@ -41,6 +42,7 @@ SIZE: dict[str, Any] = dict(
 )  # fmt: skip
 ROWS: dict[str, dict[str, Any]] = {
     "token": dict(level="token"),
+    "token, y z x f": dict(level="token", token_order="yzxf"),
     "point, absolute": dict(level="point"),
     "point, mesh-aware y f z x": dict(level="point", mesh_aware_faces=True, slot_order="yfzx"),
     "point, mesh-aware y f x z": dict(level="point", mesh_aware_faces=True, slot_order="yfxz"),
@@ -93,7 +95,8 @@ def main() -> None:
 def run(corpus: Corpus, name: str, seed: int, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train one row for some minutes and measure it."""
     torch.manual_seed(seed)
-    tokenizer, own = corpus.tokenizer, ROWS[name]
+    own = ROWS[name]
+    tokenizer = reordered(corpus.tokenizer, own.get("token_order", "xyzf"))
     grouped = own["level"] == "point"
     lower, upper = np.asarray(tokenizer.bounds)
     config = PointillistConfig(
@@ -106,7 +109,7 @@ def run(corpus: Corpus, name: str, seed: int, arguments: argparse.Namespace, fol
     )
     config.vision_config.image_size = tokenizer.image_size
     model = PointillistForCausalLM(config)
-    train, heldout = (AvatarRows(corpus, split, model.input_names) for split in ("train", "validation"))
+    train, heldout = (ReorderedRows(corpus, split, model.input_names, tokenizer) for split in ("train", "validation"))
     collate = partial(collate_windows, pad_token_id=config.pad_token_id, grouped=grouped)
     windows = TrainWindows(train, config.window_tokens, 10**9, seed, 0.05, grouped)
     steps, loss = train_for(model, DataLoader(windows, arguments.batch, collate_fn=collate), arguments)
@@ -121,9 +124,26 @@ def run(corpus: Corpus, name: str, seed: int, arguments: argparse.Namespace, fol
             sums += slot_sums(model(**batch).logits, labels, config).sum(0)
     metrics = slot_metrics(sums)
     slots = {f"nats {slot}": metrics[f"nll_{slot}"] for slot in ("y", "face", "z", "x")}
-    # The end is counted in slot x; a point has four tokens.
+    # The end is counted in the slot that comes first; a point has four tokens.
     point = {"row": name, "seed": seed, "steps": steps, "loss": loss, "nats per point": 4 * metrics["nll"], **slots}
     return point | clouds(model, heldout, arguments.clouds, seed, CLOCKS[arguments.clock])
+
+
+def reordered(tokenizer: GaussianTokenizer, token_order: str) -> GaussianTokenizer:
+    """The same tokenizer with another `token_order`."""
+    names = ("n_bins", "n_faces", "bounds", "axis_order", "image_size", "head_name", "head_hash")
+    return GaussianTokenizer(**{name: getattr(tokenizer, name) for name in names}, token_order=token_order)
+
+
+class ReorderedRows(AvatarRows):
+    """The rows of a corpus as if it had been built with `tokenizer`, which differs from its own in the `token_order`."""
+
+    def __init__(self, corpus: Corpus, split: str, inputs: Iterable[str], tokenizer: GaussianTokenizer):
+        super().__init__(corpus, split, inputs)
+        self.tokenizer, self.own = tokenizer, corpus.tokenizer
+
+    def sequence(self, row: int) -> np.ndarray:
+        return self.tokenizer(self.own.decode(super().sequence(row)))["input_ids"].astype(np.int64)
 
 
 def train_for(model: PointillistForCausalLM, loader: DataLoader, arguments: argparse.Namespace) -> tuple[int, float]:

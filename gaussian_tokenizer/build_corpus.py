@@ -50,7 +50,7 @@ def _build(words: list[str]) -> int:
     add("--output_dir", required=True, type=Path, help="corpus folder to make")
     add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
     add_options(parser, BuildSettings)
-    add("--tokenizer", type=Path, help="use this tokenizer, not --n_bins, --bounds and --image_size")
+    add("--tokenizer", type=Path, help="use this tokenizer, not --n_bins, --bounds, --token_order and --image_size")
     add("--overwrite", action="store_true", help="replace an existing corpus, or an unfinished one of other settings")
     add("--push_to_hub", metavar="REPO", help="upload the corpus as this dataset repository")
     add("--hub_private_repo", action="store_true", help="make that repository private")

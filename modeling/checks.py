@@ -13,12 +13,16 @@ def check_vocabulary(
     model: str = "the point model",
     other: str = "the tokenizer",
 ) -> None:
-    """Raise `ValueError`, which calls the two `model` and `other`, unless the point model has the tokenizer's vocabulary."""
+    """Raise `ValueError`, which calls the two `model` and `other`, unless the point model has the tokenizer's ids in its order."""
     if (config.n_bins, config.n_faces) != (tokenizer.n_bins, tokenizer.n_faces):
-        raise ValueError(
-            f"{model} has {config.n_bins} levels and {config.n_faces} faces, {other} {tokenizer.n_bins} and "
-            f"{tokenizer.n_faces}; take both from one training, or build the corpus with the model's tokenizer"
-        )
+        found = f"{config.n_bins} levels and {config.n_faces} faces, {other} {tokenizer.n_bins} and {tokenizer.n_faces}"
+    elif config.token_order != tokenizer.token_order:
+        found = f"token_order {config.token_order}, {other} {tokenizer.token_order}"
+    else:
+        return
+    raise ValueError(
+        f"{model} has {found}; take both from one training, or build the corpus with the model's tokenizer"
+    )
 
 
 def check_head(tokenizer: GaussianTokenizer, head: HeadModel, name: str) -> None:

@@ -54,7 +54,8 @@ def point_features(
         chunk: tokens a pass, default 2,048. The result does not depend on it.
 
     Returns:
-        (B, N, 4, D) in the precision of the model, N points of the longest row; zero beyond a row's end.
+        (B, N, 4, D) in the precision of the model, N points of the longest row, slots x, y, z, face whatever `token_order` is;
+        zero beyond a row's end.
 
     Raises `ValueError` if a row is not a sequence, or `chunk` is not positive.
     """
@@ -62,7 +63,7 @@ def point_features(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, found {chunk}")
     input_ids = input_ids.to(model.device)
-    length = 4 * int(counts.max())  # the last face predicts the end, which belongs to no point
+    length = 4 * int(counts.max())  # the last token predicts the end, which belongs to no point
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -76,7 +77,7 @@ def point_features(
             module.training = training
     if not pieces:
         return condition.new_zeros(len(input_ids), 0, 4, model.config.hidden_size)
-    features = torch.cat(pieces, dim=1).unflatten(1, (-1, 4))
+    features = torch.cat(pieces, dim=1).unflatten(1, (-1, 4))[:, :, model.config.slot_columns]
     real = torch.arange(features.shape[1], device=features.device) < counts.to(features.device)[:, None]
     return features.masked_fill(~real[..., None, None], 0)
 

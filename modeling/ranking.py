@@ -21,7 +21,7 @@ def mean_log_likelihood(
     """
     assert generated.point_features is not None and generated.num_points is not None
     count = generated.point_features.shape[1]
-    points = generated.sequences[:, 1 : 1 + 4 * count].unflatten(1, (count, 4))
+    points = generated.sequences[:, 1 : 1 + 4 * count].unflatten(1, (count, 4))[..., model.config.slot_columns]
     real = torch.arange(count, device=points.device) < generated.num_points[:, None]
     nll = model.point_nll(generated.point_features, torch.where(real[..., None], points, -100), **faces)
     return (-nll.sum((1, 2)) / (4 * generated.num_points)).nan_to_num(nan=-torch.inf)

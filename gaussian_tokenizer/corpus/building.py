@@ -63,7 +63,7 @@ def build(
     """Build the corpus folder `output`, or continue a build of the same settings; returns the content of `corpus.json`.
 
     `avatars` is a folder of subject folders, or another source such as `synthetic.SyntheticSource`. With `tokenizer`, the
-    bins and bounds of `settings` are not used. FileNotFoundError or ValueError if there is nothing to build.
+    bins, bounds and token order of `settings` are not used. FileNotFoundError or ValueError if there is nothing to build.
     """
     settings = settings or BuildSettings()
     output = Path(os.path.abspath(output))
@@ -98,7 +98,7 @@ def build(
             (staging / "corpus" / configuration).rmdir()
         tokenizer.save_pretrained(staging / "corpus" / TOKENIZER_FOLDER)
         np.save(staging / "corpus" / FACES_NAME, head.faces.numpy().astype(np.int32))
-        _write(staging / "corpus" / CARD_NAME, card_text(manifest, good, features, tokenizer.axis_order))
+        _write(staging / "corpus" / CARD_NAME, card_text(manifest, good, features, tokenizer))
         _write(staging / "corpus" / MANIFEST_NAME, to_json(manifest))
         _check_output(output, overwrite)  # again, because building took its time
         _publish(staging, output)

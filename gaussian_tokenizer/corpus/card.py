@@ -11,6 +11,7 @@ from huggingface_hub import DatasetCardData
 from gaussian_tokenizer.captures.subject import About
 from gaussian_tokenizer.corpus.corpus import shards_of
 from gaussian_tokenizer.corpus.sources import SubjectSummary
+from gaussian_tokenizer.tokenizer.point_codec import PointCodec
 from gaussian_tokenizer.utils.templates import render_template
 
 # Licenses that the Hub knows by their lower-case name; anything else is "other".
@@ -20,20 +21,21 @@ SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M
 
 
 def card_text(
-    manifest: dict[str, Any], subjects: list[SubjectSummary], features: dict[str, Features], axis_order: str
+    manifest: dict[str, Any], subjects: list[SubjectSummary], features: dict[str, Features], tokenizer: PointCodec
 ) -> str:
     """The content of README.md; `features` are the columns of each configuration."""
-    tokenizer, splits = manifest["tokenizer"], manifest["splits"]
+    settings, splits = manifest["tokenizer"], manifest["splits"]
     subjects = sorted(subjects, key=lambda subject: subject.avatar_id)
     counts = ("subjects", "frames", "num_points", "num_tokens")
     return render_template(
         __package__,
         "card.md.j2",
         header=yaml.safe_dump(_header(manifest, subjects, features), sort_keys=False, allow_unicode=True),
-        axis_order=axis_order,
+        slots=tokenizer.slots,
+        axis_order=tokenizer.axis_order,
         head=manifest["head"],
-        tokenizer=tokenizer,
-        bounds=[[round(edge, 4) for edge in corner] for corner in tokenizer["bounds"]],
+        tokenizer=settings,
+        bounds=[[round(edge, 4) for edge in corner] for corner in settings["bounds"]],
         num_out_of_bounds=sum(split["num_out_of_bounds"] for split in splits.values()),
         splits=[[name, *(f"{split[count]:,}" for count in counts)] for name, split in splits.items()],
         about=list(About._fields),

@@ -270,6 +270,8 @@ def shards_of(manifest: Mapping[str, Any], configuration: str, split: str | None
 def tokenizer_fingerprint(tokenizer: GaussianTokenizer) -> str:
     """16 hex digits over all settings that decide the ids of a cloud."""
     settings = [tokenizer.n_bins, tokenizer.n_faces, tokenizer.bounds, tokenizer.axis_order, tokenizer.vocab_size]
+    if tokenizer.token_order != "xyzf":  # corpora of other orders came later; the others keep their fingerprints
+        settings.append(tokenizer.token_order)
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
@@ -285,4 +287,5 @@ def _plain(value: pa.Scalar) -> Any:
 
 
 def _describe(tokenizer: GaussianTokenizer) -> str:
-    return f"{tokenizer.n_bins} bins, {tokenizer.n_faces} faces, bounds {tokenizer.bounds}"
+    vocabulary = f"{tokenizer.n_bins} bins, {tokenizer.n_faces} faces"
+    return f"{vocabulary}, token order {tokenizer.token_order}, bounds {tokenizer.bounds}"

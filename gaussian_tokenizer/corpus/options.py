@@ -39,6 +39,7 @@ class BuildSettings:
     n_bins: int = option(1024, "levels per axis")
     # "fit", "default" or [[lo x, y, z], [hi x, y, z]] in meters
     bounds: str | Sequence[Sequence[float]] = option("fit", BOUNDS, type=_bounds)
+    token_order: str = option("xyzf", "order of a point's tokens x, y, z and face (f), as yzxf")
     image_size: int = option(224, "side of the images that the tokenizer prepares, pixels")
     val_fraction: float = option(0.05, "share of the subjects for validation, at least one of two")
     num_validation: int | None = option(None, "subjects for validation, instead of --val_fraction", type=int)

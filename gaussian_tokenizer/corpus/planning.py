@@ -98,6 +98,7 @@ def make_tokenizer(subjects: list[SubjectSummary], head: HeadModel, settings: Bu
         image_size=settings.image_size,
         head_name=head.name,
         head_hash=head.hash,
+        token_order=settings.token_order,
     )
     if settings.bounds == "fit":
         corners = torch.from_numpy(np.concatenate([summary.box for summary in subjects]))

@@ -65,7 +65,7 @@ def compute_stats(corpus: Corpus) -> CorpusStats:
         own = row["points_per_face"]
         histogram = np.pad(histogram, (0, max(0, len(own) - len(histogram))))
         histogram[: len(own)] += own
-        body = row["input_ids"][1:-1].reshape(-1, 4).astype(np.int64)
+        body = row["input_ids"][1:-1].reshape(-1, 4)[:, tokenizer.slot_columns].astype(np.int64)
         body[:, 3] -= tokenizer.n_bins
         for slot, counts in enumerate(slots):
             counts += np.bincount(body[:, slot], minlength=len(counts))

@@ -204,7 +204,7 @@ class _Check:
             yield f"{len(ids)} ids that do not go from bos to eos"
             return
         points = tokenizer.decode(ids)
-        body = ids[1:-1].reshape(-1, 4)
+        body = ids[1:-1].reshape(-1, 4)[:, tokenizer.slot_columns]
         if len(body) != row["num_points"]:
             yield f"num_points is {row['num_points']}, the ids hold {len(body)}"
         order = [body[:, 3], *(body[:, "xyz".index(axis)] for axis in reversed(tokenizer.axis_order))]

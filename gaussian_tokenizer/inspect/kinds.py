@@ -249,7 +249,7 @@ def _corpus(report: Report, head: HeadModel | None) -> None:
         rows = {split: sum(shard["rows"] for shard in own) for split, own in shards.items() if own}
         report.facts[configuration] = {"shards": sum(map(len, shards.values())), **rows}
     tokenizer = corpus.tokenizer
-    report.facts["tokenizer"] = {"n_bins": tokenizer.n_bins, "n_faces": tokenizer.n_faces}
+    report.facts["tokenizer"] = {name: getattr(tokenizer, name) for name in ("n_bins", "n_faces", "token_order")}
 
 
 def _pipeline(report: Report, head: HeadModel | None) -> None:

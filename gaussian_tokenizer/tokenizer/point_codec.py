@@ -1,6 +1,6 @@
 """Face-anchored points to token ids and back, in NumPy alone: the arithmetic of `GaussianTokenizer`.
 
-A point (canonical position in meters + face of the head model) becomes four tokens x, y, z, face:
+A point (canonical position in meters + face of the head model) becomes four tokens x, y, z, face, or these in `token_order`:
 
     bin = floor((x - lo) / (hi - lo) * n_bins), clamped;  face token = n_bins + face     [bos, x, y, z, face, ..., eos]
 
@@ -42,6 +42,7 @@ class PointCodec:
         max_points: int | None = None,
         head_name: str | None = None,
         head_hash: str | None = None,
+        token_order: str = "xyzf",
     ) -> None:
         self.n_bins = positive_integer("n_bins", n_bins)
         self.n_faces = positive_integer("n_faces", n_faces)
@@ -49,6 +50,10 @@ class PointCodec:
         if not isinstance(axis_order, str) or sorted(axis_order) != ["x", "y", "z"]:
             raise ValueError(f'axis_order is {axis_order!r}; expected an order of the three axes, such as "yzx"')
         self.axis_order = axis_order
+        if not isinstance(token_order, str) or sorted(token_order) != ["f", "x", "y", "z"]:
+            expected = 'the letters x, y, z and f (the face) in some order, such as "yzxf"'
+            raise ValueError(f"token_order is {token_order!r}; expected {expected}")
+        self.token_order = token_order
         for name, value in (("head_name", head_name), ("head_hash", head_hash)):
             if not isinstance(value, (str, type(None))):
                 raise ValueError(f"{name} is {value!r}; expected text, or None where the head model is not known")
@@ -64,8 +69,18 @@ class PointCodec:
         self._id_dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
         # Lowest id of each slot and the span above it, for every token of a block: broadcasting a row of four is slower.
         limits = [0, 0, 0, self.n_bins], [self.n_bins - 1] * 3 + [self.n_faces - 1]
-        self._slot_limits = [_per_token(each, self._id_dtype) for each in limits]
+        self._slot_limits = [self._per_token(each, self._id_dtype) for each in limits]
         self._set_bounds(bounds)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of the four tokens of a point, in their order."""
+        return tuple(SLOTS["xyzf".index(letter)] for letter in self.token_order)
+
+    @property
+    def slot_columns(self) -> list[int]:
+        """Where x, y, z and face stand among the four tokens of a point: `ids.reshape(-1, 4)[:, slot_columns]` has them so."""
+        return [self.token_order.index(letter) for letter in "xyzf"]
 
     @property
     def bos_token_id(self) -> int:
@@ -217,16 +232,16 @@ class PointCodec:
         keys.sort()
         ids = np.empty(4 * len(keys) + 2, dtype=self._id_dtype)
         ids[0], ids[-1] = self.bos_token_id, self.eos_token_id
-        points = ids[1:-1].reshape(len(keys), 4)
+        points, columns = ids[1:-1].reshape(len(keys), 4), self.slot_columns
         for start in range(0, len(keys), BLOCK):
             rows = slice(start, start + BLOCK)
             for rank, axis in enumerate(self._sorting_axes):
                 bins = keys[rows] >> (self._face_bits + (2 - rank) * self._coordinate_bits)
                 bins &= (1 << self._coordinate_bits) - 1
-                points[rows, axis] = bins
+                points[rows, columns[axis]] = bins
             face = keys[rows] & ((1 << self._face_bits) - 1)
             face += self.n_bins
-            points[rows, 3] = face
+            points[rows, columns[3]] = face
         return ids
 
     # ---- ids -> points
@@ -264,6 +279,7 @@ class PointCodec:
         unsigned = body.view(f"u{body.itemsize}")
         lowest, span = (limit.astype(unsigned.dtype, copy=False) for limit in self._slot_limits)
         scale, offset = self._slot_meters
+        *axis_columns, face_column = self.slot_columns
         positions = np.empty((len(body) // 4, 3), dtype=np.float32)
         faces = np.empty(len(body) // 4, dtype=np.int64)
         for start in range(0, len(faces), BLOCK):
@@ -275,23 +291,23 @@ class PointCodec:
             meters = values.astype(np.float32)  # as in _set_bounds, which checks this arithmetic for every bin
             meters *= scale[: len(tokens)]
             meters += offset[: len(tokens)]
-            for axis in range(3):
-                positions[rows, axis] = meters[axis::4]
-            faces[rows] = values[3::4]
+            for axis, column in enumerate(axis_columns):
+                positions[rows, axis] = meters[column::4]
+            faces[rows] = values[face_column::4]
         return positions, faces
 
     def _first_problem(self, body: np.ndarray, start: int) -> tuple[int, str]:
         """The number of whole points before the first id that does not fit, and what is wrong with it."""
-        face_slot = np.arange(len(body)) % 4 == 3
+        face_slot = np.arange(len(body)) % 4 == self.slot_columns[3]
         lowest, end = np.where(face_slot, self.n_bins, 0), np.where(face_slot, self.bos_token_id, self.n_bins)
         wrong = np.flatnonzero((body < lowest) | (body >= end))
         at = int(wrong[0]) if len(wrong) else len(body)
-        slot = SLOTS[at % 4]
+        slot = self.slots[at % 4]
         wanted = f"[{self.n_bins}, {self.bos_token_id})" if slot == "face" else f"[0, {self.n_bins})"
         where = f"position {start + at}"
         if not len(wrong):
             return at // 4, f"the ids end at {where} in the middle of a point; expected its {slot} in {wanted}"
-        if slot == "x" and body[at] == self.eos_token_id:
+        if at % 4 == 0 and body[at] == self.eos_token_id:
             return at // 4, f"eos at {where} is followed by {len(body) - at - 1} more ids; expected the end or padding"
         found = f"{self._describe(int(body[at]))} in the {slot} slot of point {at // 4}"
         return at // 4, f"{where} holds id {body[at]} ({found}); expected an id in {wanted}"
@@ -323,7 +339,11 @@ class PointCodec:
                     raise ValueError(f"float32 cannot tell {problem}: {advice}")
         self.bounds = [lo.tolist(), hi.tolist()]
         self._lo, self._hi = lo, hi
-        self._slot_meters = _per_token([*scale, 0], np.float32), _per_token([*offset, 0], np.float32)
+        self._slot_meters = self._per_token([*scale, 0], np.float32), self._per_token([*offset, 0], np.float32)
+
+    def _per_token(self, slots: list, dtype: Any) -> np.ndarray:
+        """What belongs to x, y, z and face, for each token of a block."""
+        return np.tile(np.array([slots[SLOTS.index(slot)] for slot in self.slots], dtype=dtype), BLOCK)
 
 
 def as_array(values: Any, name: str) -> np.ndarray:
@@ -348,10 +368,6 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> Any:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {list(choices)}")
     return value
-
-
-def _per_token(slots: list, dtype: Any) -> np.ndarray:
-    return np.tile(np.array(slots, dtype=dtype), BLOCK)
 
 
 def _check_finite(positions: np.ndarray, index: int) -> None:

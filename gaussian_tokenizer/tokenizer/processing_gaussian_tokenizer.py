@@ -27,11 +27,12 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
         n_bins: levels per axis.
         n_faces: faces F of the head model the points are anchored to.
         bounds: `[[lo x, y, z], [hi x, y, z]]` in meters; see `fit`.
-        axis_order: the axes in sorting order, most significant first. The token order is always x, y, z, face.
+        axis_order: the axes in sorting order, most significant first.
         max_points: longest cloud that is accepted; None for no limit.
         padding_side: "right" or "left", for batches.
         image_size: side of `pixel_values` in pixels.
         head_name, head_hash: the head model's name and hash. An avatar with another hash is refused.
+        token_order: the order of a point's tokens x, y, z and face (f). Points are sorted by `axis_order` whatever it is.
     """
 
     # The signature is positional because transformers reads the loadable arguments from `co_argcount`.
@@ -46,10 +47,11 @@ class GaussianTokenizer(PointCodec, ProcessorMixin):
         image_size: int = 224,
         head_name: str | None = None,
         head_hash: str | None = None,
+        token_order: str = "xyzf",
         **kwargs: Any,
     ) -> None:
         ProcessorMixin.__init__(self, **kwargs)
-        PointCodec.__init__(self, n_bins, n_faces, bounds, axis_order, max_points, head_name, head_hash)
+        PointCodec.__init__(self, n_bins, n_faces, bounds, axis_order, max_points, head_name, head_hash, token_order)
         self.padding_side = one_of("padding_side", padding_side, ("right", "left"))
         self.image_size = positive_integer("image_size", image_size)
         if self.image_size > MAX_IMAGE_SIZE:

@@ -59,6 +59,7 @@ class PointillistConfig(PreTrainedConfig):
     Args:
         n_bins: quantization levels per axis; coordinate ids are `[0, n_bins)`.
         n_faces: faces of the head model; face ids are `[n_bins, n_bins + n_faces)`. Then begin, end, padding.
+        token_order: the order in which x, y, z and the face (f) of a point stand in the sequence: the tokenizer's.
         level: "token" (the paper), or "point": one position of the decoder a point, whose tokens small heads spell.
         mesh_aware_faces: at the point level, whether a face is described by its center and normal on the subject's mesh; what is
             spelled of a point after its face are offsets from that center.
@@ -91,6 +92,7 @@ class PointillistConfig(PreTrainedConfig):
     n_bins: int = 1024
     n_faces: int = 10144
     vocab_size: int | None = None
+    token_order: str = "xyzf"
     level: str = "token"
     mesh_aware_faces: bool = False
     slot_order: str | None = None
@@ -169,11 +171,18 @@ class PointillistConfig(PreTrainedConfig):
     @property
     def slots(self) -> tuple[int, ...]:
         """Slots (0 to 2: x, y, z; 3: face) in the order in which they are spelled."""
-        return tuple("xyzf".index(letter) for letter in self.slot_order or "xyzf")
+        return tuple("xyzf".index(letter) for letter in self.slot_order or self.token_order)
+
+    @property
+    def slot_columns(self) -> list[int]:
+        """Where x, y, z and face stand among the four tokens of a point: `ids.unflatten(-1, (-1, 4))[..., slot_columns]`."""
+        return [self.token_order.index(letter) for letter in "xyzf"]
 
     def slot_tokens(self) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Ids of the faces, and of everything else: coordinates, then special tokens."""
+        """Ids of the faces, and of everything else; special tokens are with the slot whose place the end takes, the first."""
         bos = self.first_special
+        if self.token_order[0] == "f":
+            return (slice(self.n_bins, bos + 3),), (slice(0, self.n_bins),)
         return (slice(self.n_bins, bos),), (slice(0, self.n_bins), slice(bos, bos + 3))
 
     def validate_architecture(self):
@@ -185,9 +194,13 @@ class PointillistConfig(PreTrainedConfig):
             raise ValueError(f'slot_head is {self.slot_head!r}, expected "mlp" or "attention"')
         if self.level == "token" and (self.mesh_aware_faces or self.slot_order is not None or self.slot_head != "mlp"):
             raise ValueError('mesh_aware_faces, slot_order and slot_head="attention" need level="point"')
-        if self.slot_order is not None and sorted(self.slot_order) != sorted("xyzf"):
+        for name, order in (("slot_order", self.slot_order), ("token_order", self.token_order)):
+            if order is not None and sorted(order) != sorted("xyzf"):
+                raise ValueError(f'{name} is {order!r}, expected the letters x, y, z, f in some order, as "yfxz"')
+        if self.level == "point" and self.token_order != "xyzf":
             raise ValueError(
-                f'slot_order is {self.slot_order!r}, expected the letters x, y, z, f in some order, as "yfxz"'
+                f'level="point" reads tokens in the order xyzf, found token_order {self.token_order!r}: its heads spell a point in '
+                "slot_order, so use a tokenizer or corpus of the default token_order"
             )
         if self.window_tokens < 4 or self.window_tokens % 4:
             raise ValueError(

@@ -1,4 +1,7 @@
-"""The grammar of a sequence, `bos, (x, y, z, face)*, eos` with points sorted by (y, z, x, face), at both levels of the model."""
+"""The grammar of a sequence, `bos, (x, y, z, face)*, eos` with points sorted by (y, z, x, face), at both levels of the model.
+
+A point's tokens may stand in another order (`token_order`); the sorting is the same.
+"""
 
 import torch
 from torch import Tensor
@@ -53,6 +56,8 @@ class PointGrammar(LogitsProcessor):
             raise ValueError(f"max_points_per_face must be at least 1, found {max_points_per_face}")
         self.n_bins, self.n_faces = config.n_bins, config.n_faces
         self.bos, self.eos = config.first_special, config.first_special + 1
+        self.slots, self.face_column = config.slots, config.slot_columns[3]
+        self.columns, self.first_ids = torch.tensor(config.slot_columns), torch.tensor([0, 0, 0, config.n_bins])
         self.sorted_points = sorted_points
         self.min_points, self.max_points = min_points, max_points
         self.max_points_per_face = max_points_per_face
@@ -67,33 +72,35 @@ class PointGrammar(LogitsProcessor):
             self.start = (input_ids == self.bos).int().argmax(1) + 1
             written = length - self.start
             self.count(input_ids, written)
+            self.columns, self.first_ids = self.columns.to(device), self.first_ids.to(device)
         else:
             written = length - self.start
-            self.add(input_ids[:, -1] - self.n_bins, (written % 4 == 0) & (input_ids[:, -1] < self.bos))
-        slot, points = written % 4, written // 4
+            is_face = (written - 1) % 4 == self.face_column
+            self.add(input_ids[:, -1] - self.n_bins, is_face & (input_ids[:, -1] < self.bos))
+        place, points = written % 4, written // 4
 
-        # The last complete point and the tokens since, gathered by column (clamped: unused where points == 0).
-        columns = (self.start + 4 * (points - 1))[:, None] + torch.arange(8, device=device)
-        offset = torch.tensor([0, 0, 0, self.n_bins], device=device)
-        previous, point = (input_ids.gather(1, columns.clamp(0, length - 1)).unflatten(1, (2, 4)) - offset).unbind(1)
+        # The last complete point and the tokens since, gathered by column (clamped: unused where points == 0), slot by slot.
+        columns = (self.start + 4 * (points - 1))[:, None] + torch.cat((self.columns, self.columns + 4))
+        own = input_ids.gather(1, columns.clamp(0, length - 1)).unflatten(1, (2, 4)) - self.first_ids
+        previous, point = own.unbind(1)
         previous = torch.where((points > 0)[:, None], previous, 0)
-        known = torch.arange(4, device=device) < slot[:, None]
+        known = self.columns < place[:, None]
         open_faces = self.open_faces(len(input_ids), device)
         most = self.most(open_faces)
         previous = previous if self.sorted_points else torch.zeros_like(previous)
-        least = torch.stack([least_value(each, previous, point, known, most) for each in range(4)], 1)
-        least = least.gather(1, slot[:, None])
+        least = torch.stack([least_value(slot, previous, point, known, most) for slot in self.slots], 1)
+        least = least.gather(1, place[:, None])
 
         ids = torch.arange(scores.shape[1], device=device)
-        is_face = (slot == 3)[:, None]
+        is_face = (place == self.face_column)[:, None]
         allowed = torch.where(is_face, ids - self.n_bins >= least, (ids >= least) & (ids < self.n_bins)) & (
             ids < self.bos
         )
         allowed[:, self.n_bins : self.bos] &= ~is_face | open_faces
-        room = open_faces.any(1) & (least[:, 0] < self.n_bins)
+        room = open_faces.any(1) & (least[:, 0] <= most[:, self.slots[0]])
         if self.max_points is not None:
             room &= points < self.max_points
-        between = slot == 0
+        between = place == 0
         allowed &= (~between | room)[:, None]
         # A finished row is padded by the caller whatever its scores are; keep one of them finite.
         finished = input_ids[:, -1] > self.bos
@@ -129,7 +136,7 @@ class PointGrammar(LogitsProcessor):
         if self.max_points_per_face is None:
             return
         place = torch.arange(ids.shape[1], device=ids.device) - (ids.shape[1] - written)[:, None]
-        is_face = (place >= 0) & (place % 4 == 3)
+        is_face = (place >= 0) & (place % 4 == self.face_column)
         self.counts = torch.zeros(len(ids), self.n_faces, dtype=torch.long, device=ids.device)
         self.counts.scatter_add_(1, (ids - self.n_bins).clamp(0, self.n_faces - 1), is_face.long())
 

@@ -45,7 +45,7 @@ class PointillistGenerateOutput(GenerateDecoderOnlyOutput):
     """`generate(..., return_dict_in_generate=True)`: the usual fields (with `cache`, also as `past_key_values`) and
 
     point_features: (B, N, 4, D) last hidden states that predicted x, y, z and face of each new point, zero beyond a row's
-    end, if `output_point_features=True`.
+    end, if `output_point_features=True`; in this order of slots, whatever `token_order` is.
     num_points: (B,) new points in each row.
     """
 
@@ -230,7 +230,7 @@ class PointLoop:
             self.grammar.follow = True
         ids = torch.full((batch, limit), config.pad_token_id, device=device)
         ids[:, :prompt] = input_ids
-        kept = (limit - prompt) * self.output_point_features
+        kept = 4 * math.ceil((limit - prompt) / 4) * self.output_point_features
         features = model.lm_head.weight.new_zeros(batch, kept, config.hidden_size)
         unfinished = torch.ones(batch, dtype=torch.bool, device=device)
         ends = torch.full((batch,), prompt, device=device)
@@ -243,7 +243,8 @@ class PointLoop:
                     token = sample(ids[:, :column], logits)
                     ids[:, column] = torch.where(unfinished, token, config.pad_token_id)
                     if self.output_point_features:
-                        features[:, column - prompt] = hidden * unfinished[:, None]
+                        point, place = divmod(column - prompt, 4)
+                        features[:, 4 * point + config.slots[place]] = hidden * unfinished[:, None]
                     ends = torch.where(unfinished, column + 1, ends)
                     unfinished = unfinished & ~stopping_criteria(ids[:, : column + 1], None)
                     if self.streamer is not None:
@@ -332,7 +333,7 @@ class PointLoop:
             return self.run(ids, 0, length)
         if self.window_policy == "reprefill" and length - self.first_column > window:
             begin = length - window // 2
-            # a face, as the windows of training begin
+            # the last token of a point, as the windows of training begin
             self.first_column = begin - (begin - self.prompt + 1) % (4 // self.tokens_per_position)
             self.cache.self_attention_cache.reset()
             return self.run(ids, self.first_column, length)

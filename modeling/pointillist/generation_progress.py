@@ -39,7 +39,8 @@ class GenerationProgress:
         if self.bar.disable:
             return
         points = (ids.shape[1] - self.starts) // 4
-        y = ids.gather(1, (self.starts + 4 * points - 3).clamp(min=0)[:, None])[:, 0].where(points > 0, 0)
+        column = self.starts + 4 * (points - 1) + self.config.slot_columns[1]
+        y = ids.gather(1, column.clamp(min=0)[:, None])[:, 0].where(points > 0, 0)
         lowest = y.where(unfinished, self.config.n_bins).min()
         most, lowest = torch.stack((points.where(unfinished, 0).max(), lowest)).tolist()
         if most <= self.bar.n:

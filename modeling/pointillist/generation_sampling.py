@@ -62,7 +62,7 @@ class TokenSampler(Sampler):
         if self.start is None:
             return self.choose(ids, scores)
         faces, others = self.config.slot_tokens()
-        at_face = (ids.shape[1] - self.start) % 4 == 3
+        at_face = (ids.shape[1] - self.start) % 4 == self.config.slot_columns[3]
         scores = torch.cat([scores[:, part] for part in (faces if at_face else others)], dim=1)
         token = self.choose(ids, scores)
         if at_face:

@@ -271,6 +271,7 @@ def test_what_is_no_pipeline_is_said(saved, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"point__n_bins": 32}, "32 levels and 600 faces, the tokenizer 16 and 600"),
+        ({"tokenizer__token_order": "yzxf"}, "token_order xyzf, the tokenizer yzxf"),
         ({"tokenizer__head_hash": "0123456789abcdef"}, "hash 0123456789abcdef"),
         ({"decoder__point_feature_size": 48}, "width 48, the point model has width 32"),
         ({"decoder__mode": "flame_position"}, "flame_position"),
@@ -279,6 +280,12 @@ def test_what_is_no_pipeline_is_said(saved, tmp_path, monkeypatch):
 def test_components_that_do_not_belong_together_are_refused(head, changes, message):
     with pytest.raises(ValueError, match=message):
         AvatarPipeline(**components(head, **changes))
+
+
+def test_tokenizer_and_point_model_may_share_another_token_order(head):
+    orders = {"tokenizer__token_order": "yzxf", "point__token_order": "yzxf"}
+    pipeline = AvatarPipeline(**components(head, **orders))
+    assert len(pipeline(portrait(), seed=0, candidates=2, max_points=5)) >= 1
 
 
 def test_a_decoder_of_positions_needs_no_features(head):

@@ -19,7 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from gaussian_tokenizer.corpus.building import build
+from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.corpus.options import BuildSettings
+from gaussian_tokenizer.corpus.stats import compute_stats
+from gaussian_tokenizer.corpus.validation import validate
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from training import pretrain
 from training.common.arguments import exit_on_user_error
@@ -116,6 +119,28 @@ def test_the_point_level_trains_resumes_and_generates(launcher, corpus, tmp_path
     launcher.run(tmp_path / "again", *SETTINGS, *level, "--resume_from_checkpoint", "true")
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_corpus_of_another_token_order_is_counted_checked_learned_and_generated(launcher, script, corpus, tmp_path):
+    settings = BuildSettings(n_bins=64, image_size=56, num_validation=4, token_order="yzxf")
+    build(corpus.path.parent / "avatars", build_procedural_head(600), tmp_path / "corpus", settings, progress=False)
+    assert not [problem for verdict in validate(tmp_path / "corpus") for problem in verdict.problems]
+    own = load_corpus(tmp_path / "corpus")
+    assert compute_stats(own).slot_entropies == compute_stats(corpus).slot_entropies
+    assert "tokens `y z x face` a point" in (tmp_path / "corpus" / "README.md").read_text()
+    words = ("--corpus", str(tmp_path / "corpus"), "--loss_within_slot", "true", *SETTINGS)
+    launcher.run(tmp_path / "model", *words, processes="python")
+    report = json.loads((tmp_path / "model" / "training_report.json").read_text())
+    assert report["heldout_nll"] < report["uniform_nll"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), own.tokenizer
+    assert model.config.token_order == AutoProcessor.from_pretrained(tmp_path / "model").token_order == "yzxf"
+    torch.manual_seed(0)
+    ids = model.generate(max_points=5)[0]
+    points = tokenizer.decode(ids)
+    again = tokenizer(points)["input_ids"].tolist()
+    assert 1 <= len(points["faces"]) <= 5 and ids[: len(again) - 1].tolist() == again[:-1]
+    assert "token_order yzxf, the corpus" in script("--model", tmp_path / "model")
+    assert "found token_order 'yzxf'" in script("--level", "point", corpus=tmp_path / "corpus")
 
 
 @pytest.mark.newest

@@ -4,13 +4,12 @@ from typing import Any
 
 from gaussian_tokenizer.corpus.card import HUB_LICENSES
 from gaussian_tokenizer.corpus.corpus import Corpus
-from gaussian_tokenizer.tokenizer.point_codec import SLOTS
 from gaussian_tokenizer.utils.templates import render_template
 
 
 def model_card(kind: str, corpus: Corpus, **values: Any) -> str:
     """Markdown of a `point_model` or `gaussian_decoder`; values of the template: config, report and arguments."""
-    given = {"corpus": corpus, "license": hub_license(corpus), "slots": SLOTS, **values}
+    given = {"corpus": corpus, "license": hub_license(corpus), "slots": corpus.tokenizer.slots, **values}
     return render_template(__package__, f"{kind}.md.j2", **given)
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     captured = same("num_subjects", "views", "timesteps", "image_size", "seed")
     run(1, "synthetic subjects", synthesize(**captured, output_dir=output / "avatars"))
     run(2, "corpus", [sys.executable, "-m", "gaussian_tokenizer.build_corpus", *flags(
-        avatars=output / "avatars", **same("head", "n_bins", "image_size"),
+        avatars=output / "avatars", **same("head", "n_bins", "token_order", "image_size"),
         num_proc=processes, num_validation=arguments.num_heldout, output_dir=output / "corpus",
     )])  # fmt: skip
     run(3, "training of the point model", [
@@ -122,6 +122,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--decoder_steps", type=int, help="steps of the decoder's training; by default those of its config")
     add("--num_bench", type=int, default=8, help="subjects of the reenactment bench, 16 frames each; 0: no bench")
     add("--n_bins", type=int, default=128, help="quantization levels per axis (the paper: 1,024)")
+    add("--token_order", default="xyzf", help="order of a point's tokens x, y, z and face (f)")
     add("--image_size", type=int, default=112, help="pixels of an image, a multiple of 14")
     add("--seed", type=int, default=0)
     arguments, training = parser.parse_known_args()

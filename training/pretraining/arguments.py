@@ -48,7 +48,7 @@ class ModelArguments:
     point_attention_heads: int = option("heads of the mesh encoder", 12)
 
     def config(self, tokenizer: GaussianTokenizer) -> PointillistConfig:
-        """The configuration of a new model for this tokenizer's vocabulary."""
+        """The configuration of a new model for this tokenizer's vocabulary and order."""
         vision = None
         if self.use_vision_encoder and self.vision_model:
             with flag_named("--vision_model", self.vision_model):
@@ -68,6 +68,7 @@ class ModelArguments:
             | {"freeze_vision_encoder": frozen, "sliding_window": window},
             n_bins=tokenizer.n_bins,
             n_faces=tokenizer.n_faces,
+            token_order=tokenizer.token_order,
             vision_config=vision,
         )
 

@@ -1,6 +1,6 @@
 """How well the next token is predicted in each slot, x, y, z and face, in nats per token; and how fast the model learns.
 
-The end token takes the place of an x and is counted there.
+The end token takes the first place of a point, usually that of an x, and is counted there.
 """
 
 import math
@@ -25,8 +25,8 @@ PEAK_FLOPS = {
 def slot_sums(logits: Tensor, labels: Tensor, config: PointillistConfig) -> Tensor:
     """Logits (B, L, vocabulary) and labels (B, L), -100 where nothing counts -> (B, 3, 4): NLL, hits and tokens of a row and slot.
 
-    A window begins between two points, so position t >= 1 holds slot (t - 1) mod 4. With `loss_within_slot` a token competes only
-    with those of its slot, as in training.
+    A window begins between two points, so position t >= 1 holds token (t - 1) mod 4 of a point. With `loss_within_slot` a token
+    competes only with those of its slot, as in training.
     """
     targets, logits = labels[:, 1:], logits[:, :-1].float()
     if config.loss_within_slot:
@@ -37,9 +37,9 @@ def slot_sums(logits: Tensor, labels: Tensor, config: PointillistConfig) -> Tens
     counted = (targets != -100).double()
     hits = (logits.argmax(-1) == targets).double() * counted
     # Windows of the point level begin with a whole group, so their first target is a y.
-    slots = (torch.arange(targets.shape[1], device=targets.device) + (config.level == "point")) % 4
+    places = (torch.arange(targets.shape[1], device=targets.device) + (config.level == "point")) % 4
     sums = torch.stack((nll.view_as(targets).double() * counted, hits, counted), dim=1)  # (B, 3, L - 1)
-    return sums.new_zeros(len(sums), 3, 4).index_add_(2, slots, sums)
+    return sums.new_zeros(len(sums), 3, 4).index_add_(2, places, sums)[..., config.slot_columns]
 
 
 def slot_metrics(sums: Tensor) -> dict[str, float]:
@@ -62,7 +62,8 @@ def baselines(train: AvatarRows, heldout: AvatarRows) -> dict[str, float]:
     """
     tokenizer = train.tokenizer
     ids = np.arange(tokenizer.vocab_size)
-    possible = np.stack([ids < tokenizer.n_bins] * 3 + [(ids >= tokenizer.n_bins) & (ids < tokenizer.bos_token_id)])
+    of_slots = [ids < tokenizer.n_bins] * 3 + [(ids >= tokenizer.n_bins) & (ids < tokenizer.bos_token_id)]
+    possible = np.stack([of_slots[SLOTS.index(slot)] for slot in tokenizer.slots])
     possible[0, tokenizer.eos_token_id] = True
     expected = token_counts(heldout)
 
@@ -74,7 +75,7 @@ def baselines(train: AvatarRows, heldout: AvatarRows) -> dict[str, float]:
 
 
 def token_counts(rows: AvatarRows) -> np.ndarray:
-    """(4, vocabulary): how often each token occurs in each slot, bos left out."""
+    """(4, vocabulary): how often each token occurs in each place of a point, bos left out."""
     counts = np.zeros((4, rows.tokenizer.vocab_size))
     for row in range(len(rows)):
         tokens = rows.sequence(row)[1:]

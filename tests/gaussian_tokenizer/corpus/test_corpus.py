@@ -1,5 +1,6 @@
 """Corpora as they are read: what the rows hold, what a damaged or foreign folder is refused with."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -20,7 +21,7 @@ from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.captures.frame import Frame
 from gaussian_tokenizer.captures.subject import Subject, write_subject
 from gaussian_tokenizer.corpus.building import build
-from gaussian_tokenizer.corpus.corpus import load_corpus
+from gaussian_tokenizer.corpus.corpus import load_corpus, tokenizer_fingerprint
 from gaussian_tokenizer.corpus.html_page import first_images
 from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.corpus.stats import compute_stats
@@ -300,6 +301,14 @@ def test_a_corpus_json_that_lacks_something_is_refused(copy, name, value, messag
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"corpus\.json: {message}"):
         load_corpus(copy)
+
+
+def test_the_fingerprint_of_the_papers_token_order_is_that_of_corpora_without_one():
+    tokenizer = GaussianTokenizer(n_bins=64, n_faces=600)
+    before = json.dumps([64, 600, tokenizer.bounds, "yzx", 667]).encode()
+    assert tokenizer_fingerprint(tokenizer) == hashlib.sha256(before).hexdigest()[:16]
+    fingerprints = {tokenizer_fingerprint(GaussianTokenizer(64, 600, token_order=o)) for o in ("xyzf", "yzxf", "yzfx")}
+    assert len(fingerprints) == 3
 
 
 def test_a_tokenizer_that_did_not_make_the_ids_is_refused(copy):

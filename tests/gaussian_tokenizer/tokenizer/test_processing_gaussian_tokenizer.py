@@ -20,6 +20,11 @@ from gaussian_tokenizer import GaussianTokenizer
 IMAGENET_WHITE = (1 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
 
 
+def spelled(tokenizer, tokens):
+    """x, y, z and face in the order of the tokenizer."""
+    return [dict(zip("xyzf", tokens, strict=True))[letter] for letter in tokenizer.token_order]
+
+
 def slow_encode(tokenizer, points):
     """The definition, one point at a time in Python floats."""
     lo, hi = tokenizer.bounds
@@ -28,7 +33,7 @@ def slow_encode(tokenizer, points):
         bins = [math.floor((position[a] - lo[a]) / (hi[a] - lo[a]) * tokenizer.n_bins) for a in range(3)]
         bins = [min(max(b, 0), tokenizer.n_bins - 1) for b in bins]
         order = tuple(bins["xyz".index(axis)] for axis in tokenizer.axis_order)
-        rows.append(((*order, face), [*bins, tokenizer.n_bins + face]))
+        rows.append(((*order, face), spelled(tokenizer, [*bins, tokenizer.n_bins + face])))
     body = [token for _, tokens in sorted(rows) for token in tokens]
     return [tokenizer.bos_token_id, *body, tokenizer.eos_token_id]
 
@@ -48,15 +53,16 @@ def tokenizers(draw):
     edges = [draw(st.floats(0.125, 10)) for _ in range(3)]
     bounds = [lo, [low + edge for low, edge in zip(lo, edges, strict=True)]]
     axis_order = draw(st.permutations("xyz").map("".join))
-    return GaussianTokenizer(n_bins=n_bins, n_faces=n_faces, bounds=bounds, axis_order=axis_order)
+    orders = {"axis_order": axis_order, "token_order": draw(st.permutations("xyzf").map("".join))}
+    return GaussianTokenizer(n_bins=n_bins, n_faces=n_faces, bounds=bounds, **orders)
 
 
 def sorted_ids(tokenizer, rng, n_points):
     bins = rng.integers(0, tokenizer.n_bins, (n_points, 3))
     faces = rng.integers(0, tokenizer.n_faces, n_points)
     order = ["xyz".index(axis) for axis in tokenizer.axis_order]
-    rows = sorted(([*point[order].tolist(), face], [*point.tolist(), tokenizer.n_bins + face]) for point, face in
-                  zip(bins, faces.tolist(), strict=True))  # fmt: skip
+    rows = sorted(([*point[order].tolist(), face], spelled(tokenizer, [*point.tolist(), tokenizer.n_bins + face]))
+                  for point, face in zip(bins, faces.tolist(), strict=True))  # fmt: skip
     body = [token for _, tokens in rows for token in tokens]
     return [tokenizer.bos_token_id, *body, tokenizer.eos_token_id]
 
@@ -248,6 +254,26 @@ def test_malformed_ids_name_the_position_and_truncation_keeps_the_points_before_
     assert decoded["dropped"] == dropped
     with pytest.raises(ValueError, match=r"sequence 1: .*position"):
         tokenizer.batch_decode([sequence(19), ids])
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([18, 12, 1, 2, 3, 13, 1], r"position 7 in the middle of a point; expected its z in \[0, 8\)"),
+        (
+            [18, 12, 1, 2, 3, 4, 1, 2, 3],
+            r"position 5 holds id 4 \(a coordinate in the face slot .*expected .* \[8, 18\)",
+        ),
+        ([18, 12, 1, 2, 3, 13, 1, 2, 19], r"position 8 holds id 19 \(eos in the x slot of point 1\)"),
+        ([18, 12, 1, 2, 3, 19, 13, 1, 2, 3], "eos at position 5 is followed by 4 more ids"),
+    ],
+)
+def test_malformed_ids_are_named_by_the_slots_of_another_token_order(ids, message):
+    tokenizer = GaussianTokenizer(n_bins=8, n_faces=10, token_order="fyzx")
+    with pytest.raises(ValueError, match=message):
+        tokenizer.decode(ids)
+    with pytest.warns(UserWarning, match=message):
+        assert tokenizer.decode(ids, errors="truncate")["faces"].tolist() == [4]
 
 
 @pytest.mark.parametrize(
@@ -483,6 +509,10 @@ def test_fit_refuses_what_gives_no_box_and_leaves_the_bounds():
         ({"bounds": [[1e6, 0, 0], [1e6 + 1, 1, 1]]}, "float32 cannot tell 1024 bins apart .*axis x"),
         ({"bounds": [[0, 0, 0], [1e39, 1, 1]]}, "float32 cannot tell"),
         ({"axis_order": "xxy"}, "axis_order"),
+        *(
+            ({"token_order": order}, "token_order is .*expected the letters x, y, z and f")
+            for order in ("yzx", "yzxb", 5)
+        ),
         ({"max_points": 0}, "max_points"),
         ({"padding_side": "up"}, "padding_side"),
     ],
@@ -504,6 +534,7 @@ SETTINGS = {
     "image_size": 56,
     "head_name": "procedural",
     "head_hash": "0123456789abcdef",
+    "token_order": "yfzx",
 }
 
 
@@ -513,6 +544,13 @@ def test_a_saved_tokenizer_comes_back_through_auto_processor_with_all_its_settin
     assert type(loaded) is GaussianTokenizer
     assert {name: value for name, value in loaded.to_dict().items() if name in SETTINGS} == SETTINGS
     assert not list(tmp_path.glob(".*")), "a temporary file was left behind"
+
+
+def test_settings_without_a_token_order_have_the_papers(tmp_path):
+    GaussianTokenizer(**SETTINGS).save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "token_order"}))
+    assert AutoProcessor.from_pretrained(tmp_path).token_order == "xyzf"
 
 
 def test_it_loads_from_a_model_s_folder_too(tmp_path):

@@ -52,6 +52,11 @@ OUT_OF_RANGE: list[tuple[str, float]] = [
         (dict(point_center=[0.0, 0.0]), r"point_center is \[0.0, 0.0\], expected x, y and z"),
         (dict(point_center=[0.0, 0.0, math.nan]), "point_center is .*nan"),
         (dict(point_hidden_size=100, point_attention_heads=3), "not a multiple"),
+        *(
+            (dict(token_order=order), f"token_order is '{order}', expected the letters")
+            for order in ("", "yzx", "yzxb")
+        ),
+        (dict(level="point", token_order="yzxf"), "found token_order 'yzxf': its heads spell a point in slot_order"),
     ],
 )
 def test_contradictory_fields_are_refused(fields, message):

@@ -1,6 +1,6 @@
 """The grammar against brute force: a token is allowed exactly if some complete, sorted, permitted point begins with it."""
 
-from itertools import product
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -9,25 +9,28 @@ from hypothesis import strategies as st
 
 from modeling import PointGrammar, PointillistConfig
 
-CONFIG = PointillistConfig(n_bins=3, n_faces=3, use_vision_encoder=False, use_point_encoder=False)
+SIZES = dict(n_bins=3, n_faces=4, use_vision_encoder=False, use_point_encoder=False)
+CONFIG = PointillistConfig(**SIZES)
+ORDERS = ["".join(order) for order in permutations("xyzf")]
 
 
-def order(point):
-    x, y, z, face = point
-    return (y, z, x, face)
-
-
-def allowed_by_brute_force(tokens, sorted_points, min_points, max_points, max_points_per_face):
+def allowed_by_brute_force(token_order, tokens, sorted_points, min_points, max_points, max_points_per_face):
     """Ids that may follow `tokens` (without bos), by listing every point there is."""
-    n, faces = CONFIG.n_bins, CONFIG.n_faces
+    n, faces, face_place = CONFIG.n_bins, CONFIG.n_faces, token_order.index("f")
+
+    def order(point):
+        return [point[token_order.index(letter)] for letter in "yzxf"]
+
     points = [tuple(tokens[i : i + 4]) for i in range(0, len(tokens) - len(tokens) % 4, 4)]
     begun = tuple(tokens[4 * len(points) :])
     candidates = [
         point
-        for point in product(range(n), range(n), range(n), range(n, n + faces))
+        for point in product(*(range(n, n + faces) if letter == "f" else range(n) for letter in token_order))
         if point[: len(begun)] == begun
         and (not sorted_points or not points or order(point) >= order(points[-1]))
-        and (max_points_per_face is None or sum(p[3] == point[3] for p in points) < max_points_per_face)
+        and (
+            max_points_per_face is None or sum(p[face_place] == point[face_place] for p in points) < max_points_per_face
+        )
         and (max_points is None or len(points) < max_points)
     ]
     allowed = {point[len(begun)] for point in candidates}
@@ -36,27 +39,30 @@ def allowed_by_brute_force(tokens, sorted_points, min_points, max_points, max_po
     return allowed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
+    token_order=st.sampled_from(["xyzf", "yzxf", *ORDERS]),
     seed=st.integers(0, 2**31),
     sorted_points=st.booleans(),
     min_points=st.integers(0, 6),
     max_points=st.one_of(st.none(), st.integers(6, 12)),
     max_points_per_face=st.one_of(st.none(), st.integers(1, 4)),
     high_end=st.booleans(),
+    follow=st.booleans(),
 )
 def test_allowed_tokens_are_those_of_brute_force(
-    seed, sorted_points, min_points, max_points, max_points_per_face, high_end
+    token_order, seed, sorted_points, min_points, max_points, max_points_per_face, high_end, follow
 ):
     generator = torch.Generator().manual_seed(seed)
     limits = (sorted_points, min_points, max_points, max_points_per_face)
-    grammar = PointGrammar(CONFIG, *limits)
+    grammar = PointGrammar(PointillistConfig(**SIZES, token_order=token_order), *limits)
+    grammar.follow = follow
     tokens = []
     for _ in range(60):
         scores = torch.zeros(1, CONFIG.vocab_size)
         masked = grammar(torch.tensor([[CONFIG.bos_token_id, *tokens]]), scores)[0]
         allowed = masked.isfinite().nonzero().flatten().tolist()
-        assert set(allowed) == allowed_by_brute_force(tokens, *limits), tokens
+        assert set(allowed) == allowed_by_brute_force(token_order, tokens, *limits), tokens
         assert allowed, f"dead end after {tokens}"
         # The upper corner of the cube is where dead ends would be: go there in half of the examples.
         weights = torch.tensor([3.0**token if high_end and token < CONFIG.n_bins else 1.0 for token in allowed])

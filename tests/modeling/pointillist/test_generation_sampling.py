@@ -1,12 +1,14 @@
 """Drawing from the tokens of a slot alone is drawing from the whole vocabulary under the grammar."""
 
+import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from modeling import PointGrammar, PointillistConfig
 from modeling.pointillist.generation_sampling import TokenSampler
 
-CONFIG = PointillistConfig(n_bins=5, n_faces=7, use_vision_encoder=False, use_point_encoder=False)
+SIZES = dict(n_bins=5, n_faces=7, use_vision_encoder=False, use_point_encoder=False)
+CONFIG = PointillistConfig(**SIZES)
 BOS, EOS, PAD = CONFIG.bos_token_id, CONFIG.eos_token_id, CONFIG.pad_token_id
 POINT = [1, 1, 1, 6]
 PROMPTS = [[BOS], [BOS, 1], [BOS, 1, 1, 1], [BOS, *POINT], [BOS, *POINT, 2, 2, 2], [BOS, *POINT, 2, 2, 2, 7]]
@@ -34,12 +36,16 @@ def test_shares_of_many_draws_are_those_of_the_whole_vocabulary():
         assert (shares - expected).abs().max() < 0.02  # more than five standard deviations
 
 
-def test_greedy_takes_the_likeliest_that_is_allowed():
+@pytest.mark.parametrize("order", ["xyzf", "yfzx", "fyzx"])
+def test_greedy_takes_the_likeliest_that_is_allowed(order):
     torch.manual_seed(1)
-    for prompt in PROMPTS:
+    config = PointillistConfig(**SIZES, token_order=order)
+    point = [6 if letter == "f" else 1 for letter in order]
+    for prompt in ([BOS, *point, *point][:length] for length in range(1, 10)):
         ids, logits = torch.tensor([prompt, prompt]), torch.randn(2, CONFIG.vocab_size)
-        token = TokenSampler(processors(), CONFIG, ids[:, :1], do_sample=False)(ids, logits)
-        assert token.tolist() == expected_distribution(ids, logits, processors()).argmax(-1).tolist()
+        steps = LogitsProcessorList([PointGrammar(config), TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.7)])
+        token = TokenSampler(steps, config, ids[:, :1], do_sample=False)(ids, logits)
+        assert token.tolist() == expected_distribution(ids, logits, steps).argmax(-1).tolist()
 
 
 def test_rows_in_different_slots_are_drawn_from_the_whole_vocabulary():

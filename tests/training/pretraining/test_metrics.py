@@ -55,6 +55,14 @@ def test_slot_sums_are_those_of_a_loop_over_tokens():
         assert np.allclose(sums[row], loop_sums(logits[row : row + 1].double(), labels[row : row + 1]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("order", ["yzxf", "fyzx", "zfxy"])
+def test_slots_keep_their_sums_wherever_they_stand(order):
+    logits, labels = random_case()
+    expected = np.array(loop_sums(logits.double(), labels))[:, [order.index(letter) for letter in "xyzf"]]
+    found = slot_sums(logits, labels, PointillistConfig(**SIZES, token_order=order)).sum(0)
+    assert np.allclose(found, expected, rtol=1e-6)
+
+
 def test_windows_of_the_point_level_begin_with_a_whole_group():
     logits, labels = random_case()
     config = PointillistConfig(**SIZES, level="point")
@@ -114,13 +122,14 @@ def cloud(random, count):
     return {"positions": positions, "faces": random.integers(0, 6, count) ** 2 % 7}
 
 
-def test_baselines_are_those_of_a_loop_over_the_sequences():
-    tokenizer = GaussianTokenizer(n_bins=8, n_faces=7, bounds=[[-1, -1, -1], [1, 1, 1]])
+@pytest.mark.parametrize("order", ["xyzf", "yzxf", "fyzx"])
+def test_baselines_are_those_of_a_loop_over_the_sequences(order):
+    tokenizer = GaussianTokenizer(n_bins=8, n_faces=7, bounds=[[-1, -1, -1], [1, 1, 1]], token_order=order)
     random = np.random.default_rng(0)
     train = Rows(tokenizer, [cloud(random, n) for n in (3, 9, 14)])
     heldout = Rows(tokenizer, [cloud(random, n) for n in (5, 11)])
 
-    possible = [list(range(8))] * 3 + [list(range(8, 15))]
+    possible = [list(range(8, 15) if letter == "f" else range(8)) for letter in order]
     possible[0] = [*possible[0], tokenizer.eos_token_id]
     counts = [{token: 1 for token in tokens} for tokens in possible]
     for sequence in train.sequences:
