@@ -45,6 +45,8 @@ class PointLevelLoop(PointLoop):
         self.groups = whole_groups(input_ids, start, self.points, config.pad_token_id)
         if self.grammar is not None:
             self.grammar.count(self.groups.flatten(1), 4 * self.points)
+        self.offset = torch.tensor([0, 0, 0, config.n_bins], device=input_ids.device)
+        self.end = torch.tensor([config.eos_token_id, *[config.pad_token_id] * 3], device=input_ids.device)
         kept = (batch, steps * self.output_point_features, 4, config.hidden_size)
         self.features = model.lm_head.heads[0].norm.weight.new_zeros(kept)
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
@@ -123,6 +125,7 @@ class PointLevelLoop(PointLoop):
     def prepare(self, model, prompt: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         self.faces = model.model.embed_tokens.faces(model_kwargs.get("face_centers"), model_kwargs.get("face_normals"))
         self.slot_faces = self.faces if self.guidance_scale is None else twice(self.faces)
+        self.keys = model.lm_head.heads[FACE].keys(self.slot_faces.embeds)
         real = prompt[:, :, FACE] != model.config.pad_token_id
         mask = None if bool(real.all()) else real.long()
         return model_kwargs | {"attention_mask": mask, "position_ids": real.long().cumsum(1) - 1}
@@ -155,23 +158,23 @@ class PointLevelLoop(PointLoop):
 
         From hidden states (B or 2 B, 1, D); `previous` and `point` (B, 4) are classes, of which `known` (B, 4) are given.
         """
-        config, heads = self.model.config, self.model.lm_head
+        heads = self.model.lm_head
         begun, batch = known.any(1), len(point)
-        context, states = hidden, {}
-        ended = torch.zeros_like(begun)
+        context, states, ended = hidden, {}, begun
+        room = None if self.grammar is None else self.grammar.room()
         for place, slot in enumerate(heads.order):
             head, is_first = heads.heads[slot], place == 0
             state = head.state(context)
             states[slot] = state[:batch, 0]
             origin = head.origin(self.slot_faces, self.doubled(point[:, FACE:]), self.doubled(previous[:, Y : Y + 1]))
-            scores = head.scores(state, self.slot_faces.embeds, origin)[:, 0].float()
+            scores = head.scores(state, self.slot_faces.embeds, origin, self.keys)[:, 0].float()
             if self.guidance_scale is not None:
                 guided, empty = scores.chunk(2)
                 scores = empty + self.guidance_scale * (guided - empty)
             count = scores.shape[1] - head.has_end
             if self.grammar is not None:
-                allowed = self.grammar.allowed(slot, is_first, previous, self.points, point, known)
-                scores = scores.masked_fill(~allowed, -torch.inf)
+                allowed = self.grammar.allowed(slot, is_first, room, previous, self.points, point, known)
+                scores = torch.where(allowed, scores, -torch.inf)
             elif is_first:
                 scores[:, count].masked_fill_(begun, -torch.inf)
             value = self.sampler.choose(ids, self.processed(ids, scores, slot, count))
@@ -183,9 +186,8 @@ class PointLevelLoop(PointLoop):
             known = known.index_fill(1, self.slot_index[slot], True)
             if not head.is_last:
                 context = context + head.read(self.doubled(value[:, None]), self.slot_faces.embeds, origin)
-        point = point + torch.tensor([0, 0, 0, config.n_bins], device=point.device)
-        end = torch.tensor([config.eos_token_id, *[config.pad_token_id] * 3], device=point.device)
-        return torch.where(ended[:, None], end, point), torch.stack([states[slot] for slot in range(4)], 1), ended
+        point = torch.where(ended[:, None], self.end, point + self.offset)
+        return point, torch.stack([states[slot] for slot in range(4)], 1), ended
 
     def processed(self, ids: Tensor, scores: Tensor, slot: int, count: int) -> Tensor:
         """Scores (B, C) after the caller's processors, which read the whole vocabulary."""
@@ -205,7 +207,7 @@ class PointLevelLoop(PointLoop):
 
     def classes(self, ids: Tensor, known: Tensor) -> Tensor:
         """Ids (B, 4) of points -> bins and faces from zero; zero where not `known` (B, 4)."""
-        return torch.where(known, ids - torch.tensor([0, 0, 0, self.model.config.n_bins], device=ids.device), 0)
+        return torch.where(known, ids - self.offset, 0)
 
 
 def whole_groups(ids: Tensor, start: Tensor, points: Tensor, pad: int) -> Tensor:

@@ -318,9 +318,8 @@ def test_the_grammar_of_a_point_is_that_of_brute_force(order):
             point, known = torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.bool)
             for place, letter in enumerate(order):
                 slot = "xyzf".index(letter)
-                allowed = grammar.allowed(
-                    slot, place == 0, torch.tensor([previous]), torch.tensor([points]), point, known
-                )[0]
+                last = torch.tensor([previous]), torch.tensor([points])
+                allowed = grammar.allowed(slot, place == 0, grammar.room(), *last, point, known)[0]
                 if place == 0:
                     assert bool(allowed[-1]) == (points >= 1 or not permitted)
                     allowed = allowed[:-1]
