@@ -58,8 +58,11 @@ def forward_pass(model, cache: Cache | None, generation_config, step: Callable |
         return step or model.__call__
     if step is None:
         return model.get_compiled_call(generation_config.compile_config)
-    # Compiled code belongs to the function, not to what is returned here: it serves every generation.
-    return torch.compile(step, **(generation_config.compile_config or CompileConfig()).to_dict())
+    options = (generation_config.compile_config or CompileConfig()).to_dict()
+    if options["dynamic"] is None:
+        # Otherwise a second temperature or batch would become an input that is a number of the host: no CUDA graph.
+        options["dynamic"] = False
+    return torch.compile(step, **options)  # compiled code belongs to the function: it serves every generation
 
 
 def synchronizes_ranks(model) -> bool:
