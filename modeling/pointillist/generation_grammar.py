@@ -48,8 +48,8 @@ class PointGrammar(LogitsProcessor):
             raise ValueError(f"max_points_per_face must be at least 1, found {max_points_per_face}")
         if config.n_bins**3 * config.n_faces >= 2**63:
             raise ValueError(
-                f"n_bins={config.n_bins} and n_faces={config.n_faces} make more points than 64 bits can number: "
-                "take fewer bins, or generate with grammar=False"
+                f"n_bins={config.n_bins} and n_faces={config.n_faces} make more points than 64 bits can "
+                "number, by which they are sorted: take fewer bins"
             )
         self.n_bins, self.n_faces = config.n_bins, config.n_faces
         self.bos, self.eos = config.first_special, config.first_special + 1
