@@ -4,14 +4,16 @@
     python benchmarks/ar_model.py --size paper --dtype bfloat16 --device cuda
     python benchmarks/ar_model.py --size paper --parts generation --new_tokens 8   # the paper's size on a CPU: slow
     python benchmarks/ar_model.py --size debug --parts length                      # time and memory a point, up to 27,000 points
+    python benchmarks/ar_model.py --size paper --parts points                      # steps of the point level only: minutes
 
 Training: forward and backward on 2,048 tokens (--train_tokens). Generation: tokens after a prompt that fills the window, so that
 every step attends to all of it, timed from the first new token to the last, without the prompt. Both models have the same weights
 and decode greedily; rows of the point level have the same decoder, whose window holds the same number of points. The rows take
 turns in one run; each counts its best round.
 
-The limit of generation is the time to read the weights and the window's keys and values from memory once per token, at the
-bandwidth measured in the same run (a matrix-vector product over a large array; CPU caches can exceed it).
+The limit of generation is the time to read from memory once what a step reads (weights, but not those that made the condition's
+keys and values; the keys and values of window and condition), at the bandwidth measured in the same run (a matrix-vector product
+over a large array; CPU caches can exceed it).
 """
 
 import argparse
@@ -19,7 +21,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ from report import markdown_table, write_report
 from transformers.generation.streamers import BaseStreamer
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
-from modeling import PointillistConfig, PointillistForCausalLM
+from modeling import PointillistConfig, PointillistForCausalLM, RingCache
 from modeling.convert_x_transformers import load_x_transformers
 
 SIZES = {
@@ -51,7 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--parts", nargs="+", choices=["training", "generation", "length"], default=["training", "generation"]
+        "--parts", nargs="+", choices=["training", "generation", "length", "points"], default=["training", "generation"]
     )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -60,14 +62,16 @@ def main() -> None:
     for part in arguments.parts:
         rows += getattr(bench, part)()
     print(markdown_table(rows))
-    parts = "_length" if arguments.parts == ["length"] else ""
+    parts = f"_{arguments.parts[0]}" if arguments.parts in (["length"], ["points"]) else ""
     path = write_report(
         f"ar_model_{arguments.size}_{bench.device.type}_{arguments.dtype}{parts}",
         rows,
         size=SIZES[arguments.size],
         dtype=arguments.dtype,
         threads=torch.get_num_threads(),
-        parameters=bench.ours.num_decoder_parameters(),
+        parameters=next(
+            iter(bench.point_level.values() if parts == "_points" else [bench.ours])
+        ).num_decoder_parameters(),
     )
     print(f"\nwritten: {path}")
 
@@ -84,30 +88,11 @@ class Bench:
         )
         self.config = PointillistConfig(**self.size)
         torch.manual_seed(0)
-        self.theirs = TransformerWrapper(
-            num_tokens=self.config.vocab_size,
-            max_seq_len=self.config.sliding_window,
-            use_abs_pos_emb=False,
-            attn_layers=Decoder(
-                dim=size["hidden_size"],
-                depth=size["num_hidden_layers"],
-                heads=size["num_attention_heads"],
-                attn_dim_head=self.config.head_dim,
-                cross_attend=True,
-                rotary_pos_emb=True,
-                use_rmsnorm=True,
-                attn_flash=True,
-            ),
-        )
-        self.ours = PointillistForCausalLM(self.config)
-        load_x_transformers(self.ours, self.theirs.state_dict())
-        self.theirs.to(self.device, self.dtype)
-        self.ours.to(self.device, self.dtype)
-        self.wrapper = AutoregressiveWrapper(self.theirs, pad_value=self.config.pad_token_id)
         self.train_tokens = arguments.train_tokens or min(2048, self.config.sliding_window)
         self.condition = torch.randn(1, CONDITION_TOKENS, size["hidden_size"], device=self.device, dtype=self.dtype)
-        self.points = valid_prompt(self.config).to(self.device)  # a full window of the point level
-        self.window = self.points[:, : self.config.sliding_window]
+        self.prompt = valid_prompt(self.config).to(self.device)
+        self.window = self.prompt[:, : self.config.sliding_window]
+        self.points_prompt = self.prompt[:, :-4]  # bos and points that fill the window of the point level
         self.point_level = {
             "ours, point level": self.point_model(False),
             "ours, point level, mesh-aware": self.point_model(True),
@@ -117,6 +102,32 @@ class Bench:
             "face_centers": self.config.n_bins / 2 * (1 + faces[0] / 3),
             "face_normals": F.normalize(faces[1], dim=-1),
         }
+
+    @cached_property
+    def theirs(self) -> TransformerWrapper:
+        decoder = Decoder(
+            dim=self.config.hidden_size,
+            depth=self.config.num_hidden_layers,
+            heads=self.config.num_attention_heads,
+            attn_dim_head=self.config.head_dim,
+            cross_attend=True,
+            rotary_pos_emb=True,
+            use_rmsnorm=True,
+            attn_flash=True,
+        )
+        tokens, window = self.config.vocab_size, self.config.sliding_window
+        model = TransformerWrapper(num_tokens=tokens, max_seq_len=window, use_abs_pos_emb=False, attn_layers=decoder)
+        return model.to(self.device, self.dtype)
+
+    @cached_property
+    def wrapper(self) -> AutoregressiveWrapper:
+        return AutoregressiveWrapper(self.theirs, pad_value=self.config.pad_token_id)
+
+    @cached_property
+    def ours(self) -> PointillistForCausalLM:
+        model = PointillistForCausalLM(self.config)
+        load_x_transformers(model, self.theirs.state_dict())
+        return model.to(self.device, self.dtype)
 
     def point_model(self, mesh_aware: bool) -> PointillistForCausalLM:
         window = self.config.sliding_window // 4
@@ -186,7 +197,7 @@ class Bench:
 
         def by_points(model: PointillistForCausalLM) -> None:
             model.eval().generate(
-                self.points[:, :-4],  # bos and points fill the window
+                self.points_prompt,
                 condition_embeds=self.condition,
                 do_sample=False,
                 max_new_tokens=1 + self.new_tokens,
@@ -249,21 +260,59 @@ class Bench:
                 )
         return rows
 
+    def points(self) -> list[dict]:
+        """Steps of the point level against the limit. Keys and values of the window are random numbers: no prompt is read."""
+        clock = Clock(self.device, by_cpu=self.device.type == "cpu" and torch.get_num_threads() == 1)
+        ways = {"greedy": dict(do_sample=False), "sampled": dict(top_p=0.95, temperature=0.9, max_points_per_face=15)}
+        runs = {(name, way): (model, ways[way]) for name, model in self.point_level.items() for way in ways}
+        steps, bandwidth = dict.fromkeys(runs, math.inf), 0.0
+        for turn in range(self.rounds + 1):
+            bandwidth = max(bandwidth, memory_bandwidth(self.device, clock.now))
+            for run, (model, options) in runs.items():
+                clock.ticks.clear()
+                model.eval().generate(
+                    self.points_prompt,
+                    condition_embeds=self.condition,
+                    cache=full_ring(model),
+                    max_new_tokens=1 + self.new_tokens,
+                    progress=False,
+                    streamer=clock,
+                    min_points=self.new_tokens + self.config.sliding_window,
+                    sorted_points=False,
+                    **options,
+                    **self.faces,
+                )
+                ticks = clock.ticks[-1 - self.new_tokens :: 4]
+                if turn:  # the first round warms up
+                    steps[run] = min(steps[run], *np.diff(ticks))
+            print(f"round {turn} of {self.rounds}" + (" (warm-up)" if not turn else ""), flush=True)
+        return [
+            {
+                "task": "points",
+                "row": ", ".join(run),
+                "ms a point": 1e3 * seconds,
+                "of the limit": self.bytes_per_point(runs[run][0]) / bandwidth / seconds,
+            }
+            for run, seconds in steps.items()
+        ]
+
     def bytes_per_token(self, batch: int = 1) -> int:
-        """Read in a step of `batch` rows: weights without the embedding, and keys and values of the window and the condition."""
-        config = self.config
-        inner = config.num_attention_heads * config.head_dim
-        weights = self.ours.num_decoder_parameters() - config.vocab_size * config.hidden_size
-        cache = 2 * config.num_hidden_layers * inner * (config.sliding_window + CONDITION_TOKENS)
-        return (weights + batch * cache) * self.dtype.itemsize
+        """Read in a step of `batch` rows: decoder and head, and keys and values of the window and the condition."""
+        return self.bytes_read(self.ours, 0, batch)
 
     def bytes_per_point(self, model: PointillistForCausalLM, batch: int = 1) -> int:
-        """The same of a step at the point level: decoder and slot heads, the vectors of all faces, the window and the condition."""
+        """The same of a step at the point level: also what embeds a point's coordinates, and the vectors of all faces."""
+        coordinates = sum(parameter.numel() for parameter in model.model.embed_tokens.coordinates.parameters())
+        return self.bytes_read(model, coordinates + model.config.n_faces * model.config.hidden_size, batch)
+
+    def bytes_read(self, model: PointillistForCausalLM, others: int, batch: int) -> int:
+        """With the numbers of `others`, without the weights that make the condition's keys and values, which are kept."""
         config = model.config
-        decoder = (*model.model.layers.parameters(), *model.lm_head.parameters())
-        weights = sum(parameter.numel() for parameter in decoder) + config.n_faces * config.hidden_size
         inner = config.num_attention_heads * config.head_dim
+        decoder = (*model.model.layers.parameters(), *model.lm_head.parameters())
+        unread = 2 * config.num_hidden_layers * config.hidden_size * inner
         cache = 2 * config.num_hidden_layers * inner * (config.sliding_window + CONDITION_TOKENS)
+        weights = sum(parameter.numel() for parameter in decoder) + others - unread
         return (weights + batch * cache) * self.dtype.itemsize
 
     def time_in_turns(self, calls: dict) -> dict:
@@ -295,17 +344,32 @@ def valid_prompt(config: PointillistConfig) -> torch.Tensor:
     return F.pad(points.flatten(), (1, 0), value=config.bos_token_id)[None]
 
 
-class Clock(BaseStreamer):
-    """Records the time of every token."""
+def full_ring(model: PointillistForCausalLM) -> RingCache:
+    """A cache that holds all but the newest position of a window, with random keys and values."""
+    config = model.config
+    cache = RingCache(config.num_hidden_layers, config.sliding_window)
+    empty = torch.zeros(1, config.num_attention_heads, 1, config.head_dim, device=model.device, dtype=model.dtype)
+    for layer in cache.layers:
+        layer.lazy_initialization(empty, empty)
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.counted = config.sliding_window - 1
+        layer.position.fill_(layer.counted)
+    return cache
 
-    def __init__(self, device: torch.device):
+
+class Clock(BaseStreamer):
+    """Records the time of every token; `by_cpu`: the time of the process, which other work on the machine disturbs less."""
+
+    def __init__(self, device: torch.device, by_cpu: bool = False):
         self.device = device
+        self.now = time.process_time if by_cpu else time.perf_counter
         self.ticks: list[float] = []
 
     def put(self, value) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.ticks.append(time.perf_counter())
+        self.ticks.append(self.now())
 
     def end(self) -> None:
         pass
@@ -315,16 +379,16 @@ def row(task: str, name: str, speed: float, ratio: float) -> dict:
     return {"task": task, "row": name, "tokens/s": speed, "x x-transformers": ratio}
 
 
-def memory_bandwidth(device: torch.device) -> float:
+def memory_bandwidth(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes per second that a matrix-vector product reads from 512 MiB (8 GiB on CUDA), best of ten."""
     # On a GPU 512 MiB take a tenth of a millisecond, little more than starting the product and fetching a number of it.
     matrix = torch.ones(2**18 if device.type == "cuda" else 2**14, 2**13, device=device)
     vector = torch.ones(2**13, device=device)
     best = math.inf
     for _ in range(10):
-        begin = time.perf_counter()
+        begin = clock()
         float((matrix @ vector)[0])
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, clock() - begin)
     return matrix.nbytes / best
 
 

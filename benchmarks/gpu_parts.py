@@ -264,7 +264,7 @@ def decoding(setup: Setup, part: str) -> Iterator[Row]:
 def decoding_rate(
     setup: Setup, bench: Bench, model: PointillistForCausalLM, batch: int, cache: str | None, bandwidth: float
 ) -> Row:
-    prompt = bench.points.expand(batch, -1)
+    prompt = bench.prompt.expand(batch, -1)
     options = {name: value.expand(batch, -1, -1) for name, value in bench.faces.items()}
     options |= dict(condition_embeds=bench.condition.expand(batch, -1, -1), cache_implementation=cache)
 

@@ -3,6 +3,9 @@
 A point's tokens may stand in another order (`token_order`); the sorting is the same.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
@@ -12,22 +15,11 @@ from .configuration_pointillist import PointillistConfig
 SORTED = (1, 2, 0, 3)  # slots y, z, x, face: most significant first
 
 
-def least_value(slot: int, previous: Tensor, point: Tensor, known: Tensor, most: Tensor) -> Tensor:
-    """Least values (B,) of a slot with which a point can still be completed to one that is not before `previous`.
+class Room(NamedTuple):
+    """What the points so far leave to the next."""
 
-    `previous` and `point` (B, 4) are bins and faces from zero, `known` (B, 4) says which of `point` are there, `most` (B, 4) are
-    the greatest values of the others. Where no value will do, the result is beyond all of them.
-    """
-    best = torch.where(known, point, most)
-    ahead, level = best > previous, best == previous
-    place = SORTED.index(slot)
-    reached = torch.ones_like(ahead[:, 0])
-    for other in reversed(SORTED[place + 1 :]):
-        reached = ahead[:, other] | (level[:, other] & reached)
-    least = previous[:, slot] + (~reached).long()
-    for other in reversed(SORTED[:place]):
-        least = torch.where(level[:, other], least, torch.where(ahead[:, other], 0, torch.iinfo(torch.long).max))
-    return least
+    open_faces: Tensor | None  # (B, F) faces that may take another point; None: all
+    most: Tensor  # (B or 1, 4) greatest value of each slot, -1 where no face is open
 
 
 class PointGrammar(LogitsProcessor):
@@ -37,6 +29,9 @@ class PointGrammar(LogitsProcessor):
     or before `min_points`, or a point beyond `max_points` or `max_points_per_face`. There are no dead ends: a value is allowed only
     if the point can still be completed, and where no further point fits the sequence must end. It is tensor arithmetic on the
     last eight ids: no host synchronization, any batch, prompts padded on the left.
+
+    Points are sorted by a number of which their slots are the digits. With the greatest values in all slots that are not known yet
+    a point's number exceeds that of the point before by its slack: by so much, in units of its digit, may a slot be lowered.
 
     Every call reads the sequence anew, unless `follow` is set: then calls are for one token more each, and the work does not grow
     with the sequence.
@@ -54,105 +49,120 @@ class PointGrammar(LogitsProcessor):
             raise ValueError(f"need 0 <= min_points <= max_points >= 1, found {min_points} and {max_points}")
         if max_points_per_face is not None and max_points_per_face < 1:
             raise ValueError(f"max_points_per_face must be at least 1, found {max_points_per_face}")
+        if config.n_bins**3 * config.n_faces >= 2**63:
+            raise ValueError(
+                f"n_bins={config.n_bins} and n_faces={config.n_faces} make more points than 64 bits can "
+                "number, by which they are sorted: take fewer bins"
+            )
         self.n_bins, self.n_faces = config.n_bins, config.n_faces
         self.bos, self.eos = config.first_special, config.first_special + 1
-        self.slots, self.face_column = config.slots, config.slot_columns[3]
-        self.columns, self.first_ids = torch.tensor(config.slot_columns), torch.tensor([0, 0, 0, config.n_bins])
+        self.slots, self.slot_columns, self.face_column = config.slots, config.slot_columns, config.slot_columns[3]
         self.sorted_points = sorted_points
         self.min_points, self.max_points = min_points, max_points
         self.max_points_per_face = max_points_per_face
         self.follow = False
         self.start: Tensor | None = None  # (B,) column after bos
-        self.counts: Tensor | None = None  # (B, F) points of each face, where that is limited
+        self.left: Tensor | None = None  # (B, F) points that each face may still take, where that is limited
+        self.sizes = config.n_bins, config.n_bins, config.n_bins, config.n_faces
+        self.units = tuple(math.prod(self.sizes[i] for i in SORTED[SORTED.index(slot) + 1 :]) for slot in range(4))
+        self.device: torch.device | None = None  # that of the constants
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """ids (B, L) so far, scores (B, vocabulary) of the next token -> scores with minus infinity on what is not allowed."""
-        length, device = input_ids.shape[1], input_ids.device
+        length = input_ids.shape[1]
         if self.start is None or not self.follow:
             self.start = (input_ids == self.bos).int().argmax(1) + 1
             written = length - self.start
             self.count(input_ids, written)
-            self.columns, self.first_ids = self.columns.to(device), self.first_ids.to(device)
         else:
             written = length - self.start
             is_face = (written - 1) % 4 == self.face_column
             self.add(input_ids[:, -1] - self.n_bins, is_face & (input_ids[:, -1] < self.bos))
-        place, points = written % 4, written // 4
+        place, points = (written % 4)[:, None], (written // 4)[:, None]
+        slot = self.slot_of_place[place]
 
         # The last complete point and the tokens since, gathered by column (clamped: unused where points == 0), slot by slot.
-        columns = (self.start + 4 * (points - 1))[:, None] + torch.cat((self.columns, self.columns + 4))
-        own = input_ids.gather(1, columns.clamp(0, length - 1)).unflatten(1, (2, 4)) - self.first_ids
-        previous, point = own.unbind(1)
-        previous = torch.where((points > 0)[:, None], previous, 0)
-        known = self.columns < place[:, None]
-        open_faces = self.open_faces(len(input_ids), device)
-        most = self.most(open_faces)
-        previous = previous if self.sorted_points else torch.zeros_like(previous)
-        least = torch.stack([least_value(slot, previous, point, known, most) for slot in self.slots], 1)
-        least = least.gather(1, place[:, None])
+        columns = self.start[:, None] + 4 * (points - 1) + self.columns
+        ids = input_ids.gather(1, columns.clamp(0, length - 1)).unflatten(1, (2, 4)) - self.offset
+        previous, point = ids.unbind(1)
+        room = self.room()
+        best, slack = self.slack(room, torch.where(points > 0, previous, 0), point, self.columns[:4] < place)
+        least = (best.gather(1, slot) - slack[:, None] // self.unit_of_slot[slot]).clamp(min=0)
 
-        ids = torch.arange(scores.shape[1], device=device)
-        is_face = (place == self.face_column)[:, None]
-        allowed = torch.where(is_face, ids - self.n_bins >= least, (ids >= least) & (ids < self.n_bins)) & (
-            ids < self.bos
-        )
-        allowed[:, self.n_bins : self.bos] &= ~is_face | open_faces
-        room = open_faces.any(1) & (least[:, 0] <= most[:, self.slots[0]])
-        if self.max_points is not None:
-            room &= points < self.max_points
-        between = place == 0
-        allowed &= (~between | room)[:, None]
+        is_face = slot == 3
+        low, high = torch.where(is_face, least + self.n_bins, least), torch.where(is_face, self.bos, self.n_bins)
+        allowed = (self.tokens >= low) & (self.tokens < high)
+        if room.open_faces is not None:
+            allowed[:, self.n_bins : self.bos] &= ~is_face | room.open_faces
+        has_room = self.has_room(room, slack, points[:, 0])
+        between = place[:, 0] == 0
+        allowed &= (~between | has_room)[:, None]
         # A finished row is padded by the caller whatever its scores are; keep one of them finite.
         finished = input_ids[:, -1] > self.bos
-        allowed[:, self.eos] = (between & ((points >= self.min_points) | ~room)) | finished
+        allowed[:, self.eos] = (between & ((points[:, 0] >= self.limits[0]) | ~has_room)) | finished
         return scores.masked_fill(~allowed, -torch.inf)
 
     def allowed(
-        self, slot: int, is_first: bool, previous: Tensor, points: Tensor, point: Tensor, known: Tensor
+        self, slot: int, is_first: bool, room: Room, previous: Tensor, points: Tensor, point: Tensor, known: Tensor
     ) -> Tensor:
         """What a slot may hold at the point level: (B, C) bool over bins or faces, and the end if the slot `is_first` spelled.
 
-        `previous` (B, 4) is the last of the `points` (B,) so far, zero if there is none; the others are as in `least_value`.
+        `previous` and `point` (B, 4) are bins and faces from zero: the last of the `points` (B,) so far, zero if there is none, and
+        the next, of which `known` (B, 4) says which slots are there. Room is that before the point.
         """
-        open_faces = self.open_faces(len(point), point.device)
-        most = self.most(open_faces)
-        previous = previous if self.sorted_points else torch.zeros_like(previous)
-        least = least_value(slot, previous, point, known, most)
-        count = self.n_faces if slot == 3 else self.n_bins
-        allowed = torch.arange(count, device=point.device) >= least[:, None]
-        if slot == 3:
-            allowed = allowed & open_faces
+        best, slack = self.slack(room, previous, point, known)
+        allowed = self.tokens[: self.sizes[slot]] >= (best[:, slot] - slack // self.units[slot])[:, None]
+        if slot == 3 and room.open_faces is not None:
+            allowed = allowed & room.open_faces
         if not is_first:
             return allowed
-        room = open_faces.any(1) & (least <= most[:, slot])
-        if self.max_points is not None:
-            room = room & (points < self.max_points)
+        has_room = self.has_room(room, slack, points)
         begun = known.any(1)  # by the prompt: such a point cannot be the end
-        may_end = ((points >= self.min_points) | ~room) & ~begun
-        return torch.cat((allowed & (room | begun)[:, None], may_end[:, None]), dim=1)
+        may_end = ((points >= self.limits[0]) | ~has_room) & ~begun
+        return torch.cat((allowed & (has_room | begun)[:, None], may_end[:, None]), dim=1)
+
+    def slack(self, room: Room, previous: Tensor, point: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """The greatest point (B, 4) with the `known` slots, and by how much (B,) its number exceeds that of `previous`."""
+        best = torch.where(known, point, room.most)
+        return best, ((best - previous if self.sorted_points else best) * self.unit_of_slot).sum(1)
+
+    def has_room(self, room: Room, slack: Tensor, points: Tensor) -> Tensor:
+        """Whether one more point may follow (B,)."""
+        fits = (slack >= 0) & (points < self.limits[1])
+        return fits if room.open_faces is None else fits & (room.most[:, 3] >= 0)
 
     def count(self, ids: Tensor, written: Tensor) -> None:
-        """Count the points of each face in sequences (B, L) of which the last `written` (B,) ids come after bos."""
+        """Begin with sequences (B, L) of which the last `written` (B,) ids come after bos: count the points of each face."""
+        self.place_constants(ids.device)
         if self.max_points_per_face is None:
             return
         place = torch.arange(ids.shape[1], device=ids.device) - (ids.shape[1] - written)[:, None]
         is_face = (place >= 0) & (place % 4 == self.face_column)
-        self.counts = torch.zeros(len(ids), self.n_faces, dtype=torch.long, device=ids.device)
-        self.counts.scatter_add_(1, (ids - self.n_bins).clamp(0, self.n_faces - 1), is_face.long())
+        self.left = torch.full((len(ids), self.n_faces), self.max_points_per_face, device=ids.device)
+        self.left.scatter_add_(1, (ids - self.n_bins).clamp(0, self.n_faces - 1), -is_face.long())
+
+    def place_constants(self, device: torch.device) -> None:
+        """Make what every step reads once: a number that the host makes in a step waits for the device."""
+        if device == self.device:
+            return
+        self.device = device
+        self.tokens = torch.arange(self.eos + 2, device=device)
+        self.columns = torch.tensor([place + point for point in (0, 4) for place in self.slot_columns], device=device)
+        self.slot_of_place = torch.tensor(self.slots, device=device)
+        self.offset = torch.tensor([0, 0, 0, self.n_bins], device=device)
+        self.unit_of_slot = torch.tensor(self.units, device=device)
+        most = torch.iinfo(torch.long).max if self.max_points is None else self.max_points
+        self.limits = torch.tensor([self.min_points, most], device=device)
+        self.most = torch.tensor([[size - 1 for size in self.sizes]], device=device)
 
     def add(self, face: Tensor, is_new: Tensor) -> None:
         """Count one more point on `face` (B,) where `is_new` (B,)."""
-        if self.counts is not None:
-            self.counts.scatter_add_(1, face.clamp(0, self.n_faces - 1)[:, None], is_new.long()[:, None])
+        if self.left is not None:
+            self.left.scatter_add_(1, face.clamp(0, self.n_faces - 1)[:, None], -is_new.long()[:, None])
 
-    def open_faces(self, batch: int, device: torch.device) -> Tensor:
-        """(B, F) True where a face may take another point."""
-        if self.counts is None or self.max_points_per_face is None:
-            return torch.ones(1, self.n_faces, dtype=torch.bool, device=device).expand(batch, -1)
-        return self.counts < self.max_points_per_face
-
-    def most(self, open_faces: Tensor) -> Tensor:
-        """The greatest value (B, 4) of each slot; -1 where no face is open."""
-        faces = torch.arange(self.n_faces, device=open_faces.device)
-        most = torch.where(open_faces, faces, -1).amax(1)
-        return torch.stack([torch.full_like(most, self.n_bins - 1)] * 3 + [most], 1)
+    def room(self) -> Room:
+        if self.left is None:
+            return Room(None, self.most)
+        open_faces = self.left > 0
+        face = torch.where(open_faces, self.tokens[: self.n_faces], -1).amax(1, keepdim=True)
+        return Room(open_faces, torch.cat((self.most[:, :3].expand(len(face), -1), face), dim=1))

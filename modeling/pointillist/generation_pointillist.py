@@ -36,7 +36,7 @@ from .modeling_compatibility import (
 from .modeling_condition import ConditionEncoder
 
 PROGRESS_FROM = 2_000  # new tokens from which a progress bar is shown unless told otherwise
-STOP_CHECK_EVERY = 16  # tokens between checks whether every row is finished: each waits for the device
+STOP_CHECK_EVERY = 16  # steps between checks whether every row is finished: each waits for the device
 
 
 @dataclass
@@ -328,16 +328,23 @@ class PointLoop:
 
     def next(self, ids: Tensor, length: int) -> Any:
         """Read the newest position, at column length - 1."""
+        return self.run(ids, self.unread(length), length)
+
+    def unread(self, length: int) -> int:
+        """The column from which to read, up to the newest position at column length - 1: the cache holds those before."""
         window = self.model.config.sliding_window
         if self.cache is None:
-            return self.run(ids, 0, length)
+            return 0
+        cache = self.cache.self_attention_cache
         if self.window_policy == "reprefill" and length - self.first_column > window:
             begin = length - window // 2
             # the last token of a point, as the windows of training begin
             self.first_column = begin - (begin - self.prompt + 1) % (4 // self.tokens_per_position)
-            self.cache.self_attention_cache.reset()
-            return self.run(ids, self.first_column, length)
-        return self.run(ids, length - 1, length)
+            cache.reset()
+            return self.first_column
+        if isinstance(cache, RingCache):
+            cache.check_room(length - self.first_column)
+        return length - 1
 
     def run(self, ids: Tensor, begin: int, length: int) -> tuple[Tensor, Tensor]:
         """Read columns [begin, length); next logits (B, vocabulary) in float32 and the hidden states (B, D) behind them."""

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
-from .generation_pointillist import PointillistGenerateOutput, PointLoop, every_rank_finished, whole_points
+from .generation_pointillist import (
+    STOP_CHECK_EVERY,
+    PointillistGenerateOutput,
+    PointLoop,
+    every_rank_finished,
+    whole_points,
+)
+from .generation_ring_cache import RingCache, ring_mask
 from .generation_sampling import Sampler
 from .modeling_compatibility import CACHE_NAME, forward_pass
 from .modeling_points import FACE, Faces, Y
@@ -30,26 +37,28 @@ class PointLevelLoop(PointLoop):
 
     def begin(self, model, input_ids: Tensor, limit: int) -> int:
         """Set up what is written for prompts (B, L); returns how many points there may be up to `limit` tokens."""
-        config, (batch, prompt) = model.config, input_ids.shape
+        config, (batch, prompt), device = model.config, input_ids.shape, input_ids.device
         start = (input_ids == config.bos_token_id).int().argmax(1) + 1
         begun = (prompt - start) % 4  # tokens of a point that the prompt leaves to be completed
         self.check_prompts(begun)
         least, most = (int(count) for count in begun.aminmax())
-        self.shortest = prompt - most
-        steps = -(-(limit - self.shortest) // 4)
+        self.written = prompt - most  # ids up to which every row is written
+        steps = -(-(limit - self.written) // 4)
         self.ids = input_ids.new_full((batch, prompt - least + 4 * steps), config.pad_token_id)
         self.ids[:, :prompt] = input_ids
-        self.prompted = prompt
-        self.first_columns = (prompt - begun)[:, None] + torch.arange(4, device=input_ids.device)
+        self.columns = (prompt - begun)[:, None] + torch.arange(4, device=device)  # (B, 4) of the next points
         self.points = (prompt - start) // 4  # whole points so far
         self.groups = whole_groups(input_ids, start, self.points, config.pad_token_id)
+        self.last = self.groups[:, -1].clone()
+        self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
         if self.grammar is not None:
             self.grammar.count(self.groups.flatten(1), 4 * self.points)
         kept = (batch, steps * self.output_point_features, 4, config.hidden_size)
         self.features = model.lm_head.heads[0].state_norm.weight.new_zeros(kept)
-        self.unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
-        self.ends = torch.full((batch,), prompt, device=input_ids.device)
-        self.slot_index = torch.arange(4, device=input_ids.device)[:, None]
+        # What every step reads is made once: a number that the host makes in a step waits for the device.
+        self.slot_index = torch.arange(4, device=device)[:, None]
+        self.offset = torch.tensor([0, 0, 0, config.n_bins], device=device)
+        self.end = torch.tensor([config.eos_token_id, *[config.pad_token_id] * 3], device=device)
         return steps
 
     def __call__(
@@ -68,27 +77,28 @@ class PointLevelLoop(PointLoop):
         hidden = self.read_prompt(model, self.groups, self.groups.shape[1] + steps, generation_config, model_kwargs)
         self.groups = F.pad(self.groups, (0, 0, 0, steps), value=model.config.pad_token_id)
         shown, finished = prompt, False
+        given = self.columns < prompt
+        point, states = self.spell(hidden, self.classes(self.ids.gather(1, self.columns), given), given)
         with closing(self.progress_bar(model.config, input_ids, limit)) as bar:
             for step in range(steps):
-                length = self.shortest + 4 * (step + 1)  # ids up to which every row is written
                 if not finished:
-                    self.write(step, *self.spell(hidden, *self.known(step)))
-                    self.unfinished = self.unfinished & ~stopping_criteria(self.ids[:, :length], None)
-                if device.type == "cpu" or self.streamer is not None or step % 4 == 0:
-                    bar.update(self.ids[:, :length], self.unfinished)
+                    self.write(step, point, states)
+                    self.unfinished.logical_and_(~stopping_criteria(self.ids[:, : self.written], None))
+                if device.type == "cpu" or self.streamer is not None or step % STOP_CHECK_EVERY == 0:
+                    bar.update(self.ids[:, : self.written], self.unfinished)
                     finished = finished or not bool(self.unfinished.any())
                 if self.streamer is not None:
-                    reached = min(limit, int(self.ends.max()) if finished or step + 1 == steps else length)
+                    reached = min(limit, self.length() if finished or step + 1 == steps else self.written)
                     for column in range(shown, reached):
                         self.streamer.put(self.ids[:, column].cpu())
                     shown = max(shown, reached)
                 if step + 1 == steps or every_rank_finished(finished, self.synced_gpus, device):
                     break
-                hidden = self.next(self.groups, self.prompt + step + 1)
+                point, states = self.next(self.groups, self.prompt + step + 1)
             bar.finish(self.ids)
         if self.streamer is not None:
             self.streamer.end()
-        ids = self.ids[:, : min(limit, int(self.ends.max()))]
+        ids = self.ids[:, : min(limit, self.length())]
         if not generation_config.return_dict_in_generate:
             return ids
         num_points = (ids[:, prompt:] < model.config.bos_token_id).sum(1) // 4
@@ -96,46 +106,81 @@ class PointLevelLoop(PointLoop):
         fields = dict(sequences=ids, point_features=features, num_points=num_points, **{CACHE_NAME: self.cache})
         return PointillistGenerateOutput(**fields)
 
-    def known(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Classes (B, 4) of the last point and of the next, which of the latter the prompt gives, and the ids (B, L) so far."""
-        last = self.groups[:, self.prompt + step - 1]  # of a finished row: padding
-        previous = self.classes(last, (last[:, FACE] < self.model.config.first_special)[:, None])
-        columns = self.first_columns + 4 * step
-        given = columns < self.prompted
-        point = self.classes(self.ids.gather(1, columns), given)
-        return previous, point, given, self.ids[:, : self.shortest + 4 * step]
-
-    def write(self, step: int, point: Tensor, states: Tensor, ended: Tensor) -> None:
-        """Write the ids (B, 4) of unfinished rows and the states (B, 4, D) behind them; rows that `ended` (B,) are finished."""
-        config, columns = self.model.config, self.first_columns + 4 * step
-        point = torch.where(self.unfinished[:, None], point, config.pad_token_id)
+    def write(self, step: int, point: Tensor, states: Tensor) -> None:
+        """Write the ids (B, 4) of the next points and the states (B, 4, D) behind them."""
         self.groups[:, self.prompt + step] = point
-        self.ids.scatter_(1, columns, point)
+        self.ids.scatter_(1, self.columns, point)
+        self.columns += 4
+        self.written += 4
         if self.output_point_features:
-            self.features[:, step] = states * self.unfinished[:, None, None]
-        end = torch.where(ended, columns[:, 0], columns[:, 3]) + 1
-        self.ends = torch.where(self.unfinished, end, self.ends)
-        self.unfinished = self.unfinished & ~ended
-        self.points = self.points + self.unfinished
-        if self.grammar is not None:
-            self.grammar.add(point[:, FACE] - config.n_bins, self.unfinished)
+            self.features[:, step] = states
+
+    def length(self) -> int:
+        """The length of the longest row."""
+        return int((self.ids != self.model.config.pad_token_id).any(0).nonzero().max()) + 1
 
     def prepare(self, model, prompt: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         self.faces = model.model.embed_tokens.faces(model_kwargs.get("face_centers"), model_kwargs.get("face_normals"))
         self.slot_faces = self.faces if self.guidance_scale is None else twice(self.faces)
+        self.keys = model.lm_head.heads[FACE].keys(self.slot_faces.embeds)
         real = prompt[:, :, FACE] != model.config.pad_token_id
         mask = None if bool(real.all()) else real.long()
         return model_kwargs | {"attention_mask": mask, "position_ids": real.long().cumsum(1) - 1}
 
     def calls(self, generation_config: GenerationConfig) -> tuple[Callable, Callable]:
         decoder = self.model.model
-        return decoder.__call__, forward_pass(self.model, self.cache, generation_config, decoder)
+        return decoder.__call__, forward_pass(self.model, self.cache, generation_config, decoder.__call__)
+
+    def read_prompt(
+        self, model, prompt: Tensor, limit: int, generation_config: GenerationConfig, model_kwargs
+    ) -> Tensor:
+        hidden = super().read_prompt(model, prompt, limit, generation_config, model_kwargs)
+        self.first = -self.shift  # (B, 1) column of a row's bos, counted from the oldest that the cache has seen
+        ring = None if self.cache is None else self.cache.self_attention_cache
+        has_mask = isinstance(ring, RingCache) and ring.static and "flash" not in str(model.config._attn_implementation)
+        self.whole_step = None
+        if has_mask and not self.sampler.has_processors:  # these read what has been written
+            self.whole_step = forward_pass(model, self.cache, generation_config, self.advance)
+            self.keep_in_place()
+        return hidden
+
+    def keep_in_place(self) -> None:
+        """Have CUDA graphs read and write what a step needs where it is, without copies."""
+        cache: Any = self.cache
+        tensors = [self.last, self.points, self.unfinished, self.first, self.keys, *self.slot_faces, *self.faces]
+        tensors += [x for layer in cache.cross_attention_cache.layers for x in (layer.keys, layer.values)]
+        for tensor in tensors if self.grammar is None else [*tensors, self.grammar.left]:
+            if tensor is not None:
+                torch._dynamo.mark_static_address(tensor)
+
+    def next(self, ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Read the newest points of groups (B, G, 4), at length - 1; ids (B, 4) and states (B, 4, D) of the next."""
+        begin = self.unread(length)
+        if begin == self.first_column:  # the cache begins anew
+            self.first.copy_(-self.shift - begin)
+        if self.whole_step is not None and length - begin == 1:
+            return self.whole_step()
+        return self.spell(self.run(ids, begin, length))
+
+    def advance(self) -> tuple[Tensor, Tensor]:
+        """`next` with a static ring: its input and its result but for the returned tensors are state on the device.
+
+        Shapes, addresses and the numbers of the host are the same at every step: it may be compiled, and be a CUDA graph.
+        """
+        cache: Any = self.cache
+        ring = cache.self_attention_cache
+        embeds = self.doubled(self.model.model.embed_tokens(self.last[:, None], self.faces))
+        positions = ring.layers[0].position - self.first
+        mask = ring_mask(ring, None, embeds.dtype, embeds.device, self.first.clamp(min=0))
+        return self.spell(self.decode(self.model.model, embeds, positions, mask))
 
     def run(self, ids: Tensor, begin: int, length: int) -> Tensor:  # type: ignore[override]  # its result goes to `spell`
         """Read groups [begin, length) of (B, G, 4); hidden states (B, 1, D) for the next, twice as many rows with guidance."""
         embeds = self.doubled(self.model.model.embed_tokens(ids[:, begin:length], self.faces))
         positions, mask = self.positions_and_mask(embeds, begin, length)
-        call = self.step if length - begin == 1 else self.forward
+        return self.decode(self.step if length - begin == 1 else self.forward, embeds, positions, mask)
+
+    def decode(self, call: Callable, embeds: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         outputs = call(
             attention_mask=mask,
             position_ids=positions,
@@ -148,34 +193,37 @@ class PointLevelLoop(PointLoop):
         )
         return outputs.last_hidden_state[:, -1:]
 
-    def spell(
-        self, hidden: Tensor, previous: Tensor, point: Tensor, known: Tensor, ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next point's ids (B, 4), the states (B, 4, D) behind them, and which rows end (B,): these are eos and padding.
+    def spell(self, hidden: Tensor, point: Tensor | None = None, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The next point's ids (B, 4) and the states (B, 4, D) behind them, from hidden states (B or 2 B, 1, D).
 
-        From hidden states (B or 2 B, 1, D); `previous` and `point` (B, 4) are classes, of which `known` (B, 4) are given.
+        `point` (B, 4) are classes, of which `known` (B, 4) are given by a prompt. An end is eos and padding; finished rows are
+        padding and zeros.
         """
-        config, heads = self.model.config, self.model.lm_head
-        begun, batch = known.any(1), len(point)
-        inputs, states = [hidden], {}
-        ended = torch.zeros_like(begun)
+        heads, batch = self.model.lm_head, len(self.last)
+        is_point = self.last[:, FACE] < self.model.config.first_special
+        previous = self.classes(self.last, is_point[:, None])
+        point = torch.zeros_like(self.last) if point is None else point
+        known = torch.zeros_like(point, dtype=torch.bool) if known is None else known
+        begun = known.any(1)
+        inputs, states, ended = [hidden], {}, begun
+        room: Any = None if self.grammar is None else self.grammar.room()
         for place, slot in enumerate(heads.order):
             head, is_first = heads.heads[slot], place == 0
             *_, context = heads.contexts(inputs)
             state = head.state(context)
             states[slot] = state[:batch, 0]
             origin = head.origin(self.slot_faces, self.doubled(point[:, FACE:]), self.doubled(previous[:, Y : Y + 1]))
-            scores = head.scores(state, self.slot_faces.embeds, origin)[:, 0].float()
+            scores = head.scores(state, self.slot_faces.embeds, origin, self.keys)[:, 0].float()
             if self.guidance_scale is not None:
                 guided, empty = scores.chunk(2)
                 scores = empty + self.guidance_scale * (guided - empty)
             count = scores.shape[1] - head.has_end
             if self.grammar is not None:
-                allowed = self.grammar.allowed(slot, is_first, previous, self.points, point, known)
-                scores = scores.masked_fill(~allowed, -torch.inf)
+                allowed = self.grammar.allowed(slot, is_first, room, previous, self.points, point, known)
+                scores = torch.where(allowed, scores, -torch.inf)
             elif is_first:
                 scores[:, count].masked_fill_(begun, -torch.inf)
-            value = self.sampler.choose(ids, self.processed(ids, scores, slot, count))
+            value = self.sampler.choose(self.processed(scores, slot, count))
             value = torch.where(known[:, slot], point[:, slot], value)
             if is_first:
                 ended = value == count
@@ -184,11 +232,21 @@ class PointLevelLoop(PointLoop):
             known = known.index_fill(1, self.slot_index[slot], True)
             if not head.is_last:
                 inputs.append(head.read(self.doubled(value[:, None]), self.slot_faces.embeds, origin))
-        point = point + torch.tensor([0, 0, 0, config.n_bins], device=point.device)
-        end = torch.tensor([config.eos_token_id, *[config.pad_token_id] * 3], device=point.device)
-        return torch.where(ended[:, None], end, point), torch.stack([states[slot] for slot in range(4)], 1), ended
+        point = torch.where(ended[:, None], self.end, point + self.offset)
+        return self.settle(point, torch.stack([states[slot] for slot in range(4)], 1), ended)
 
-    def processed(self, ids: Tensor, scores: Tensor, slot: int, count: int) -> Tensor:
+    def settle(self, point: Tensor, states: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
+        """Count the points (B, 4), finish the rows that `ended` (B,), and pad what comes after."""
+        point = torch.where(self.unfinished[:, None], point, self.model.config.pad_token_id)
+        states = states * self.unfinished[:, None, None]
+        self.last.copy_(point)
+        self.unfinished.logical_and_(~ended)
+        self.points.add_(self.unfinished)
+        if self.grammar is not None:
+            self.grammar.add(point[:, FACE] - self.model.config.n_bins, self.unfinished)
+        return point, states
+
+    def processed(self, scores: Tensor, slot: int, count: int) -> Tensor:
         """Scores (B, C) after the caller's processors, which read the whole vocabulary."""
         if not self.sampler.has_processors:
             return scores
@@ -197,7 +255,7 @@ class PointLevelLoop(PointLoop):
         full = scores.new_full((len(scores), config.vocab_size), -torch.inf)
         full[:, begin : begin + count] = scores[:, :count]
         full[:, config.eos_token_id : config.eos_token_id + scores.shape[1] - count] = scores[:, count:]
-        full = self.sampler.processors(ids, full)
+        full = self.sampler.processors(self.ids[:, : self.written], full)
         end = full[:, config.eos_token_id : config.eos_token_id + scores.shape[1] - count]
         return torch.cat((full[:, begin : begin + count], end), dim=1)
 
@@ -206,7 +264,7 @@ class PointLevelLoop(PointLoop):
 
     def classes(self, ids: Tensor, known: Tensor) -> Tensor:
         """Ids (B, 4) of points -> bins and faces from zero; zero where not `known` (B, 4)."""
-        return torch.where(known, ids - torch.tensor([0, 0, 0, self.model.config.n_bins], device=ids.device), 0)
+        return torch.where(known, ids - self.offset, 0)
 
 
 def whole_groups(ids: Tensor, start: Tensor, points: Tensor, pad: int) -> Tensor:

@@ -109,7 +109,15 @@ class RingCache(Cache):
     def __init__(self, num_layers: int, window: int, max_length: int | None = None, static: bool = False):
         capacity = window if max_length is None else min(window, max_length)
         super().__init__(layers=[RingLayer(capacity, static) for _ in range(num_layers)])
-        self.window, self.static = window, static
+        self.capacity, self.window, self.static = capacity, window, static
+
+    def check_room(self, length: int) -> None:
+        """Raise `ValueError` if `length` tokens would overwrite some that are still in the window."""
+        if self.capacity < min(length, self.window):
+            raise ValueError(
+                f"this cache was made for {self.capacity} tokens and is full, but the window is {self.window}: "
+                "make it with a larger max_length"
+            )
 
 
 def self_attention_mask(
@@ -140,22 +148,26 @@ def self_attention_mask(
 
 
 def ring_mask(
-    cache: RingCache, attention_mask: Tensor | None, dtype: torch.dtype, device: torch.device
+    cache: RingCache,
+    attention_mask: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    first: Tensor | int = 0,
 ) -> Tensor | None:
-    """Additive mask (B or 1, 1, 1, slots) of the single token that is about to be stored, or None where all slots count."""
+    """Additive mask (B or 1, 1, 1, slots) of the single token that is about to be stored, or None where all slots count.
+
+    Padding is what `attention_mask` says, or for a static cache the columns of each row before its `first` (B, 1), zero or more.
+    """
     layer = cache.layers[0]
     assert isinstance(layer, RingLayer)
-    if layer.capacity < cache.window and layer.length >= layer.capacity and not torch.compiler.is_compiling():
-        raise ValueError(
-            f"this cache was made for {layer.capacity} tokens and is full, but the window is {cache.window}: "
-            "make it with a larger max_length"
-        )
+    if not torch.compiler.is_compiling() and layer.counted is not None:  # a loop of compiled steps counts itself
+        cache.check_room(layer.counted + 1)
     if attention_mask is None and not cache.static:
         return None
     now = layer.position if layer.is_initialized else torch.zeros(1, dtype=torch.long, device=device)
     slots = torch.arange(layer.capacity if cache.static else min(layer.length + 1, layer.capacity), device=device)
     column = now - (now - slots) % layer.capacity  # the latest column written to each slot, the new token's included
-    visible = (column >= 0)[None]
+    visible = column[None] >= first
     if attention_mask is not None:
         visible = visible & attention_mask[:, column.clamp(min=0)].bool()
     return additive_mask(visible, dtype)

@@ -33,12 +33,13 @@ class Sampler:
         while first and isinstance(processors[first - 1], WARPERS):
             first -= 1
         self.processors: Callable[..., Tensor] = LogitsProcessorList(processors[:first])
-        self.warpers: Callable[..., Tensor] = LogitsProcessorList(processors[first:])
+        self.warpers: list[Callable[..., Tensor]] = processors[first:]
         self.has_processors, self.do_sample = first > 0, do_sample
 
-    def choose(self, ids: Tensor, scores: Tensor) -> Tensor:
+    def choose(self, scores: Tensor) -> Tensor:
         """Warp the scores and choose."""
-        scores = self.warpers(ids, scores)
+        for warper in self.warpers:
+            scores = warper(None, scores)
         if not self.do_sample:
             return scores.argmax(-1)
         # The index of the least of exponential variables with these rates is a sample, without a host round trip.
@@ -60,11 +61,11 @@ class TokenSampler(Sampler):
         """The token after ids (B, L)."""
         scores = self.processors(ids, logits)
         if self.start is None:
-            return self.choose(ids, scores)
+            return self.choose(scores)
         faces, others = self.config.slot_tokens()
         at_face = (ids.shape[1] - self.start) % 4 == self.config.slot_columns[3]
         scores = torch.cat([scores[:, part] for part in (faces if at_face else others)], dim=1)
-        token = self.choose(ids, scores)
+        token = self.choose(scores)
         if at_face:
             return token + self.config.n_bins
         return torch.where(token < self.config.n_bins, token, token + self.config.n_faces)

@@ -10,6 +10,7 @@ from functools import wraps
 from inspect import get_annotations
 
 import torch
+from transformers import CompileConfig
 from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
@@ -48,16 +49,20 @@ def holds_cache(output: type) -> type:
     return output
 
 
-def forward_pass(model, cache: Cache | None, generation_config, part=None) -> Callable:
-    """The call of `model` or a `part` of it that decodes a position.
+def forward_pass(model, cache: Cache | None, generation_config, step: Callable | None = None) -> Callable:
+    """What decodes a position, the call of `model` or a `step` made of parts of it: compiled where transformers would compile.
 
     `_valid_auto_compile_criteria` is private, but a copy of what it knows about quantizers, offloading and devices would age.
     """
-    called = part or model
-    if cache is not None and model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
-        called.generation_config = model.generation_config  # read below; a part that cannot generate has none
-        return called.get_compiled_call(generation_config.compile_config)
-    return called.__call__
+    if cache is None or not model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
+        return step or model.__call__
+    if step is None:
+        return model.get_compiled_call(generation_config.compile_config)
+    options = (generation_config.compile_config or CompileConfig()).to_dict()
+    if options["dynamic"] is None:
+        # Otherwise a second temperature or batch would become an input that is a number of the host: no CUDA graph.
+        options["dynamic"] = False
+    return torch.compile(step, **options)  # compiled code belongs to the function: it serves every generation
 
 
 def synchronizes_ranks(model) -> bool:

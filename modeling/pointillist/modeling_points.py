@@ -166,10 +166,14 @@ class SlotHead(nn.Module):
     def state(self, context: Tensor) -> Tensor:
         return self.state_norm(context + self.network(self.norm(context)) if self.has_network else context)
 
-    def scores(self, state: Tensor, embeds: Tensor, origin: Tensor) -> Tensor:
+    def keys(self, embeds: Tensor) -> Tensor:
+        """What a state is multiplied by to score faces with the vectors (B or 1, F, D); computed once for a generation."""
+        return embeds * self.config.hidden_size**-0.5
+
+    def scores(self, state: Tensor, embeds: Tensor, origin: Tensor, keys: Tensor | None = None) -> Tensor:
         """States (B, G, D), the faces' vectors and the bin (B, G) that offsets count from -> scores (B, G, C)."""
         if self.slot == FACE:
-            scores = state @ (embeds * self.config.hidden_size**-0.5).mT
+            scores = state @ (self.keys(embeds) if keys is None else keys).mT
             return torch.cat((scores, F.linear(state, self.weight)), dim=-1) if self.has_end else scores
         scores = F.linear(state, self.weight)
         if not self.is_offset:

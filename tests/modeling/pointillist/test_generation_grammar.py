@@ -92,3 +92,13 @@ def test_a_finished_row_keeps_one_finite_score():
 def test_impossible_limits_are_refused(limits):
     with pytest.raises(ValueError, match="found"):
         PointGrammar(CONFIG, **limits)
+
+
+def test_points_up_to_64_bits_are_sorted_and_more_are_refused():
+    config = PointillistConfig(n_bins=2**20, n_faces=7, use_vision_encoder=False, use_point_encoder=False)
+    last, first = config.n_bins - 1, config.n_bins
+    ids = torch.tensor([[config.bos_token_id, 5, last, last, first + 6, 5, last]])  # only x may still grow
+    allowed = PointGrammar(config)(ids, torch.zeros(1, config.vocab_size))[0].isfinite().nonzero().flatten()
+    assert allowed.tolist() == [last]
+    with pytest.raises(ValueError, match="64 bits"):
+        PointGrammar(PointillistConfig(n_bins=2**20, n_faces=8, use_vision_encoder=False, use_point_encoder=False))

@@ -1,13 +1,17 @@
 """generate(): every cache writes the same tokens, within the window and beyond it; features, guidance, streaming, limits."""
 
+from contextlib import nullcontext
 from threading import Thread
 
 import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, StaticCache
+from without_host import WithoutHost
 
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import PointillistConfig, PointillistForCausalLM, PointStreamer, RingCache
+from modeling.pointillist.generation_pointillist import PointLoop
+from modeling.pointillist.generation_sampling import TokenSampler
 
 pytestmark = pytest.mark.newest
 POINTS = 20  # 81 tokens: two and a half windows of 32
@@ -64,6 +68,28 @@ def test_a_compiled_step_has_no_inputs_that_count_and_serves_sequences_of_every_
         assert torch.equal(compiled, tiny_model.generate(**limits))
         assert cache.get_seq_length() == compiled.shape[1] - 1
     assert len(inputs) == 1 and torch.SymInt not in inputs[0]
+
+
+@pytest.mark.parametrize("cache", ["static", None])
+def test_no_step_waits_for_the_host(cache, tiny_model, condition, monkeypatch):
+    sample, step, called = TokenSampler.__call__, PointLoop.next, set()
+
+    def watched_sample(self, *arguments):
+        with WithoutHost() if self in called else nullcontext():  # the first call makes what all read
+            called.add(self)
+            return sample(self, *arguments)
+
+    def watched_step(self, *arguments):
+        with WithoutHost():
+            return step(self, *arguments)
+
+    monkeypatch.setattr(TokenSampler, "__call__", watched_sample)
+    monkeypatch.setattr(PointLoop, "next", watched_step)
+    bos, pad = tiny_model.config.bos_token_id, tiny_model.config.pad_token_id
+    options = dict(top_k=9, temperature=0.8, max_points_per_face=3, guidance_scale=2.0, max_points=10)
+    for prompts in ([[bos], [bos]], [[bos, 1], [pad, bos]]):
+        ids = torch.tensor(prompts)
+        tiny_model.generate(ids, condition_embeds=condition, cache_implementation=cache, **options)
 
 
 @torch.no_grad()

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from tiny_model import TINY
 from transformers import AutoModel, AutoModelForCausalLM, CompileConfig, DynamicCache, LogitsProcessor
+from without_host import WithoutHost
 
 from modeling import PointGrammar, PointillistConfig, PointillistForCausalLM, PointStreamer
 from modeling.point_features import point_features
 from modeling.pointillist import modeling_points
+from modeling.pointillist.generation_points import PointLevelLoop
 from modeling.ranking import mean_log_likelihood
 
 VARIANTS = [
@@ -80,24 +82,93 @@ def test_every_cache_writes_the_same_points_far_beyond_the_window(model, inputs)
         "dynamic": dict(cache_implementation="dynamic"),
         "transformers' dynamic": dict(past_key_values=DynamicCache(config=model.config)),
         "static ring": dict(cache_implementation="static"),
+        "static ring, prompt": dict(inputs=ring[:, :7], cache_implementation="static"),
         "prompt in pieces": dict(inputs=ring[:, :33], prefill_chunk_size=10),
     }.items():
         assert torch.equal(model.generate(**inputs, **options, **cache), ring), name
 
 
-@pytest.mark.parametrize("variant", [(False, "yzxf"), (True, "yfxz"), (True, "yfxz", "attention")])
-def test_a_compiled_static_cache_writes_the_same_points(variant, inputs):
-    model = make_model(*variant)
-    compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)
-    compile_config._compile_all_devices = True
+def compiled_by(backend):
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True
     torch._dynamo.reset()
-    graphs = torch._dynamo.utils.counters
-    graphs.clear()
-    for points in (POINTS, POINTS + 3):
-        options = dict(do_sample=False, min_points=points, max_points=points, **inputs)
-        compiled = model.generate(cache_implementation="static", compile_config=compile_config, **options)
-        assert torch.equal(compiled, model.generate(**options))
-    assert graphs["stats"]["unique_graphs"] == 1
+    return dict(cache_implementation="static", compile_config=config)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("variant", [(False, "yzxf"), (True, "yfxz"), (True, "yfxz", "attention")])
+def test_a_step_is_one_graph_from_reading_a_point_to_drawing_the_next(variant, do_sample, inputs):
+    """A number of the host would be another graph for every value of it; here limits, lengths, prompts and rows' ends differ.
+
+    CUDA graphs are not made where an input is on the CPU or is written to without being static.
+    """
+    model, graphs = make_model(*variant), []
+    compiled = compiled_by(lambda graph, examples: graphs.append(graph) or graph)
+    prompt = model.generate(**inputs, do_sample=False, min_points=6, max_points=6)[:, :-1]
+    for points, length in ((POINTS, 1), (POINTS + 3, 22), (9, 17), (30, 8)):
+        options = dict(do_sample=do_sample, min_points=8, max_points=points, max_points_per_face=4, **inputs)
+        options["inputs"] = torch.cat((prompt[:1, :length], prompt[1:, :length].roll(length // 3 * 2, 1)))
+        options["inputs"][1, : length // 3 * 2] = model.config.pad_token_id
+        if do_sample:
+            options |= dict(top_p=0.9, temperature=0.8, guidance_scale=2.0)
+        written = []
+        for way in ({}, compiled):
+            torch.manual_seed(points)
+            written.append(model.generate(**options, **way, output_point_features=length == 1))
+        if length == 1:
+            torch.testing.assert_close(written[0].point_features, written[1].point_features)
+            written = [each.sequences for each in written]
+        assert torch.equal(*written)
+    assert len(graphs) == 1 and ("exponential_" in graphs[0].code) == do_sample and "argmax" in graphs[0].code
+    model.generate(**options | dict(top_p=0.8, temperature=0.7, guidance_scale=1.5), **compiled)
+    for graph in graphs:
+        nodes = graph.graph.find_nodes(op="placeholder")
+        assert all(node.meta["example_value"].ndim for node in nodes)  # tensors, and no numbers of the host
+        for node in nodes:
+            if any(str(user.target).endswith("_") and user.args[0] is node for user in node.users):
+                assert node.meta["tensor_dict"]["_dynamo_static_input_type"], node.name
+
+
+@pytest.mark.slow
+def test_a_step_compiled_to_machine_code_writes_the_same_points(inputs):
+    model = make_model(True, "yfxz")
+    compiled = compiled_by("inductor")
+    compiled["compile_config"].options = {"fallback_random": True}
+    for do_sample in (False, True):
+        options = dict(do_sample=do_sample, min_points=POINTS, max_points=POINTS, **inputs)
+        torch.manual_seed(0)
+        expected = model.generate(**options)
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**options, **compiled), expected)
+
+
+def test_where_the_caller_has_processors_the_decoder_alone_is_compiled(inputs):
+    class NotThatFace(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            calls.append(input_ids.shape[1])
+            return scores.index_fill(1, torch.tensor([TINY["n_bins"] + 4]), -torch.inf)
+
+    model, calls, graphs = make_model(False, "yzxf"), [], []
+    options = dict(min_points=POINTS, max_points=POINTS, logits_processor=[NotThatFace()], **inputs)
+    torch.manual_seed(0)
+    expected = model.generate(**options)
+    torch.manual_seed(0)
+    compiled = model.generate(**options, **compiled_by(lambda graph, examples: graphs.append(graph) or graph))
+    assert torch.equal(compiled, expected) and len(graphs) == 1 and "argmax" not in graphs[0].code
+    assert calls == 2 * [length for length in range(1, 4 * POINTS + 2, 4) for _ in range(4)]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
+def test_no_step_waits_for_the_host(cache, model, inputs, monkeypatch):
+    step = PointLevelLoop.next
+
+    def watched(self, *arguments):
+        with WithoutHost():
+            return step(self, *arguments)
+
+    monkeypatch.setattr(PointLevelLoop, "next", watched)
+    options = dict(top_k=9, temperature=0.8, max_points_per_face=3, guidance_scale=2.0, max_points=POINTS)
+    model.generate(**inputs, **options, cache_implementation=cache)
 
 
 @torch.no_grad()
@@ -330,6 +401,13 @@ def test_reprefilling_restarts_from_the_newest_half_window(model, inputs):
     rolling = model.generate(**inputs, **options)
     again = model.generate(**inputs, **options, window_policy="reprefill")
     assert again.shape == rolling.shape and torch.equal(again[:, : 1 + 4 * 7], rolling[:, : 1 + 4 * 7])
+    pad = model.config.pad_token_id
+    same = F.pad(rolling[:, :13], (8, 0), value=pad)
+    different = torch.cat((same[:1], F.pad(rolling[1:, :5], (16, 0), value=pad)))
+    for prompt in ({}, dict(inputs=same), dict(inputs=different)):
+        options |= prompt | dict(window_policy="reprefill")
+        static = model.generate(**inputs, **options, cache_implementation="static")
+        assert torch.equal(static, model.generate(**inputs, **options))
 
 
 @pytest.mark.parametrize("order", ["yfxz", "yfzx", "fyzx", "xyzf", "zxfy"])
@@ -354,9 +432,8 @@ def test_the_grammar_of_a_point_is_that_of_brute_force(order):
             point, known = torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.bool)
             for place, letter in enumerate(order):
                 slot = "xyzf".index(letter)
-                allowed = grammar.allowed(
-                    slot, place == 0, torch.tensor([previous]), torch.tensor([points]), point, known
-                )[0]
+                last = torch.tensor([previous]), torch.tensor([points])
+                allowed = grammar.allowed(slot, place == 0, grammar.room(), *last, point, known)[0]
                 if place == 0:
                     assert bool(allowed[-1]) == (points >= 1 or not permitted)
                     allowed = allowed[:-1]
