@@ -3,7 +3,7 @@
 Projected landmarks of the head model are brought to those of the image by robust least squares. What one view leaves open is
 decided by priors: identity coefficients are standard normal, expressions and jaw are small, the camera is about a meter away.
 The jaw line that annotators and detectors draw on a turned head is its outline, so these landmarks may slide over the cheek
-("landmark marching", Zhu et al. 2015). Levenberg-Marquardt in float64, derivatives in forward mode.
+("landmark marching", Zhu et al. 2015). Levenberg-Marquardt in float64, with the derivatives of automatic differentiation.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def fit_portrait(
     if len(head.landmark_faces) == inner or len(pixels) == inner:
         pixels, confidence = pixels[-inner:], confidence[-inner:]
     problem = _Problem(head, pixels, confidence, (width / 2, height / 2), focal)
-    x = problem.minimize(problem.start, POSE)
+    x = problem.minimize(problem.start, POSE, tolerance=1e-2)
     for _ in range(SLIDES if len(pixels) == N_LANDMARKS else 1):
         if len(pixels) == N_LANDMARKS:
             problem.slide(x)
@@ -216,8 +216,11 @@ class _Problem:
         """(K, 2) standard deviations."""
         return (self.project(x)[self.chosen] - self.pixels) * self.weights[:, None]
 
-    def minimize(self, x: Tensor, free: int | None = None, steps: int = 40) -> Tensor:
-        """Levenberg-Marquardt over the first `free` unknowns (None: all), iteratively reweighted."""
+    def minimize(self, x: Tensor, free: int | None = None, tolerance: float = 1e-5, steps: int = 40) -> Tensor:
+        """Levenberg-Marquardt over the first `free` unknowns (None: all), iteratively reweighted.
+
+        It ends when a step lowers the cost by less than its share `tolerance`, or after `steps`.
+        """
         free = len(x) if free is None else free
         part, rest = x[:free], x[free:]
 
@@ -229,25 +232,25 @@ class _Problem:
             robust = 2 * OUTLIER**2 * ((1 + far).sqrt() - 1)
             return robust.sum() + (self._precision(part) * (part - self.mean[:free]).square()).sum()
 
-        damping, least = 1e-3, cost(part)
-        derive = torch.func.jacfwd(residuals)
+        # Forward mode costs a pass for each unknown, reverse mode one for each residual.
+        derive = (torch.func.jacfwd if free < self.pixels.numel() else torch.func.jacrev)(residuals)
+        damping, least, moved = 1e-3, cost(part), True
         for _ in range(steps):
-            r, jacobian = residuals(part), derive(part)  # (K, 2), (K, 2, free)
-            weights = (1 + r.square().sum(1) / OUTLIER**2).rsqrt()
-            precision = self._precision(part)
-            hessian = torch.einsum("k,kci,kcj->ij", weights, jacobian, jacobian) + precision.diag()
-            slope = torch.einsum("k,kci,kc->i", weights, jacobian, r) + precision * (part - self.mean[:free])
+            if moved:
+                r, jacobian = residuals(part), derive(part)  # (K, 2), (K, 2, free)
+                weights = (1 + r.square().sum(1) / OUTLIER**2).rsqrt()
+                precision = self._precision(part)
+                hessian = torch.einsum("k,kci,kcj->ij", weights, jacobian, jacobian) + precision.diag()
+                slope = torch.einsum("k,kci,kc->i", weights, jacobian, r) + precision * (part - self.mean[:free])
             new = part - torch.linalg.solve(hessian + damping * hessian.diagonal().diag(), slope)
             new_cost = cost(new)
-            if new_cost < least:
-                small = least - new_cost < 1e-5 * least
-                part, least, damping = new, new_cost, damping / 5
-                if small:
+            moved = bool(new_cost < least)
+            damping = damping / 5 if moved else damping * 8
+            if moved:
+                gain = least - new_cost
+                part, least = new, new_cost
+                if gain < tolerance * least:
                     break
-            elif damping > 1e6:
-                break
-            else:
-                damping *= 8
         return torch.cat((part, rest))
 
     def _precision(self, part: Tensor) -> Tensor:
