@@ -42,7 +42,7 @@ def read_landmarks(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
             content = [(point["x"], point["y"]) for point in content]
         points = np.asarray(content, np.float64)
         confidences = None if confidences is None else np.asarray(confidences, np.float64)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{path}: its landmarks are no list of points; expected {EXPECTED}") from None
     if points.ndim != 2 or points.shape[1] not in (2, 3):
         raise ValueError(f"{path}: landmarks are {points.shape}; expected {EXPECTED}")

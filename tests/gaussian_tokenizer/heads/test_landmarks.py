@@ -122,7 +122,7 @@ def test_other_files_are_refused_by_name(head, tmp_path):
         ("67 faces and barycentrics", deca((faces[:67], weights[:67]), static)),
         ("do not sum to 1", deca((faces, 2 * weights), static)),
         ("has a; expected full_lmk_faces_idx", {"a": 1}),
-        ("it is an array of int64", [1, 2]),
+        ("it is an array of numbers", [1, 2]),
         ("holds no dictionary", {1, 2}),
         ("full_lmk_faces_idx or full_lmk_bary_coords is not a readable array", deca(tensors, static)),
     ):
