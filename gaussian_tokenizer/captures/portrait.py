@@ -69,11 +69,14 @@ def fit_portrait(
     """
     height, width = image_size
     pixels, confidence = _checked(landmarks, confidences, height, width)
-    if len(head.landmark_faces) == 0:
-        raise ValueError(f"head model {head.name!r} has no landmarks; give it some with heads.landmarks.with_landmarks")
+    inner = N_LANDMARKS - N_JAW
+    if len(head.landmark_faces) not in (N_LANDMARKS, inner):
+        raise ValueError(
+            f"head model {head.name!r} has {len(head.landmark_faces)} landmarks, expected 68 or 51; FLAME gets them from its "
+            "embedding file (heads.landmarks.with_landmarks, --landmark_embedding)"
+        )
     if focal is not None and not 0 < focal < math.inf:
         raise ValueError(f"focal is {focal}, expected pixels above 0, or None")
-    inner = N_LANDMARKS - N_JAW
     if len(head.landmark_faces) == inner or len(pixels) == inner:
         pixels, confidence = pixels[-inner:], confidence[-inner:]
     problem = _Problem(head, pixels, confidence, (width / 2, height / 2), focal)
@@ -311,7 +314,7 @@ def _jaw_rows(head: HeadModel) -> tuple[Tensor, Tensor]:
     a, b, c, area = a[facing], b[facing], c[facing], area[facing]
     faces: list[int] = []
     barycentrics: list[np.ndarray] = []
-    for mark in marks[:N_JAW]:
+    for landmark, mark in enumerate(marks[:N_JAW]):
         for along in ROW:
             p = nose + along * (mark - nose)
             wb = ((p - a)[:, 0] * (c - a)[:, 1] - (p - a)[:, 1] * (c - a)[:, 0]) / area
@@ -319,10 +322,10 @@ def _jaw_rows(head: HeadModel) -> tuple[Tensor, Tensor]:
             weights = np.stack((1 - wb - wc, wb, wc), 1)
             depth = np.where((weights >= -1e-9).all(1), a[:, 2] * weights[:, 0] + b[:, 2] * wb + c[:, 2] * wc, -np.inf)
             front = int(depth.argmax())
-            if depth[front] == -np.inf:
-                raise ValueError(
-                    f"head model {head.name!r} has no face between its nose and landmark {len(faces) // len(ROW)}"
-                )
-            faces.append(int(facing[front]))
-            barycentrics.append(weights[front])
+            if depth[front] > -np.inf:
+                faces.append(int(facing[front]))
+                barycentrics.append(weights[front])
+            else:  # a hole, such as between lips
+                faces.append(int(head.landmark_faces[landmark]))
+                barycentrics.append(head.landmark_barycentrics[landmark].double().numpy())
     return torch.from_numpy(np.array(faces)), torch.from_numpy(np.array(barycentrics))

@@ -1,5 +1,6 @@
 """Heads found from 2D landmarks: made-up people are found again, one photograph, and what cannot be a face."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -149,6 +150,33 @@ def test_a_small_face_and_no_face_are_returned_with_a_warning(head):
 def test_what_cannot_be_a_face_in_the_image_is_refused(head, landmarks, message):
     with pytest.raises(ValueError, match=message):
         fit_portrait(landmarks, head, (512, 512))
+
+
+def test_heads_with_51_landmarks_are_fitted_to_those_and_heads_with_none_refused(head):
+    inner = {name: getattr(head, name)[17:] for name in ("landmark_faces", "landmark_barycentrics")}
+    face = random_face(head, 8, 1.0, 10)
+    marks = noisy_landmarks(head, face, 8)
+    found = fit_portrait(marks, dataclasses.replace(head, **inner), (512, 512))
+    assert len(found.residuals) == 51 and found.rms < 2
+    torch.testing.assert_close(found.params.shape, fit_portrait(marks[17:], head, (512, 512)).params.shape)
+    none = {name: getattr(head, name)[:0] for name in inner}
+    with pytest.raises(ValueError, match="has 0 landmarks, expected 68 or 51; FLAME gets them from its embedding file"):
+        fit_portrait(marks, dataclasses.replace(head, **none), (512, 512))
+
+
+def test_a_mesh_with_a_hole_between_nose_and_jaw_is_fitted_too(head):
+    """As FLAME's, whose lips may stand apart; here a part of the chin is missing."""
+    middle = head.template[head.faces].mean(1)
+    gone = (middle[:, 0].abs() < 0.02) & (middle[:, 1] < -0.058) & (middle[:, 1] > -0.08) & (middle[:, 2] > 0.0)
+    kept = ~gone
+    kept[head.landmark_faces] = True
+    new_index = kept.cumsum(0) - 1
+    open_head = dataclasses.replace(head, faces=head.faces[kept], landmark_faces=new_index[head.landmark_faces])
+    assert gone.sum() > 10
+    marks = noisy_landmarks(head, random_face(head, 9, 1.0, 20), 9)
+    assert fit_portrait(marks, open_head, (512, 512)).rms == pytest.approx(
+        fit_portrait(marks, head, (512, 512)).rms, abs=0.1
+    )
 
 
 def test_other_arguments_that_are_wrong_are_refused(head):
