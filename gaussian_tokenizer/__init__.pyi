@@ -2,6 +2,7 @@ from .avatars.avatar import GaussianAvatar
 from .avatars.gaussians import Gaussians
 from .avatars.motions import load_motion, synthetic_motion
 from .captures.loading import find_trackings, load_tracking
+from .captures.portrait import PortraitFit, fit_portrait
 from .captures.tracking import Tracking
 from .corpus.corpus import load_corpus
 from .heads.head_model import HeadModel
@@ -18,8 +19,10 @@ __all__ = [
     "Gaussians",
     "HeadModel",
     "HeadParameters",
+    "PortraitFit",
     "Tracking",
     "find_trackings",
+    "fit_portrait",
     "load_corpus",
     "load_head",
     "load_motion",

@@ -15,6 +15,7 @@ import sys
 COMMANDS = {
     "synthesize": ("gaussian_tokenizer.synthesize", "make synthetic subjects, as folders or as a corpus"),
     "inspect": ("gaussian_tokenizer.inspect", "describe a file or folder and what is wrong with it"),
+    "fit-portrait": ("gaussian_tokenizer.portrait", "find head and camera of a photograph from its landmarks"),
     "fit": ("training.fit_avatars", "fit a Gaussian avatar to every tracked subject of a folder"),
     "build-corpus": ("gaussian_tokenizer.build_corpus", "tokenize avatars into a corpus; stats and validate"),
     "pretrain": ("training.pretrain", "train the autoregressive point model"),

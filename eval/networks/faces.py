@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from eval.networks.weights import Missing, check_images, find_weights, provenance, wrong_file
+from gaussian_tokenizer.captures.landmark_files import MESH_68, from_mediapipe
 
 Array = NDArray[np.float64]
 
@@ -22,17 +23,6 @@ LANDMARK_MEMBERS = (
     "geometry_pipeline_metadata_landmarks.binarypb",
 )
 EXPRESSIONS = 52
-
-# Of the 478 vertices of MediaPipe's mesh, those nearest to the 68 iBUG points, on which AKD is published. In iBUG's order:
-# from the left of the image to the right.
-MESH_68 = (
-    127, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 356,  # jaw
-    70, 63, 105, 66, 107, 336, 296, 334, 293, 300,  # brows
-    168, 197, 5, 4, 98, 97, 2, 326, 327,  # nose
-    33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380,  # eyes
-    61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181,  # lips, outside
-    78, 82, 13, 312, 308, 317, 14, 87,  # lips, inside
-)  # fmt: skip
 
 # Where ArcFace expects eyes, nose and mouth corners in its 112 x 112 crop (x, y); in InsightFace pixel centers are integers.
 ARCFACE_SIZE, ARCFACE_FILE = 112, "w600k_r50.onnx"
@@ -96,7 +86,7 @@ def reading_of(results: list, height: int, width: int) -> FaceReading:
         if not (result.face_landmarks and result.facial_transformation_matrixes and result.face_blendshapes):
             continue
         mesh = np.array([(point.x, point.y) for point in result.face_landmarks[0]])
-        landmarks[row] = mesh[list(MESH_68)] * (width, height)
+        landmarks[row] = from_mediapipe(mesh, height, width)
         rotations[row] = nearest_rotation(np.asarray(result.facial_transformation_matrixes[0])[:3, :3])
         expressions[row] = [shape.score for shape in result.face_blendshapes[0]]
     return FaceReading(landmarks, rotations, expressions)

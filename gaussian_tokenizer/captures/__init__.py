@@ -2,6 +2,7 @@
 
 from .frame import Frame
 from .loading import find_trackings, load_tracking
+from .portrait import PortraitFit, fit_portrait
 from .tracking import Tracking
 
-__all__ = ["Frame", "Tracking", "find_trackings", "load_tracking"]
+__all__ = ["Frame", "PortraitFit", "Tracking", "find_trackings", "fit_portrait", "load_tracking"]

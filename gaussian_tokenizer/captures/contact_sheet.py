@@ -1,12 +1,15 @@
 """The contact sheet of a tracking: a few of its images, and below the head projected over them by its cameras.
 
-If the cameras see too little of it, a third row shows the convention that fits best.
+If the cameras see too little of it, a third row shows the convention that fits best. And the image of a fit to landmarks.
 """
+
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gaussian_tokenizer.captures.checks import ENOUGH_SEEN, best_convention
+from gaussian_tokenizer.captures.frame import Frame, load_image
 from gaussian_tokenizer.captures.projection import (
     EXPECTED,
     Sample,
@@ -25,6 +28,9 @@ TILE, GAP, LINE = 208, 6, 18  # pixels: longest side of an image, between images
 GRAY, INK, BAD = (200, 200, 204), (30, 30, 34), (200, 30, 30)
 MESH, OUTLINE = np.array((64, 150, 255)), (255, 214, 0)
 SOLID = 0.55  # opacity of the mesh over the image
+FIT, DOT = 768, 2  # pixels: longest side of the image of a fit, radius of its landmarks
+MARGIN = 0.15  # around the head, in units of its size
+GIVEN, FOUND = (0, 200, 70), (230, 30, 30)
 
 
 def contact_sheet(tracking: Tracking, head: HeadModel, count: int = 6) -> Image.Image:
@@ -41,7 +47,7 @@ def contact_sheet(tracking: Tracking, head: HeadModel, count: int = 6) -> Image.
         for image, sample in zip(images, samples):
             viewmat = as_if(sample.frame, convention)
             share = share_seen(sample.vertices, sample.frame, viewmat)
-            tile = _draw_head(image, sample, faces, viewmat)
+            tile = _draw_head(image, sample, faces, viewmat, TILE)
             tiles.append(_with_text(tile, f"{share:.0%} of the head inside", INK if share >= ENOUGH_SEEN else BAD))
         title = "head as the files say" if number == 0 else f"head, were transform_matrix {convention}"
         rows.append((title, BAD if number == 0 and seen[EXPECTED] < ENOUGH_SEEN else INK, tiles))
@@ -56,10 +62,40 @@ def _image(tracking: Tracking, sample: Sample) -> Image.Image:
     return Image.alpha_composite(backdrop, rgba).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _draw_head(image: Image.Image, sample: Sample, faces: np.ndarray, viewmat: np.ndarray) -> Image.Image:
-    """The front faces over the image, shaded by a light at the camera, and the outline of the head."""
+def draw_fit(frame: Frame, head: HeadModel, given: np.ndarray, found: np.ndarray) -> Image.Image:
+    """RGB: the `given` landmarks (K, 2) in pixels, and beside them the head over the image with those that were `found`."""
+    vertices = head.pose(frame.load_params().to(head.device)).vertices[0].double().cpu().numpy()
+    corner, frame = _around_head(frame, vertices)
+    width, height, scale = size_within(frame, FIT)
+    rgba = load_image(frame.image).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*GRAY, 255)), rgba).convert("RGB")
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    mesh = _draw_head(image, Sample(0, frame, vertices), head.faces.cpu().numpy(), frame.viewmat, FIT)
+    both = Image.new("RGB", (2 * width + GAP, height), "white")
+    for left, panel, points, color in ((0, image, given, GIVEN), (width + GAP, mesh, found, FOUND)):
+        draw = ImageDraw.Draw(panel)
+        for x, y in (np.asarray(points) - corner) * scale - 0.5:
+            draw.ellipse((x - DOT, y - DOT, x + DOT, y + DOT), fill=color)
+        both.paste(panel, (left, 0))
+    return both
+
+
+def _around_head(frame: Frame, vertices: np.ndarray) -> tuple[np.ndarray, Frame]:
+    """The part of a frame that shows the head, with a margin, as a frame of its own; and its upper left corner (2,)."""
+    pixels, _ = project(vertices, frame, frame.viewmat)
+    margin = MARGIN * np.ptp(pixels, axis=0)
+    size = np.array([frame.width, frame.height])
+    low = np.clip(np.floor(pixels.min(0) - margin), 0, size - 1).astype(int)
+    high = np.clip(np.ceil(pixels.max(0) + margin), low + 1, size).astype(int)
+    image = load_image(frame.image).crop((*low.tolist(), *high.tolist()))
+    cx, cy = frame.cx - low[0], frame.cy - low[1]
+    return low, replace(frame, image=image, mask=None, cx=cx, cy=cy, width=image.width, height=image.height)
+
+
+def _draw_head(image: Image.Image, sample: Sample, faces: np.ndarray, viewmat: np.ndarray, longest: int) -> Image.Image:
+    """The front faces over an image `longest` pixels long, shaded by a light at the camera, and the outline of the head."""
     frame = sample.frame
-    width, height, scale = size_within(frame, TILE)
+    width, height, scale = size_within(frame, longest)
     pixels, depth = project(sample.vertices, frame, viewmat)
     eye = np.linalg.inv(viewmat)[:3, 3]
     corners = sample.vertices[faces]
@@ -77,7 +113,7 @@ def _draw_head(image: Image.Image, sample: Sample, faces: np.ndarray, viewmat: n
     for triangle, color in zip(triangles, colors):
         draw_mesh.polygon(triangle, fill=tuple(color))
     tile = np.asarray(Image.blend(image, mesh, SOLID)).copy()
-    inside = silhouette(sample.vertices, faces, frame, viewmat, TILE)
+    inside = silhouette(sample.vertices, faces, frame, viewmat, longest)
     tile[inside & ~_eroded(inside)] = OUTLINE
     return Image.fromarray(tile)
 

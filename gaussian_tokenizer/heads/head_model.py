@@ -50,7 +50,7 @@ class HeadModel:
     skinning_weights: Tensor  # (V, J) rows sum to 1
     parents: tuple[int, ...]
     expression_names: tuple[str, ...]
-    landmark_faces: Tensor  # (K,) int64, 68 landmarks in Multi-PIE order, or K = 0
+    landmark_faces: Tensor  # (K,) int64, the 68 of `heads.landmarks`, the 51 without the jaw, or K = 0
     landmark_barycentrics: Tensor  # (K, 3)
     regions: Mapping[str, Tensor]  # name -> (V,) bool
 

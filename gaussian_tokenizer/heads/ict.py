@@ -66,7 +66,7 @@ def read_ict(folder: str | Path, teeth: bool = False) -> HeadModel:
         "ict-facekit",
         triangles,
         expressions,
-        landmarks,
+        rigging.points_at_vertices(triangles, landmarks),
         {name: mask[kept] for name, mask in regions.items()},
         template=(neutral[kept] - origin) / 100,
         shape_dirs=shape_dirs[kept] / 100,

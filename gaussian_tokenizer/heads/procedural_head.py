@@ -8,11 +8,13 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from gaussian_tokenizer.geometry.triangles import closest_point_barycentrics
 from gaussian_tokenizer.heads import rigging
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.procedural_mesh import Mesh, Part, build_mesh
-from gaussian_tokenizer.heads.procedural_surface import EYE_CENTER
+from gaussian_tokenizer.heads.procedural_surface import EYE_CENTER, skin_distance, skin_normal
 
 EYES, EARS = (Part.LEFT_EYE, Part.RIGHT_EYE), (Part.LEFT_EAR, Part.RIGHT_EAR)
 TEETH = (Part.UPPER_TEETH, Part.LOWER_TEETH)
@@ -104,7 +106,9 @@ EXPRESSIONS: dict[str, tuple[Move, ...]] = {
     "brows_inner_up": (Move((0, 44, 90), (22, 15, 26), (0, 6, 0)),),
     "brows_down": (Move((18, 38, 86), (22, 11, 26), (-2.5, -5, 1)),),
 }
-UPPER_LIP, LOWER_LIP = ((0.0, -43.0, 96.0), (22.0, 10.0, 28.0)), ((0.0, -53.0, 94.0), (24.0, 14.0, 28.0))
+UPPER_ROLL, LOWER_ROLL = ((0.0, -43.0, 96.0), (22.0, 10.0, 28.0)), ((0.0, -53.0, 94.0), (24.0, 14.0, 28.0))
+LOWER_LIP = (*range(55, 60), *range(65, 68))  # of the landmarks
+ON_CUTS = (*range(36, 49), 54, *range(60, 68))  # the landmarks on the edges of lids and lips
 
 
 @functools.lru_cache(maxsize=8)
@@ -118,7 +122,7 @@ def build_procedural_head(n_faces: int = 10144) -> HeadModel:
         "procedural" if n_faces == 10144 else f"procedural:{n_faces}",
         mesh.faces,
         list(EXPRESSIONS),
-        _landmark_vertices(mesh),
+        _landmark_points(mesh),
         _regions(mesh),
         template=mesh.vertices / 1000,
         shape_dirs=shape_dirs / 1000,
@@ -178,8 +182,8 @@ def _expression(mesh: Mesh, weights: np.ndarray, name: str, moves: tuple[Move, .
         turned_y, turned_z = np.cos(angle) * y - np.sin(angle) * z, np.sin(angle) * y + np.cos(angle) * z
         return weights[:, 2:3] * np.stack((0 * x, turned_y - y, turned_z - z), -1)
     if name == "lips_part":
-        up = _flat_bump(p, *UPPER_LIP) * (mesh.side > 0) * weights[:, 1]
-        down = _flat_bump(p, *LOWER_LIP) * weights[:, 2] * ~mesh.of(*HARD_PARTS)
+        up = _flat_bump(p, *UPPER_ROLL) * (mesh.side > 0) * weights[:, 1]
+        down = _flat_bump(p, *LOWER_ROLL) * weights[:, 2] * ~mesh.of(*HARD_PARTS)
         return up[:, None] * np.array((0, 3.5, 0.8)) + down[:, None] * np.array((0, -5.0, 0.5))
     if name.startswith("lids"):
         on_side = {"lids_close_left": p[:, 0] > 0, "lids_close_right": p[:, 0] < 0, "lids_widen": True}[name]
@@ -272,29 +276,51 @@ def _regions(mesh: Mesh) -> dict[str, np.ndarray]:
     }
 
 
-def _landmark_vertices(mesh: Mesh) -> np.ndarray:
-    """(68,) vertices nearest to where the landmarks of Multi-PIE are; the subject's right side (x < 0) comes first."""
+def _landmark_points(mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Faces (68,) and barycentrics (68, 3) of the points of the skin nearest to the landmarks, whatever the resolution."""
+    targets = _landmark_targets()
+    for _ in range(3):  # all but those on the cuts of eyes and mouth are put on the smooth surface first
+        moved = targets - skin_distance(targets)[:, None] * skin_normal(targets)
+        targets = np.where(np.isin(np.arange(68), ON_CUTS)[:, None], targets, moved)
+    skin = mesh.of(Part.SKIN)[mesh.faces].all(1)
+    side = mesh.side[mesh.faces]
+    upper, lower = (side >= 0).all(1), (side <= 0).all(1)
+    faces, barycentrics = np.zeros(68, np.int64), np.zeros((68, 3))
+    for landmark, target in enumerate(targets):
+        allowed = skin & (lower if landmark in LOWER_LIP else upper if landmark >= 48 else True)
+        allowed &= (np.abs(mesh.vertices[mesh.faces] - target) < 40).all((1, 2))
+        (near,) = np.nonzero(allowed)
+        triangles = mesh.vertices[mesh.faces[near]]  # (N, 3, 3)
+        points = np.broadcast_to(target, (len(near), 3)).copy()
+        weights = closest_point_barycentrics(torch.from_numpy(points), torch.from_numpy(triangles)).numpy()
+        best = np.square(np.einsum("nc,nci->ni", weights, triangles) - target).sum(1).argmin()
+        faces[landmark], barycentrics[landmark] = near[best], weights[best]
+    return faces, barycentrics
+
+
+def _landmark_targets() -> np.ndarray:
+    """(68, 3) millimeters: where the landmarks of iBUG are on the smooth head; the subject's right (x < 0) comes first."""
     jaw = [(-72, 14, 8), (-70, -8, 8), (-66, -28, 14), (-60, -48, 24)]  # from the ear down, then forward to the chin
-    jaw += [(-50, -64, 40), (-38, -76, 58), (-25, -84, 76), (-12, -88, 88)]
+    jaw += [(-51, -66, 40), (-39, -79, 58), (-26, -86, 76), (-13, -91, 87)]
     brow = [(-49, 34, 62), (-40, 40, 74), (-30, 42, 82), (-20, 40, 88), (-10, 36, 92)]
-    eye = [(-44, 23, 76), (-36, 28, 84), (-26, 28, 84), (-18, 21, 80), (-26, 17, 84), (-36, 17, 84)]
-    upper = [(-25, -47, 86), (-14, -41, 96), (-4, -39, 100)]
+    eye = [
+        (-45.5, 22.5, 73.7),
+        (-35, 28, 82),
+        (-26.5, 26.7, 82.4),
+        (-17.6, 20.7, 81),
+        (-26.5, 17.1, 82.4),
+        (-35, 17, 82.5),
+    ]
+    upper = [(-25.1, -47, 84.7), (-14, -41, 96), (-4, -39, 100)]
     nose = [(0, 20, 88), (0, 8, 98), (0, -4, 106), (0, -16, 114)]
     under = [(-14, -25, 98), (-7, -28, 102), (0, -29, 104), (7, -28, 102), (14, -25, 98)]
     lower = [(14, -56, 94), (6, -58, 97), (0, -59, 98), (-6, -58, 97), (-14, -56, 94)]
-    inner_upper = [(-23, -47, 87), (-8, -47, 97), (0, -47, 98), (8, -47, 97), (23, -47, 87)]
-    inner_lower = [(8, -47, 97), (0, -47, 98), (-8, -47, 97)]
+    inner = [(-22.3, -48.1, 87), (-8.2, -47.8, 95.6), (0, -46.9, 96.9), (8.2, -47.8, 95.6), (22.3, -48.1, 87)]
 
     def mirrored(points: list) -> list:
         return [(-x, y, z) for x, y, z in points]
 
     left_eye = [mirrored(eye)[i] for i in (3, 2, 1, 0, 5, 4)]  # inner corner first, over the upper lid
-    targets = [*jaw, (0, -90, 92), *mirrored(jaw)[::-1], *brow, *mirrored(brow)[::-1], *nose, *under, *eye, *left_eye]
-    targets += [*upper, (0, -40, 100), *mirrored(upper)[::-1], *lower, *inner_upper, *inner_lower]
-    distance = ((mesh.vertices - np.array(targets)[:, None]) ** 2).sum(2)  # (68, V)
-    distance[:, ~mesh.of(Part.SKIN)] = np.inf
-    lower_lip = [*range(55, 60), *range(65, 68)]
-    upper_lip = sorted({*range(48, 68)} - {*lower_lip})
-    distance[upper_lip] = np.where(mesh.side < 0, np.inf, distance[upper_lip])
-    distance[lower_lip] = np.where(mesh.side > 0, np.inf, distance[lower_lip])
-    return distance.argmin(1)
+    targets = [*jaw, (0, -91, 90), *mirrored(jaw)[::-1], *brow, *mirrored(brow)[::-1], *nose, *under, *eye, *left_eye]
+    targets += [*upper, (0, -40, 100), *mirrored(upper)[::-1], *lower, *inner, *inner[3:0:-1]]
+    return np.array(targets, np.float64)

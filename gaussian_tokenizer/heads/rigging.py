@@ -18,25 +18,30 @@ def build_head(
     name: str,
     faces: np.ndarray,
     expression_names: Sequence[str],
-    landmarks: np.ndarray,
+    landmarks: tuple[np.ndarray, np.ndarray],
     regions: Mapping[str, np.ndarray],
     **arrays: np.ndarray,
 ) -> HeadModel:
-    """A head model from NumPy arrays, in meters, with `landmarks` (68,) given as vertices.
+    """A head model from NumPy arrays, in meters, with `landmarks` as faces (68,) and barycentrics (68, 3).
 
     Floats are rounded to 1e-7, so that the last bits of another machine's arithmetic do not reach the hash.
     """
-    landmark_faces = np.array([np.flatnonzero((faces == vertex).any(1))[0] for vertex in landmarks], np.int64)
     return HeadModel(
         name=name,
         faces=torch.from_numpy(np.ascontiguousarray(faces, np.int64)),
         parents=PARENTS,
         expression_names=tuple(expression_names),
-        landmark_faces=torch.from_numpy(landmark_faces),
-        landmark_barycentrics=torch.from_numpy(faces[landmark_faces] == landmarks[:, None]).float(),
+        landmark_faces=torch.from_numpy(landmarks[0]),
+        landmark_barycentrics=_rounded(landmarks[1]),
         regions={region: torch.from_numpy(mask) for region, mask in regions.items()},
         **{key: _rounded(value) for key, value in arrays.items()},
     )
+
+
+def points_at_vertices(faces: np.ndarray, vertices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (K,) as points on the mesh: a face of each (K,) and its barycentrics (K, 3)."""
+    chosen = np.array([np.flatnonzero((faces == vertex).any(1))[0] for vertex in vertices], np.int64)
+    return chosen, (faces[chosen] == vertices[:, None]).astype(np.float64)
 
 
 def _rounded(values: np.ndarray) -> torch.Tensor:

@@ -86,6 +86,15 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 def _rgb_on_white(image: Any) -> Image.Image:
     """PIL image, file, array or tensor -> PIL "RGB", upright, transparency composited on white."""
+    image = upright(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def upright(image: Any) -> Image.Image:
+    """PIL image, file, array or tensor -> PIL image of 8 bits, turned as its EXIF says."""
     if isinstance(image, (str, os.PathLike)):
         image = open_image(image)
     if not isinstance(image, Image.Image):
@@ -96,10 +105,7 @@ def _rgb_on_white(image: Any) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16-bit files; PIL would clip instead of scaling
         values = np.asarray(image)
         image = _image_from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image
 
 
 def _image_from_array(values: np.ndarray) -> Image.Image:

@@ -105,9 +105,11 @@ def read_array(value: object) -> PlainArray | PlainSparse:
         raise ValueError("an array without its content")
     _, stated, dtype, fortran_order, content = value.state
     content = content.encode("latin1") if isinstance(content, str) else content  # a Python-2 string is bytes
-    if not (isinstance(dtype, Thing) and dtype.meaning == "dtype" and isinstance(content, bytes)):
+    is_type = isinstance(dtype, Thing) and dtype.meaning == "dtype"
+    number = NUMBER.fullmatch(dtype.arguments[0]) if is_type else None
+    if number is None or not isinstance(content, bytes):
         raise ValueError("an array of something else than numbers")
-    shape, (order, kind, size) = _shape(stated), NUMBER.fullmatch(dtype.arguments[0]).groups()  # type: ignore[union-attr]
+    shape, (order, kind, size) = _shape(stated), number.groups()
     if isinstance(dtype.state, tuple) and len(dtype.state) > 1:
         order = dtype.state[1]
     if math.prod(shape) * int(size) != len(content):

@@ -15,6 +15,7 @@ from typing import Any
 MAX_STEPS = 1_000_000  # opcodes, and the highest index of the memo; FLAME has a few hundred
 LONGEST_KEY = 100
 NUMBER = re.compile(r"([<>=|]?)([biuf])([1248])")
+OBJECT = "O8"  # the type of an array of anything; such an array is inert, too
 OBJECTS = ("array", "chumpy", "columns", "rows")
 
 
@@ -163,7 +164,9 @@ class _Machine:
             self.push(b"" if meaning == "bytes" else {})
         else:
             if meaning == "dtype" and not (
-                arguments and isinstance(arguments[0], str) and NUMBER.fullmatch(arguments[0])
+                arguments
+                and isinstance(arguments[0], str)
+                and (NUMBER.fullmatch(arguments[0]) or arguments[0] == OBJECT)
             ):
                 raise ValueError("it has an array of something else than numbers")
             self.push(Thing(meaning, arguments))

@@ -14,7 +14,9 @@ from transformers import AutoConfig
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import load_motion
 from gaussian_tokenizer.avatars.ply import read_gaussian_ply, write_gaussian_ply
+from gaussian_tokenizer.captures.landmark_files import read_landmarks
 from gaussian_tokenizer.captures.loading import load_tracking
+from gaussian_tokenizer.captures.portrait import fit_portrait
 from gaussian_tokenizer.captures.subject import Subject
 from gaussian_tokenizer.corpus import validation
 from gaussian_tokenizer.corpus.building import build
@@ -24,6 +26,7 @@ from gaussian_tokenizer.heads import flame
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.ict import _read_indices, read_obj
+from gaussian_tokenizer.heads.landmarks import with_landmarks
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.inspect.__main__ import inspect
 from gaussian_tokenizer.synthesize import synthesize
@@ -70,6 +73,13 @@ def make_formats(folder: Path) -> dict[str, Format]:
     _write_ict(folder / "ict")
     raw = _write_raw_vhap(folder / "raw", subject)
     frame = _write_pixel3dmm(folder / "pixel3dmm", head)
+    embedding = {
+        "full_lmk_faces_idx": head.landmark_faces.numpy(),
+        "full_lmk_bary_coords": head.landmark_barycentrics.numpy(),
+    }
+    np.save(folder / "embedding.npy", embedding | {"dynamic_lmk_faces_idx": head.landmark_faces}, allow_pickle=True)
+    landmarks = folder / "landmarks.json"
+    landmarks.write_bytes(Path("training/demo/astronaut.json").read_bytes())
     corpus = folder / "corpus"
     settings = BuildSettings(n_bins=32, image_size=28, num_validation=1, allow_unknown_license=True)
     build(folder / "avatars", head, corpus, settings, progress=False)
@@ -89,6 +99,10 @@ def make_formats(folder: Path) -> dict[str, Format]:
     def tokenizer(path: Path) -> object:
         return GaussianTokenizer.from_pretrained(path.parent)
 
+    def portrait(path: Path) -> object:
+        points, confidences = read_landmarks(path)
+        return fit_portrait(points, head, (512, 512), confidences=confidences)
+
     def image(path: Path) -> object:
         verify_image(path)
         return open_image(path.read_bytes()).convert("RGBA")
@@ -103,6 +117,8 @@ def make_formats(folder: Path) -> dict[str, Format]:
         ),
         "head safetensors": Format((folder / "head.safetensors",), HeadModel.load, SAFETENSORS, 8),
         "FLAME": Format((folder / "flame.pkl",), lambda path: flame.read_flame(path, teeth=False), (m.pickle_opcodes,), 12),
+        "landmark embedding": Format((folder / "embedding.npy",), lambda path: with_landmarks(head, path), (m.pickle_opcodes,)),
+        "landmarks": Format((landmarks,), portrait, JSON, 1),
         "ICT OBJ": Format((folder / "ict" / "generic_neutral_mesh.obj",), read_obj, LINES),
         "ICT indices": Format((folder / "ict" / "vertex_indices.json",), _read_indices, JSON),
         "VHAP transforms": Format(

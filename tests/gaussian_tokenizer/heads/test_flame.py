@@ -353,5 +353,10 @@ def test_the_command_converts_a_file_and_says_in_one_line_what_is_missing(tmp_pa
     done = command(write(tmp_path, flame_like()), tmp_path / "head.safetensors", "--no-teeth")
     assert done.stdout == f"256 vertices and 448 faces in {tmp_path / 'head.safetensors'}\n"
     assert load_head(tmp_path / "head.safetensors").n_vertices == AROUND * RINGS
+    marks = {"lmk_face_idx": np.arange(51), "lmk_b_coords": np.tile((0.5, 0.25, 0.25), (51, 1))}
+    (tmp_path / "marks.pkl").write_bytes(pickle.dumps(marks))
+    options = ("--no-teeth", "--landmark_embedding", tmp_path / "marks.pkl")
+    assert not command(tmp_path / "flame.pkl", tmp_path / "head.safetensors", *options).stderr
+    assert load_head(tmp_path / "head.safetensors").landmark_faces.tolist() == list(range(51))
     missing = command(tmp_path / "flame2023.pkl", tmp_path / "head.safetensors")
     assert missing.returncode == 1 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
