@@ -5,6 +5,7 @@
     python benchmarks/ar_model.py --size paper --parts generation --new_tokens 8   # the paper's size on a CPU: slow
     python benchmarks/ar_model.py --size debug --parts length                      # time and memory a point, up to 27,000 points
     python benchmarks/ar_model.py --size paper --parts points                      # steps of the point level only: minutes
+    python benchmarks/ar_model.py --size small --parts candidates                  # several clouds of one subject, side by side
 
 Training: forward and backward on 2,048 tokens (--train_tokens). Generation: tokens after a prompt that fills the window, so that
 every step attends to all of it, timed from the first new token to the last, without the prompt. Both models have the same weights
@@ -53,7 +54,10 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--parts", nargs="+", choices=["training", "generation", "length", "points"], default=["training", "generation"]
+        "--parts",
+        nargs="+",
+        choices=["training", "generation", "length", "points", "candidates"],
+        default=["training", "generation"],
     )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -62,7 +66,7 @@ def main() -> None:
     for part in arguments.parts:
         rows += getattr(bench, part)()
     print(markdown_table(rows))
-    parts = f"_{arguments.parts[0]}" if arguments.parts in (["length"], ["points"]) else ""
+    parts = "" if set(arguments.parts) & {"training", "generation"} else "_" + "_".join(arguments.parts)
     path = write_report(
         f"ar_model_{arguments.size}_{bench.device.type}_{arguments.dtype}{parts}",
         rows,
@@ -295,6 +299,65 @@ class Bench:
             }
             for run, seconds in steps.items()
         ]
+
+    def candidates(self) -> list[dict]:
+        """Clouds of one subject side by side, which share its condition, and with a copy of it for each: time a point, memory."""
+        condition = torch.cat((self.condition, self.condition), 1)[:, :-1]  # 257 tokens of a portrait, 256 of a mesh
+        rows = []
+        for name, model in ({"ours": self.ours} | self.point_level).items():
+            for count in (1, 4, 8):
+                shared = {"condition_embeds": condition} | (self.faces if model.config.mesh_aware_faces else {})
+                copied = {key: value.repeat_interleave(count, 0) for key, value in shared.items()}
+                best = {"shared": math.inf} if count == 1 else {"copied": math.inf, "shared": math.inf}
+                size = {}
+                for turn in range(self.rounds + 1):
+                    for key in best:
+                        milliseconds, size[key] = self.time_candidates(
+                            model, count, copied if key == "copied" else shared
+                        )
+                        best[key] = min(best[key], milliseconds) if turn else math.inf
+                rows += [
+                    {
+                        "task": "candidates",
+                        "row": name,
+                        "clouds": count,
+                        "condition": key,
+                        "ms a point of each": best[key],
+                    }
+                    | size[key]
+                    for key in best
+                ]
+                print(rows[-1], flush=True)
+        return rows
+
+    @torch.no_grad()
+    def time_candidates(self, model: PointillistForCausalLM, count: int, given: dict) -> tuple[float, dict]:
+        """Milliseconds in which `count` clouds get a point each, median after the first, and MiB of what they share.
+
+        On a CPU processor time, to be used with one thread: the same on a machine with other work.
+        """
+        clock = Clock(self.device, by_cpu=self.device.type == "cpu")
+        limits = dict(min_points=1 + self.new_tokens // 4, max_points=1 + self.new_tokens // 4, sorted_points=False)
+        cache = (
+            model.eval()
+            .generate(
+                inputs=torch.full((count, 1), self.config.bos_token_id, device=self.device),
+                **given,
+                **limits,
+                progress=False,
+                streamer=clock,
+                return_dict_in_generate=True,
+            )
+            .past_key_values.cross_attention_cache
+        )
+        faces = [given[key] for key in self.faces if key in given]
+        tables = model.model.embed_tokens.faces(*faces) if faces else ()
+        tensors = {
+            "MiB keys and values of the condition": [each for own in cache.layers for each in (own.keys, own.values)],
+            "MiB faces": tables,
+        }
+        sizes = {key: sum(each.nbytes for each in own) / 2**20 for key, own in tensors.items()}
+        return 1e3 * float(np.median(np.diff(clock.ticks[5::4]))), sizes
 
     def bytes_per_token(self, batch: int = 1) -> int:
         """Read in a step of `batch` rows: decoder and head, and keys and values of the window and the condition."""

@@ -17,7 +17,7 @@ from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.versions import installed_versions
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "numpy", "accelerate", "x-transformers", "gsplat")
+PACKAGES = ("torch", "torchao", "transformers", "numpy", "accelerate", "x-transformers", "gsplat")
 
 
 def write_report(name: str, rows: list[dict[str, Any]], **extra: Any) -> Path:

@@ -6,10 +6,11 @@ pointillist generate --model outputs/demo/model --head procedural:600 --portrait
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.numpy import save as safetensors_bytes
-from transformers import set_seed
+from transformers import CompileConfig, TorchAoConfig, set_seed
 
 from gaussian_tokenizer.avatars.ply import write_point_ply
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -48,6 +49,11 @@ def main() -> None:
         choices=DTYPES,
         help="precision; auto: bfloat16 on a device that is fast in it (default: as the model was saved)",
     )
+    add(
+        "--quantize",
+        choices=["int8"],
+        help="the decoder's linear layers in 8 bits, in steps that are compiled first (needs the extra `quantized`)",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     arguments = parser.parse_args()
     try:
@@ -58,8 +64,13 @@ def main() -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Generate the points of the portrait and write the files."""
-    model, tokenizer = open_model(arguments.model)
-    model = model.to(arguments.device, dtype_for(arguments.dtype, arguments.device))
+    options: dict[str, Any] = {}
+    if (dtype := dtype_for(arguments.dtype, arguments.device)) is not None:
+        options["dtype"] = dtype
+    if arguments.quantize is not None:
+        options["quantization_config"] = quantization(arguments.device)
+    model, tokenizer = open_model(arguments.model, **options)
+    model = model.to(arguments.device)
     head = load_head(arguments.head)
     check_head(tokenizer, head, f"--head {arguments.head}")
     params = HeadParameters.load(arguments.params) if arguments.params else None
@@ -75,8 +86,8 @@ def generate(arguments: argparse.Namespace) -> None:
     vertices = head.template if params is None else head.canonical_vertices(params)
     inputs = tokenizer(images=portrait, head_vertices=vertices, head_faces=head.faces, return_tensors="pt")
     condition = {name: value.to(model.device) for name, value in model.select_inputs(inputs).items()}
-    options = {name: getattr(arguments, name) for name in OPTIONS}
-    ids = model.generate(**condition, **options, progress=True)[0].cpu()
+    sampling = {name: getattr(arguments, name) for name in OPTIONS} | (compiled_steps() if arguments.quantize else {})
+    ids = model.generate(**condition, **sampling, progress=True)[0].cpu()
     points = tokenizer.decode(ids)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_file(arguments.output_dir / "points.safetensors") as file:
@@ -97,10 +108,30 @@ def dtype_for(name: str | None, device: str) -> torch.dtype | None:
     return dtype
 
 
-def open_model(name: str) -> tuple[PointillistForCausalLM, GaussianTokenizer]:
-    """Model and tokenizer of a folder or Hub id."""
+def quantization(device: str) -> TorchAoConfig:
+    """The decoder's linear layers in 8 bits, by torchao: weights, and on a CPU what they multiply, row by row.
+
+    Faster only in `compiled_steps`. Raises `ValueError` where torchao is missing.
+    """
     try:
-        return PointillistForCausalLM.from_pretrained(name).eval(), GaussianTokenizer.from_pretrained(name)
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+    except ImportError:
+        raise ValueError('--quantize needs torchao: pip install "avatar-pointillist[quantized]"') from None
+    chosen = Int8DynamicActivationInt8WeightConfig() if device == "cpu" else Int8WeightOnlyConfig()
+    return TorchAoConfig(chosen, modules_to_not_convert=["condition_encoder", "model.embed_tokens", "lm_head"])
+
+
+def compiled_steps() -> dict[str, Any]:
+    """Options of `generate` that compile a step, on a CPU too; there it takes a C++ compiler and about a minute."""
+    compile_config: Any = CompileConfig(mode="default")  # the field below is not declared
+    compile_config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": compile_config}
+
+
+def open_model(name: str, **options: Any) -> tuple[PointillistForCausalLM, GaussianTokenizer]:
+    """Model and tokenizer of a folder or Hub id; `options` of `from_pretrained`."""
+    try:
+        return PointillistForCausalLM.from_pretrained(name, **options).eval(), GaussianTokenizer.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(
             f"--model {name}: no model with its tokenizer, neither in a folder with config.json, model.safetensors and "

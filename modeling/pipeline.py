@@ -133,10 +133,11 @@ class AvatarPipeline:
         if candidates < 1:
             raise ValueError(f"candidates must be at least 1, found {candidates}")
         condition = self.point_model.select_inputs(inputs)
-        condition = {name: value.repeat_interleave(candidates, 0) for name, value in condition.items()}
+        prompts = (candidates * len(inputs["pixel_values"]), 1)  # the candidates of a subject share its condition
         if seed is not None:
             torch.manual_seed(seed)
         output = self.point_model.generate(
+            torch.full(prompts, self.point_model.config.bos_token_id, device=self.device),
             **condition,
             **SAMPLING | options | {"output_point_features": True, "return_dict_in_generate": True},
         )

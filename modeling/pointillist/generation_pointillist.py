@@ -8,7 +8,7 @@ Axes: B batch, L tokens, N points, D width.
 import math
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,7 @@ from .modeling_condition import ConditionEncoder
 
 PROGRESS_FROM = 2_000  # new tokens from which a progress bar is shown unless told otherwise
 STOP_CHECK_EVERY = 16  # steps between checks whether every row is finished: each waits for the device
+SHARED = ("condition_embeds", "face_centers", "face_normals")  # of all sequences of one condition
 
 
 @dataclass
@@ -87,7 +88,8 @@ class PointillistGenerationMixin(GenerationMixin):
 
         Args:
             inputs: (B, L) ids of a beginning, padded on the left; default `bos` for each condition.
-            pixel_values to condition_embeds: the condition, see `forward`; also condition_mask.
+            pixel_values to condition_embeds: the condition, see `forward`; also condition_mask. The sequences of one condition
+                (`num_return_sequences`, or more prompts than conditions) share its keys and values and its faces.
             guidance_scale: classifier-free guidance; logits = empty + scale * (condition - empty). None or 1: off.
             grammar: False lets every token through, at `level="point"` every value of a slot; `sorted_points` False: any order.
             min_points, max_points, max_points_per_face: limits that the grammar keeps, prompt included.
@@ -106,7 +108,7 @@ class PointillistGenerationMixin(GenerationMixin):
                 condition_embeds = self.condition_encoder(pixel_values, head_vertices, head_normals)
         if face_centers is not None and self.config.mesh_aware_faces:
             kwargs |= {"face_centers": face_centers, "face_normals": face_normals}
-        inputs, condition_embeds = self._prompts(inputs, condition_embeds, kwargs)
+        inputs, kwargs["condition_embeds"] = self._prompts(inputs, condition_embeds, kwargs)
         limits = PointGrammar(self.config, sorted_points, min_points, max_points, max_points_per_face)
         if grammar:
             if self.config.level == "token":
@@ -117,8 +119,13 @@ class PointillistGenerationMixin(GenerationMixin):
         scale = None if guidance_scale in (None, 1) else float(guidance_scale)
         loop = self.loop_class(scale, output_point_features, window_policy, progress, limits if grammar else None)
         self._choose_loop(loop, generation_config or self.generation_config, kwargs)
+        if kwargs.get("custom_generate") is loop:  # transformers would copy these for each of `num_return_sequences`
+            loop.shared = {name: kwargs.pop(name) for name in SHARED if name in kwargs}
+        else:
+            embeds = kwargs["condition_embeds"]
+            kwargs["condition_embeds"] = embeds.repeat_interleave(len(inputs) // len(embeds), 0)
         return super().generate(  # type: ignore[misc]  # declared for models, not for their mixins
-            inputs, generation_config, logits_processor, condition_embeds=condition_embeds, **kwargs
+            inputs, generation_config, logits_processor, **kwargs
         )
 
     def _prompts(self, inputs: Tensor | None, condition: Tensor | None, kwargs: dict) -> tuple[Tensor, Tensor]:
@@ -198,8 +205,8 @@ class PointillistGenerationMixin(GenerationMixin):
 class PointLoop:
     """The decoding loop behind `generate()`: greedy or sampled, one token a step for every row.
 
-    With guidance every row runs twice, the second time under the empty condition. The options are those of `generate`, and `ring`:
-    whether the cache is ours to choose.
+    With guidance every row runs twice, the second time under the empty condition. The options are those of `generate`, `ring`:
+    whether the cache is ours to choose, and `shared`: tensors (S, ...) of which B / S successive rows of the batch share each.
     """
 
     tokens_per_position: ClassVar[int] = 1  # of the decoder
@@ -212,6 +219,7 @@ class PointLoop:
     streamer: Any = None
     synced_gpus: bool = False
     ring: bool = True
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(
         self,
@@ -296,7 +304,7 @@ class PointLoop:
         self.cache = cache_of_generation(model, generation_config, model_kwargs, self.ring, limit)
         if self.window_policy == "reprefill" and self.cache is None:
             raise ValueError('window_policy="reprefill" refills a cache: leave use_cache=True')
-        model_kwargs = self.prepare(model, prompt, model_kwargs)
+        model_kwargs = self.prepare(model, prompt, model_kwargs | self.shared)
         names = ("condition_embeds", "condition_mask", "attention_mask", "position_ids")
         self.condition = {name: model_kwargs[name] for name in names if model_kwargs.get(name) is not None}
         if self.guidance_scale is not None:

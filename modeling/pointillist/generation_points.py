@@ -277,6 +277,6 @@ def whole_groups(ids: Tensor, start: Tensor, points: Tensor, pad: int) -> Tensor
 
 def twice(faces: Faces) -> Faces:
     embeds, bins = faces
-    return Faces(
-        embeds if len(embeds) == 1 else torch.cat((embeds, embeds)), bins if bins is None else torch.cat((bins, bins))
-    )
+    if len(embeds) == 1:
+        return faces
+    return Faces(torch.cat((embeds, embeds)), bins if bins is None else torch.cat((bins, bins)))

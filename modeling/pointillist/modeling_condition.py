@@ -1,9 +1,10 @@
 """The condition of the point model: the tokens of a portrait and a head mesh that cross-attention reads.
 
-Axes: B batch, V vertices, M condition tokens, D width.
+Axes: B batch, S conditions (of B / S successive sequences each), V vertices, L tokens, M condition tokens, H heads, D width.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,10 +120,38 @@ class ConditionEncoder(nn.Module):
         return self.norm(torch.cat(tokens, dim=1)) if tokens else None
 
     def or_empty(self, condition: Tensor | None, batch: int, drop: Tensor | None) -> Tensor:
-        """The condition (B, M, D), or the learned empty token where there is none or `drop` (B,) is True."""
+        """The condition, or the learned empty token where there is none or `drop` (B,) is True, for B sequences.
+
+        A condition (S, M, D) of fewer rows stays as it is, unless rows are dropped: B / S successive sequences share each.
+        """
         empty = self.empty[None].expand(batch, -1, -1)
         if condition is None:
             return empty
-        if len(condition) != batch:
-            raise ValueError(f"condition for {len(condition)} sequences, but {batch} sequences of tokens")
-        return condition if drop is None else torch.where(drop[:, None, None].bool(), empty, condition)
+        if batch % len(condition):
+            raise ValueError(
+                f"condition for {len(condition)} sequences, but {batch} sequences of tokens: give one for each, or one for "
+                "every so many successive sequences"
+            )
+        if drop is None:
+            return condition
+        condition = condition.repeat_interleave(batch // len(condition), 0)
+        return torch.where(drop[:, None, None].bool(), empty, condition)
+
+
+def attend_sharing(
+    attend: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """`attend`, one of transformers' attention functions, where B / S successive sequences read the same keys and values.
+
+    Queries (B, H, L, d) of sequences that share keys (S, H, M, d) lie side by side, as of one sequence of B / S * L tokens: no
+    order among them matters and nothing is copied. mask: (B, 1, L, M), None where all is seen. Returns (B, L, H, d), weights.
+    """
+    sharing = len(query) // len(key)
+    if sharing == 1:
+        return attend(module, query, key, value, mask, **options)
+    together = "(s n) h l c -> s h (n l) c"
+    query = rearrange(query, together, n=sharing)
+    mask = None if mask is None else rearrange(mask, together, n=sharing)
+    output, weights = attend(module, query, key, value, mask, **options)
+    output = rearrange(output, "s (n l) h d -> (s n) l h d", n=sharing)
+    return output, None if weights is None else rearrange(weights, "s h (n l) ... -> (s n) h l ...", n=sharing)

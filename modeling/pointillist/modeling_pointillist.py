@@ -1,6 +1,6 @@
 """The autoregressive point model: a causal transformer decoder that generates a canonical point cloud token by token.
 
-Axes: B batch, L tokens, M condition tokens, H heads, D width, W window.
+Axes: B batch, S conditions (of B / S successive sequences each), L tokens, M condition tokens, H heads, D width, W window.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from .generation_pointillist import PointillistGenerationMixin, PointLoop
 from .generation_points import PointLevelLoop
 from .generation_ring_cache import additive_mask, self_attention_mask
 from .modeling_compatibility import CACHE_NAME, CACHE_NAMES, holds_cache, takes_cache
-from .modeling_condition import ConditionEncoder
+from .modeling_condition import ConditionEncoder, attend_sharing
 from .modeling_points import Faces, PointEmbedding, SlotAttention, SlotHead, SlotHeads, group_tokens, smooth_rows
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ class PointillistAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         window = None if self.is_cross else self.config.sliding_window
         options = dict(dropout=dropout, scaling=self.scaling, sliding_window=window)
-        output, weights = attend(self, query, key, value, attention_mask, **options, **kwargs)
+        output, weights = attend_sharing(attend, self, query, key, value, attention_mask, **options, **kwargs)
         return self.o_proj(output.flatten(-2)), weights
 
     def condition_keys_values(
@@ -279,6 +279,7 @@ class PointillistModel(PointillistPreTrainedModel):
         if condition_mask is not None:
             if "flash" in str(self.config._attn_implementation):
                 raise ValueError('condition_mask does not work with flash attention: use attn_implementation="sdpa"')
+            condition_mask = condition_mask.repeat_interleave(len(x) // len(condition_mask), 0)
             condition_mask = additive_mask(condition_mask.bool(), x.dtype).expand(-1, 1, x.shape[1], -1)
 
         rotary = rotary_embedding(self.config, position_ids)
@@ -376,7 +377,8 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             labels: (B, L) ids, -100 where there is nothing to learn; shifted here.
             pixel_values: (B, 3, h, w) portrait, ImageNet-normalized. head_vertices, head_normals: (B, V, 3), meters.
             face_centers, face_normals: (B, F, 3), bins and unit vectors; what `mesh_aware_faces` reads.
-            condition_embeds: (B, M, D) from `encode_condition`; condition_mask: (B, M), 0 on padding.
+            condition_embeds: (B, M, D) from `encode_condition`; condition_mask: (B, M), 0 on padding. Of fewer rows S of any of
+                these five, B / S successive sequences share each, without copies of it.
             drop_condition: (B,) bool, True for rows that read the empty condition instead (training of guidance).
             cache: keys and values of the tokens before, from the output of the last pass; also as `past_key_values`.
             logits_to_keep: how many last positions to keep (0: all), or which.
@@ -468,6 +470,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
     ) -> Tensor:
         """Nats (B, N, 4) of the ids of points (B, N, 4), given the features (B, N, 4, D) that predicted them; zero where negative.
 
+        Faces (B, F, 3), or (S, F, 3) for B / S successive sequences each.
         A token competes with those of its slot, at the point level also with the end in the slot that is spelled first.
         """
         if isinstance(self.lm_head, SlotHeads):

@@ -9,7 +9,8 @@ point is free while the sequence stays sorted: by an MLP for each slot, which re
 for all slots (`config.slot_head`). With `mesh_aware_faces` a face is described by where it lies on the subject's own mesh, both as
 input and as key of the output; coordinates spelled after the face are offsets from its center.
 
-Axes: B batch, L tokens, G groups, F faces, C classes of a slot, D width.
+Axes: B batch, S meshes, L tokens, G groups, F faces, C classes of a slot, D width. S divides B: B / S successive sequences have the
+same mesh.
 """
 
 import math
@@ -32,8 +33,8 @@ LARGE = 2**26  # scores over faces beyond which they are computed row by row, an
 class Faces(NamedTuple):
     """The faces of each subject's mesh."""
 
-    embeds: Tensor  # (B or 1, F, D), unit mean square before the learned gain
-    bins: Tensor | None  # (B, F, 3) bins of their centers, with `mesh_aware_faces`
+    embeds: Tensor  # (S, F, D), unit mean square before the learned gain
+    bins: Tensor | None  # (S, F, 3) bins of their centers, with `mesh_aware_faces`
 
 
 def group_tokens(ids: Tensor, fill: int, bos: int | None = None) -> Tensor:
@@ -96,7 +97,7 @@ class PointEmbedding(nn.Module):
         init.normal_(self.face_rows, std=std)
 
     def faces(self, face_centers: Tensor | None, face_normals: Tensor | None) -> Faces:
-        """The faces of meshes with centers (B, F, 3) in bins and unit normals (B, F, 3); both None unless `mesh_aware_faces`."""
+        """The faces of meshes with centers (S, F, 3) in bins and unit normals (S, F, 3); both None unless `mesh_aware_faces`."""
         rows = self.face_rows[None]
         if not self.config.mesh_aware_faces:
             return Faces(self.face_norm(rows), None)
@@ -173,7 +174,9 @@ class SlotHead(nn.Module):
     def scores(self, state: Tensor, embeds: Tensor, origin: Tensor, keys: Tensor | None = None) -> Tensor:
         """States (B, G, D), the faces' vectors and the bin (B, G) that offsets count from -> scores (B, G, C)."""
         if self.slot == FACE:
-            scores = state @ (self.keys(embeds) if keys is None else keys).mT
+            keys = self.keys(embeds) if keys is None else keys
+            together = state.reshape(len(keys), -1, state.shape[-1])  # one product for all that have the same mesh
+            scores = (together @ keys.mT).view(*state.shape[:-1], -1)
             return torch.cat((scores, F.linear(state, self.weight)), dim=-1) if self.has_end else scores
         scores = F.linear(state, self.weight)
         if not self.is_offset:
@@ -208,7 +211,8 @@ class SlotHead(nn.Module):
 
         if self.slot != FACE or target.numel() * self.config.n_faces <= LARGE:
             return of(state, target, embeds)
-        rows = zip(state.split(1), target.split(1), embeds.expand(len(state), -1, -1).split(1))
+        own = [table for table in embeds.split(1) for _ in range(len(state) // len(embeds))]
+        rows = zip(state.split(1), target.split(1), own)
         return torch.cat([checkpoint(of, *row, use_reentrant=False) for row in rows])
 
 
@@ -327,7 +331,8 @@ def network(inputs: int, width: int) -> nn.Sequential:
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, G, D) of a table (B or 1, F, D) at indices (B, G)."""
+    """Rows (B, G, D) of tables (S, F, D) at indices (B, G), B / S successive rows of indices into the same table."""
     if len(table) == 1:
         return F.embedding(index, table[0])
-    return table.gather(1, index[..., None].expand(-1, -1, table.shape[-1]))
+    together = index.reshape(len(table), -1, 1).expand(-1, -1, table.shape[-1])
+    return table.gather(1, together).view(*index.shape, -1)

@@ -146,6 +146,32 @@ def test_settings_out_of_range_are_said(command):
     assert "max_points_per_face" in command(max_points_per_face=0)
 
 
+def test_quantized_it_writes_a_valid_cloud_by_compiled_steps(command, image, monkeypatch):
+    pytest.importorskip("torchao")
+    given = []
+    original = PointillistForCausalLM.generate
+
+    def recorded(self, compile_config, **options):
+        given.append((type(self.model.layers[0].fc1.weight).__name__, compile_config, options["cache_implementation"]))
+        return original(self, **options)
+
+    monkeypatch.setattr(PointillistForCausalLM, "generate", recorded)
+    assert len(command(portrait=image(), quantize="int8", dtype="bfloat16")) > 4
+    ((weight, compile_config, cache),) = given
+    assert (weight, cache) == ("Int8Tensor", "static") and compile_config._compile_all_devices
+
+
+@pytest.mark.slow
+def test_quantized_steps_compile(command, image):
+    pytest.importorskip("torchao")
+    assert len(command(portrait=image(), quantize="int8")) > 4
+
+
+def test_without_torchao_it_says_what_to_install(command, image, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert 'pip install "avatar-pointillist[quantized]"' in command(portrait=image(), quantize="int8")
+
+
 def test_the_precision_is_that_of_the_device_or_the_flag(command, image, monkeypatch, capsys):
     seen = []
     original = PointillistForCausalLM.generate

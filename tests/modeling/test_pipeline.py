@@ -25,6 +25,8 @@ from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
+from modeling.pipeline import SAMPLING
+from modeling.ranking import likeliest
 
 VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=28)
 
@@ -103,6 +105,24 @@ def test_head_parameters_give_the_shape_and_nothing_of_their_moment(pipeline, he
     params.expr[0, 0], params.neck_pose[0, 1] = 1.0, 0.5
     assert same(plain, pipeline(portrait(), params, seed=0, max_points=8))
     assert torch.equal(plain.params.shape, params.shape) and not plain.params.expr.any()
+
+
+def test_the_condition_is_encoded_once_for_all_candidates_and_is_each_subjects_own(pipeline, head):
+    params = [HeadParameters.zeros(head.n_shape, head.n_expression) for _ in range(2)]
+    params[1].shape[0] = 3.0
+    inputs = pipeline.inputs([portrait(), portrait("L", (28, 60))], params)
+    encoded = []
+    hook = pipeline.point_model.condition_encoder.register_forward_hook(lambda *call: encoded.append(call[-1]))
+    found = pipeline.generate(inputs, seed=2, max_points=10, candidates=3)
+    hook.remove()
+    assert [len(each) for each in encoded] == [2]
+    torch.manual_seed(2)
+    every = pipeline.point_model.generate(
+        condition_embeds=encoded[0].repeat_interleave(3, 0), **SAMPLING, max_points=10, output_point_features=True
+    )
+    expected = likeliest(pipeline.point_model, every, 3)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.point_features, expected.point_features, atol=1e-5, rtol=1e-4)
 
 
 def test_several_portraits_give_an_avatar_each(pipeline, head):

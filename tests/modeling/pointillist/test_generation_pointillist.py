@@ -92,6 +92,42 @@ def test_no_step_waits_for_the_host(cache, tiny_model, condition, monkeypatch):
         tiny_model.generate(ids, condition_embeds=condition, cache_implementation=cache, **options)
 
 
+def test_sequences_of_one_condition_share_its_keys_and_are_those_of_copies(tiny_model, condition):
+    """Sampled, with every cache, with guidance, and from more prompts than conditions."""
+    copies = condition.repeat_interleave(3, 0)
+    prompts = torch.randint(0, 16, (6, 5), generator=torch.Generator().manual_seed(4))
+    prompts[:, 0] = tiny_model.config.bos_token_id
+    prompts[:, 4] += 16
+    for options in (
+        dict(cache_implementation="dynamic"),
+        dict(cache_implementation="static"),
+        dict(use_cache=False),
+        dict(guidance_scale=3.0),
+        dict(condition_mask=torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 1, 1]])),
+        dict(window_policy="reprefill"),
+    ):
+        options = dict(min_points=POINTS, max_points=POINTS, output_point_features=True, sorted_points=False, **options)
+        mask = {name: value.repeat_interleave(3, 0) for name, value in options.items() if name == "condition_mask"}
+        results = []
+        for given in (
+            dict(condition_embeds=copies, **mask),
+            dict(condition_embeds=condition, num_return_sequences=3),
+            dict(inputs=prompts, condition_embeds=copies, **mask),
+            dict(inputs=prompts, condition_embeds=condition),
+        ):
+            torch.manual_seed(3)
+            results.append(tiny_model.generate(**options | given))
+        for copied, shared in (results[:2], results[2:]):
+            assert torch.equal(shared.sequences, copied.sequences), options
+            torch.testing.assert_close(shared.point_features, copied.point_features, atol=5e-5, rtol=1e-4)
+            if shared.past_key_values is not None:
+                rows = [len(each.past_key_values.cross_attention_cache.layers[1].keys) for each in (shared, copied)]
+                assert rows == ([4, 12] if "guidance_scale" in options else [2, 6])
+    beams = dict(num_beams=2, do_sample=False, max_new_tokens=24)
+    expected = tiny_model.generate(prompts, condition_embeds=copies, **beams)
+    assert torch.equal(tiny_model.generate(prompts, condition_embeds=condition, **beams), expected)
+
+
 @torch.no_grad()
 def test_tokens_beyond_the_window_are_those_of_a_banded_full_forward(tiny_model, condition):
     ids = greedy(tiny_model, condition)

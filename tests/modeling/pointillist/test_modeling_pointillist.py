@@ -226,6 +226,41 @@ def test_a_mesh_without_normals_is_refused(tiny_model):
         tiny_model.encode_condition(head_vertices=torch.zeros(1, 4, 3))
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+def test_sequences_that_share_a_condition_are_as_with_copies_of_it(tiny_model, condition, implementation):
+    """The first three of six sequences read one condition, the others another; in two passes, with a cache."""
+    ids = random_ids(tiny_model.config, 6, 40)
+    masks = {"condition_mask": torch.tensor([[1, 1, 1, 0, 1], [1, 1, 1, 1, 1]])}
+    if (
+        implementation == "flex_attention"
+    ):  # has no backward on a CPU, where a mask added to the scores makes torch 2.13 abort
+        tiny_model.requires_grad_(False)
+        masks = {}
+    tiny_model.set_attn_implementation(implementation)
+
+    def outputs(**given):
+        tiny_model.zero_grad()
+        first = tiny_model(ids[:, :30], use_cache=True, **given)
+        later = tiny_model(ids[:, 30:], past_key_values=first.past_key_values, **given)
+        dropped = tiny_model(ids, drop_condition=torch.arange(6) % 4 == 0, **given)
+        if implementation != "flex_attention":
+            tiny_model(ids, labels=ids, **given).loss.backward()
+        keys = later.past_key_values.cross_attention_cache.layers[0].keys
+        gradients = [p.grad.clone() for p in tiny_model.parameters() if p.grad is not None]
+        weights = tiny_model(ids, output_attentions=True, **given).cross_attentions if implementation == "eager" else ()
+        return keys, [first.logits, later.logits, dropped.logits, *gradients, *weights]
+
+    for given in (dict(condition_embeds=condition, **masks), dict(condition_embeds=condition)):
+        keys, shared = outputs(**given)
+        copied_keys, copied = outputs(**{name: value.repeat_interleave(3, 0) for name, value in given.items()})
+        assert len(keys) == 2 and len(copied_keys) == 6
+        assert len(shared) == len(copied)
+        for a, b in zip(shared, copied):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    swapped = tiny_model(ids[:, :30], condition_embeds=condition.flip(0)).logits
+    assert not torch.allclose(swapped, shared[0], atol=1e-2), "the condition matters"
+
+
 def test_a_condition_for_another_batch_size_is_refused(tiny_model, condition):
     with pytest.raises(ValueError, match="2 sequences, but 3"):
         tiny_model(random_ids(tiny_model.config, 3, 8), condition_embeds=condition)

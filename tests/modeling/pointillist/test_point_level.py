@@ -217,6 +217,33 @@ def test_a_point_sees_exactly_its_window(inputs):
     assert seen.nonzero().flatten().tolist() == list(range(5, 5 + 8))  # bos, then points: point 4 is position 5
 
 
+def test_points_of_one_subject_share_its_faces_and_are_those_of_copies(model, inputs, monkeypatch):
+    copies = {name: value.repeat_interleave(3, 0) for name, value in inputs.items()}
+    limits = dict(min_points=POINTS, max_points=POINTS, output_point_features=True, sorted_points=False)
+    subjects = 2 if model.config.mesh_aware_faces else 1
+    for options in ({}, dict(guidance_scale=3.0), dict(cache_implementation="static")):
+        torch.manual_seed(1)
+        expected = model.generate(**copies, **limits, **options)
+        torch.manual_seed(1)
+        found = model.generate(**inputs, num_return_sequences=3, **limits, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(found.point_features, expected.point_features, atol=5e-5, rtol=1e-4)
+        assert len(found.past_key_values.cross_attention_cache.layers[0].keys) == (
+            4 if "guidance_scale" in options else 2
+        )
+    ids, faces = found.sequences, {name: inputs[name] for name in ("face_centers", "face_normals")}
+    assert len(model.model.embed_tokens.faces(**faces).embeds) == subjects
+    copied_faces = {name: copies[name] for name in faces}
+    for large in (modeling_points.LARGE, 1):
+        monkeypatch.setattr(modeling_points, "LARGE", large)
+        expected = mean_log_likelihood(model, found, **copied_faces)
+        torch.testing.assert_close(mean_log_likelihood(model, found, **faces), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids, labels=ids, **inputs).loss, model(ids, labels=ids, **copies).loss)
+            logits, expected = model(ids, **inputs).logits, model(ids, **copies).logits
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_the_loss_is_the_mean_cross_entropy_of_normalized_logits(model, inputs, ids):
     config = model.config
