@@ -42,6 +42,15 @@ def pixel_values(images: Any, size: int) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
+def portrait_rgba(image: Any, size: int) -> np.ndarray:
+    """One image, as `pixel_values` takes it -> (4, H, W) float32 in 0..1 with its alpha, the longer side of `size` pixels."""
+    upright = _upright(image)
+    scale = size / max(upright.size)
+    width, height = (max(1, round(side * scale)) for side in upright.size)
+    resized = upright.convert("RGBA").resize((width, height), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(resized, np.float32).transpose(2, 0, 1)) / 255
+
+
 def head_condition(head_vertices: Any, head_faces: Any, n_faces: int) -> dict[str, np.ndarray]:
     """Vertices (V, 3) or (B, V, 3) -> `head_vertices` (B, V, 3) float32 and, with faces (F, 3), `head_normals`."""
     if isinstance(head_vertices, (list, tuple)):
@@ -86,6 +95,15 @@ def vertex_normals(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
 
 def _rgb_on_white(image: Any) -> Image.Image:
     """PIL image, file, array or tensor -> PIL "RGB", upright, transparency composited on white."""
+    image = _upright(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _upright(image: Any) -> Image.Image:
+    """PIL image, file, array or tensor -> PIL image of 8 bits a channel, upright."""
     if isinstance(image, (str, os.PathLike)):
         image = open_image(image)
     if not isinstance(image, Image.Image):
@@ -96,10 +114,7 @@ def _rgb_on_white(image: Any) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16-bit files; PIL would clip instead of scaling
         values = np.asarray(image)
         image = _image_from_array(values if image.mode == "F" else values.clip(0, 65535).astype(np.uint16))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image
 
 
 def _image_from_array(values: np.ndarray) -> Image.Image:
