@@ -24,6 +24,7 @@ from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.rendering.portrait_points import Portrait
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder
 from modeling import AvatarPipeline, GaussianDecoder, to_gaussians
@@ -154,10 +155,11 @@ def ours_maker(pipeline: AvatarPipeline, seed: int, **generate: Any) -> Maker:
     """Portrait and head parameters of the first frame -> avatars, by the whole pipeline."""
 
     def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
-        params = [clip.params.frame(0) for clip in clips]
-        inputs = pipeline.inputs([clip.read(0) for clip in clips], params)
+        params, images = [clip.params.frame(0) for clip in clips], [clip.read(0) for clip in clips]
+        inputs = pipeline.inputs(images, params)
+        portraits = pipeline.portraits(images, params, [clip.cameras[0] for clip in clips])
         written = pipeline.generate(inputs, seed=seed, **generate)
-        parts = zip(*pipeline.decode_points(written), inputs["pixel_values"], params)
+        parts = zip(*pipeline.decode_points(written), inputs["pixel_values"], params, portraits)
         tokens = (written.sequences < pipeline.point_model.config.bos_token_id).sum(1).tolist()
         return [(pipeline.decode_attributes(*part), count) for part, count in zip(parts, tokens)]
 
@@ -168,21 +170,35 @@ def flame_position_maker(pipeline: AvatarPipeline, decoder: GaussianDecoder) -> 
     """The paper's ablation without a point model: a Gaussian on every vertex of the subject's own head."""
 
     def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
-        params = [clip.params.frame(0) for clip in clips]
-        portraits = pipeline.inputs([clip.read(0) for clip in clips], params)["pixel_values"]
-        return [(vertex_avatar(pipeline.head, decoder, *each), 0) for each in zip(portraits, params)]
+        params, images = [clip.params.frame(0) for clip in clips], [clip.read(0) for clip in clips]
+        pixels = pipeline.inputs(images, params)["pixel_values"]
+        portraits: list[Portrait | None] = [None] * len(clips)
+        if decoder.config.read_portrait:
+            of, size = zip(images, params, [clip.cameras[0] for clip in clips]), pipeline.tokenizer.image_size
+            portraits = [Portrait.of(*each, pipeline.head, size) for each in of]
+        return [(vertex_avatar(pipeline.head, decoder, *each), 0) for each in zip(pixels, params, portraits)]
 
     return make
 
 
 @torch.no_grad()
 def vertex_avatar(
-    head: HeadModel, decoder: GaussianDecoder, pixel_values: Tensor, params: HeadParameters
+    head: HeadModel,
+    decoder: GaussianDecoder,
+    pixel_values: Tensor,
+    params: HeadParameters,
+    portrait: Portrait | None = None,
 ) -> GaussianAvatar:
-    """The avatar that a decoder of mode "flame_position" makes of a portrait (3, h, w), prepared by the pipeline, and a head."""
+    """The avatar that a decoder of mode "flame_position" makes of a portrait (3, h, w), prepared by the pipeline, and a head.
+
+    `portrait` is for a decoder that reads it.
+    """
     params = params.to(head.device)
     positions, faces = vertex_points(head, params)
-    decoded = decoder(positions=positions[None].float(), pixel_values=pixel_values[None])
+    inputs = {"positions": positions.float(), "pixel_values": pixel_values}
+    if portrait is not None:
+        inputs |= portrait.inputs(positions, faces, head)
+    decoded = decoder(**{name: value[None] for name, value in inputs.items()})
     return GaussianAvatar.from_gaussians(to_gaussians(decoded), faces, params.canonical(), head)
 
 
