@@ -22,6 +22,7 @@ from eval.reenactment.clips import Clip
 from eval.reenactment.protocol import Pair, by_mode, check_frames, frame_name, read_frames
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.skinning import Skinning
+from gaussian_tokenizer.captures.frame import load_image
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.portrait_points import Portrait
@@ -44,6 +45,11 @@ class Method:
     frames: Callable[[Pair], np.ndarray]  # -> (N, H, W, 3) uint8, one for each of `pair.rows`
     absent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # mode -> why it has no row there
     compared: bool = False  # whether its frames come from elsewhere
+    alphas: Callable[[Pair], np.ndarray] | None = None  # -> (N, H, W) uint8, where they are known
+
+    def drawn(self, pair: Pair) -> tuple[np.ndarray, np.ndarray | None]:
+        """Frames and alphas of a pair."""
+        return self.frames(pair), None if self.alphas is None else self.alphas(pair)
 
 
 # The avatars of the first frames of some clips, each with the number of tokens it was generated from.
@@ -79,12 +85,23 @@ def make_methods(
 def truth() -> Method:
     about = "the true frames: the result of a perfect method"
     absent = {"cross": ("no true image shows one subject with the motion of another",)}
-    return Method("truth", about, lambda pair: pair.driver.images(pair.rows), absent)
+
+    def alphas(pair: Pair) -> np.ndarray:
+        return pair.driver.alphas(pair.rows)
+
+    return Method("truth", about, lambda pair: pair.driver.images(pair.rows), absent, alphas=alphas)
 
 
 def copy_source() -> Method:
     about = "the source portrait as every frame: the right subject, no motion"
-    return Method("copy-source", about, lambda pair: np.repeat(pair.source.images([0]), len(pair.rows), 0))
+
+    def frames(pair: Pair) -> np.ndarray:
+        return np.repeat(pair.source.images([0]), len(pair.rows), 0)
+
+    def alphas(pair: Pair) -> np.ndarray:
+        return np.repeat(pair.source.alphas([0]), len(pair.rows), 0)
+
+    return Method("copy-source", about, frames, alphas=alphas)
 
 
 def mean_image(clips: Sequence[Clip]) -> Method:
@@ -115,16 +132,25 @@ def compared(name: str, folder: Path, pairs: Sequence[Pair]) -> Method:
 
 
 def rendered(name: str, about: str, head: HeadModel, output: Path, device: torch.device | str) -> Method:
-    """The avatars of `make_avatars` in `output/avatars/<name>`, rendered to `output/frames/<name>` on demand."""
+    """The avatars of `make_avatars` in `output/avatars/<name>`, rendered to `output/frames/<name>` and `alphas` on demand."""
+    folder, alpha_folder = output / "frames" / name, output / "alphas" / name
+
+    def draw(pair: Pair) -> None:
+        if any(
+            not (pair.path(each) / frame_name(row)).is_file() for each in (folder, alpha_folder) for row in pair.rows
+        ):
+            avatar = GaussianAvatar.load(output / "avatars" / name / pair.source.subject_id, head=head)
+            render_pair(avatar.to(device), pair, folder, alpha_folder)
 
     def frames(pair: Pair) -> np.ndarray:
-        folder = output / "frames" / name
-        if any(not (pair.path(folder) / frame_name(row)).is_file() for row in pair.rows):
-            avatar = GaussianAvatar.load(output / "avatars" / name / pair.source.subject_id, head=head)
-            render_pair(avatar.to(device), pair, folder)
+        draw(pair)
         return read_frames(folder, pair)
 
-    return Method(name, about, frames)
+    def alphas(pair: Pair) -> np.ndarray:
+        draw(pair)
+        return np.stack([np.asarray(load_image(pair.path(alpha_folder) / frame_name(row))) for row in pair.rows])
+
+    return Method(name, about, frames, alphas=alphas)
 
 
 def make_avatars(name: str, maker: Maker, clips: Sequence[Clip], output: Path, batch_size: int) -> list[dict[str, Any]]:
@@ -203,23 +229,26 @@ def vertex_avatar(
 
 
 @torch.no_grad()
-def render_pair(avatar: GaussianAvatar, pair: Pair, folder: Path) -> None:
-    """Render the avatar with the driver's motion, on white, into the folder of the pair; existing frames stay."""
-    target = pair.path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+def render_pair(avatar: GaussianAvatar, pair: Pair, folder: Path, alpha_folder: Path) -> None:
+    """Render the avatar with the driver's motion, on white, into the folders of the pair; existing frames stay."""
+    targets = pair.path(folder), pair.path(alpha_folder)
+    for target in targets:
+        target.mkdir(parents=True, exist_ok=True)
     skinning = avatar.bind()
     for start in range(pair.rows.start, pair.rows.stop, FRAMES_AT_ONCE):
         rows = range(start, min(start + FRAMES_AT_ONCE, pair.rows.stop))
-        if all((target / frame_name(row)).is_file() for row in rows):
+        if all((target / frame_name(row)).is_file() for target in targets for row in rows):
             continue
-        for row, image in zip(rows, render_frames(skinning, pair.driver, rows)):
-            with atomic_file(target / frame_name(row)) as file:
-                Image.fromarray(image).save(file, format="PNG")
+        for target, images in zip(targets, render_frames(skinning, pair.driver, rows)):
+            for row, image in zip(rows, images):
+                with atomic_file(target / frame_name(row)) as file:
+                    Image.fromarray(image).save(file, format="PNG")
 
 
-def render_frames(skinning: Skinning, driver: Clip, rows: range) -> np.ndarray:
-    """(N, H, W, 3) uint8: the avatar with the driver's expressions, poses and cameras, on its own shape."""
+def render_frames(skinning: Skinning, driver: Clip, rows: range) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H, W, 3) and alphas (N, H, W) uint8: the avatar with the driver's expressions, poses and cameras, on its own shape."""
     some = slice(rows.start, rows.stop)
     posed = skinning.pose(driver.params.frame(some).to(skinning.faces.device))
-    image = render(posed, driver.cameras[some].to(torch.float32), background=1.0).image
-    return (image.clamp(0, 1) * 255 + 0.5).byte().cpu().numpy()
+    drawn = render(posed, driver.cameras[some].to(torch.float32), background=1.0)
+    image, alpha = ((x.clamp(0, 1) * 255 + 0.5).byte().cpu().numpy() for x in (drawn.image, drawn.alpha[..., 0]))
+    return image, alpha
