@@ -97,22 +97,16 @@ class FeatureFiles:
 
     def of_frames(self, method: str, pair: Pair, frames: np.ndarray, alphas: np.ndarray | None = None) -> Features:
         """Of a method's frames; in self-reenactment also `psnr`, `ssim`, `lpips` and, with `alphas`, `coverage` of the truth."""
-        truth = pair.driver.images(pair.rows) if pair.mode == "self" else None
-        alphas = None if truth is None else alphas
-        true_alphas = None if alphas is None else pair.driver.alphas(pair.rows)
-        path = self.folder / method / pair.mode / f"{pair.name}.npz"
-        return self._load(path, frames, truth, alphas, true_alphas)
+        own = pair.mode == "self"
+        truth = pair.driver.images(pair.rows) if own else None
+        covering = (alphas, pair.driver.alphas(pair.rows)) if own and alphas is not None else ()
+        return self._load(self.folder / method / pair.mode / f"{pair.name}.npz", frames, truth, covering)
 
     def _load(
-        self,
-        path: Path,
-        images: np.ndarray,
-        truth: np.ndarray | None,
-        alphas: np.ndarray | None = None,
-        true_alphas: np.ndarray | None = None,
+        self, path: Path, images: np.ndarray, truth: np.ndarray | None, alphas: Sequence[np.ndarray] = ()
     ) -> Features:
         digest = hashlib.sha256(self.networks_key.encode())
-        for stack in (images, truth, alphas, true_alphas):
+        for stack in (images, truth, *alphas):
             digest.update(b"" if stack is None else stack.tobytes())
         key = digest.hexdigest()
         with contextlib.suppress(OSError, ValueError):  # a damaged file is made again
@@ -124,8 +118,8 @@ class FeatureFiles:
             features |= {"psnr": metrics.psnr(images, truth), "ssim": metrics.ssim(images, truth)}
             if not isinstance(self.networks.lpips, Missing):
                 features["lpips"] = self.networks.lpips(images, truth)
-        if alphas is not None and true_alphas is not None:
-            features["coverage"] = metrics.coverage(alphas, true_alphas)
+        if alphas:
+            features["coverage"] = metrics.coverage(*alphas)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             arrays: dict[str, Any] = features | {"key": np.array(key)}

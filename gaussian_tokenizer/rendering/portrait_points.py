@@ -56,6 +56,7 @@ class Portrait:
         aspect than the image's.
         """
         pixels = torch.from_numpy(portrait_rgba(image, size)).to(head.device)
+        pixels[:3] = pixels[:3] * pixels[3] + 1 - pixels[3]  # on white, as the decoder's evaluation has it
         height, width = pixels.shape[1:]
         if camera is None:
             warnings.warn(
