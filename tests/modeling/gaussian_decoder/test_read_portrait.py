@@ -231,12 +231,19 @@ def test_operations_and_memory_are_linear_in_points_if_they_read_only_the_portra
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("attention", ["joint", "portrait"])
-def test_gradients_reach_every_trainable_parameter(mode, attention):
+def test_gradients_reach_every_trainable_parameter_and_checkpointing_keeps_them(mode, attention):
     decoder, batch = stir(build(mode=mode, attention=attention)).train(), batch_of()
-    output = decoder(**batch)
-    sum(((value - 0.5) ** 2).sum() for value in output.values()).backward()
-    still = [n for n, p in decoder.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert not still
+
+    def gradients() -> dict[str, torch.Tensor | None]:
+        decoder.zero_grad()
+        sum(((value - 0.5) ** 2).sum() for value in decoder(**batch).values()).backward()
+        return {n: p.grad for n, p in decoder.named_parameters() if p.requires_grad}
+
+    expected = gradients()
+    assert not [name for name, gradient in expected.items() if gradient is None or not gradient.any()]
+    decoder.gradient_checkpointing_enable()
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 @torch.no_grad()
