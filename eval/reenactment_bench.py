@@ -188,7 +188,7 @@ def score(
                 rows[method.name][mode] = {"absent": list(method.absent[mode])}
                 continue
             progress = tqdm(own, desc=f"{method.name}, {mode}", unit="pair")
-            features = [files.of_frames(method.name, pair, method.frames(pair)) for pair in progress]
+            features = [files.of_frames(method.name, pair, *method.drawn(pair)) for pair in progress]
             rows[method.name][mode] = summarize(own, features, true, missing, seed)
     return rows
 

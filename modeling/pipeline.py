@@ -27,6 +27,8 @@ from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.geometry.triangles import nearest_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.portrait_points import Portrait
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_folder
 from gaussian_tokenizer.utils.json_files import read_json, write_json
@@ -84,6 +86,7 @@ class AvatarPipeline:
         image: Any,
         head_params: HeadParameters | Sequence[HeadParameters | None] | None = None,
         *,
+        camera: Cameras | Sequence[Cameras | None] | None = None,
         seed: int | None = None,
         candidates: int = CANDIDATES,
         **options: Any,
@@ -93,7 +96,10 @@ class AvatarPipeline:
         Args:
             image: the portrait, as the tokenizer takes it (PIL image, array, tensor or file), or a list of portraits.
             head_params: the subject's head parameters, of which shape and static offset are used (None: the mean head), or a list
-                of them for a list of portraits.
+                of them for a list of portraits. A decoder that reads the portrait also uses their first frame: the portrait's
+                expression and pose.
+            camera: of the portrait (C = 1, image size in proportion to the portrait's), or one for each portrait; used by a
+                decoder that reads the portrait. None: that of synthetic portraits is taken, with a warning.
             seed: makes the same avatar again; None: torch's generator in its current state.
             candidates: how many clouds are generated for each subject, side by side; the likeliest is decoded.
             options: of `PointillistForCausalLM.generate` (max_points, temperature, guidance_scale, ...).
@@ -113,7 +119,9 @@ class AvatarPipeline:
         params = [mean if own is None else own for own in head_params]
         inputs = self.inputs(images, params)
         output = self.generate(inputs, seed=seed, candidates=candidates, **options)
-        clouds = zip(*self.decode_points(output), inputs["pixel_values"], params)
+        cameras = [camera] * len(images) if camera is None or isinstance(camera, Cameras) else list(camera)
+        portraits = self.portraits(images, params, cameras)
+        clouds = zip(*self.decode_points(output), inputs["pixel_values"], params, portraits)
         avatars = [self.decode_attributes(*cloud) for cloud in clouds]
         return avatars if many else avatars[0]
 
@@ -124,6 +132,17 @@ class AvatarPipeline:
         vertices = torch.stack([self.head.canonical_vertices(own.to(self.device)) for own in params])
         inputs = self.tokenizer(None, list(images), vertices, self.head.faces, return_tensors="pt")
         return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def portraits(
+        self, images: Sequence[Any], params: Sequence[HeadParameters], cameras: Sequence[Cameras | None]
+    ) -> list[Portrait | None]:
+        """What a decoder that reads the portrait is given of B of them, see `Portrait.of`; None of each for another decoder."""
+        if len(cameras) != len(images):
+            raise ValueError(f"{len(images)} portraits but {len(cameras)} cameras; give None where one is not known")
+        if not self.gaussian_decoder.config.read_portrait:
+            return [None] * len(images)
+        size = self.tokenizer.image_size
+        return [Portrait.of(*each, self.head, size) for each in zip(images, params, cameras)]
 
     @torch.no_grad()
     def generate(
@@ -158,11 +177,16 @@ class AvatarPipeline:
 
     @torch.no_grad()
     def decode_attributes(
-        self, points: Mapping[str, Any], features: Tensor | None, pixel_values: Tensor, params: HeadParameters
+        self,
+        points: Mapping[str, Any],
+        features: Tensor | None,
+        pixel_values: Tensor,
+        params: HeadParameters,
+        portrait: Portrait | None = None,
     ) -> GaussianAvatar:
         """The avatar of one subject: points with their attributes from the decoder, anchored to the head.
 
-        `points` has positions (N, 3) and faces (N,); `features` (N, 4, D); `pixel_values` (3, S, S).
+        `points` has positions (N, 3) and faces (N,); `features` (N, 4, D); `pixel_values` (3, S, S); `portrait` as of `portraits`.
         """
         config = self.gaussian_decoder.config
         own = params.canonical().to(self.device)
@@ -174,6 +198,8 @@ class AvatarPipeline:
         if config.read_anchors:
             vertices = self.head.canonical_vertices(own)
             inputs["anchors"] = nearest_on_faces(positions, faces, vertices, self.head.faces)
+        if config.read_portrait and portrait is not None:
+            inputs |= portrait.inputs(positions, faces, self.head)
         decoded = self.gaussian_decoder(**{name: value[None] for name, value in inputs.items()})
         return GaussianAvatar.from_gaussians(to_gaussians(decoded), faces, own, self.head)
 

@@ -58,11 +58,12 @@ def main() -> None:
     point_model = open_point_model("--point_model", decoder_arguments.point_model, corpus)
     perceptual = perceptual_loss(losses)
     model = build_decoder(decoder_arguments, point_model, corpus)
-    heldout = SubjectRows(corpus, frames.eval_split, point_model.input_names, frames.max_eval_avatars)
+    reads = model.config.read_portrait
+    heldout = SubjectRows(corpus, frames.eval_split, point_model.input_names, frames.max_eval_avatars, reads)
     trainer = DecoderTrainer(
         model=model,
         args=arguments,
-        train_dataset=train_subjects(corpus, frames, arguments, point_model),
+        train_dataset=train_subjects(corpus, frames, arguments, point_model, reads),
         eval_dataset=EvaluationSubjects(heldout, frames.max_eval_frames),
         data_collator=partial(collate_subjects, pad_token_id=point_model.config.pad_token_id),
         point_model=point_model,
@@ -80,10 +81,14 @@ def main() -> None:
 
 
 def train_subjects(
-    corpus: Corpus, frames: FrameArguments, arguments: DecoderTrainingArguments, point_model: PointillistForCausalLM
+    corpus: Corpus,
+    frames: FrameArguments,
+    arguments: DecoderTrainingArguments,
+    point_model: PointillistForCausalLM,
+    read_portrait: bool,
 ) -> TrainSubjects:
     """The training set, with sequences of the point model where the arguments ask for them."""
-    subjects, sequences = SubjectRows(corpus, "train", point_model.input_names), []
+    subjects, sequences = SubjectRows(corpus, "train", point_model.input_names, None, read_portrait), []
     if frames.self_generated_ratio:
         folder = Path(frames.feature_cache or arguments.output_dir) / "generated_sequences"
         point_model.to(arguments.device)
@@ -129,13 +134,16 @@ def summarize(trainer: DecoderTrainer, corpus: Corpus, metrics: dict[str, float]
         "heldout_psnr": metrics["eval_psnr"],
         "heldout_ssim": metrics["eval_ssim"],
     }
+    if "eval_coverage" in metrics:
+        report["heldout_coverage"] = metrics["eval_coverage"]
     means, heldout = mean_images(trainer.train_dataset.subjects), trainer.eval_dataset
     rows = [mean_image_metrics(means, heldout.subjects, heldout.frame_rows(row)) for row in range(len(heldout))]
     baseline = torch.cat([torch.stack(values, 1) for values in rows])
     if len(baseline):
         report |= dict(zip(("psnr_mean_image", "ssim_mean_image"), baseline.mean(0).tolist()))
     print(
-        f"held-out frames rendered from true points: PSNR {report['heldout_psnr']:.2f} dB, SSIM {report['heldout_ssim']:.3f} "
+        f"held-out frames rendered from true points: PSNR {report['heldout_psnr']:.2f} dB, SSIM {report['heldout_ssim']:.3f}, "
+        f"coverage {report.get('heldout_coverage', float('nan')):.3f} "
         f"(mean image {report.get('psnr_mean_image', float('nan')):.2f} dB); decoder in {trainer.args.output_dir}"
     )
     return report, model_card("gaussian_decoder", corpus, config=config, report=report, arguments=trainer.args)

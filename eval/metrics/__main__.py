@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _diagnosis(options: NetworkOptions) -> list[tuple[str, str, str, str]]:
     """Rows (metric, status, network, what to do) of the table."""
-    rows = [(metric, "ready", "none needed", "") for metric in ("PSNR", "SSIM")]
+    rows = [(metric, "ready", "none needed", "") for metric in ("PSNR", "SSIM", "Coverage")]
     for metric, name in NETWORK_OF_METRIC.items():
         try:
             network = OPENERS[name](options)

@@ -1,6 +1,7 @@
 """The formulas of the metrics: images, features, landmarks or rotations in, one number per frame (or per set) out.
 
     images (N, H, W, 3) uint8 -> psnr, ssim
+    alphas (N, H, W) uint8      -> coverage
     features (N, D)             -> frechet_distance (FID), cosine_similarity (CSIM, CLIP)
     landmarks (N, K, 2)         -> keypoint_distance (AKD)
     rotations (N, 3, 3)         -> pose_distance_geodesic, pose_distance_euler (APD)
@@ -41,6 +42,18 @@ def ssim(a: ArrayLike, b: ArrayLike) -> Array:
     check_images(a, b)
     pairs = ((torch.from_numpy(x / 255.0)[None], torch.from_numpy(y / 255.0)[None]) for x, y in zip(a, b))
     return np.array([float(image_metrics.ssim(*pair)) for pair in pairs])  # one at a time: SSIM holds five copies
+
+
+def coverage(a: ArrayLike, truth: ArrayLike) -> Array:
+    """(N,) share of the pixels of the true subject that are opaque in the frames too, of alphas (N, H, W) uint8: 1 without holes.
+
+    Opaque is an alpha above 1/2. NaN where the truth is opaque everywhere, as an image without alpha is, or nowhere.
+    """
+    a, truth = np.asarray(a), np.asarray(truth)
+    if a.shape != truth.shape or a.ndim != 3 or (a.dtype, truth.dtype) != (np.uint8, np.uint8):
+        raise ValueError(f"expected alphas (N, H, W) uint8, found {a.dtype} {a.shape} and {truth.dtype} {truth.shape}")
+    pair = (torch.from_numpy(x / 255.0)[..., None] for x in (a, truth))
+    return image_metrics.coverage(*pair).double().numpy()
 
 
 def frechet_distance(x: ArrayLike, y: ArrayLike) -> float:

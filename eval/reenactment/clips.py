@@ -52,6 +52,10 @@ class Clip:
         """(N, H, W, 3) uint8, on white."""
         return np.stack([self.image(row) for row in rows])
 
+    def alphas(self, rows: Sequence[int]) -> np.ndarray:
+        """(N, H, W) uint8, 255 everywhere in an image without alpha."""
+        return np.stack([np.asarray(self.read(row).convert("RGBA"))[..., 3] for row in rows])
+
 
 def open_dataset(
     path: str | os.PathLike,

@@ -22,8 +22,10 @@ from eval.reenactment.clips import Clip
 from eval.reenactment.protocol import Pair, by_mode, check_frames, frame_name, read_frames
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.skinning import Skinning
+from gaussian_tokenizer.captures.frame import load_image
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.rendering.portrait_points import Portrait
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.utils.atomic import atomic_file, atomic_folder
 from modeling import AvatarPipeline, GaussianDecoder, to_gaussians
@@ -43,6 +45,11 @@ class Method:
     frames: Callable[[Pair], np.ndarray]  # -> (N, H, W, 3) uint8, one for each of `pair.rows`
     absent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # mode -> why it has no row there
     compared: bool = False  # whether its frames come from elsewhere
+    alphas: Callable[[Pair], np.ndarray] | None = None  # -> (N, H, W) uint8, where they are known
+
+    def drawn(self, pair: Pair) -> tuple[np.ndarray, np.ndarray | None]:
+        """Frames and alphas of a pair."""
+        return self.frames(pair), None if self.alphas is None else self.alphas(pair)
 
 
 # The avatars of the first frames of some clips, each with the number of tokens it was generated from.
@@ -78,12 +85,23 @@ def make_methods(
 def truth() -> Method:
     about = "the true frames: the result of a perfect method"
     absent = {"cross": ("no true image shows one subject with the motion of another",)}
-    return Method("truth", about, lambda pair: pair.driver.images(pair.rows), absent)
+
+    def alphas(pair: Pair) -> np.ndarray:
+        return pair.driver.alphas(pair.rows)
+
+    return Method("truth", about, lambda pair: pair.driver.images(pair.rows), absent, alphas=alphas)
 
 
 def copy_source() -> Method:
     about = "the source portrait as every frame: the right subject, no motion"
-    return Method("copy-source", about, lambda pair: np.repeat(pair.source.images([0]), len(pair.rows), 0))
+
+    def frames(pair: Pair) -> np.ndarray:
+        return np.repeat(pair.source.images([0]), len(pair.rows), 0)
+
+    def alphas(pair: Pair) -> np.ndarray:
+        return np.repeat(pair.source.alphas([0]), len(pair.rows), 0)
+
+    return Method("copy-source", about, frames, alphas=alphas)
 
 
 def mean_image(clips: Sequence[Clip]) -> Method:
@@ -114,16 +132,25 @@ def compared(name: str, folder: Path, pairs: Sequence[Pair]) -> Method:
 
 
 def rendered(name: str, about: str, head: HeadModel, output: Path, device: torch.device | str) -> Method:
-    """The avatars of `make_avatars` in `output/avatars/<name>`, rendered to `output/frames/<name>` on demand."""
+    """The avatars of `make_avatars` in `output/avatars/<name>`, rendered to `output/frames/<name>` and `alphas` on demand."""
+    folder, alpha_folder = output / "frames" / name, output / "alphas" / name
+
+    def draw(pair: Pair) -> None:
+        if any(
+            not (pair.path(each) / frame_name(row)).is_file() for each in (folder, alpha_folder) for row in pair.rows
+        ):
+            avatar = GaussianAvatar.load(output / "avatars" / name / pair.source.subject_id, head=head)
+            render_pair(avatar.to(device), pair, folder, alpha_folder)
 
     def frames(pair: Pair) -> np.ndarray:
-        folder = output / "frames" / name
-        if any(not (pair.path(folder) / frame_name(row)).is_file() for row in pair.rows):
-            avatar = GaussianAvatar.load(output / "avatars" / name / pair.source.subject_id, head=head)
-            render_pair(avatar.to(device), pair, folder)
+        draw(pair)
         return read_frames(folder, pair)
 
-    return Method(name, about, frames)
+    def alphas(pair: Pair) -> np.ndarray:
+        draw(pair)
+        return np.stack([np.asarray(load_image(pair.path(alpha_folder) / frame_name(row))) for row in pair.rows])
+
+    return Method(name, about, frames, alphas=alphas)
 
 
 def make_avatars(name: str, maker: Maker, clips: Sequence[Clip], output: Path, batch_size: int) -> list[dict[str, Any]]:
@@ -154,10 +181,11 @@ def ours_maker(pipeline: AvatarPipeline, seed: int, **generate: Any) -> Maker:
     """Portrait and head parameters of the first frame -> avatars, by the whole pipeline."""
 
     def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
-        params = [clip.params.frame(0) for clip in clips]
-        inputs = pipeline.inputs([clip.read(0) for clip in clips], params)
+        params, images = [clip.params.frame(0) for clip in clips], [clip.read(0) for clip in clips]
+        inputs = pipeline.inputs(images, params)
+        portraits = pipeline.portraits(images, params, [clip.cameras[0] for clip in clips])
         written = pipeline.generate(inputs, seed=seed, **generate)
-        parts = zip(*pipeline.decode_points(written), inputs["pixel_values"], params)
+        parts = zip(*pipeline.decode_points(written), inputs["pixel_values"], params, portraits)
         tokens = (written.sequences < pipeline.point_model.config.bos_token_id).sum(1).tolist()
         return [(pipeline.decode_attributes(*part), count) for part, count in zip(parts, tokens)]
 
@@ -168,42 +196,59 @@ def flame_position_maker(pipeline: AvatarPipeline, decoder: GaussianDecoder) -> 
     """The paper's ablation without a point model: a Gaussian on every vertex of the subject's own head."""
 
     def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
-        params = [clip.params.frame(0) for clip in clips]
-        portraits = pipeline.inputs([clip.read(0) for clip in clips], params)["pixel_values"]
-        return [(vertex_avatar(pipeline.head, decoder, *each), 0) for each in zip(portraits, params)]
+        params, images = [clip.params.frame(0) for clip in clips], [clip.read(0) for clip in clips]
+        pixels = pipeline.inputs(images, params)["pixel_values"]
+        portraits: list[Portrait | None] = [None] * len(clips)
+        if decoder.config.read_portrait:
+            of, size = zip(images, params, [clip.cameras[0] for clip in clips]), pipeline.tokenizer.image_size
+            portraits = [Portrait.of(*each, pipeline.head, size) for each in of]
+        return [(vertex_avatar(pipeline.head, decoder, *each), 0) for each in zip(pixels, params, portraits)]
 
     return make
 
 
 @torch.no_grad()
 def vertex_avatar(
-    head: HeadModel, decoder: GaussianDecoder, pixel_values: Tensor, params: HeadParameters
+    head: HeadModel,
+    decoder: GaussianDecoder,
+    pixel_values: Tensor,
+    params: HeadParameters,
+    portrait: Portrait | None = None,
 ) -> GaussianAvatar:
-    """The avatar that a decoder of mode "flame_position" makes of a portrait (3, h, w), prepared by the pipeline, and a head."""
+    """The avatar that a decoder of mode "flame_position" makes of a portrait (3, h, w), prepared by the pipeline, and a head.
+
+    `portrait` is for a decoder that reads it.
+    """
     params = params.to(head.device)
     positions, faces = vertex_points(head, params)
-    decoded = decoder(positions=positions[None].float(), pixel_values=pixel_values[None])
+    inputs = {"positions": positions.float(), "pixel_values": pixel_values}
+    if portrait is not None:
+        inputs |= portrait.inputs(positions, faces, head)
+    decoded = decoder(**{name: value[None] for name, value in inputs.items()})
     return GaussianAvatar.from_gaussians(to_gaussians(decoded), faces, params.canonical(), head)
 
 
 @torch.no_grad()
-def render_pair(avatar: GaussianAvatar, pair: Pair, folder: Path) -> None:
-    """Render the avatar with the driver's motion, on white, into the folder of the pair; existing frames stay."""
-    target = pair.path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+def render_pair(avatar: GaussianAvatar, pair: Pair, folder: Path, alpha_folder: Path) -> None:
+    """Render the avatar with the driver's motion, on white, into the folders of the pair; existing frames stay."""
+    targets = pair.path(folder), pair.path(alpha_folder)
+    for target in targets:
+        target.mkdir(parents=True, exist_ok=True)
     skinning = avatar.bind()
     for start in range(pair.rows.start, pair.rows.stop, FRAMES_AT_ONCE):
         rows = range(start, min(start + FRAMES_AT_ONCE, pair.rows.stop))
-        if all((target / frame_name(row)).is_file() for row in rows):
+        if all((target / frame_name(row)).is_file() for target in targets for row in rows):
             continue
-        for row, image in zip(rows, render_frames(skinning, pair.driver, rows)):
-            with atomic_file(target / frame_name(row)) as file:
-                Image.fromarray(image).save(file, format="PNG")
+        for target, images in zip(targets, render_frames(skinning, pair.driver, rows)):
+            for row, image in zip(rows, images):
+                with atomic_file(target / frame_name(row)) as file:
+                    Image.fromarray(image).save(file, format="PNG")
 
 
-def render_frames(skinning: Skinning, driver: Clip, rows: range) -> np.ndarray:
-    """(N, H, W, 3) uint8: the avatar with the driver's expressions, poses and cameras, on its own shape."""
+def render_frames(skinning: Skinning, driver: Clip, rows: range) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H, W, 3) and alphas (N, H, W) uint8: the avatar with the driver's expressions, poses and cameras, on its own shape."""
     some = slice(rows.start, rows.stop)
     posed = skinning.pose(driver.params.frame(some).to(skinning.faces.device))
-    image = render(posed, driver.cameras[some].to(torch.float32), background=1.0).image
-    return (image.clamp(0, 1) * 255 + 0.5).byte().cpu().numpy()
+    drawn = render(posed, driver.cameras[some].to(torch.float32), background=1.0)
+    image, alpha = ((x.clamp(0, 1) * 255 + 0.5).byte().cpu().numpy() for x in (drawn.image, drawn.alpha[..., 0]))
+    return image, alpha

@@ -137,6 +137,7 @@ def describe_protocol(settings: Mapping[str, Any]) -> dict[str, str]:
         "intervals": f"95 %, over source subjects: bootstrap of 1,000 draws with seed {settings['seed']}; jackknife for FID",
         "PSNR": "of images on 0..255, all channels together, in dB; infinite for equal images",
         "SSIM": "Gaussian window of 11 pixels, sigma 1.5, mean of three channels",
+        "Coverage": "share of the true subject's pixels (alpha above 1/2) that are opaque in the frame; needs images with alpha",
         "LPIPS": "version 0.1, backbone as listed under networks, images on -1..1",
         "FID": "2,048 Inception features of all frames; self: against the true frames; cross: against the source's own frames from "
         "its second on. It falls with the number of frames: compare only equal numbers",

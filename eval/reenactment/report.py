@@ -7,8 +7,8 @@ from typing import Any
 from eval.reenactment.published import TABLES, PublishedTable
 from eval.reenactment.scores import METRICS, Metric
 
-# Table S1: self LPIPS, FID, AKD, APD; cross FID, CLIP, AKD, APD. PSNR and SSIM are added in front.
-MAIN = {"self": ("psnr", "ssim", "lpips", "fid", "akd", "apd"), "cross": ("fid", "clip", "akd", "apd")}
+# Table S1: self LPIPS, FID, AKD, APD; cross FID, CLIP, AKD, APD. PSNR, SSIM and coverage are added in front.
+MAIN = {"self": ("psnr", "ssim", "coverage", "lpips", "fid", "akd", "apd"), "cross": ("fid", "clip", "akd", "apd")}
 MORE = {"self": ("clip", "csim", "apd_geodesic", "aed"), "cross": ("csim", "apd_geodesic", "aed")}
 ALL = {mode: (*MAIN[mode], *MORE[mode]) for mode in MAIN}
 PUBLISHED_WARNING = (

@@ -48,6 +48,7 @@ BOTH = ("self", "cross")
 _METRICS = (
     Metric("psnr", "PSNR", "dB", True, ("self",), None, 2),
     Metric("ssim", "SSIM", "", True, ("self",), None),
+    Metric("coverage", "Coverage", "", True, ("self",), None),
     Metric("lpips", "LPIPS", "", False, ("self",), "lpips"),
     Metric("fid", "FID", "", False, BOTH, "inception", 2),
     Metric("clip", "CLIP", "", True, BOTH, "clip"),
@@ -94,14 +95,18 @@ class FeatureFiles:
         """Of all true frames."""
         return self._load(self.folder / "clips" / f"{clip.subject_id}.npz", clip.images(range(len(clip))), None)
 
-    def of_frames(self, method: str, pair: Pair, frames: np.ndarray) -> Features:
-        """Of a method's frames; in self-reenactment also `psnr`, `ssim` and `lpips` to the truth."""
-        truth = pair.driver.images(pair.rows) if pair.mode == "self" else None
-        return self._load(self.folder / method / pair.mode / f"{pair.name}.npz", frames, truth)
+    def of_frames(self, method: str, pair: Pair, frames: np.ndarray, alphas: np.ndarray | None = None) -> Features:
+        """Of a method's frames; in self-reenactment also `psnr`, `ssim`, `lpips` and, with `alphas`, `coverage` of the truth."""
+        own = pair.mode == "self"
+        truth = pair.driver.images(pair.rows) if own else None
+        covering = (alphas, pair.driver.alphas(pair.rows)) if own and alphas is not None else ()
+        return self._load(self.folder / method / pair.mode / f"{pair.name}.npz", frames, truth, covering)
 
-    def _load(self, path: Path, images: np.ndarray, truth: np.ndarray | None) -> Features:
+    def _load(
+        self, path: Path, images: np.ndarray, truth: np.ndarray | None, alphas: Sequence[np.ndarray] = ()
+    ) -> Features:
         digest = hashlib.sha256(self.networks_key.encode())
-        for stack in (images, truth):
+        for stack in (images, truth, *alphas):
             digest.update(b"" if stack is None else stack.tobytes())
         key = digest.hexdigest()
         with contextlib.suppress(OSError, ValueError):  # a damaged file is made again
@@ -113,6 +118,8 @@ class FeatureFiles:
             features |= {"psnr": metrics.psnr(images, truth), "ssim": metrics.ssim(images, truth)}
             if not isinstance(self.networks.lpips, Missing):
                 features["lpips"] = self.networks.lpips(images, truth)
+        if alphas:
+            features["coverage"] = metrics.coverage(*alphas)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             arrays: dict[str, Any] = features | {"key": np.array(key)}
@@ -127,7 +134,7 @@ def frame_values(pair: Pair, frames: Features, source: Features, driver: Feature
     self-reenactment, and with the source portrait in cross-reenactment.
     """
     rows = np.array(pair.rows)
-    values: Features = {name: frames[name] for name in ("psnr", "ssim", "lpips") if name in frames}
+    values: Features = {name: frames[name] for name in ("psnr", "ssim", "coverage", "lpips") if name in frames}
     for key, feature in (("clip", "clip"), ("csim", "arcface")):
         if feature in frames:
             subject = driver[feature][rows] if pair.mode == "self" else np.repeat(source[feature][:1], len(rows), 0)
@@ -147,12 +154,17 @@ def resample(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng((seed, count)).integers(0, count, (RESAMPLES, count))
 
 
-def mean_with_interval(per_pair: Sequence[np.ndarray], draws: np.ndarray) -> dict[str, Any]:
-    """Mean over all frames that have a value, and its bootstrap interval over subjects (None for a single subject)."""
+def mean_with_interval(
+    per_pair: Sequence[np.ndarray], draws: np.ndarray, without: str = "no face was found in any frame"
+) -> dict[str, Any]:
+    """Mean over all frames that have a value, and its bootstrap interval over subjects (None for a single subject).
+
+    `without` is the reason if none has one.
+    """
     sums = np.array([np.nansum(values) for values in per_pair])
     counts = np.array([np.count_nonzero(~np.isnan(values)) for values in per_pair])
     if counts.sum() == 0:
-        return {"na": "no face was found in any frame"}
+        return {"na": without}
     weights = counts[draws].sum(1)
     low, high = None, None
     if len(per_pair) > 1:
@@ -200,8 +212,11 @@ def summarize(
             # Against the source's own frames: cross-reenactment has no true ones.
             real = [source["inception"][1 : len(pair.source)] for pair, source in zip(pairs, sources)]
             table["fid"] = fid_with_interval([own["inception"] for own in frames], real)
+        elif metric.key == "coverage" and metric.key not in values[0]:
+            table[metric.key] = {"na": "the frames have no alpha"}
         else:
-            table[metric.key] = mean_with_interval([each[metric.key] for each in values], draws)
+            without = ["the true images have no alpha"] if metric.key == "coverage" else []
+            table[metric.key] = mean_with_interval([each[metric.key] for each in values], draws, *without)
     per_pair = {
         pair.name: {
             "mean": {key: float(np.nanmean(v)) if (~np.isnan(v)).any() else None for key, v in each.items()},

@@ -87,6 +87,10 @@ class Skinning:
                 quats = quaternion_multiply(turns.index_select(1, self._anchors.turns), quats)
         return Gaussians(positions, scales, quats, self.opacities, self.sh)
 
+    def positions(self, motion: HeadParameters) -> Tensor:
+        """Only the positions (T, N, 3) of "lbs", in meters."""
+        return self._skinned(retarget(self.own, motion, self.head), True)[0]
+
     def covariances(self, motion: HeadParameters) -> tuple[Tensor, Tensor]:
         """Positions (T, N, 3) in meters and covariances (T, N, 3, 3) of "lbs"; faster than `pose`, without quaternions."""
         positions, rotations, blended = self._skinned(retarget(self.own, motion, self.head), True)

@@ -156,3 +156,11 @@ def portrait_cameras(head: HeadModel, size: int, azimuths: Sequence[float] = (0.
     low, high = skull.amin(0), skull.amax(0)
     extent = 1.5 * float(high[1] - low[1])  # room for hair and neck
     return Cameras.orbit((low + high) / 2, 1.0, azimuths, 0.0, focal=size / extent, width=size, height=size)
+
+
+def default_camera(head: HeadModel, width: int, height: int) -> Cameras:
+    """The camera that a portrait is taken to have when nothing is known: that of synthetic portraits, in the square around it."""
+    square = portrait_cameras(head, max(width, height))
+    Ks = square.Ks.clone()
+    Ks[:, 0, 2], Ks[:, 1, 2] = width / 2, height / 2
+    return replace(square, Ks=Ks, width=width, height=height)

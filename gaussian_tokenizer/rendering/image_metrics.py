@@ -1,4 +1,6 @@
-"""PSNR and SSIM (Wang et al. 2004) of images (B, H, W, 3) in 0..1, differentiable."""
+"""PSNR and SSIM (Wang et al. 2004) of images (B, H, W, 3) in 0..1, differentiable; coverage of their alpha."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -38,3 +40,13 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     likeness = (2 * mean_a * mean_b + SSIM_C1) * (2 * covariance + SSIM_C2)
     likeness = likeness / ((mean_a**2 + mean_b**2 + SSIM_C1) * (var_a + var_b + SSIM_C2))
     return likeness.flatten(1).mean(1).unflatten(0, (len(images), -1)).mean(1)
+
+
+def coverage(alphas: Tensor, truth: Tensor) -> Tensor:
+    """(B,) share of the true subject's pixels (alpha above 1/2) that are opaque (above 1/2) in the rendering too, 1 without holes.
+
+    Alphas (B, H, W, 1) in 0..1. NaN where the truth is opaque everywhere, as an image without alpha is, or nowhere.
+    """
+    subject = (truth > 0.5).flatten(1)
+    covered = (subject & (alphas > 0.5).flatten(1)).sum(1) / subject.sum(1)
+    return covered.masked_fill(subject.all(1), math.nan)

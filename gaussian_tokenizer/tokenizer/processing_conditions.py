@@ -42,6 +42,15 @@ def pixel_values(images: Any, size: int) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
 
 
+def portrait_rgba(image: Any, size: int) -> np.ndarray:
+    """One image, as `pixel_values` takes it -> (4, H, W) float32 in 0..1 with its alpha, the longer side of `size` pixels."""
+    upright = upright(image)
+    scale = size / max(upright.size)
+    width, height = (max(1, round(side * scale)) for side in upright.size)
+    resized = upright.convert("RGBA").resize((width, height), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(resized, np.float32).transpose(2, 0, 1)) / 255
+
+
 def head_condition(head_vertices: Any, head_faces: Any, n_faces: int) -> dict[str, np.ndarray]:
     """Vertices (V, 3) or (B, V, 3) -> `head_vertices` (B, V, 3) float32 and, with faces (F, 3), `head_normals`."""
     if isinstance(head_vertices, (list, tuple)):
@@ -94,7 +103,7 @@ def _rgb_on_white(image: Any) -> Image.Image:
 
 
 def upright(image: Any) -> Image.Image:
-    """PIL image, file, array or tensor -> PIL image of 8 bits, turned as its EXIF says."""
+    """PIL image, file, array or tensor -> PIL image of 8 bits a channel, turned as its EXIF says."""
     if isinstance(image, (str, os.PathLike)):
         image = open_image(image)
     if not isinstance(image, Image.Image):

@@ -13,7 +13,9 @@ from transformers import Dinov2Config, PreTrainedConfig
 SIZE, LAYERS = (1, 2**31 - 1), (1, 10_000)  # the most that an index of a tensor holds, and that a list of names may
 POSITIVE, OCTAVES = (1e-12, 1e12), (0, 64)
 LIMITS = {
-    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "point_feature_size"), SIZE),
+    **dict.fromkeys(
+        ("hidden_size", "intermediate_size", "num_attention_heads", "point_feature_size", "portrait_channels"), SIZE
+    ),
     **dict.fromkeys(("point_extent", "init_scale", "max_scale", "max_offset"), POSITIVE),
     "num_hidden_layers": LAYERS,
     "point_frequencies": OCTAVES,
@@ -21,6 +23,7 @@ LIMITS = {
     "init_opacity": (0, 1),
 }
 MODES = ("full", "ar_feature", "position", "flame_position")
+ATTENTIONS = ("joint", "portrait")
 
 
 # These two are also in configuration_pointillist.py: a checkpoint of one model travels without the files of the other.
@@ -64,6 +67,11 @@ class GaussianDecoderConfig(PreTrainedConfig):
         point_frequencies, point_extent, point_center: of the positional encoding, as in `PointillistConfig`.
         read_anchors: also read the nearest point on each point's face, on the subject's own head, and learn how far to pull it
             there: corrects points that were generated beside the head (not in the paper).
+        read_portrait, portrait_channels: also read the portrait, and feature maps of it, where the points and their mirror images
+            are seen in it, for which its camera and head parameters must be known; colors start from what is read there. The
+            channels are those of each of the three maps (not in the paper).
+        attention: "joint", over points and portrait tokens, as in the paper; "portrait" lets points read the portrait tokens
+            only, which takes time in proportion to the number of points, not to its square.
         vision_config: a `Dinov2Config` (or dict) of the portrait encoder; default ViT-L/14, as in `PointillistConfig`.
         vision_layers: 0-based layers whose patch tokens are fused; default LAM's [4, 11, 17, 23] for 24 layers, else four
             evenly spread ones that end with the last.
@@ -89,6 +97,9 @@ class GaussianDecoderConfig(PreTrainedConfig):
     point_extent: float = 0.2
     point_center: list[float] | None = None
     read_anchors: bool = False
+    read_portrait: bool = False
+    portrait_channels: int = 32
+    attention: str = "joint"
 
     vision_config: dict | Dinov2Config | None = None
     vision_layers: list[int] | None = None
@@ -130,6 +141,8 @@ class GaussianDecoderConfig(PreTrainedConfig):
             raise ValueError(f"mode must be one of {', '.join(MODES)}; found {self.mode!r}")
         if self.read_anchors and self.mode not in ("full", "position"):
             raise ValueError(f"read_anchors is for the modes full and position, which have faces; found {self.mode!r}")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}; found {self.attention!r}")
         width, heads = self.hidden_size, self.num_attention_heads
         if width % heads or width % 2:
             raise ValueError(f"hidden_size {width} must be even and a multiple of num_attention_heads {heads}")

@@ -13,13 +13,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_gaussian_decoder import GaussianDecoderConfig
+from .modeling_blocks import JointBlock, PortraitBlock, feed_forward
+from .modeling_portrait import COLUMNS, PortraitReader, Reading, color_logits
 
 SH_DC = 0.28209479177387814  # the constant basis function, 1 / (2 sqrt(pi))
 EXPONENT_LIMIT = 15.0  # above it the gradient of exp is held, so that an overflow to infinity does not become NaN
@@ -48,14 +48,15 @@ class GaussianDecoderOutput(ModelOutput):
 class GaussianDecoder(PreTrainedModel):
     """Points and a portrait -> Gaussians (see `forward`), by joint-attention blocks and one linear layer for each attribute.
 
-    The blocks are SD3's MM-DiT without a timestep, as in LAM: each stream has its own weights, attention is over both.
+    The blocks are SD3's MM-DiT without a timestep, as in LAM: each stream has its own weights, attention is over both; with
+    `attention="portrait"` the points read the portrait's tokens by cross-attention instead.
     """
 
     config: GaussianDecoderConfig
     main_input_name = "positions"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["JointBlock", "Dinov2Layer"]
+    _no_split_modules = ["JointBlock", "PortraitBlock", "Dinov2Layer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -68,7 +69,12 @@ class GaussianDecoder(PreTrainedModel):
         self.embed = PointEmbedding(config)
         self.layer_proj = nn.ModuleList(nn.Linear(vision.hidden_size, vision.hidden_size) for _ in self.vision_layers)
         self.image_proj = nn.Linear(config.image_embed_size, config.hidden_size)
-        self.blocks = nn.ModuleList(JointBlock(config, i, context_pre_only=i == layers[-1]) for i in layers)
+        if config.attention == "joint":
+            self.blocks = nn.ModuleList(JointBlock(config, i, context_pre_only=i == layers[-1]) for i in layers)
+        else:
+            self.blocks = nn.ModuleList(PortraitBlock(config, i) for i in layers)
+        if config.read_portrait:
+            self.reader = PortraitReader(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
         self.head = GaussianHead(config)
         self.use_vision(Dinov2Model(vision))
@@ -101,9 +107,11 @@ class GaussianDecoder(PreTrainedModel):
         """
         if self.config.freeze_vision_encoder:
             self.vision.requires_grad_(False)
-        vision, attention = cast(Any, self.vision), cast(Any, self.blocks[-1]).attn
-        for unused in (vision.embeddings.mask_token, attention.q_proj_context, attention.q_norm_context):
-            unused.requires_grad_(False)
+        cast(Any, self.vision).embeddings.mask_token.requires_grad_(False)
+        if self.config.attention == "joint":
+            attention = cast(Any, self.blocks[-1]).attn
+            for unused in (attention.q_proj_context, attention.q_norm_context):
+                unused.requires_grad_(False)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Portraits (B, 3, h, w), ImageNet-normalized -> `image_embeds` (B, M, layers read * D_vision), M patches.
@@ -128,6 +136,9 @@ class GaussianDecoder(PreTrainedModel):
         image_embeds: Tensor | None = None,
         point_mask: Tensor | None = None,
         anchors: Tensor | None = None,
+        portrait: Tensor | None = None,
+        portrait_points: Tensor | None = None,
+        mirror_points: Tensor | None = None,
     ) -> GaussianDecoderOutput:
         """One pass. Raises `ValueError` if an input is missing or does not fit the configuration or the other inputs.
 
@@ -139,8 +150,13 @@ class GaussianDecoder(PreTrainedModel):
             point_mask: (B, N) bool, False on padding, which does not affect the other points.
             anchors: (B, N, 3) meters, canonical space: the nearest point on the face of each point, on the subject's own head;
                 read with `read_anchors` only.
+            portrait: (B, 4, H, W) the portrait as it is, red, green, blue and alpha (1 where it is not known) in 0..1; this and
+                the next two are read with `read_portrait` only.
+            portrait_points, mirror_points: (B, N, 8) where the points and their mirror images are in it, see
+                `modeling_portrait.COLUMNS`; `gaussian_tokenizer.rendering.portrait_points` computes them.
         """
         self._check(positions, point_features, pixel_values, image_embeds, point_mask, anchors)
+        self._check_portrait(positions, portrait, portrait_points, mirror_points)
         if pixel_values is not None:
             image_embeds = self.encode_image(pixel_values)
         assert image_embeds is not None
@@ -154,13 +170,16 @@ class GaussianDecoder(PreTrainedModel):
             padding = ~point_mask[..., None]
             positions = positions.masked_fill(padding, 0)
             point_features = None if point_features is None else point_features.masked_fill(padding[..., None], 0)
-            anchors = None if anchors is None else anchors.masked_fill(padding, 0)
-        points = self.embed(positions, point_features, anchors)
+            anchors, portrait_points, mirror_points = (
+                None if x is None else x.masked_fill(padding, 0) for x in (anchors, portrait_points, mirror_points)
+            )
+        reading = self.reader(portrait, portrait_points, mirror_points) if self.config.read_portrait else None
+        points = self.embed(positions, point_features, anchors, reading)
 
         mask = self._attention_mask(point_mask, context)
         for block in self.blocks:
             points, context = block(points, context, mask)
-        return self.head(self.norm(points), positions.float(), anchors, point_mask)
+        return self.head(self.norm(points), positions.float(), anchors, reading, point_mask)
 
     def _attention_mask(self, point_mask: Tensor | None, context: Tensor) -> Tensor | None:
         if point_mask is None:
@@ -201,9 +220,27 @@ class GaussianDecoder(PreTrainedModel):
         if portraits != batch:
             raise ValueError(f"{batch} point clouds, but {portraits} portraits")
 
+    def _check_portrait(self, positions, portrait, portrait_points, mirror_points) -> None:
+        if not self.config.read_portrait:
+            return
+        batch, count, _ = positions.shape
+        size = (batch, 4) + (("H", "W") if portrait is None or portrait.ndim != 4 else tuple(portrait.shape[2:]))
+        points = (batch, count, len(COLUMNS))
+        for name, value, expected in (
+            ("portrait", portrait, size),
+            ("portrait_points", portrait_points, points),
+            ("mirror_points", mirror_points, points),
+        ):
+            found = None if value is None else tuple(value.shape)
+            if found != expected:
+                raise ValueError(
+                    f"this decoder reads the portrait (read_portrait) and needs {name} {expected}, found {found}; give the "
+                    "portrait's camera and head parameters to the pipeline, or compute the inputs with portrait_points"
+                )
+
 
 class PointEmbedding(nn.Module):
-    """Positions (B, N, 3), point features (B, N, 4, D_ar), anchors (B, N, 3), as the mode reads them -> (B, N, D)."""
+    """Positions (B, N, 3), point features (B, N, 4, D_ar), anchors (B, N, 3) and what is read in the portrait -> (B, N, D)."""
 
     def __init__(self, config: GaussianDecoderConfig):
         super().__init__()
@@ -215,10 +252,14 @@ class PointEmbedding(nn.Module):
             self.feature_mlp = branch(4 * config.point_feature_size, width)
         if config.read_anchors:
             self.anchor_mlp = branch(2 * encoded, width)
-        branches = config.reads_positions + config.reads_point_features + config.read_anchors
+        if config.read_portrait:
+            self.portrait_mlp = branch(PortraitReader.size(config), width)
+        branches = config.reads_positions + config.reads_point_features + config.read_anchors + config.read_portrait
         self.proj = nn.Linear(branches * width, width)
 
-    def forward(self, positions: Tensor, point_features: Tensor | None, anchors: Tensor | None) -> Tensor:
+    def forward(
+        self, positions: Tensor, point_features: Tensor | None, anchors: Tensor | None, reading: Reading | None
+    ) -> Tensor:
         dtype = self.proj.weight.dtype
         center = torch.tensor(self.config.point_center, device=positions.device)
         parts = []
@@ -229,6 +270,8 @@ class PointEmbedding(nn.Module):
         if self.config.read_anchors and anchors is not None:
             both = torch.cat((self.encode(anchors - center), self.encode(positions.float() - anchors.float())), dim=-1)
             parts.append(self.anchor_mlp(both.to(dtype)))
+        if reading is not None:
+            parts.append(self.portrait_mlp(reading.features.to(dtype)))
         return self.proj(torch.cat(parts, dim=-1))
 
     def encode(self, meters: Tensor) -> Tensor:
@@ -246,84 +289,6 @@ def positional_encoding(unit: Tensor, octaves: int) -> Tensor:
     return torch.cat((angles.sin(), angles.cos(), unit), dim=-1)
 
 
-class JointBlock(GradientCheckpointingLayer):
-    """Attention over points and context together, then a feed-forward for each; every stream has its own weights.
-
-    After the last block (`context_pre_only`) the context is not needed: it is attended to and returned as None.
-    """
-
-    def __init__(self, config: GaussianDecoderConfig, layer_idx: int, context_pre_only: bool):
-        super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
-        self.context_pre_only = context_pre_only
-        self.norm1 = nn.LayerNorm(width, eps=1e-5)
-        self.norm1_context = nn.LayerNorm(width, eps=1e-5)
-        self.attn = JointAttention(config, layer_idx, context_pre_only)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.ff = feed_forward(width, inner, width)
-        if not context_pre_only:
-            self.norm2_context = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-            self.ff_context = feed_forward(width, inner, width)
-
-    def forward(self, points: Tensor, context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        x, c = self.attn(self.norm1(points), self.norm1_context(context), mask)
-        points = points + x
-        points = points + self.ff(self.norm2(points))
-        if self.context_pre_only:
-            return points, None
-        context = context + c
-        return points, context + self.ff_context(self.norm2_context(context))
-
-
-def feed_forward(inputs: int, inner: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, outputs))
-
-
-class JointAttention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V over points followed by context; queries and keys normalized within each head."""
-
-    is_causal = False
-    num_key_value_groups = 1
-
-    def __init__(self, config: GaussianDecoderConfig, layer_idx: int, context_pre_only: bool):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        width = config.hidden_size
-        self.head_dim = width // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
-        self.q_proj_context, self.k_proj_context, self.v_proj_context = (nn.Linear(width, width) for _ in range(3))
-        self.q_norm, self.k_norm = (HeadRMSNorm(self.head_dim, eps=1e-6) for _ in range(2))
-        self.q_norm_context, self.k_norm_context = (HeadRMSNorm(self.head_dim, eps=1e-6) for _ in range(2))
-        self.o_proj = nn.Linear(width, width)
-        self.o_proj_context = None if context_pre_only else nn.Linear(width, width)
-
-    def heads(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, H, L, d)"""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def forward(self, points: Tensor, context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Normalized points (B, N, D) and context (B, M, D) -> updates of both (None for the context of the last block)."""
-        q, k, v = (self.heads(project(points)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        own = (self.q_proj_context, self.k_proj_context, self.v_proj_context)
-        q_context, k_context, v_context = (self.heads(project(context)) for project in own)
-        query = torch.cat((self.q_norm(q), self.q_norm_context(q_context)), dim=2)
-        key = torch.cat((self.k_norm(k), self.k_norm_context(k_context)), dim=2)
-        value = torch.cat((v, v_context), dim=2)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)
-        x, c = output.flatten(-2).split((points.shape[1], context.shape[1]), dim=1)
-        return self.o_proj(x), None if self.o_proj_context is None else self.o_proj_context(c)
-
-
-class HeadRMSNorm(nn.RMSNorm):
-    """RMSNorm in the precision of its input, also under autocast: with float32 gains torch has no fused kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
 class GaussianHead(nn.Module):
     """Normalized points (B, N, D) and their positions (B, N, 3) -> Gaussians.
 
@@ -337,19 +302,26 @@ class GaussianHead(nn.Module):
         layers = nn.Linear(width, half), nn.SiLU(), nn.Linear(half, half), nn.SiLU(), nn.Linear(half, width)
         self.mlp = nn.Sequential(*layers)
         faint = math.log(config.init_opacity / (1 - config.init_opacity))
-        self.color = AttributeLinear(width, 3, initial=None)
+        self.color = AttributeLinear(width, 3, initial=[0.0] * 3 if config.read_portrait else None)
         self.scale = AttributeLinear(width, 3, initial=[math.log(config.init_scale)] * 3)
         self.offset = AttributeLinear(width, 3, initial=[0.0] * 3)
         self.opacity = AttributeLinear(width, 1, initial=[faint])
         self.quat = AttributeLinear(width, 4, initial=[1.0, 0.0, 0.0, 0.0])
         if config.read_anchors:
             self.pull = AttributeLinear(width, 1, initial=[0.0])
+        if config.read_portrait:  # the point itself before its mirror image
+            self.trust = AttributeLinear(width, 2, initial=[0.0, 1.0])
         if config.sh_degree:
             rest = 3 * ((config.sh_degree + 1) ** 2 - 1)
             self.sh_rest = AttributeLinear(width, rest, initial=[0.0] * rest)
 
     def forward(
-        self, points: Tensor, positions: Tensor, anchors: Tensor | None, point_mask: Tensor | None
+        self,
+        points: Tensor,
+        positions: Tensor,
+        anchors: Tensor | None,
+        reading: Reading | None,
+        point_mask: Tensor | None,
     ) -> GaussianDecoderOutput:
         config = self.config
         x = self.mlp(points)
@@ -363,7 +335,10 @@ class GaussianHead(nn.Module):
             if point_mask is not None:
                 offsets = offsets * point_mask[..., None]
                 opacities = opacities * point_mask
-            sh = ((self.color(x).sigmoid() - 0.5) / SH_DC)[:, :, None]
+            color = self.color(x)
+            if reading is not None:
+                color = color + color_logits(reading, self.trust(x))
+            sh = ((color.sigmoid() - 0.5) / SH_DC)[:, :, None]
             if config.sh_degree:
                 sh = torch.cat((sh, self.sh_rest(x).unflatten(-1, (-1, 3))), dim=2)
             return GaussianDecoderOutput(

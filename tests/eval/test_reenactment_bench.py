@@ -91,9 +91,10 @@ def test_frames_of_a_peer_become_a_row_and_nothing_is_drawn_again(bench_words, f
     peer, broken = finished / "frames" / "ours", tmp_path / "broken"  # the layout is that of the run's own frames
     shutil.copytree(peer, broken)
     next(broken.glob("self/*/00002.png")).unlink()
-    before = {path: path.stat().st_mtime_ns for path in (output / "frames").rglob("*.png")}
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*/ours/**/*.png")}
     results = run_bench(bench_words, output, "--compare", f"twin={peer}", "--compare", f"broken={broken}")
-    assert results["methods"]["twin"]["self"]["metrics"] == results["methods"]["ours"]["self"]["metrics"]
+    twin, ours = (results["methods"][name]["self"]["metrics"] for name in ("twin", "ours"))
+    assert twin == ours | {"coverage": {"na": "the frames have no alpha"}} and 0 <= ours["coverage"]["value"] < 1
     assert (
         len(results["methods"]["broken"]["self"]["absent"]) == 1 and "metrics" in results["methods"]["broken"]["cross"]
     )

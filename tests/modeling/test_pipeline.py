@@ -21,7 +21,7 @@ from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
-from gaussian_tokenizer.rendering.cameras import portrait_cameras
+from gaussian_tokenizer.rendering.cameras import Cameras, default_camera, portrait_cameras
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
@@ -173,7 +173,61 @@ def test_what_is_not_an_image_or_not_of_this_head_is_refused(pipeline, head, tmp
         pipeline(portrait(), HeadParameters.zeros(head.n_shape, 3))
 
 
-@pytest.mark.parametrize("changes", [{}, {"decoder__read_anchors": True}])
+# ---- a decoder that reads the portrait
+
+
+@pytest.fixture(scope="module")
+def reader(head) -> AvatarPipeline:
+    return AvatarPipeline(**components(head, decoder__read_portrait=True, decoder__portrait_channels=4))
+
+
+def colors_of_head(reader: AvatarPipeline, image: Image.Image, params: HeadParameters, camera: Cameras) -> torch.Tensor:
+    """(F, 3) of the avatar with a point in the middle of each face."""
+    head, pixels = reader.head, reader.inputs([image], [params])["pixel_values"][0]
+    points = {"positions": head.canonical_vertices(params)[head.faces].mean(1), "faces": torch.arange(head.n_faces)}
+    (read,) = reader.portraits([image], [params], [camera])
+    avatar = reader.decode_attributes(points, torch.zeros(head.n_faces, 4, 32), pixels, params, read)
+    return avatar.canonical_gaussians().colors
+
+
+def test_a_portrait_is_read_by_its_camera_and_moment(reader, head):
+    params = HeadParameters.zeros(head.n_shape, head.n_expression)
+    plain = colors_of_head(reader, portrait(), params, default_camera(head, 40, 30))
+    aside = colors_of_head(reader, portrait(), params, Cameras.orbit((0.0, 0.0, 0.0), 1.0, [40.0], 0.0, 100.0, 40, 30))
+    params.neck_pose[0, 1] = 0.5
+    turned = colors_of_head(reader, portrait(), params, default_camera(head, 40, 30))
+    for other in (aside, turned):
+        assert ((plain - other).abs().amax(1) > 0.01).float().mean() > 0.5
+
+
+def test_the_colors_of_the_portrait_are_those_of_the_avatar(reader, head):
+    """A new decoder starts from what it reads, where the portrait shows the point or its mirror image."""
+    params, camera = HeadParameters.zeros(head.n_shape, head.n_expression), default_camera(head, 30, 30)
+    facing = head.normals(head.template)[head.faces].mean(1)[:, 2] > 0.3
+    for channel, name in enumerate(("red", "lime", "blue")):
+        colors = colors_of_head(reader, Image.new("RGB", (30, 30), name), params, camera)
+        assert (colors.argmax(1) == channel)[facing].float().mean() > 0.95
+        assert (colors[facing, channel] > 0.95).float().mean() > 0.6
+
+
+def test_a_camera_that_does_not_fit_its_portrait_is_refused(reader, head):
+    square = portrait_cameras(head, 64)
+    with pytest.raises(
+        ValueError, match="camera is for images of 64 x 64 pixels, the portrait has the aspect of 28 x 21"
+    ):
+        reader(portrait(), camera=square, max_points=3)
+    with pytest.raises(ValueError, match="2 portraits but 1 cameras"):
+        reader([portrait(), portrait()], camera=[square], max_points=3)
+
+
+def test_without_a_camera_the_framing_of_synthetic_portraits_is_assumed_and_said(reader, head):
+    with pytest.warns(UserWarning, match="no camera was given for the portrait"):
+        found = reader(portrait(), seed=0, max_points=8)
+    assert same(found, reader(portrait(), camera=default_camera(head, 40, 30), seed=0, max_points=8))
+
+
+@pytest.mark.parametrize("changes", [{}, {"decoder__read_anchors": True}, {"decoder__read_portrait": True}])
+@pytest.mark.filterwarnings("ignore:no camera was given")
 def test_on_another_device_nothing_is_left_behind_from_the_portrait_to_the_image(head, changes):
     shape = HeadParameters.zeros(head.n_shape, head.n_expression)
     shape.shape[0] = 1.0

@@ -47,7 +47,7 @@ def test_the_output_folder_loads_and_its_report_holds_what_it_promises(reference
     assert report["steps"] == STEPS and report["mode"] == "full"
     assert (report["train_loss_first"], report["train_loss_last"]) == (losses(reference)[0], losses(reference)[-1])
     assert 5 < report["heldout_psnr"] < 60 and 0 < report["heldout_ssim"] < 1
-    assert 5 < report["psnr_mean_image"] < 60
+    assert 5 < report["psnr_mean_image"] < 60 and 0 <= report["heldout_coverage"] <= 1
     card = (reference / "README.md").read_text()
     assert card.startswith("---\n") and "PSNR" in card
     assert not [path for path in reference.iterdir() if path.name.startswith(".") or path.name.endswith(".tmp")]
@@ -87,6 +87,14 @@ def test_training_goes_on_from_a_decoder(decoder_launcher, reference, tmp_path):
     )
     first, second = (load_file(folder / "model.safetensors") for folder in (reference, tmp_path / "run"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_decoder_that_reads_the_portrait_is_trained_and_comes_back(decoder_launcher, tmp_path):
+    words = ["--read_portrait", "true", "--portrait_channels", "4", "--attention", "portrait", "--max_steps", "2"]
+    decoder_launcher.run(tmp_path / "run", *words, processes="python")
+    config = GaussianDecoder.from_pretrained(tmp_path / "run").config
+    assert (config.read_portrait, config.portrait_channels, config.attention) == (True, 4, "portrait")
+    assert len(losses(tmp_path / "run")) == 2
 
 
 # ---- errors

@@ -44,13 +44,17 @@ class AvatarRows:
         """Token ids (L,) int64."""
         return np.asarray(self.sequences[row]["input_ids"]).astype(np.int64)
 
-    def condition(self, row: int, pick: np.random.Generator | None) -> dict[str, Any]:
-        """Portrait (one of the subject's images, the first if `pick` is None) and canonical head mesh."""
+    def portrait_row(self, row: int, pick: np.random.Generator | None) -> int:
+        """The row in `frames` of one of the subject's images, the first if `pick` is None."""
+        rows = self.frame_rows[self.ids[row]]
+        return rows[0] if pick is None else rows[int(pick.integers(len(rows)))]
+
+    def condition(self, row: int, pick: np.random.Generator | None, chosen: int | None = None) -> dict[str, Any]:
+        """Portrait (the image in the row `chosen` of `frames`, or else in `portrait_row`) and canonical head mesh."""
         avatar = self.conditions[row]
         condition: dict[str, Any] = {}
         if self.frames is not None:
-            rows = self.frame_rows[str(avatar["avatar_id"])]
-            chosen = rows[0] if pick is None else rows[int(pick.integers(len(rows)))]
+            chosen = self.portrait_row(row, pick) if chosen is None else chosen
             condition["pixel_values"] = self.tokenizer(images=self.frames[chosen]["image"])["pixel_values"][0]
         condition |= {name: np.asarray(avatar[name], np.float32) for name in self.head_columns}
         if self.faces is not None:

@@ -21,6 +21,11 @@ class DecoderArguments:
     num_hidden_layers: int = option("joint-attention blocks", 12)
     num_attention_heads: int = option("heads of each attention", 16)
     read_anchors: bool = option("also read where a point's face is on the subject's own head (not in the paper)", False)
+    read_portrait: bool = option("also read the portrait where the points are in it (not in the paper)", False)
+    portrait_channels: int = option("channels of each feature map of the portrait that is read", 32)
+    attention: str = option(
+        "joint (points and portrait, the paper) or portrait (points read it, linear in points)", "joint"
+    )
     sh_degree: int = option("degree of the colors' spherical harmonics", 0)
     init_scale: float = option("initial size of Gaussians in meters", 0.0067379)
     max_scale: float = option("largest size of a Gaussian in meters", 0.01)

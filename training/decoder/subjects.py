@@ -19,21 +19,32 @@ from gaussian_tokenizer.corpus.corpus import Corpus
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
+from gaussian_tokenizer.rendering.portrait_points import Portrait
+from gaussian_tokenizer.tokenizer.processing_conditions import portrait_rgba
 from training.common.rows import AvatarRows, shuffled_row
 
 BACKGROUNDS = (0.0, 0.5, 1.0)  # gray levels of training (LAM)
+PORTRAIT = "portrait_"  # before the names of its camera and head parameters in a batch
+UNKNOWN_ALPHA = 0.25  # share of the portraits of training whose alpha is hidden, as it is in a photograph
 
 
 class SubjectRows:
     """The subjects of one split: sequence, portrait and other `inputs` of the point model, shape and images."""
 
-    def __init__(self, corpus: Corpus, split: str, inputs: Iterable[str] = (), max_subjects: int | None = None):
+    def __init__(
+        self,
+        corpus: Corpus,
+        split: str,
+        inputs: Iterable[str] = (),
+        max_subjects: int | None = None,
+        read_portrait: bool = False,
+    ):
         self.rows = AvatarRows(corpus, split, {"pixel_values", *inputs})
         self.tokenizer = self.rows.tokenizer
         self.frames = corpus.frames(split)
         shapes = [name for name in ("shape", "static_offset") if name in self.rows.avatars.column_names]
         self.shapes = self.rows.avatars.select_columns(shapes)
-        self.max_subjects = max_subjects
+        self.max_subjects, self.read_portrait = max_subjects, read_portrait
 
     def __len__(self) -> int:
         return len(self.rows) if self.max_subjects is None else min(len(self.rows), self.max_subjects)
@@ -43,9 +54,21 @@ class SubjectRows:
         return self.rows.frame_rows[self.rows.ids[row]]
 
     def subject(self, row: int, pick: np.random.Generator | None) -> dict[str, Any]:
-        """Sequence (L,), condition (source portrait and mesh), shape (S,) and, where there is one, static_offset (V, 3)."""
+        """Sequence (L,), condition (source portrait and mesh), shape (S,) and, where there is one, static_offset (V, 3).
+
+        With `read_portrait` also the portrait (4, H, W) as the pipeline would give it, and its camera and head parameters (1, ...).
+        """
         shapes = {name: np.asarray(value, np.float32) for name, value in self.shapes[row].items()}
-        return {"input_ids": self.rows.sequence(row)} | shapes | self.rows.condition(row, pick)
+        chosen = self.rows.portrait_row(row, pick)
+        subject = {"input_ids": self.rows.sequence(row)} | shapes | self.rows.condition(row, pick, chosen)
+        if self.read_portrait:
+            own = self.targets([chosen])
+            height, width = own.pop("images").shape[1:3]
+            portrait = portrait_rgba(self.frames[chosen]["image"], self.tokenizer.image_size)
+            own["Ks"] *= np.float32([[portrait.shape[2] / width], [portrait.shape[1] / height], [1]])
+            subject["portrait"] = portrait
+            subject |= {PORTRAIT + name: value for name, value in own.items()}
+        return subject
 
     def targets(self, frame_rows: list[int]) -> dict[str, np.ndarray]:
         """Images (C, H, W, 4) float32 in 0..1 with their opacity, cameras and head parameters of those frames."""
@@ -93,6 +116,10 @@ class TrainSubjects(Dataset):
         background = random.choice(BACKGROUNDS, self.num_targets).astype(np.float32)
         if random.random() < self.self_generated_ratio:
             item["input_ids"] = self.generated_sequences[row]
+        if self.subjects.read_portrait:
+            item["portrait"] = laid_on(item["portrait"], random.random(3, np.float32))
+            if random.random() < UNKNOWN_ALPHA:
+                item["portrait"][3] = 1
         return item | self.subjects.targets([rows[i] for i in chosen]) | {"background": background}
 
 
@@ -109,7 +136,10 @@ class EvaluationSubjects(Dataset):
     def __getitem__(self, row: int) -> dict[str, Any]:
         rows = self.frame_rows(row)
         background = np.ones(len(rows), np.float32)
-        return self.subjects.subject(row, None) | self.subjects.targets(rows) | {"background": background}
+        item = self.subjects.subject(row, None)
+        if self.subjects.read_portrait:
+            item["portrait"] = laid_on(item["portrait"], np.ones(3, np.float32))
+        return item | self.subjects.targets(rows) | {"background": background}
 
     def frame_rows(self, row: int) -> list[int]:
         """The rows in `frames` of a subject's frames."""
@@ -124,6 +154,12 @@ def rgba(image: Image.Image) -> np.ndarray:
         gray = np.asarray(image, np.float32) / 65535
         return np.stack((gray, gray, gray, np.ones_like(gray)), -1)
     return np.asarray(image.convert("RGBA"), np.float32) / 255
+
+
+def laid_on(portrait: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """A portrait (4, H, W) with its background, where there is one, of a color (3,); alpha stays."""
+    alpha = portrait[3:]
+    return np.concatenate((portrait[:3] * alpha + color[:, None, None] * (1 - alpha), alpha))
 
 
 def collate_subjects(items: list[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -150,6 +186,15 @@ def motion_of(batch: Mapping[str, torch.Tensor], row: int) -> HeadParameters:
     """Head parameters of one subject's target frames, T = C."""
     names = ("shape", "static_offset", *FRAME_KEYS)
     return HeadParameters(**{name: batch[name][row] for name in names if name in batch})
+
+
+def portrait_of(batch: Mapping[str, torch.Tensor], row: int) -> Portrait:
+    """The source portrait of one subject, of a batch that has it."""
+    own = {name.removeprefix(PORTRAIT): value for name, value in batch.items() if name.startswith(PORTRAIT)}
+    own |= {name: batch[name] for name in ("shape", "static_offset") if name in batch}
+    image = batch["portrait"][row]
+    camera = Cameras(own["viewmats"][row], own["Ks"][row], width=image.shape[2], height=image.shape[1])
+    return Portrait(image, camera, motion_of(own, row))
 
 
 def on_background(images: torch.Tensor, background: torch.Tensor) -> torch.Tensor:

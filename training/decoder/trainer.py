@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.geometry.triangles import nearest_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
+from gaussian_tokenizer.rendering.image_metrics import coverage, psnr, ssim
 from gaussian_tokenizer.rendering.splatting import render
 from modeling import PointillistForCausalLM
 from modeling.conversion import to_gaussians, vertex_points
@@ -23,7 +23,7 @@ from modeling.point_features import FeatureCache, point_features
 from training.common.exact_trainer import ExactTrainer
 from training.decoder.arguments import LossArguments
 from training.decoder.losses import PerceptualLoss, offset_regularizer
-from training.decoder.subjects import cameras_of, motion_of, on_background
+from training.decoder.subjects import cameras_of, motion_of, on_background, portrait_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Points:
 class DecoderTrainer(ExactTrainer):
     """Trains `GaussianDecoder` on `TrainSubjects`, evaluates it on `EvaluationSubjects` (on white).
 
-    Logs each loss beside their weighted sum; eval_psnr (dB) and eval_ssim, means over the held-out frames.
+    Logs each loss beside their weighted sum; eval_psnr (dB), eval_ssim and eval_coverage, means over the held-out frames.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DecoderTrainer(ExactTrainer):
         self.steps_since_log = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        images, output, points = self.draw(model, inputs)
+        images, _, output, points = self.draw(model, inputs)
         losses: dict[str, list[Tensor]] = {"l1": [], "ssim": [], "lpips": []}
         for row, image in enumerate(images):
             truth = on_background(inputs["images"][row], inputs["background"][row])
@@ -86,8 +86,8 @@ class DecoderTrainer(ExactTrainer):
         self.steps_since_log += 1
         return (loss, output) if return_outputs else loss
 
-    def draw(self, model, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], object, Points]:
-        """The images of each subject's target frames [(C, H, W, 3)], the decoder's output and the points."""
+    def draw(self, model, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor], object, Points]:
+        """Images [(C, H, W, 3)] and alphas [(C, H, W, 1)] of each subject's target frames, the decoder's output and the points."""
         config = self.accelerator.unwrap_model(model).config
         points = self.points(batch, config.mode)
         output = model(
@@ -96,14 +96,17 @@ class DecoderTrainer(ExactTrainer):
             pixel_values=batch["pixel_values"],
             point_mask=None if min(points.counts) == max(points.counts) else points.mask,
             anchors=self.anchors(batch, points) if config.read_anchors else None,
+            **(self.portrait_inputs(batch, points) if config.read_portrait else {}),
         )
-        images = []
+        images, alphas = [], []
         for row, count in enumerate(points.counts):
             gaussians, motion = to_gaussians(output, row, count), motion_of(batch, row)
             bound = Skinning.of_canonical(gaussians, points.faces[row, :count], motion, self.head)
             posed, background = bound.pose(motion, self.animation), batch["background"][row, :, None].expand(-1, 3)
-            images.append(render(posed, cameras_of(batch, row), background=background).image)
-        return images, output, points
+            drawn = render(posed, cameras_of(batch, row), background=background)
+            images.append(drawn.image)
+            alphas.append(drawn.alpha)
+        return images, alphas, output, points
 
     def points(self, batch: Mapping[str, Tensor], mode: str) -> Points:
         """The points that become Gaussians: those of the sequences, or the head's vertices."""
@@ -122,6 +125,17 @@ class DecoderTrainer(ExactTrainer):
         rows = zip(points.positions, points.faces, heads)
         return torch.stack([nearest_on_faces(*row, self.head.faces) for row in rows])
 
+    def portrait_inputs(self, batch: Mapping[str, Tensor], points: Points) -> dict[str, Tensor]:
+        """The portraits (B, 4, H, W), and where the points and their mirror images (B, N, 8) are in them."""
+        clouds = zip(points.positions, points.faces, points.counts)
+        rows = [
+            portrait_of(batch, row).inputs(positions[:count], faces[:count], self.head)
+            for row, (positions, faces, count) in enumerate(clouds)
+        ]
+        names = ("portrait_points", "mirror_points")
+        padded = {name: pad_sequence([own[name] for own in rows], batch_first=True) for name in names}
+        return {"portrait": torch.stack([own["portrait"] for own in rows])} | padded
+
     @torch.no_grad()
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, N, 4, D) hidden states of the point model for the sequences of the batch."""
@@ -135,16 +149,21 @@ class DecoderTrainer(ExactTrainer):
         super().log(logs, *args, **kwargs)
 
     def batch_sums(self, model, batch):
-        """(B, 4): sums of PSNR, SSIM and L1 over the frames of a subject, and the number of frames."""
+        """(B, 6): sums of PSNR, SSIM, L1 and coverage over the frames of a subject, their number, and that of coverages."""
         with self.compute_loss_context_manager():
-            images, _, _ = self.draw(model, batch)
+            images, alphas, _, _ = self.draw(model, batch)
         rows = []
-        for row, image in enumerate(images):
+        for row, (image, alpha) in enumerate(zip(images, alphas)):
             truth = on_background(batch["images"][row], batch["background"][row])
-            values = torch.stack((psnr(image, truth), ssim(image, truth), (image - truth).abs().flatten(1).mean(1)))
-            rows.append(torch.cat((values.sum(1), values.new_tensor([len(image)]))))
+            covered = coverage(alpha, batch["images"][row][..., 3:])
+            values = (psnr(image, truth), ssim(image, truth), (image - truth).abs().flatten(1).mean(1))
+            sums = [each.sum() for each in (*values, covered.nan_to_num(nan=0.0), torch.ones_like(covered))]
+            rows.append(torch.stack([*sums, covered.isfinite().sum()]))
         return torch.stack(rows).double()
 
     def mean_metrics(self, total):
-        values = (total[:3] / total[3].clamp(min=1)).tolist()
-        return dict(zip(("psnr", "ssim", "l1", "loss"), [*values, values[2]]))
+        values = (total[:3] / total[4].clamp(min=1)).tolist()
+        metrics = dict(zip(("psnr", "ssim", "l1", "loss"), [*values, values[2]]))
+        if total[5]:  # the frames have alpha
+            metrics["coverage"] = float(total[3] / total[5])
+        return metrics

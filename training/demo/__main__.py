@@ -27,12 +27,13 @@ from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.point_plots import draw_comparison
+from gaussian_tokenizer.rendering.portrait_points import Portrait
 from gaussian_tokenizer.utils.atomic import atomic_file
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import point_features
 from training.common.arguments import exit_on_user_error
 from training.common.model_card import hub_license
-from training.decoder.subjects import SubjectRows, mean_image_metrics, mean_images
+from training.decoder.subjects import SubjectRows, collate_subjects, mean_image_metrics, mean_images, portrait_of
 from training.demo.report import (
     compare_points,
     draw_avatars,
@@ -181,9 +182,12 @@ def summary(report: dict[str, Any], output: Path) -> str:
 
 def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, output: Path) -> dict[str, Any]:
     """Avatars of the first `count` held-out subjects, compared with the true ones and drawn; entries of the report."""
-    subjects = SubjectRows(corpus, "validation", pipeline.point_model.input_names)
+    reads = pipeline.gaussian_decoder.config.read_portrait
+    subjects = SubjectRows(corpus, "validation", pipeline.point_model.input_names, None, reads)
     rows = range(min(count, len(subjects)))
-    params = [shape_parameters(pipeline, subjects.subject(row, None)["shape"]) for row in rows]
+    items = [subjects.subject(row, None) for row in rows]
+    params = [shape_parameters(pipeline, item["shape"]) for item in items]
+    read = [portrait_of(collate_subjects([item], 0), 0) if reads else None for item in items]
     portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in rows]
     max_points = 2 * (int(subjects.rows.lengths.max()) // 4)
     torch.set_num_threads(1)  # one thread multiplies matrices this small faster than two
@@ -199,11 +203,11 @@ def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, ou
     for row, features in zip(rows, pipeline.decode_points(generated)[1]):
         avatar_id = subjects.rows.ids[row]
         points, invalid = judge(pipeline.tokenizer, generated.sequences[row].numpy())
-        avatar = pipeline.decode_attributes(points, features, inputs["pixel_values"][row], params[row])
+        avatar = pipeline.decode_attributes(points, features, inputs["pixel_values"][row], params[row], read[row])
         avatar.save(output / "generated" / avatar_id)
         frames = true_frames(subjects, row)
         mean_psnr, mean_ssim = mean_image_metrics(means, subjects, list(subjects.frame_rows(row)))
-        limit = reencoded(pipeline, subjects, row, inputs, params[row])  # what perfect points would give
+        limit = reencoded(pipeline, subjects, row, inputs, params[row], read[row])  # what perfect points would give
         images = {"heldout": image_metrics(avatar, frames), "reencoded": image_metrics(limit, frames)}
         images["mean_image"] = (float(mean_psnr.mean()), float(mean_ssim.mean()))
         results.append(
@@ -237,13 +241,19 @@ def shape_parameters(pipeline: AvatarPipeline, shape: np.ndarray) -> HeadParamet
 
 
 def reencoded(
-    pipeline: AvatarPipeline, subjects: SubjectRows, row: int, inputs: dict[str, Tensor], params: HeadParameters
+    pipeline: AvatarPipeline,
+    subjects: SubjectRows,
+    row: int,
+    inputs: dict[str, Tensor],
+    params: HeadParameters,
+    read: Portrait | None = None,
 ) -> GaussianAvatar:
     """The avatar that the decoder makes of a subject's true points."""
     ids = torch.from_numpy(subjects.rows.sequence(row))[None]
     condition = pipeline.point_model.select_inputs({name: value[row : row + 1] for name, value in inputs.items()})
     features = point_features(pipeline.point_model, ids, **condition)[0]
-    return pipeline.decode_attributes(pipeline.tokenizer.decode(ids[0]), features, inputs["pixel_values"][row], params)
+    points, pixels = pipeline.tokenizer.decode(ids[0]), inputs["pixel_values"][row]
+    return pipeline.decode_attributes(points, features, pixels, params, read)
 
 
 if __name__ == "__main__":

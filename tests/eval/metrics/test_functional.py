@@ -13,6 +13,7 @@ from scipy.spatial.transform import Rotation
 from eval.metrics.__main__ import main
 from eval.metrics.functional import (
     cosine_similarity,
+    coverage,
     expression_distance,
     frechet_distance,
     keypoint_distance,
@@ -54,6 +55,20 @@ def test_psnr_and_ssim_agree_with_scikit_image(rng):
     np.testing.assert_allclose(
         ssim(a, b), [metrics.structural_similarity(x, y, **window) for x, y in zip(a, b)], rtol=1e-6
     )
+
+
+def test_coverage_is_counted_pixel_by_pixel_and_unknown_without_alpha(rng):
+    a, truth = rng.integers(0, 256, (2, 3, 8, 9), dtype=np.uint8)
+    truth[2] = 255
+    expected = []
+    for own, true in zip(a[:2], truth[:2]):
+        subject = [(x, y) for x in range(8) for y in range(9) if true[x, y] >= 128]
+        expected.append(sum(own[place] >= 128 for place in subject) / len(subject))
+    found = coverage(a, truth)
+    np.testing.assert_allclose(found[:2], expected, rtol=1e-6)
+    assert np.isnan(found[2])
+    with pytest.raises(ValueError, match=r"alphas \(N, H, W\) uint8, found uint8 \(3, 8, 9\) and uint8 \(2, 8, 9\)"):
+        coverage(a, truth[:2])
 
 
 def test_ssim_of_equal_images_is_one(rng):
@@ -203,7 +218,7 @@ def test_the_doctor_lists_every_metric_and_the_way_to_the_missing_ones(tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     status = {line.split("  ")[0]: line.split() for line in done.stdout.splitlines() if line and line[0].isupper()}
-    for metric in ("PSNR", "SSIM"):
+    for metric in ("PSNR", "SSIM", "Coverage"):
         assert "ready" in status[metric]
     for metric in ("LPIPS", "FID", "AKD, APD, AED", "CSIM", "CLIP"):
         assert "missing" in status[metric]

@@ -91,12 +91,15 @@ def test_a_rendered_frame_is_the_avatar_with_the_drivers_motion_and_camera_on_it
 ):
     pair = pairs[-1]
     avatar = GaussianAvatar.load(ours[0] / "avatars" / "ours" / pair.source.subject_id, head=bench_pipeline.head)
-    render_pair(avatar, pair, tmp_path)
+    render_pair(avatar, pair, tmp_path / "frames", tmp_path / "alphas")
     on_own_shape = replace(pair.driver.params.frame(2), shape=pair.source.params.shape)
-    image = render(avatar.posed(on_own_shape), pair.driver.cameras[2].to(torch.float32)).image[0]
-    read = np.asarray(Image.open(pair.path(tmp_path) / frame_name(2)))
+    drawn = render(avatar.posed(on_own_shape), pair.driver.cameras[2].to(torch.float32))
+    image, alpha = drawn.image[0], drawn.alpha[0, ..., 0]
+    read = np.asarray(Image.open(pair.path(tmp_path / "frames") / frame_name(2)))
     assert np.abs(read - image.clamp(0, 1).numpy() * 255).max() <= 1
     assert (read < 250).any()
+    read = np.asarray(Image.open(pair.path(tmp_path / "alphas") / frame_name(2)))
+    assert np.abs(read - alpha.numpy() * 255).max() <= 1 and read.max() > 0
 
 
 def test_deleted_frames_are_rendered_again_with_the_same_bytes(ours, pairs, bench_pipeline):

@@ -48,10 +48,10 @@ def header(text: str) -> list[str]:
     ]
 
 
-def test_the_table_has_the_layout_of_table_s1_with_psnr_and_ssim_in_front(results):
+def test_the_table_has_the_layout_of_table_s1_with_psnr_ssim_and_coverage_in_front(results):
     names = [" ".join(cell.split(" ")[:2]) for cell in header(measured_block(results))[1:]]
-    assert names[:2] == ["self PSNR", "self SSIM"]
-    assert names[2:] == list(TABLES[0].columns)
+    assert names[:3] == ["self PSNR", "self SSIM", "self Coverage"]
+    assert names[3:] == list(TABLES[0].columns)
 
 
 def test_a_missing_metric_has_its_reason_in_a_footnote(results):
@@ -64,14 +64,14 @@ def test_a_missing_metric_has_its_reason_in_a_footnote(results):
 def test_the_truth_is_infinite_in_psnr_and_absent_in_cross_reenactment(results):
     row = next(line for line in measured_block(results).splitlines() if line.startswith("| truth"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[1:3] == ["∞", "1.000"] and all(cell.startswith("—") for cell in cells[-4:])
+    assert cells[1:4] == ["∞", "1.000", "1.000"] and all(cell.startswith("—") for cell in cells[-4:])
 
 
 def test_the_best_method_is_marked_and_the_truth_is_not_a_method(results):
     rows = [line for line in measured_block(with_numbers(results)).splitlines() if "**" in line]
     assert rows and not any(line.startswith("| truth") for line in rows)
     best = [line.count("**") // 2 for line in rows]
-    assert sum(best) == 10  # one a column
+    assert sum(best) == 11  # one a column
 
 
 def test_a_refused_row_lists_all_that_is_wrong(results, finished):

@@ -1,10 +1,11 @@
 """Numbers of frames, means over them with intervals, what is missing and what is not found."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from bench import noise
+from bench import noise, repainted
 
 from eval.metrics.functional import frechet_distance
 from eval.networks.faces import FaceReading
@@ -88,6 +89,24 @@ def test_a_metric_without_its_network_has_a_reason_and_no_number(clips, tmp_path
             found["metrics"][key]["na"] == "not installed: it; pip install it" and "value" not in found["metrics"][key]
         )
     assert found["metrics"]["psnr"]["frames"] == 9 and "faces_not_found" not in found
+
+
+def test_coverage_is_that_of_the_alphas_and_has_a_reason_where_there_are_none(clips, tmp_path):
+    pairs = make_pairs(clips, "self", 0)
+    files = FeatureFiles(tmp_path, networks())
+    true = {clip.subject_id: files.of_clip(clip) for clip in clips}
+
+    def found(alphas_of, name):
+        frames = [files.of_frames(name, pair, noise(3), alphas_of(pair)) for pair in pairs]
+        return summarize(pairs, frames, true, missing_networks(networks()), 0)["metrics"]["coverage"]
+
+    assert found(lambda pair: pair.driver.alphas(pair.rows), "truth")["value"] == 1
+    assert found(lambda pair: 0 * pair.driver.alphas(pair.rows), "nothing")["value"] == 0
+    assert found(lambda pair: None, "compared") == {"na": "the frames have no alpha"}
+    opaque = [replace(pair, driver=repainted(pair.driver, 90)) for pair in pairs]
+    frames = [files.of_frames("opaque", pair, noise(3), pair.driver.alphas(pair.rows)) for pair in opaque]
+    table = summarize(opaque, frames, true, missing_networks(networks()), 0)["metrics"]
+    assert table["coverage"] == {"na": "the true images have no alpha"}
 
 
 def test_motion_is_compared_with_the_driver_and_the_person_with_the_source(clips):

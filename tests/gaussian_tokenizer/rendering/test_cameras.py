@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.heads.procedural_head import build_procedural_head
+from gaussian_tokenizer.rendering.cameras import Cameras, default_camera, portrait_cameras
 
 
 def project(cameras, point):
@@ -87,3 +88,13 @@ def broken(**changes):
 def test_what_cannot_be_a_camera_is_refused_with_the_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_default_camera_is_that_of_synthetic_portraits_in_the_square_around_the_image():
+    head = build_procedural_head(600)
+    assert torch.equal(default_camera(head, 80, 80).Ks, portrait_cameras(head, 80).Ks)
+    wide = default_camera(head, 80, 60)
+    square = portrait_cameras(head, 80)
+    assert (wide.width, wide.height) == (80, 60) and torch.equal(wide.viewmats, square.viewmats)
+    shift = (square.Ks - wide.Ks)[0]
+    assert shift[1, 2] == 10 and shift.count_nonzero() == 1  # rows above and below the image are left out

@@ -6,7 +6,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
+from gaussian_tokenizer.rendering.image_metrics import coverage, psnr, ssim
 
 
 def test_psnr_is_that_of_scikit_image_image_by_image(image_pairs):
@@ -42,3 +42,13 @@ def test_ssim_of_one_image_has_one_value_and_a_gradient(image_pairs):
 def test_images_smaller_than_the_window_are_refused():
     with pytest.raises(ValueError, match="11 pixels, found images of 8x20"):
         ssim(torch.zeros(1, 20, 8, 3), torch.zeros(1, 20, 8, 3))
+
+
+def test_coverage_is_the_share_of_the_subject_that_is_opaque_and_unknown_without_alpha():
+    truth = torch.zeros(3, 4, 4, 1)
+    truth[0, :2], truth[1] = 1.0, 1.0
+    alphas = torch.zeros(3, 4, 4, 1)
+    alphas[0, 1:, :3] = 0.6  # three of the subject's eight pixels, and six beside it
+    alphas[0, 0] = 0.4
+    found = coverage(alphas, truth)
+    assert found[0] == 3 / 8 and found[1:].isnan().all()

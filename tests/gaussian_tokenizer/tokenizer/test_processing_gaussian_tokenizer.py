@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from gaussian_tokenizer import GaussianTokenizer
+from gaussian_tokenizer.tokenizer.processing_conditions import portrait_rgba
 
 IMAGENET_WHITE = (1 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
 
@@ -392,6 +393,15 @@ def test_an_image_is_turned_upright_and_kept_whole_on_white(tmp_path):
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1)])
 def test_the_thinnest_images_are_accepted(size):
     assert GaussianTokenizer(image_size=8)(images=Image.new("RGB", size))["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_a_portrait_that_is_read_keeps_its_aspect_and_its_alpha():
+    pixels = np.zeros((6, 12, 4), np.uint8)
+    pixels[:, :6] = (255, 51, 0, 255)
+    read = portrait_rgba(Image.fromarray(pixels), 24)
+    assert read.shape == (4, 12, 24) and read.dtype == np.float32
+    np.testing.assert_allclose(read[:, 6, 2], [1, 0.2, 0, 1])
+    assert (read[3, :, 18:] == 0).all() and (portrait_rgba(pixels[..., :3], 12)[3] == 1).all()
 
 
 def test_a_stack_of_images_is_a_batch():

@@ -9,9 +9,10 @@ import torch
 from curves import assert_pinned
 from transformers import Dinov2Config
 
+from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.skinning import Skinning
 from gaussian_tokenizer.heads.head_model import HeadModel
-from gaussian_tokenizer.heads.head_parameters import HeadParameters
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from gaussian_tokenizer.rendering.splatting import render
@@ -63,7 +64,8 @@ def make_trainer(corpus, point_model, head, tmp_path):
             per_device_eval_batch_size=2, eval_strategy="no", save_strategy="no", use_cpu=True, disable_tqdm=True, num_threads=1,
             warmup_steps=0, logging_steps=1,
         )  # fmt: skip
-        train, heldout = (SubjectRows(corpus, split, HEAD_COLUMNS) for split in ("train", "validation"))
+        reads = config.get("read_portrait", False)
+        train, heldout = (SubjectRows(corpus, split, HEAD_COLUMNS, None, reads) for split in ("train", "validation"))
         return DecoderTrainer(
             model=GaussianDecoder(GaussianDecoderConfig(**(settings | config))),
             args=arguments,
@@ -120,9 +122,20 @@ def test_the_loss_is_the_papers_sum_over_images_drawn_one_subject_at_a_time(make
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
-@pytest.mark.parametrize(("mode", "read_anchors"), [*((mode, False) for mode in MODES), ("full", True)])
-def test_every_parameter_of_every_mode_learns_and_nothing_else_does(make_trainer, mode, read_anchors):
-    trainer = make_trainer(mode, read_anchors=read_anchors)
+READ = dict(read_portrait=True, portrait_channels=4)
+
+
+@pytest.mark.parametrize(
+    ("mode", "config"),
+    [
+        *((mode, {}) for mode in MODES),
+        ("full", dict(read_anchors=True)),
+        *((mode, READ) for mode in MODES),
+        ("position", READ | dict(attention="portrait")),
+    ],
+)
+def test_every_parameter_of_every_mode_learns_and_nothing_else_does(make_trainer, mode, config):
+    trainer = make_trainer(mode, **config)
     frozen = copy.deepcopy(trainer.frozen[0].state_dict())
     loss = trainer.compute_loss(trainer.model, batch_of(trainer))
     loss.backward()
@@ -159,6 +172,44 @@ def test_anchors_are_the_nearest_points_of_the_faces_on_each_subjects_own_head(m
         assert (tried.min(1).values - found < 1e-3).all(), "the distance is that to the face, not to something nearer"
 
 
+@pytest.mark.parametrize("mode", ["position", "flame_position"])
+def test_the_portrait_is_read_where_its_own_camera_and_moment_put_each_point(make_trainer, head, mode):
+    """Against the first frame of the corpus, and points posed and projected by the renderer's own functions."""
+    trainer = make_trainer(mode, **READ)
+    batch = trainer.data_collator([trainer.eval_dataset[row] for row in range(2)])
+    points = trainer.points(batch, mode)
+    inputs = trainer.portrait_inputs(batch, points)
+    for row, count in enumerate(points.counts):
+        subjects = trainer.eval_dataset.subjects
+        frame = subjects.frames[subjects.frame_rows(row)[0]]
+        own = {name: torch.tensor([frame[name]], dtype=torch.float32) for name in FRAME_KEYS}
+        motion = HeadParameters(shape=batch["shape"][row], **own)
+        zero = torch.zeros(count, 3)
+        still = Gaussians(
+            points.positions[row, None, :count], zero[None] + 0.01, torch.ones(1, count, 4), zero[:, 0], zero[:, None]
+        )
+        at = Skinning.of_canonical(still, points.faces[row, :count], motion, head).pose(motion).positions[0].double()
+        view = torch.tensor(frame["viewmat"], dtype=torch.float64)
+        x, y, z = (at @ view[:3, :3].T + view[:3, 3]).unbind(-1)
+        u = 2 * (frame["fx"] * x / z + frame["cx"]) / frame["width"] - 1
+        v = 2 * (frame["fy"] * y / z + frame["cy"]) / frame["height"] - 1
+        found = inputs["portrait_points"][row, :count, :3]
+        torch.testing.assert_close(found, torch.stack((u, v, z), -1).float(), atol=1e-4, rtol=0)
+    expected = on_background(batch["images"][:, 0], torch.ones(2))
+    shown = inputs["portrait"][:, :3].permute(0, 2, 3, 1)
+    assert (shown - expected).abs().max() < 0.02  # resized from 56 to 56 pixels: rounded to bytes
+
+
+def test_portraits_of_training_stand_before_random_colors_and_some_without_alpha(make_trainer):
+    dataset = make_trainer(max_steps=40, **READ).train_dataset
+    items = [dataset[index] for index in range(40)]
+    corners = {tuple(item["portrait"][:3, 0, 0].tolist()) for item in items}
+    hidden = [bool((item["portrait"][3] == 1).all()) for item in items]
+    assert len(corners) == 40 and 0 < sum(hidden) < 20
+    for name, value in dataset[7].items():
+        assert (value == items[7][name]).all(), name
+
+
 def test_evaluation_is_the_mean_over_all_held_out_frames_on_white(make_trainer):
     trainer = make_trainer()
     metrics = trainer.evaluate()
@@ -166,11 +217,15 @@ def test_evaluation_is_the_mean_over_all_held_out_frames_on_white(make_trainer):
     with torch.no_grad():
         for row in range(len(trainer.eval_dataset)):
             batch = trainer.data_collator([trainer.eval_dataset[row]])
-            image = trainer.draw(trainer.model, batch)[0][0]
+            (image,), (alpha,), *_ = trainer.draw(trainer.model, batch)
             truth = on_background(batch["images"][0], torch.ones(len(image)))
-            values += list(zip(psnr(image, truth).tolist(), ssim(image, truth).tolist()))
+            covered = []
+            for own, true in zip(alpha.numpy() > 0.5, batch["images"][0, ..., 3:].numpy() > 0.5):
+                covered.append(float((own & true).sum() / true.sum()))
+            values += list(zip(psnr(image, truth).tolist(), ssim(image, truth).tolist(), covered))
     assert len(values) == 4 * 3
-    mean_psnr, mean_ssim = torch.tensor(values).mean(0).tolist()
+    mean_psnr, mean_ssim, mean_coverage = torch.tensor(values).mean(0).tolist()
+    assert metrics["eval_coverage"] == pytest.approx(mean_coverage, rel=1e-5) and 0 < mean_coverage < 1
     assert metrics["eval_psnr"] == pytest.approx(mean_psnr, rel=1e-5)
     assert metrics["eval_ssim"] == pytest.approx(mean_ssim, rel=1e-4)
 

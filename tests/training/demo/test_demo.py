@@ -19,9 +19,10 @@ from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-from modeling import AvatarPipeline
+from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM
 from training.common.rows import HEAD_COLUMNS
 from training.decoder.subjects import SubjectRows, mean_image_metrics
+from training.demo.__main__ import generate
 from training.demo.report import chamfer, image_metrics, judge, true_frames
 
 
@@ -161,6 +162,16 @@ def test_every_python_example_of_the_documentation_runs_by_itself_after_the_demo
 @pytest.fixture(scope="module")
 def subjects(corpus) -> SubjectRows:
     return SubjectRows(corpus, "validation", HEAD_COLUMNS)
+
+
+def test_a_decoder_that_reads_the_portrait_is_given_it(corpus, point_model, tmp_path):
+    head, points = build_procedural_head(600), PointillistForCausalLM.from_pretrained(point_model)
+    config = GaussianDecoderConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, point_feature_size=32, init_scale=0.03, max_scale=0.06,
+        init_opacity=0.9, vision_config=points.config.vision_config, read_portrait=True, portrait_channels=4,
+    )  # fmt: skip
+    report = generate(AvatarPipeline(corpus.tokenizer, points, GaussianDecoder(config), head), corpus, 2, 0, tmp_path)
+    assert len(report["generated"]) == 2 and np.isfinite(report["psnr_heldout"] + report["psnr_reencoded"])
 
 
 def test_image_metrics_are_those_of_the_drawn_frames(subjects, tiny_corpus):
