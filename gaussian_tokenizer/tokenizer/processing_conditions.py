@@ -44,10 +44,10 @@ def pixel_values(images: Any, size: int) -> np.ndarray:
 
 def portrait_rgba(image: Any, size: int) -> np.ndarray:
     """One image, as `pixel_values` takes it -> (4, H, W) float32 in 0..1 with its alpha, the longer side of `size` pixels."""
-    upright = upright(image)
-    scale = size / max(upright.size)
-    width, height = (max(1, round(side * scale)) for side in upright.size)
-    resized = upright.convert("RGBA").resize((width, height), Image.Resampling.BICUBIC)
+    whole = upright(image)
+    scale = size / max(whole.size)
+    width, height = (max(1, round(side * scale)) for side in whole.size)
+    resized = whole.convert("RGBA").resize((width, height), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(resized, np.float32).transpose(2, 0, 1)) / 255
 
 
