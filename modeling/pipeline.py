@@ -39,6 +39,7 @@ from .gaussian_decoder.modeling_gaussian_decoder import GaussianDecoder
 from .pointillist.generation_pointillist import PointillistGenerateOutput
 from .pointillist.modeling_pointillist import PointillistForCausalLM
 from .ranking import likeliest
+from .refinement import check_steps, refine
 
 FORMAT = "avatar-pointillist pipeline 1"
 INDEX_NAME, HEAD_NAME = "pipeline.json", "head.safetensors"
@@ -89,6 +90,7 @@ class AvatarPipeline:
         camera: Cameras | Sequence[Cameras | None] | None = None,
         seed: int | None = None,
         candidates: int = CANDIDATES,
+        refine_steps: int = 0,
         **options: Any,
     ) -> GaussianAvatar | list[GaussianAvatar]:
         """The avatar of one subject, or of each subject of a list.
@@ -96,12 +98,13 @@ class AvatarPipeline:
         Args:
             image: the portrait, as the tokenizer takes it (PIL image, array, tensor or file), or a list of portraits.
             head_params: the subject's head parameters, of which shape and static offset are used (None: the mean head), or a list
-                of them for a list of portraits. A decoder that reads the portrait also uses their first frame: the portrait's
-                expression and pose.
+                of them for a list of portraits. A decoder that reads the portrait and `refine_steps` also use their first frame:
+                the portrait's expression and pose.
             camera: of the portrait (C = 1, image size in proportion to the portrait's), or one for each portrait; used by a
-                decoder that reads the portrait. None: that of synthetic portraits is taken, with a warning.
+                decoder that reads the portrait and by `refine_steps`. None: that of synthetic portraits is taken, with a warning.
             seed: makes the same avatar again; None: torch's generator in its current state.
             candidates: how many clouds are generated for each subject, side by side; the likeliest is decoded.
+            refine_steps: steps of rendering the decoded avatar and making it more like the portrait, see `refinement.refine`.
             options: of `PointillistForCausalLM.generate` (max_points, temperature, guidance_scale, ...).
 
         Returns:
@@ -109,6 +112,7 @@ class AvatarPipeline:
 
         Raises `ValueError` for an image that cannot be read or parameters of another head model.
         """
+        check_steps(refine_steps)
         many = isinstance(image, (list, tuple))
         images = list(image) if many else [image]
         if head_params is None or isinstance(head_params, HeadParameters):
@@ -120,9 +124,11 @@ class AvatarPipeline:
         inputs = self.inputs(images, params)
         output = self.generate(inputs, seed=seed, candidates=candidates, **options)
         cameras = [camera] * len(images) if camera is None or isinstance(camera, Cameras) else list(camera)
-        portraits = self.portraits(images, params, cameras)
+        portraits = self.portraits(images, params, cameras, needed=refine_steps > 0)
         clouds = zip(*self.decode_points(output), inputs["pixel_values"], params, portraits)
         avatars = [self.decode_attributes(*cloud) for cloud in clouds]
+        if refine_steps:
+            avatars = [refine(avatar, own, refine_steps) for avatar, own in zip(avatars, portraits) if own is not None]
         return avatars if many else avatars[0]
 
     def inputs(self, images: Sequence[Any], params: Sequence[HeadParameters]) -> dict[str, Tensor]:
@@ -134,12 +140,16 @@ class AvatarPipeline:
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     def portraits(
-        self, images: Sequence[Any], params: Sequence[HeadParameters], cameras: Sequence[Cameras | None]
+        self,
+        images: Sequence[Any],
+        params: Sequence[HeadParameters],
+        cameras: Sequence[Cameras | None],
+        needed: bool = False,
     ) -> list[Portrait | None]:
-        """What a decoder that reads the portrait is given of B of them, see `Portrait.of`; None of each for another decoder."""
+        """B portraits as `Portrait.of` makes them; None of each if the decoder does not read portraits, unless `needed`."""
         if len(cameras) != len(images):
             raise ValueError(f"{len(images)} portraits but {len(cameras)} cameras; give None where one is not known")
-        if not self.gaussian_decoder.config.read_portrait:
+        if not (needed or self.gaussian_decoder.config.read_portrait):
             return [None] * len(images)
         size = self.tokenizer.image_size
         return [Portrait.of(*each, self.head, size) for each in zip(images, params, cameras)]

@@ -27,6 +27,7 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianT
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
 from modeling.pipeline import SAMPLING
 from modeling.ranking import likeliest
+from modeling.refinement import refine
 
 VISION = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=28)
 
@@ -173,6 +174,29 @@ def test_what_is_not_an_image_or_not_of_this_head_is_refused(pipeline, head, tmp
         pipeline(portrait(), HeadParameters.zeros(head.n_shape, 3))
 
 
+# ---- steps against the portrait
+
+
+def test_refinement_makes_the_avatar_more_like_the_portrait_and_is_off_by_default(pipeline, head):
+    image, camera = Image.new("RGBA", (40, 30), (200, 60, 30, 255)), default_camera(head, 40, 30)
+    image.putpixel((0, 0), (0, 0, 0, 0))  # with alpha: a dozen points have no silhouette
+    plain = pipeline(image, seed=0, max_points=12, camera=camera)
+    assert same(plain, pipeline(image, seed=0, max_points=12, refine_steps=0))
+    refined = pipeline([image], seed=0, max_points=12, camera=camera, refine_steps=8)[0]
+    assert same(refined, pipeline(image, seed=0, max_points=12, camera=camera, refine_steps=8))
+    (read,) = pipeline.portraits([image], [refined.params], [camera], needed=True)
+    assert same(refined, refine(plain, read, 8)) and not same(refined, plain)
+    assert pipeline.portraits([image], [refined.params], [camera]) == [None]
+    with pytest.warns(UserWarning, match="no camera was given for the portrait"):
+        assert same(refined, pipeline(image, seed=0, max_points=12, refine_steps=8))
+
+
+def test_refinement_is_refused_before_anything_is_generated(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "generate", None)
+    with pytest.raises(ValueError, match="refine_steps is -2, expected a whole number"):
+        pipeline(portrait(), refine_steps=-2)
+
+
 # ---- a decoder that reads the portrait
 
 
@@ -236,6 +260,8 @@ def test_on_another_device_nothing_is_left_behind_from_the_portrait_to_the_image
     with PretendedDevice() as device:
         avatar = pipeline.to(device)(portrait(), shape, seed=0, max_points=8)
         assert {value.device for value in avatar.tensors().values()} == {device}
+        refined = pipeline(portrait(), shape, seed=0, max_points=8, refine_steps=1)
+        assert {value.device for value in refined.tensors().values()} == {device}
         for method in ("lbs", "face_frames"):
             posed = avatar.posed(motion, method)
             assert render(posed, portrait_cameras(head, size=24)[0:1]).image.device == posed.positions.device == device
