@@ -10,17 +10,17 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from .gaussian_decoder.modeling_gaussian_decoder import GaussianDecoderOutput
 
 
-def to_gaussians(output: GaussianDecoderOutput, row: int = 0, num_points: int | None = None) -> Gaussians:
-    """The Gaussians of one `row` of a decoder's output (B, N, ..), its first `num_points` (default: all N); gradients pass.
+def to_gaussians(output: GaussianDecoderOutput, row: int = 0, num_gaussians: int | None = None) -> Gaussians:
+    """The Gaussians of one `row` of a decoder's output (B, N, ..), its first `num_gaussians` (default: all); gradients pass.
 
     Returns `Gaussians` of one frame (T = 1), float32, canonical space in meters. Raises `ValueError` if there is no such row, or
-    it has fewer points.
+    it has fewer.
     """
     positions, _, scales, quats, opacities, sh = output.values()
     batch, longest, _ = positions.shape
-    count = longest if num_points is None else num_points
+    count = longest if num_gaussians is None else num_gaussians
     if not 0 <= row < batch or not 0 <= count <= longest:
-        raise ValueError(f"row {row} with {count} points of an output of {batch} rows with {longest} points")
+        raise ValueError(f"row {row} with {count} Gaussians of an output of {batch} rows with {longest} Gaussians")
     return Gaussians(
         positions=positions[row, None, :count],
         scales=scales[row, None, :count],

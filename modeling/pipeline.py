@@ -211,7 +211,7 @@ class AvatarPipeline:
         if config.read_portrait and portrait is not None:
             inputs |= portrait.inputs(positions, faces, self.head)
         decoded = self.gaussian_decoder(**{name: value[None] for name, value in inputs.items()})
-        return GaussianAvatar.from_gaussians(to_gaussians(decoded), faces, own, self.head)
+        return GaussianAvatar.from_gaussians(to_gaussians(decoded), config.per_gaussian(faces), own, self.head)
 
     @classmethod
     def from_pretrained(

@@ -169,7 +169,7 @@ def make_avatars(name: str, maker: Maker, clips: Sequence[Clip], output: Path, b
                 made = maker(batch)
                 seconds = (time.perf_counter() - begin) / len(batch)
                 for path, (avatar, tokens) in zip(paths, made):
-                    stats = {"seconds": seconds, "batch": len(batch), "tokens": tokens, "points": len(avatar)}
+                    stats = {"seconds": seconds, "batch": len(batch), "tokens": tokens, "gaussians": len(avatar)}
                     with atomic_folder(path) as new:
                         avatar.to("cpu").save(new)
                         (new / GENERATION_NAME).write_text(json.dumps(stats))
@@ -225,6 +225,7 @@ def vertex_avatar(
     if portrait is not None:
         inputs |= portrait.inputs(positions, faces, head)
     decoded = decoder(**{name: value[None] for name, value in inputs.items()})
+    faces = decoder.config.per_gaussian(faces)
     return GaussianAvatar.from_gaussians(to_gaussians(decoded), faces, params.canonical(), head)
 
 

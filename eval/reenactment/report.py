@@ -141,7 +141,7 @@ def _speed(speed: Mapping[str, Any]) -> dict[str, str]:
         "an avatar": f"{speed['seconds_per_avatar']:.2f} s (generated {speed['batch']} at a time, mean of {speed['avatars']})",
         "tokens": f"{speed['tokens_per_second']:.0f} per second, {speed['tokens_per_avatar']:.0f} per avatar, of one candidate",
         "posing and rendering": f"{speed['frames_per_second']:.1f} frames per second of {size} pixels, "
-        f"{speed['points_of_drawn_avatar']:,} points, one frame at a time, without file access",
+        f"{speed['gaussians_of_drawn_avatar']:,} Gaussians, one frame at a time, without file access",
         "peak memory": f"{speed['peak_memory_gib']:.2f} GiB",
     }
     if speed["peak_gpu_memory_gib"] is not None:

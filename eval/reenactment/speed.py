@@ -34,7 +34,7 @@ def measure(avatar: GaussianAvatar, pair: Pair, generation: Sequence[dict[str, A
         "seconds_per_avatar": making / len(generation),
         "tokens_per_avatar": tokens / len(generation),
         "tokens_per_second": tokens / making,
-        "points_of_drawn_avatar": len(avatar),
+        "gaussians_of_drawn_avatar": len(avatar),
         "image": list(pair.driver.size),
         "frames_drawn": len(rows),
         "frames_per_second": len(rows) / seconds,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from huggingface_hub.dataclasses import strict
+from torch import Tensor
 from transformers import Dinov2Config, PreTrainedConfig
 
 SIZE, LAYERS = (1, 2**31 - 1), (1, 10_000)  # the most that an index of a tensor holds, and that a list of names may
@@ -18,6 +19,7 @@ LIMITS = {
     ),
     **dict.fromkeys(("point_extent", "init_scale", "max_scale", "max_offset"), POSITIVE),
     "num_hidden_layers": LAYERS,
+    "gaussians_per_point": (1, 1000),
     "point_frequencies": OCTAVES,
     "initializer_range": (0, 1e3),
     "init_opacity": (0, 1),
@@ -72,6 +74,8 @@ class GaussianDecoderConfig(PreTrainedConfig):
             channels are those of each of the three maps (not in the paper).
         attention: "joint", over points and portrait tokens, as in the paper; "portrait" lets points read the portrait tokens
             only, which takes time in proportion to the number of points, not to its square.
+        gaussians_per_point: how many Gaussians each point becomes, all bound to its face, each with attributes and an offset of
+            its own. The paper has 1; several are the anchors of Scaffold-GS (Lu et al. 2024).
         vision_config: a `Dinov2Config` (or dict) of the portrait encoder; default ViT-L/14, as in `PointillistConfig`.
         vision_layers: 0-based layers whose patch tokens are fused; default LAM's [4, 11, 17, 23] for 24 layers, else four
             evenly spread ones that end with the last.
@@ -100,6 +104,7 @@ class GaussianDecoderConfig(PreTrainedConfig):
     read_portrait: bool = False
     portrait_channels: int = 32
     attention: str = "joint"
+    gaussians_per_point: int = 1
 
     vision_config: dict | Dinov2Config | None = None
     vision_layers: list[int] | None = None
@@ -133,6 +138,10 @@ class GaussianDecoderConfig(PreTrainedConfig):
     @property
     def reads_point_features(self) -> bool:
         return self.mode in ("full", "ar_feature")
+
+    def per_gaussian(self, of_points: Tensor, dim: int = 0) -> Tensor:
+        """What is known of the points (faces, say), repeated along `dim` for the Gaussians of each, in the order of the output."""
+        return of_points.repeat_interleave(self.gaussians_per_point, dim)
 
     def validate_architecture(self):
         """Raise `ValueError` for fields that are out of range or contradict each other."""

@@ -1,6 +1,7 @@
 """The Gaussian decoder: from the points of an avatar and a portrait to the color, scale, rotation and opacity of its Gaussians.
 
-Axes: B batch, N points, M portrait tokens, S = N + M, H heads, D width, K SH coefficients.
+Axes: B batch, N points, M portrait tokens, S = N + M, H heads, D width, G Gaussians per point (row n G + g is the g-th of
+point n), K SH coefficients.
 """
 
 import math
@@ -29,11 +30,11 @@ EXPONENT_LIMIT = 15.0  # above it the gradient of exp is held, so that an overfl
 class GaussianDecoderOutput(ModelOutput):
     """Gaussians in canonical space, activated, float32 whatever the precision of the blocks.
 
-    positions: (B, N, 3) meters, the points (with `read_anchors`: pulled to their anchors) moved by `offsets` (B, N, 3), each
-        within +-max_offset.
-    scales: (B, N, 3) meters, one standard deviation along each axis, 0 to max_scale. At max_scale the gradient is zero.
-    quats: (B, N, 4) wxyz, unit length. opacities: (B, N) in 0..1.
-    sh: (B, N, K, 3) coefficients, K = (sh_degree + 1)^2; rgb = sum of basis * sh + 0.5.
+    positions: (B, N G, 3) meters, the points (with `read_anchors`: pulled to their anchors) moved by `offsets` (B, N G, 3), each
+        within +-max_offset. `config.per_gaussian(faces)` are the faces of these Gaussians.
+    scales: (B, N G, 3) meters, one standard deviation along each axis, 0 to max_scale. At max_scale the gradient is zero.
+    quats: (B, N G, 4) wxyz, unit length. opacities: (B, N G) in 0..1.
+    sh: (B, N G, K, 3) coefficients, K = (sh_degree + 1)^2; rgb = sum of basis * sh + 0.5.
     Where `point_mask` is False, offsets and opacities are zero.
     """
 
@@ -292,27 +293,28 @@ def positional_encoding(unit: Tensor, octaves: int) -> Tensor:
 class GaussianHead(nn.Module):
     """Normalized points (B, N, D) and their positions (B, N, 3) -> Gaussians.
 
-    A new one gives all points the same attributes but the color: small, faint, unrotated Gaussians on their points.
+    A new one gives all points the same attributes but the color: small, faint, unrotated Gaussians on their points, or around
+    them if there are several.
     """
 
     def __init__(self, config: GaussianDecoderConfig):
         super().__init__()
         self.config = config
-        width, half = config.hidden_size, config.hidden_size // 2
+        width, half, each = config.hidden_size, config.hidden_size // 2, config.gaussians_per_point
         layers = nn.Linear(width, half), nn.SiLU(), nn.Linear(half, half), nn.SiLU(), nn.Linear(half, width)
         self.mlp = nn.Sequential(*layers)
         faint = math.log(config.init_opacity / (1 - config.init_opacity))
-        self.color = AttributeLinear(width, 3, initial=[0.0] * 3 if config.read_portrait else None)
-        self.scale = AttributeLinear(width, 3, initial=[math.log(config.init_scale)] * 3)
-        self.offset = AttributeLinear(width, 3, initial=[0.0] * 3)
-        self.opacity = AttributeLinear(width, 1, initial=[faint])
-        self.quat = AttributeLinear(width, 4, initial=[1.0, 0.0, 0.0, 0.0])
+        self.color = AttributeLinear(width, 3 * each, initial=[0.0] * 3 * each if config.read_portrait else None)
+        self.scale = AttributeLinear(width, 3 * each, initial=[math.log(config.init_scale)] * 3 * each)
+        self.offset = AttributeLinear(width, 3 * each, initial=spread_offsets(config))
+        self.opacity = AttributeLinear(width, each, initial=[faint] * each)
+        self.quat = AttributeLinear(width, 4 * each, initial=[1.0, 0.0, 0.0, 0.0] * each)
         if config.read_anchors:
             self.pull = AttributeLinear(width, 1, initial=[0.0])
         if config.read_portrait:  # the point itself before its mirror image
             self.trust = AttributeLinear(width, 2, initial=[0.0, 1.0])
         if config.sh_degree:
-            rest = 3 * ((config.sh_degree + 1) ** 2 - 1)
+            rest = 3 * ((config.sh_degree + 1) ** 2 - 1) * each
             self.sh_rest = AttributeLinear(width, rest, initial=[0.0] * rest)
 
     def forward(
@@ -328,27 +330,49 @@ class GaussianHead(nn.Module):
         # No autocast here: half precision would round a position of 0.2 m to 0.1-1 mm.
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            offsets = (self.offset(x).sigmoid() - 0.5) * (2 * config.max_offset)
-            opacities = self.opacity(x).sigmoid()[..., 0]
+            offsets = (self.split(self.offset(x)).sigmoid() - 0.5) * (2 * config.max_offset)
+            opacities = self.split(self.opacity(x)).sigmoid()[..., 0]
             if config.read_anchors and anchors is not None:  # initially half way
                 positions = positions + self.pull(x).sigmoid() * (anchors.float() - positions)
             if point_mask is not None:
+                point_mask = config.per_gaussian(point_mask, 1)
                 offsets = offsets * point_mask[..., None]
                 opacities = opacities * point_mask
-            color = self.color(x)
+            color = self.split(self.color(x))
             if reading is not None:
-                color = color + color_logits(reading, self.trust(x))
+                color = color + config.per_gaussian(color_logits(reading, self.trust(x)), 1)
             sh = ((color.sigmoid() - 0.5) / SH_DC)[:, :, None]
             if config.sh_degree:
-                sh = torch.cat((sh, self.sh_rest(x).unflatten(-1, (-1, 3))), dim=2)
+                sh = torch.cat((sh, self.split(self.sh_rest(x)).unflatten(-1, (-1, 3))), dim=2)
             return GaussianDecoderOutput(
-                positions=positions + offsets,
+                positions=config.per_gaussian(positions, 1) + offsets,
                 offsets=offsets,
-                scales=HeldExp.apply(self.scale(x)).clamp(max=config.max_scale),
-                quats=F.normalize(self.quat(x), dim=-1),
+                scales=HeldExp.apply(self.split(self.scale(x))).clamp(max=config.max_scale),
+                quats=F.normalize(self.split(self.quat(x)), dim=-1),
                 opacities=opacities,
                 sh=sh,
             )
+
+    def split(self, values: Tensor) -> Tensor:
+        """(B, N, G C) of a layer -> (B, N G, C)"""
+        return values.unflatten(-1, (self.config.gaussians_per_point, -1)).flatten(1, 2)
+
+
+def spread_offsets(config: GaussianDecoderConfig) -> list[float]:
+    """What `GaussianHead.offset` returns at first: the Gaussians of a point on a golden spiral around it, a single one on it.
+
+    The radius is half of `init_scale`: they overlap, but are no copies, which would get the same gradients forever.
+    """
+    count = config.gaussians_per_point
+    heights = [1 - (2 * i + 1) / count for i in range(count)]
+    angles = [math.pi * (3 - math.sqrt(5)) * i for i in range(count)]
+    sphere = [
+        (math.sqrt(1 - z * z) * math.cos(a), math.sqrt(1 - z * z) * math.sin(a), z) for z, a in zip(heights, angles)
+    ]
+    center = [sum(axis) / count for axis in zip(*sphere)]
+    unit = min(config.init_scale, config.max_offset) / 2 / (2 * config.max_offset)
+    shares = [0.5 + unit * (value - middle) for point in sphere for value, middle in zip(point, center)]
+    return [math.log(share / (1 - share)) for share in shares]
 
 
 class AttributeLinear(nn.Linear):

@@ -250,6 +250,22 @@ def test_without_a_camera_the_framing_of_synthetic_portraits_is_assumed_and_said
     assert same(found, reader(portrait(), camera=default_camera(head, 40, 30), seed=0, max_points=8))
 
 
+@torch.no_grad()
+def test_every_gaussian_of_a_point_is_bound_to_its_face(head):
+    pipeline = AvatarPipeline(**components(head, decoder__gaussians_per_point=2, decoder__read_portrait=True))
+    params, camera = HeadParameters.zeros(head.n_shape, head.n_expression), default_camera(head, 40, 30)
+    image = portrait()
+    output = pipeline.generate(pipeline.inputs([image], [params]), seed=0, max_points=8)
+    (points,), _ = pipeline.decode_points(output)
+    avatar = pipeline(image, params, camera=camera, seed=0, max_points=8)
+    assert avatar.faces.tolist() == [face for face in points["faces"].tolist() for _ in range(2)]
+    found = avatar.canonical_gaussians().positions[0].unflatten(0, (-1, 2))
+    away = found - torch.as_tensor(points["positions"])[:, None]
+    assert (away.norm(dim=-1) < pipeline.gaussian_decoder.config.init_scale).all()
+    assert (away[:, 0] - away[:, 1]).norm(dim=-1).min() > 1e-3
+    assert avatar.posed(synthetic_motion("nod", head, 2)).positions.shape == (2, len(avatar), 3)
+
+
 @pytest.mark.parametrize("changes", [{}, {"decoder__read_anchors": True}, {"decoder__read_portrait": True}])
 @pytest.mark.filterwarnings("ignore:no camera was given")
 def test_on_another_device_nothing_is_left_behind_from_the_portrait_to_the_image(head, changes):

@@ -91,10 +91,11 @@ def test_training_goes_on_from_a_decoder(decoder_launcher, reference, tmp_path):
 
 def test_a_decoder_that_reads_the_portrait_is_trained_and_comes_back(decoder_launcher, tmp_path):
     words = ["--read_portrait", "true", "--portrait_channels", "4", "--attention", "portrait", "--max_steps", "2"]
+    words += ["--gaussians_per_point", "2"]
     decoder_launcher.run(tmp_path / "run", *words, processes="python")
     config = GaussianDecoder.from_pretrained(tmp_path / "run").config
     assert (config.read_portrait, config.portrait_channels, config.attention) == (True, 4, "portrait")
-    assert len(losses(tmp_path / "run")) == 2
+    assert config.gaussians_per_point == 2 and len(losses(tmp_path / "run")) == 2
 
 
 # ---- errors

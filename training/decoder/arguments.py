@@ -26,6 +26,7 @@ class DecoderArguments:
     attention: str = option(
         "joint (points and portrait, the paper) or portrait (points read it, linear in points)", "joint"
     )
+    gaussians_per_point: int = option("Gaussians that each point becomes (the paper: 1)", 1)
     sh_degree: int = option("degree of the colors' spherical harmonics", 0)
     init_scale: float = option("initial size of Gaussians in meters", 0.0067379)
     max_scale: float = option("largest size of a Gaussian in meters", 0.01)

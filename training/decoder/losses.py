@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def offset_regularizer(offsets: Tensor, mask: Tensor, max_offset: float) -> Tensor:
-    """Mean over the real points of the squared length of their offsets (B, N, 3), in units of the allowed range."""
+    """Mean over the Gaussians of real points of the squared length of their offsets (B, N, 3), in units of the allowed range."""
     return ((offsets / max_offset).square().sum(-1) * mask).sum() / mask.sum().clamp(min=1)
 
 

@@ -78,8 +78,8 @@ class DecoderTrainer(ExactTrainer):
             if self.frozen[1] is not None:
                 losses["lpips"].append(self.frozen[1](image, truth).mean())
         means = {name: torch.stack(values).mean() for name, values in losses.items() if values}
-        max_offset = self.accelerator.unwrap_model(model).config.max_offset
-        means["offset"] = offset_regularizer(output.offsets, points.mask, max_offset)
+        config = self.accelerator.unwrap_model(model).config
+        means["offset"] = offset_regularizer(output.offsets, config.per_gaussian(points.mask, 1), config.max_offset)
         loss = sum(getattr(self.losses, f"{name}_weight") * value for name, value in means.items())
         for name, value in means.items():
             self.parts[name] = self.parts.get(name, 0.0) + float(value.detach())
@@ -100,8 +100,8 @@ class DecoderTrainer(ExactTrainer):
         )
         images, alphas = [], []
         for row, count in enumerate(points.counts):
-            gaussians, motion = to_gaussians(output, row, count), motion_of(batch, row)
-            bound = Skinning.of_canonical(gaussians, points.faces[row, :count], motion, self.head)
+            faces, motion = config.per_gaussian(points.faces[row, :count]), motion_of(batch, row)
+            bound = Skinning.of_canonical(to_gaussians(output, row, len(faces)), faces, motion, self.head)
             posed, background = bound.pose(motion, self.animation), batch["background"][row, :, None].expand(-1, 3)
             drawn = render(posed, cameras_of(batch, row), background=background)
             images.append(drawn.image)

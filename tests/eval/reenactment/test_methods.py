@@ -19,10 +19,12 @@ from eval.reenactment.methods import (
     render_pair,
     rendered,
     truth,
+    vertex_avatar,
 )
 from eval.reenactment.protocol import frame_name, make_pairs
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.rendering.splatting import render
+from modeling import GaussianDecoder, GaussianDecoderConfig
 
 LIMITS = dict(max_points=12, max_points_per_face=15)
 
@@ -73,7 +75,7 @@ def test_tokens_and_points_of_an_avatar_are_recorded(ours, clips, bench_pipeline
     output, stats = ours
     for clip, each in zip(clips, stats):
         avatar = GaussianAvatar.load(output / "avatars" / "ours" / clip.subject_id)
-        assert each["points"] == len(avatar) == each["tokens"] // 4 and each["seconds"] > 0
+        assert each["gaussians"] == len(avatar) == each["tokens"] // 4 and each["seconds"] > 0
     assert [each["batch"] for each in stats] == [2, 2, 1]
 
 
@@ -123,6 +125,19 @@ def test_flame_position_places_a_gaussian_on_every_vertex(bench_pipeline, flame_
     assert torch.allclose(positions, (vertices + offsets).float(), atol=1e-5)
     corners = head.faces[avatar.faces]
     assert (corners == torch.arange(head.n_vertices)[:, None]).any(1).all()
+
+
+def test_flame_position_binds_several_gaussians_to_a_face_of_their_vertex(bench_head, flame_position, clips):
+    config = GaussianDecoderConfig.from_dict(flame_position.config.to_dict() | {"gaussians_per_point": 2})
+    decoder = GaussianDecoder(config).eval()
+    params, pixels = clips[1].params.frame(0), torch.randn(3, 28, 28, generator=torch.Generator().manual_seed(0))
+    avatar = vertex_avatar(bench_head, decoder, pixels, params)
+    corners = bench_head.faces[avatar.faces]
+    assert (corners == torch.arange(bench_head.n_vertices).repeat_interleave(2)[:, None]).any(1).all()
+    away = (
+        avatar.canonical_gaussians().positions[0].unflatten(0, (-1, 2)) - bench_head.canonical_vertices(params)[:, None]
+    )
+    assert (away.norm(dim=-1) < config.init_scale).all() and (away[:, 0] != away[:, 1]).any(1).all()
 
 
 def test_a_folder_with_a_wrong_frame_gives_no_row_in_that_mode_only(pairs, tmp_path):

@@ -50,6 +50,8 @@ LENGTHS = ("point_extent", "init_scale", "max_scale", "max_offset")
         (dict(init_scale=0.01), "gradient is zero"),
         (dict(init_opacity=1.0), "init_opacity"),
         (dict(point_extent=0.0), "point_extent is 0.0, expected"),
+        (dict(gaussians_per_point=0), "gaussians_per_point is 0, expected 1 to 1000; correct config.json"),
+        (dict(gaussians_per_point=-2), "gaussians_per_point is -2, expected 1"),
         (dict(attention="local"), "attention must be one of joint, portrait; found 'local'"),
         (dict(mode="ar_feature", read_anchors=True), "read_anchors is for the modes full and position"),
     ],

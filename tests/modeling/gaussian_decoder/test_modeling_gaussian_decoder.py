@@ -314,9 +314,9 @@ def test_a_row_becomes_gaussians_without_its_padding():
     assert torch.equal(gaussians.opacities, output.opacities[1, :4])
     assert torch.equal(gaussians.sh, output.sh[1, :4])
     assert len(to_gaussians(output)) == 9
-    with pytest.raises(ValueError, match="row 2 with 4 points of an output of 2 rows with 9 points"):
+    with pytest.raises(ValueError, match="row 2 with 4 Gaussians of an output of 2 rows with 9 Gaussians"):
         to_gaussians(output, 2, 4)
-    with pytest.raises(ValueError, match="10 points"):
+    with pytest.raises(ValueError, match="10 Gaussians"):
         to_gaussians(output, 0, 10)
 
 

@@ -87,9 +87,10 @@ def batch_of(trainer: DecoderTrainer, rows=(0, 1)) -> dict:
     return trainer.data_collator([trainer.train_dataset[row] for row in rows])
 
 
-def test_the_loss_is_the_papers_sum_over_images_drawn_one_subject_at_a_time(make_trainer, head):
+@pytest.mark.parametrize("each", [1, 2])
+def test_the_loss_is_the_papers_sum_over_images_drawn_one_subject_at_a_time(make_trainer, head, each):
     """Subject by subject without padding, against the trainer's padded batch."""
-    trainer = make_trainer(losses=LossArguments(0.7, 0.3, 0.0, offset_weight=0.2))
+    trainer = make_trainer(losses=LossArguments(0.7, 0.3, 0.0, offset_weight=0.2), gaussians_per_point=each)
     batch = batch_of(trainer)
     assert (
         len({int((ids < trainer.tokenizer.bos_token_id).sum()) for ids in batch["input_ids"]}) == 2
@@ -108,8 +109,8 @@ def test_the_loss_is_the_papers_sum_over_images_drawn_one_subject_at_a_time(make
             pixel_values=condition["pixel_values"],
         )
         motion = motion_of(batch, row)
-        bound = Skinning.of_canonical(to_gaussians(output), torch.as_tensor(points["faces"]), motion, head)
-        posed = bound.pose(motion)
+        faces = torch.tensor([face for face in points["faces"].tolist() for _ in range(each)])
+        posed = Skinning.of_canonical(to_gaussians(output), faces, motion, head).pose(motion)
         cameras = cameras_of(batch, row)
         images = [
             render(posed.frames(i), cameras[i], background=float(batch["background"][row, i])).image for i in range(2)
@@ -132,6 +133,8 @@ READ = dict(read_portrait=True, portrait_channels=4)
         ("full", dict(read_anchors=True)),
         *((mode, READ) for mode in MODES),
         ("position", READ | dict(attention="portrait")),
+        ("position", READ | dict(gaussians_per_point=2)),
+        ("flame_position", dict(gaussians_per_point=3)),
     ],
 )
 def test_every_parameter_of_every_mode_learns_and_nothing_else_does(make_trainer, mode, config):
