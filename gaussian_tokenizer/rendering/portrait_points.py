@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gaussian_tokenizer.avatars.anchoring import Placed
 from gaussian_tokenizer.avatars.skinning import Skinning
+from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix
 from gaussian_tokenizer.geometry.triangles import nearest_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -101,6 +102,45 @@ def portrait_points(
     mesh = _project(head.pose(params).vertices[0], camera)
     columns = _columns(seen, both_faces, mesh, head.faces.to(both.device), camera, len(points)).float()
     return columns[: len(points)], columns[len(points) :]
+
+
+# Places where a face reads the portrait: meters above it along its normal, and below that on the upright head. Hair stands off
+# the skin, long hair hangs from it.
+PLACES = ((0.0, 0.0), (0.01, 0.0), (0.025, 0.0), (0.045, 0.0), (0.01, 0.04), (0.01, 0.08), (0.01, 0.13))
+
+
+@torch.no_grad()
+def face_pixels(portrait: Portrait, head: HeadModel) -> Tensor:
+    """What a point model with `read_portrait` is told of each face: (F, 74) float32.
+
+    At each of `PLACES` above the posed face: red, green and blue times alpha, alpha, and how far the place lies behind the posed
+    head mesh there in units of `LIMIT`. Then the cosine between the face's normal and the direction to the camera, and whether
+    nothing hides the face. Then all of it for the mirrored face. Places outside the image read zeros.
+    """
+    params, camera = portrait.params.to(torch.float64), portrait.camera.to(head.device, torch.float64)
+    faces = head.faces.to(head.device)
+    vertices = head.pose(params).vertices[0]
+    corners = vertices[faces]
+    normals = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals = normals / normals.norm(dim=-1, keepdim=True).clamp(min=1e-20)
+    up = axis_angle_to_matrix(params.rotation[0])[:, 1]
+    places = [corners.mean(1) + height * normals - below * up for height, below in PLACES]
+    seen, mesh = _project(torch.cat(places), camera), _project(vertices, camera)
+    surface = mesh_depths(seen.pixels, mesh.pixels[faces], mesh.depths[faces])
+    behind = ((seen.depths - surface).clamp(-LIMIT, LIMIT) / LIMIT)[:, None]
+    size = seen.pixels.new_tensor((camera.width, camera.height))
+    where = (2 * seen.pixels / size - 1).where(seen.depths[:, None] > NEAREST, -2.0)
+    image = portrait.image.to(where)
+    read = torch.nn.functional.grid_sample(
+        torch.cat((image[:3] * image[3:], image[3:]))[None], where[None, :, None], align_corners=False
+    )[0, :, :, 0].T  # fmt: skip
+    columns = torch.cat((read, behind), 1).unflatten(0, (len(PLACES), -1)).transpose(0, 1).flatten(1)
+    to_camera = -seen.in_camera[: len(faces)] @ camera.viewmats[0, :3, :3]
+    facing = torch.nn.functional.cosine_similarity(normals, to_camera, dim=-1, eps=1e-30)
+    inside = (where[: len(faces)].abs() < 1).all(1)
+    visible = inside & (facing > 0) & (behind[: len(faces), 0] < TOLERANCE / LIMIT)
+    own = torch.cat((columns, facing[:, None], visible[:, None].to(columns)), 1)
+    return torch.cat((own, own[mirrored_faces(head).to(own.device)]), 1).float()
 
 
 def mirror_images(positions: Tensor, faces: Tensor, params: HeadParameters, head: HeadModel) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from gaussian_tokenizer.corpus.corpus import Corpus
+from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
@@ -38,8 +39,9 @@ class SubjectRows:
         inputs: Iterable[str] = (),
         max_subjects: int | None = None,
         read_portrait: bool = False,
+        head: HeadModel | None = None,
     ):
-        self.rows = AvatarRows(corpus, split, {"pixel_values", *inputs})
+        self.rows = AvatarRows(corpus, split, {"pixel_values", *inputs}, head)
         self.tokenizer = self.rows.tokenizer
         self.frames = corpus.frames(split)
         shapes = [name for name in ("shape", "static_offset") if name in self.rows.avatars.column_names]

@@ -15,7 +15,14 @@ from gaussian_tokenizer.rendering.point_plots import draw_comparison
 from gaussian_tokenizer.rendering.portrait_points import Portrait
 from modeling import AvatarPipeline
 from modeling.point_features import point_features
-from training.decoder.subjects import SubjectRows, collate_subjects, mean_image_metrics, mean_images, portrait_of
+from training.decoder.subjects import (
+    SubjectRows,
+    collate_subjects,
+    laid_on,
+    mean_image_metrics,
+    mean_images,
+    portrait_of,
+)
 from training.recipe.report import (
     compare_points,
     draw_avatars,
@@ -31,17 +38,19 @@ SHOWN = 8  # subjects in the images
 
 def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, output: Path) -> dict[str, Any]:
     """Avatars of the first `count` held-out subjects, compared with the true ones and drawn; entries of the report."""
-    reads = pipeline.gaussian_decoder.config.read_portrait
-    subjects = SubjectRows(corpus, "validation", pipeline.point_model.input_names, None, reads)
+    reads = pipeline.gaussian_decoder.config.read_portrait or pipeline.point_model.config.read_portrait
+    subjects = SubjectRows(corpus, "validation", pipeline.point_model.input_names, None, reads, pipeline.head)
     rows = range(min(count, len(subjects)))
     items = [subjects.subject(row, None) for row in rows]
+    for item in items if reads else ():
+        item["portrait"] = laid_on(item["portrait"], np.ones(3, np.float32))
     params = [shape_parameters(pipeline, item["shape"]) for item in items]
     read = [portrait_of(collate_subjects([item], 0), 0) if reads else None for item in items]
     portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in rows]
     max_points = 2 * (int(subjects.rows.lengths.max()) // 4)
     torch.set_num_threads(1)  # one thread multiplies matrices this small faster than two
     begin = time.perf_counter()
-    inputs = pipeline.inputs(portraits, params)
+    inputs = pipeline.inputs(portraits, params, read)
     generated = pipeline.generate(inputs, seed=seed, max_points=max_points, max_points_per_face=15, progress=True)
     tokens = int((generated.sequences < pipeline.tokenizer.bos_token_id).sum())
     print(f"{tokens:,} tokens in {time.perf_counter() - begin:.1f} s", flush=True)
