@@ -28,7 +28,7 @@ from gaussian_tokenizer.geometry.triangles import nearest_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
-from gaussian_tokenizer.rendering.portrait_points import Portrait, face_pixels
+from gaussian_tokenizer.rendering.portrait_points import Portrait, Reference, face_pixels
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_folder
 from gaussian_tokenizer.utils.json_files import read_json, write_json
@@ -89,6 +89,7 @@ class AvatarPipeline:
         head_params: HeadParameters | Sequence[HeadParameters | None] | None = None,
         *,
         camera: Cameras | Sequence[Cameras | None] | None = None,
+        references: Sequence[Reference] | Sequence[Sequence[Reference]] = (),
         seed: int | None = None,
         candidates: int = CANDIDATES,
         refine_steps: int = 0,
@@ -103,6 +104,9 @@ class AvatarPipeline:
                 the portrait's expression and pose.
             camera: of the portrait (C = 1, image size in proportion to the portrait's), or one for each portrait; used by a
                 decoder that reads the portrait and by `refine_steps`. None: that of synthetic portraits is taken, with a warning.
+            references: further images of the subject, `Reference(image, head_params, camera)`, as many as there are and in any
+                order, for a decoder that reads the portrait: a point takes its pixels from those that show it. For a list of
+                portraits, a list of them for each.
             seed: makes the same avatar again; None: torch's generator in its current state.
             candidates: how many clouds are generated for each subject, side by side; the likeliest is decoded.
             refine_steps: steps of rendering the decoded avatar and making it more like the portrait, see `refinement.refine`.
@@ -111,7 +115,8 @@ class AvatarPipeline:
         Returns:
             `GaussianAvatar` in canonical pose with the head model attached: `avatar.posed(motion)` animates it.
 
-        Raises `ValueError` for an image that cannot be read or parameters of another head model.
+        Raises `ValueError` for an image that cannot be read, parameters of another head model, and references that the decoder
+        does not read or that lack camera or parameters.
         """
         check_steps(refine_steps)
         many = isinstance(image, (list, tuple))
@@ -123,7 +128,8 @@ class AvatarPipeline:
         mean = HeadParameters.zeros(self.head.n_shape, self.head.n_expression)
         params = [mean if own is None else own for own in head_params]
         cameras = [camera] * len(images) if camera is None or isinstance(camera, Cameras) else list(camera)
-        portraits = self.portraits(images, params, cameras, needed=refine_steps > 0)
+        further = list(references) if many else [references]
+        portraits = self.portraits(images, params, cameras, further, needed=refine_steps > 0)
         inputs = self.inputs(images, params, portraits)
         output = self.generate(inputs, seed=seed, candidates=candidates, **options)
         clouds = zip(*self.decode_points(output), inputs["pixel_values"], params, portraits)
@@ -153,15 +159,30 @@ class AvatarPipeline:
         images: Sequence[Any],
         params: Sequence[HeadParameters],
         cameras: Sequence[Cameras | None],
+        references: Sequence[Any] = (),
         needed: bool = False,
     ) -> list[Portrait | None]:
-        """B portraits as `Portrait.of` makes them; None of each if no network reads portraits, unless `needed`."""
+        """B portraits as `Portrait.of` makes them; None of each if no network reads portraits, unless `needed`.
+
+        `references` is empty, or has those of each portrait.
+        """
         if len(cameras) != len(images):
             raise ValueError(f"{len(images)} portraits but {len(cameras)} cameras; give None where one is not known")
-        if not (needed or self.gaussian_decoder.config.read_portrait or self.point_model.config.read_portrait):
+        references = references or [()] * len(images)
+        if len(references) != len(images):
+            raise ValueError(
+                f"{len(images)} portraits but references of {len(references)}; give a list for each portrait, [] for none"
+            )
+        reads, size = self.gaussian_decoder.config.read_portrait, self.tokenizer.image_size
+        if any(references) and not reads:
+            raise ValueError(
+                "references were given, but this Gaussian decoder does not read the portrait (read_portrait is False); "
+                "use one trained with --read_portrait true, or give no references"
+            )
+        if not (needed or reads or self.point_model.config.read_portrait):
             return [None] * len(images)
-        size = self.tokenizer.image_size
-        return [Portrait.of(*each, self.head, size) for each in zip(images, params, cameras)]
+        every = zip(images, params, cameras, references)
+        return [Portrait.of(image, own, camera, self.head, size, more) for image, own, camera, more in every]
 
     @torch.no_grad()
     def generate(

@@ -60,12 +60,14 @@ def main() -> None:
     perceptual = perceptual_loss(losses)
     model = build_decoder(decoder_arguments, point_model, corpus)
     reads = model.config.read_portrait
+    if frames.num_references > 1 and not reads:
+        raise ValueError(f"--num_references {frames.num_references} is for a decoder with --read_portrait true")
     heldout = SubjectRows(corpus, frames.eval_split, point_model.input_names, frames.max_eval_avatars, reads, head)
     trainer = DecoderTrainer(
         model=model,
         args=arguments,
         train_dataset=train_subjects(corpus, frames, arguments, point_model, reads, head),
-        eval_dataset=EvaluationSubjects(heldout, frames.max_eval_frames),
+        eval_dataset=EvaluationSubjects(heldout, frames.max_eval_frames, frames.num_references),
         data_collator=partial(collate_subjects, pad_token_id=point_model.config.pad_token_id),
         point_model=point_model,
         head=head,
@@ -95,9 +97,10 @@ def train_subjects(
         folder = Path(frames.feature_cache or arguments.output_dir) / "generated_sequences"
         point_model.to(arguments.device)
         sequences = generated_sequences(point_model, subjects, folder, arguments.seed, not arguments.disable_tqdm)
-    num_items = arguments.max_steps * arguments.items_per_step
-    drawn = (num_items, frames.num_targets, arguments.seed, frames.random_source)
-    return TrainSubjects(subjects, *drawn, sequences, frames.self_generated_ratio)
+    each = arguments.items_per_step
+    drawn = (arguments.max_steps * each, frames.num_targets, arguments.seed, frames.random_source)
+    generated = (sequences, frames.self_generated_ratio)
+    return TrainSubjects(subjects, *drawn, *generated, num_references=frames.num_references, items_per_step=each)
 
 
 def perceptual_loss(losses: LossArguments) -> PerceptualLoss | None:

@@ -1,6 +1,7 @@
 """Points in a portrait: their places against the pinhole formula, what hides them against rays, their mirror images."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from gaussian_tokenizer.rendering.portrait_points import (
     PLACES,
     TOLERANCE,
     Portrait,
+    Reference,
     face_pixels,
     mesh_depths,
     mirror_images,
@@ -196,6 +198,23 @@ def test_depths_between_triangles_are_infinite_and_triangles_behind_the_camera_a
     torch.testing.assert_close(mesh_depths(pixels, triangle, depths), torch.tensor([expected, math.inf, 1.0]))
     assert mesh_depths(pixels, triangle, depths - 1.5).isinf().all()
     assert len(mesh_depths(pixels[:0], triangle, depths)) == 0
+
+
+def test_each_reference_is_read_as_if_it_were_the_portrait_on_the_portraits_shape(head, params, camera):
+    still = HeadParameters.zeros(head.n_shape, head.n_expression)  # of another shape, which is not used
+    wide = Cameras.look_at([-0.5, 0.0, 0.8], (0.0, 0.0, 0.0), 200.0, 320, 120)
+    images = [np.full((120, 160, 3), 200, np.uint8), np.tile((np.arange(320) // 2).astype(np.uint8), (120, 1))]
+    read = Portrait.of(images[0], params, camera, head, 80, [Reference(images[1], still, wide)])
+    positions, faces = scattered(head, params, 50)
+    inputs = read.inputs(positions, faces, head)
+    assert inputs["portrait"].shape == (2, 4, 60, 80) and inputs["portrait_points"].shape == (50, 2, len(COLUMNS))
+    on_shape = replace(still, shape=params.shape)
+    for index, (moment, view) in enumerate(((params, camera), (on_shape, wide))):
+        points, mirror = portrait_points(positions, faces, moment, head, view)
+        assert torch.equal(inputs["portrait_points"][:, index], points)
+        assert torch.equal(inputs["mirror_points"][:, index], mirror)
+    ramp = inputs["portrait"][1, 0] * 255  # 320 columns of 0 to 159 have become 80: u is the same share of the width
+    torch.testing.assert_close(ramp, (2 * torch.arange(80.0) + 0.75).expand(60, 80), atol=1.0, rtol=0)
 
 
 def test_several_frames_are_no_portrait(head, camera):
