@@ -43,7 +43,7 @@ def generate(pipeline: AvatarPipeline, corpus: Corpus, count: int, seed: int, ou
     rows = range(min(count, len(subjects)))
     items = [subjects.subject(row, None) for row in rows]
     for item in items if reads else ():
-        item["portrait"] = laid_on(item["portrait"], np.ones(3, np.float32))
+        item["portrait"] = laid_on(item["portrait"], np.ones((1, 3), np.float32))
     params = [shape_parameters(pipeline, item["shape"]) for item in items]
     read = [portrait_of(collate_subjects([item], 0), 0) if reads else None for item in items]
     portraits = [subjects.frames[subjects.frame_rows(row)[0]]["image"] for row in rows]
