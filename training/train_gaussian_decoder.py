@@ -56,6 +56,11 @@ def main() -> None:
     made_on = corpus.manifest["head"]
     check_hash(f"--head {frames.head}: the corpus {corpus.path}", made_on["name"], made_on["hash"], head)
     point_model = open_point_model("--point_model", decoder_arguments.point_model, corpus)
+    if frames.augment_portraits and frames.feature_cache and "pixel_values" in point_model.input_names:
+        raise ValueError(
+            "--feature_cache with --augment_portraits would fill the disk: the point model reads the portrait, which is another "
+            "one in every item; leave out one of the two"
+        )
     perceptual = perceptual_loss(losses)
     model = build_decoder(decoder_arguments, point_model, corpus)
     reads = model.config.read_portrait
@@ -95,7 +100,7 @@ def train_subjects(
         sequences = generated_sequences(point_model, subjects, folder, arguments.seed, not arguments.disable_tqdm)
     num_items = arguments.max_steps * arguments.items_per_step
     drawn = (num_items, frames.num_targets, arguments.seed, frames.random_source)
-    return TrainSubjects(subjects, *drawn, sequences, frames.self_generated_ratio)
+    return TrainSubjects(subjects, *drawn, sequences, frames.self_generated_ratio, frames.augment_portraits)
 
 
 def perceptual_loss(losses: LossArguments) -> PerceptualLoss | None:

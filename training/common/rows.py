@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from gaussian_tokenizer.corpus.corpus import Corpus
 
@@ -49,13 +50,23 @@ class AvatarRows:
         rows = self.frame_rows[self.ids[row]]
         return rows[0] if pick is None else rows[int(pick.integers(len(rows)))]
 
-    def condition(self, row: int, pick: np.random.Generator | None, chosen: int | None = None) -> dict[str, Any]:
-        """Portrait (the image in the row `chosen` of `frames`, or else in `portrait_row`) and canonical head mesh."""
+    def portrait(self, row: int, pick: np.random.Generator | None) -> Image.Image:
+        """The image in `portrait_row`."""
+        assert self.frames is not None
+        return self.frames[self.portrait_row(row, pick)]["image"]
+
+    def any_portrait(self, random: np.random.Generator) -> Image.Image:
+        """A random image of a random subject."""
+        assert self.frames is not None
+        return self.frames[int(random.integers(len(self.frames)))]["image"]
+
+    def condition(self, row: int, pick: np.random.Generator | None, image: Image.Image | None = None) -> dict[str, Any]:
+        """Portrait (`image`, or else that in `portrait_row`) and canonical head mesh."""
         avatar = self.conditions[row]
         condition: dict[str, Any] = {}
         if self.frames is not None:
-            chosen = self.portrait_row(row, pick) if chosen is None else chosen
-            condition["pixel_values"] = self.tokenizer(images=self.frames[chosen]["image"])["pixel_values"][0]
+            image = self.portrait(row, pick) if image is None else image
+            condition["pixel_values"] = self.tokenizer(images=image)["pixel_values"][0]
         condition |= {name: np.asarray(avatar[name], np.float32) for name in self.head_columns}
         if self.faces is not None:
             of_faces = self.tokenizer.face_condition(condition["head_vertices"][None], self.faces)

@@ -56,6 +56,9 @@ class FrameArguments:
     head: str = option("head model of the corpus: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder")
     num_targets: int = option("frames of a subject that are rendered in a step", 4)
     random_source: bool = option("use a random image of a subject as its portrait instead of the first one", False)
+    augment_portraits: bool = option(
+        "backgrounds, light and flaws of photographs for portraits (not in the paper)", False
+    )
     self_generated_ratio: float = option("share of items whose points the point model generated (the paper: 0)", 0.0)
     animation: str = option("how Gaussians follow the head: lbs or face_frames", "lbs")
     feature_cache: str | None = option("folder to cache the point model's hidden states between steps and runs", None)

@@ -21,11 +21,11 @@ from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from gaussian_tokenizer.rendering.portrait_points import Portrait
 from gaussian_tokenizer.tokenizer.processing_conditions import portrait_rgba
+from training.common.portraits import PortraitAugmentation, laid_on, plain_portrait
 from training.common.rows import AvatarRows, shuffled_row
 
 BACKGROUNDS = (0.0, 0.5, 1.0)  # gray levels of training (LAM)
 PORTRAIT = "portrait_"  # before the names of its camera and head parameters in a batch
-UNKNOWN_ALPHA = 0.25  # share of the portraits of training whose alpha is hidden, as it is in a photograph
 
 
 class SubjectRows:
@@ -53,18 +53,22 @@ class SubjectRows:
         """The rows in `frames` of a subject."""
         return self.rows.frame_rows[self.rows.ids[row]]
 
-    def subject(self, row: int, pick: np.random.Generator | None) -> dict[str, Any]:
+    def subject(
+        self, row: int, pick: np.random.Generator | None, augmentation: PortraitAugmentation | None = None
+    ) -> dict[str, Any]:
         """Sequence (L,), condition (source portrait and mesh), shape (S,) and, where there is one, static_offset (V, 3).
 
         With `read_portrait` also the portrait (4, H, W) as the pipeline would give it, and its camera and head parameters (1, ...).
         """
         shapes = {name: np.asarray(value, np.float32) for name, value in self.shapes[row].items()}
         chosen = self.rows.portrait_row(row, pick)
-        subject = {"input_ids": self.rows.sequence(row)} | shapes | self.rows.condition(row, pick, chosen)
+        image = self.frames[chosen]["image"]
+        image = image if augmentation is None else augmentation(image)
+        subject = {"input_ids": self.rows.sequence(row)} | shapes | self.rows.condition(row, pick, image)
         if self.read_portrait:
             own = self.targets([chosen])
             height, width = own.pop("images").shape[1:3]
-            portrait = portrait_rgba(self.frames[chosen]["image"], self.tokenizer.image_size)
+            portrait = portrait_rgba(image, self.tokenizer.image_size)
             own["Ks"] *= np.float32([[portrait.shape[2] / width], [portrait.shape[1] / height], [1]])
             subject["portrait"] = portrait
             subject |= {PORTRAIT + name: value for name, value in own.items()}
@@ -104,23 +108,28 @@ class TrainSubjects(Dataset):
     random_source: bool  # use a random image of a subject as its portrait instead of the first one
     generated_sequences: Sequence[np.ndarray] = ()  # one for every subject, see generated_sequences.py
     self_generated_ratio: float = 0.0  # share of the items that have it instead of the true sequence
+    augment_portraits: bool = False
 
     def __len__(self) -> int:
         return self.num_items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, random = shuffled_row(index, len(self.subjects), self.seed)
-        item = self.subjects.subject(row, random if self.random_source else None)
+        augmentation = None
+        if self.augment_portraits:
+            augmentation = PortraitAugmentation(self.seed, index, self.subjects.rows.any_portrait)
+        item = self.subjects.subject(row, random if self.random_source else None, augmentation)
         rows = self.subjects.frame_rows(row)
         chosen = random.choice(len(rows), self.num_targets, replace=len(rows) < self.num_targets)
         background = random.choice(BACKGROUNDS, self.num_targets).astype(np.float32)
         if random.random() < self.self_generated_ratio:
             item["input_ids"] = self.generated_sequences[row]
-        if self.subjects.read_portrait:
-            item["portrait"] = laid_on(item["portrait"], random.random(3, np.float32))
-            if random.random() < UNKNOWN_ALPHA:
-                item["portrait"][3] = 1
-        return item | self.subjects.targets([rows[i] for i in chosen]) | {"background": background}
+        targets = self.subjects.targets([rows[i] for i in chosen])
+        if augmentation is not None:  # the color of a pixel stays that of its point
+            targets["images"][..., :3] = augmentation.color(targets["images"][..., :3])
+        elif self.subjects.read_portrait:
+            item["portrait"] = plain_portrait(item["portrait"], random)
+        return item | targets | {"background": background}
 
 
 @dataclass(eq=False)
@@ -154,12 +163,6 @@ def rgba(image: Image.Image) -> np.ndarray:
         gray = np.asarray(image, np.float32) / 65535
         return np.stack((gray, gray, gray, np.ones_like(gray)), -1)
     return np.asarray(image.convert("RGBA"), np.float32) / 255
-
-
-def laid_on(portrait: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """A portrait (4, H, W) with its background, where there is one, of a color (3,); alpha stays."""
-    alpha = portrait[3:]
-    return np.concatenate((portrait[:3] * alpha + color[:, None, None] * (1 - alpha), alpha))
 
 
 def collate_subjects(items: list[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:

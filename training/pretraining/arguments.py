@@ -78,6 +78,9 @@ class DataArguments:
     """The corpus."""
 
     corpus: str = option("folder made by `python -m gaussian_tokenizer.build_corpus`")
+    augment_portraits: bool = option(
+        "backgrounds, light and flaws of photographs for portraits (not in the paper)", False
+    )
     condition_dropout: float = option("share of windows without condition, for classifier-free guidance", 0.1)
     eval_split: str = option("held-out split", "validation")
     max_eval_avatars: int | None = option("held-out avatars to evaluate; by default all", None)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from training.common.portraits import PortraitAugmentation
 from training.common.rows import CONDITION, AvatarRows, shuffled_row
 
 
@@ -29,8 +30,13 @@ class TrainWindows(Dataset):
     seed: int  # decides order, cut, image and dropped conditions
     condition_dropout: float  # share of windows without condition, for classifier-free guidance
     grouped: bool = False  # windows of whole points, as the point level reads them
+    augment_portraits: bool = False
 
     def __post_init__(self) -> None:
+        if self.augment_portraits and self.rows.frames is None:
+            raise ValueError(
+                "--augment_portraits needs a model that reads portraits: leave it out, or --use_vision_encoder true"
+            )
         if self.window % 4 or self.window < 4:
             raise ValueError(f"window must be a positive multiple of 4 (whole points), found {self.window}")
 
@@ -42,8 +48,11 @@ class TrainWindows(Dataset):
         ids = lead(self.rows.sequence(row), self.rows.tokenizer.pad_token_id if self.grouped else None)
         start = window_start(len(ids), self.window, random)
         ids = ids[start : start + self.window]
-        dropped = random.random() < self.condition_dropout
-        return {"input_ids": ids, "labels": ids, "drop_condition": dropped, **self.rows.condition(row, random)}
+        dropped, image = random.random() < self.condition_dropout, None
+        if self.augment_portraits:
+            augmentation = PortraitAugmentation(self.seed, index, self.rows.any_portrait)
+            image = augmentation(self.rows.portrait(row, random))
+        return {"input_ids": ids, "labels": ids, "drop_condition": dropped, **self.rows.condition(row, random, image)}
 
 
 def lead(ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
