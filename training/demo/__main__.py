@@ -28,6 +28,7 @@ from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.point_plots import draw_comparison
 from gaussian_tokenizer.rendering.portrait_points import Portrait
+from gaussian_tokenizer.synthetic.source import PLAIN
 from gaussian_tokenizer.utils.atomic import atomic_file
 from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import point_features
@@ -65,7 +66,7 @@ def main() -> None:
 
     def synthesize(**options: object) -> list[str]:
         subject = same("head", "num_points", "identity_scale", "min_points_per_face")
-        options = subject | {"num_proc": processes, "placement": "regular"} | options
+        options = subject | PLAIN | {"num_proc": processes, "placement": "regular"} | options
         return [sys.executable, "-m", "gaussian_tokenizer.synthesize", *flags(**options)]
 
     captured = same("num_subjects", "views", "timesteps", "image_size", "seed")
