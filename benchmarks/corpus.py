@@ -323,7 +323,7 @@ def measure_many(numbers: Sequence[int], num_proc: int, folder: Path) -> list[di
         shutil.rmtree(subjects)
     for number in numbers:
         options = f"{common} --num_subjects {number} --corpus {folder / 'corpus'}"
-        options += f" --num_points {SMALL.points} --image_size {SMALL.pixels} --placement regular"
+        options += f" --num_points {SMALL.points} --image_size {SMALL.pixels} --placement regular --plain"
         rows.append(measure_command("synthesize", number, options, folder))
     return rows
 

@@ -95,7 +95,7 @@ def synthesize(folder: Path, head: str, count: int, image_size: int, timesteps: 
     options = flags(
         num_subjects=count, views=9, timesteps=timesteps, image_size=image_size, head=head, output_dir=folder
     )
-    run("-m", "gaussian_tokenizer.synthesize", *options)
+    run("-m", "gaussian_tokenizer.synthesize", "--plain", *options)
 
 
 def fit(data: Path, head: str, output: Path, **settings: object) -> None:

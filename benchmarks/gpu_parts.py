@@ -388,7 +388,7 @@ def fit(setup: Setup) -> Iterator[Row]:
     with TemporaryDirectory() as name:
         folder = Path(name)
         captured = dict(num_subjects=1, head=setup.head, output_dir=folder / "data", image_size=setup.pick(512, 32))
-        synthesize(flags(**captured, views=setup.pick(9, 3), timesteps=setup.pick(3, 2)))
+        synthesize(["--plain", *flags(**captured, views=setup.pick(9, 3), timesteps=setup.pick(3, 2))])
         few = dict(iterations=2_000, densify_from=200, densify_until=2_000, densify_interval=200)
         changes = setup.pick(few, dict(iterations=6)) | dict(max_result_images=0, device=setup.device.type)
         words = flags(data=folder / "data", head=setup.head, output_dir=folder / "fit", disable_tqdm="true", **changes)
@@ -413,7 +413,7 @@ def zero2(setup: Setup) -> Iterator[Row]:
         folder = Path(name)
         points, pixels = setup.pick((27_000, 224), (60, 56))
         corpus = dict(num_subjects=3, head=setup.head, corpus=folder / "corpus", num_points=points, image_size=pixels)
-        synthesize(flags(**corpus, tokenizer_image_size=pixels, num_validation=1))
+        synthesize(["--plain", *flags(**corpus, tokenizer_image_size=pixels, num_validation=1)])
         words = [setup.pick("paper", "debug"), *flags(corpus=folder / "corpus", output_dir=folder / "model")]
         words += flags(max_steps=setup.pick(6, 2), logging_steps=1, save_strategy="no", disable_tqdm="true")
         if not setup.toy:  # its portrait encoder would have to be fetched; the memory does not depend on the weights

@@ -13,6 +13,7 @@ import numpy as np
 from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV
 from gaussian_tokenizer.inspect.__main__ import main as inspect
 from gaussian_tokenizer.synthesize import synthesize
+from gaussian_tokenizer.synthetic.source import PLAIN
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/images/inspect.png"))
     options = parser.parse_args()
     with TemporaryDirectory() as temporary:
-        [subject] = synthesize(temporary, 1, options.head, seed=4, image_size=208, views=8, timesteps=4)
+        [subject] = synthesize(temporary, 1, options.head, seed=4, image_size=208, views=8, timesteps=4, **PLAIN)
         for path in subject.glob("transforms*.json"):
             content = json.loads(path.read_text())
             for entry in content["frames"]:

@@ -24,7 +24,7 @@ from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.options import BuildSettings, count_of, print_counts
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
-from gaussian_tokenizer.synthetic.source import SyntheticSettings, SyntheticSource, render_subject
+from gaussian_tokenizer.synthetic.source import PLAIN, SyntheticSettings, SyntheticSource, render_subject
 from gaussian_tokenizer.utils.json_files import read_json
 from gaussian_tokenizer.utils.locks import exclusive
 from gaussian_tokenizer.utils.options import add_options, from_options
@@ -76,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--head", default="procedural:600", help="procedural[:faces], .safetensors, FLAME .pkl or ICT-FaceKit folder")
     add("--num_proc", type=int, default=1, help="processes; the result is the same for any number")
     add_options(parser, SyntheticSettings)
+    plain = " ".join(f"--{name} {value}" for name, value in PLAIN.items())
+    add("--plain", action="store_true", help=f"subjects and captures without this variety: {plain}")
     corpus = parser.add_argument_group("directly to a corpus, instead of --output_dir")
     corpus.add_argument("--corpus", type=Path, help="corpus folder to make; see build_corpus for the options below")
     corpus.add_argument("--tokenizer_image_size", type=int, default=224, help="side of what the tokenizer prepares")
@@ -83,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_options(corpus, BuildSettings, skip=("image_size", "seed", "skip_bad", "allow_unknown_license"))
     corpus.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     options = parser.parse_args(arguments)
+    vars(options).update(PLAIN if options.plain else {})
     if (options.output_dir is None) == (options.corpus is None):
         parser.error("give either --output_dir, for folders, or --corpus")
     try:
@@ -118,7 +121,7 @@ def _is_finished(folder: Path, settings: SyntheticSettings, head: HeadModel) -> 
         found = {"recipe": metadata["recipe"], "head_hash": metadata["head_hash"]}
     except (OSError, ValueError, KeyError):
         raise ValueError(f"{folder}: exists, but is no synthetic subject; choose another output folder") from None
-    expected = {"recipe": asdict(settings), "head_hash": head.hash}
+    expected = {"recipe": settings.recipe, "head_hash": head.hash}
     if found != expected:
         raise ValueError(f"{folder}: made with {found}, not {expected}; choose another output folder or remove it")
     return True

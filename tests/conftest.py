@@ -11,6 +11,7 @@ from gaussian_tokenizer.corpus.building import build
 from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import synthesize
+from gaussian_tokenizer.synthetic.source import PLAIN
 
 CHROMIUM_FLAGS = (
     "--no-sandbox --disable-gpu-sandbox --disable-quic --no-first-run --disable-background-networking "
@@ -22,7 +23,7 @@ CHROMIUM_FLAGS = (
 def tiny_corpus(tmp_path_factory) -> Path:
     """Folder of a corpus: 12 subjects, 4 of them held out, about 60 points each on 600 faces, four images of 56 pixels."""
     folder = tmp_path_factory.mktemp("tiny")
-    settings = {"image_size": 56, "num_points": 60, "views": 2, "timesteps": 2, "placement": "regular"}
+    settings = {"image_size": 56, "num_points": 60, "views": 2, "timesteps": 2, "placement": "regular"} | PLAIN
     synthesize(folder / "avatars", num_subjects=12, **settings)
     settings = BuildSettings(n_bins=64, image_size=56, num_validation=4)
     build(folder / "avatars", build_procedural_head(600), folder / "corpus", settings, progress=False)

@@ -46,12 +46,11 @@ def main() -> None:
     train, heldout = (AvatarRows(corpus, split, model.input_names, head) for split in ("train", data.eval_split))
     window, grouped = config.window_tokens, config.level == "point"
     num_items = arguments.max_steps * arguments.items_per_step
+    drawn = data.condition_dropout, grouped, data.context_noise, data.augment_portraits
     trainer = PointillistTrainer(
         model=model,
         args=arguments,
-        train_dataset=TrainWindows(
-            train, window, num_items, arguments.seed, data.condition_dropout, grouped, data.context_noise
-        ),
+        train_dataset=TrainWindows(train, window, num_items, arguments.seed, *drawn),
         eval_dataset=EvaluationWindows(heldout, window, data.max_eval_avatars, grouped),
         data_collator=partial(collate_windows, pad_token_id=config.pad_token_id, grouped=grouped),
     )

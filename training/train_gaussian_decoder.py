@@ -16,6 +16,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import set_seed
 from transformers.trainer_pt_utils import get_model_param_count
@@ -57,6 +58,11 @@ def main() -> None:
     made_on = corpus.manifest["head"]
     check_hash(f"--head {frames.head}: the corpus {corpus.path}", made_on["name"], made_on["hash"], head)
     point_model = open_point_model("--point_model", decoder_arguments.point_model, corpus)
+    if frames.augment_portraits and frames.feature_cache and "pixel_values" in point_model.input_names:
+        raise ValueError(
+            "--feature_cache with --augment_portraits would fill the disk: the point model reads the portrait, which is another "
+            "one in every item; leave out one of the two"
+        )
     perceptual = perceptual_loss(losses)
     model = build_decoder(decoder_arguments, point_model, corpus)
     reads = model.config.read_portrait
@@ -92,15 +98,18 @@ def train_subjects(
     head: HeadModel,
 ) -> TrainSubjects:
     """The training set, with sequences of the point model where the arguments ask for them."""
-    subjects, sequences = SubjectRows(corpus, "train", point_model.input_names, None, read_portrait, head), []
+    subjects = SubjectRows(corpus, "train", point_model.input_names, None, read_portrait, head)
+    sequences: list[np.ndarray] = []
     if frames.self_generated_ratio:
         folder = Path(frames.feature_cache or arguments.output_dir) / "generated_sequences"
         point_model.to(arguments.device)
-        sequences = generated_sequences(point_model, subjects, folder, arguments.seed, not arguments.disable_tqdm)
+        first = SubjectRows(corpus, "train", point_model.input_names, frames.max_self_generated, False, head)
+        sequences = generated_sequences(point_model, first, folder, arguments.seed, not arguments.disable_tqdm)
     each = arguments.items_per_step
     drawn = (arguments.max_steps * each, frames.num_targets, arguments.seed, frames.random_source)
     generated = (sequences, frames.self_generated_ratio)
-    return TrainSubjects(subjects, *drawn, *generated, num_references=frames.num_references, items_per_step=each)
+    read = (frames.num_references, each, frames.augment_portraits)
+    return TrainSubjects(subjects, *drawn, *generated, *read)
 
 
 def perceptual_loss(losses: LossArguments) -> PerceptualLoss | None:

@@ -4,9 +4,14 @@ Colors are lit (Lambert's law, darker depths of hair), as a fit with spherical h
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from gaussian_tokenizer.synthetic.details import Details, clothes, draw_details, gray, paint_skin
+from gaussian_tokenizer.synthetic.haircuts import SHORT_SIDES
+from gaussian_tokenizer.synthetic.light import Light
+from gaussian_tokenizer.synthetic.mixing import mix, smoothstep
 
 HAIR_STYLES = {"bald": 0.15, "short": 0.35, "curly": 0.22, "long": 0.28}  # style: how frequent
 BEARD_STYLES = {"none": 0.52, "stubble": 0.13, "short": 0.15, "full": 0.20}
@@ -46,6 +51,8 @@ class Appearance:
     beard_thickness: float
     wave_vectors: np.ndarray  # (W, 3) radians per meter, of the slow variation of hair and beard
     wave_phases: np.ndarray  # (W,)
+    details: Details | None = None
+    light: Light | None = None  # None: that of all plain subjects
 
 
 def draw_appearance(rng: np.random.Generator) -> Appearance:
@@ -83,6 +90,15 @@ def draw_appearance(rng: np.random.Generator) -> Appearance:
     )
 
 
+def detailed(appearance: Appearance, rng: np.random.Generator) -> Appearance:
+    """The appearance with random details, and what follows from them for lips and hair."""
+    details = draw_details(rng, appearance.hair_style, appearance.beard_style != "none", appearance.skin)
+    own = details.lipstick_strength
+    hair_thickness = SHORT_SIDES if details.cut == "horseshoe" else appearance.hair_thickness
+    lips = (1 - own) * appearance.lips + own * details.lipstick
+    return replace(appearance, details=details, lips=lips, hair_thickness=hair_thickness)
+
+
 def colors_of(
     appearance: Appearance, weights: Mapping[str, np.ndarray], normal: np.ndarray, waves: np.ndarray, depth: np.ndarray
 ) -> np.ndarray:
@@ -94,38 +110,44 @@ def colors_of(
     """
     colors = np.broadcast_to(appearance.skin, normal.shape)
     blood = 0.6 * np.maximum(weights["ears"], weights["nose"])
-    colors = _mix(colors, appearance.skin * (1.0, 0.84, 0.80), blood)
-    colors = _mix(colors, appearance.lips, weights["lips"])
-    colors = _mix(colors, appearance.brows, appearance.brow_strength * weights["brows"])
+    colors = mix(colors, appearance.skin * (1.0, 0.84, 0.80), blood)
+    details = appearance.details
+    if details is not None and "across" in weights:
+        colors = paint_skin(details, colors, weights)
+    colors = mix(colors, appearance.lips, weights["lips"])
+    colors = mix(colors, appearance.brows, appearance.brow_strength * weights["brows"])
     strands = ((0.62 + 0.38 * depth) * (1 + 0.25 * waves))[:, None]
     stubble = 0.35 if appearance.beard_style == "stubble" else 0.0
     bearded = weights["beard"] * (1.0 if appearance.beard_thickness > 0.002 else stubble)
-    colors = _mix(colors, appearance.beard * strands, bearded)
-    haired = weights["scalp"] * (1.0 if appearance.hair_thickness else 0.06)
-    colors = _mix(colors, appearance.hair * strands, haired)
-    light = 0.62 + 0.45 * np.maximum(normal @ LIGHT, 0) - 0.12 * weights["neck"]
+    colors = mix(colors, appearance.beard * strands, bearded)
+    shaved = 0.06 if details is None or details.cut != "shaved" else details.shaved
+    haired = weights["scalp"] * (1.0 if appearance.hair_thickness else shaved)
+    hair = appearance.hair
+    if details is not None and "across" in weights:
+        hair = gray(details, hair, weights)
+        colors = mix(colors, details.clothes, clothes(details, weights))
+    colors = mix(colors, hair * strands, haired)
+    light = _light(appearance.light, normal, weights["neck"])
     if "mouth_depth" in weights:
-        inside = _mix(_mix(CAVITY, TONGUE, weights["tongue"]), TEETH, weights["teeth"])
+        inside = mix(mix(CAVITY, TONGUE, weights["tongue"]), TEETH, weights["teeth"])
         # The deeper, the darker.
-        colors = _mix(colors, inside * (1 - 0.6 * weights["mouth_depth"])[:, None], weights["mouth_interior"])
-    colors = colors * light[:, None]
+        colors = mix(colors, inside * (1 - 0.6 * weights["mouth_depth"])[:, None], weights["mouth_interior"])
+    colors = colors * light
     eyes = np.broadcast_to(SCLERA, normal.shape)
     if "iris_distance" in weights:
         distance = weights["iris_distance"]
-        eyes = _mix(eyes, appearance.iris * (1 - 0.5 * smoothstep((distance - 0.7) / 0.3))[:, None], distance < 1)
-        eyes = _mix(eyes, PUPIL, distance < 0.42)
-    return np.clip(_mix(colors, eyes, weights["eyes"] > 0.5), 0, 1)
+        eyes = mix(eyes, appearance.iris * (1 - 0.5 * smoothstep((distance - 0.7) / 0.3))[:, None], distance < 1)
+        eyes = mix(eyes, PUPIL, distance < 0.42)
+    if appearance.light is not None:
+        eyes = eyes * (0.3 + 0.7 * light)
+    return np.clip(mix(colors, eyes, weights["eyes"] > 0.5), 0, 1)
 
 
-def smoothstep(x: np.ndarray) -> np.ndarray:
-    """0 below 0, 1 above 1, smooth between."""
-    x = np.clip(x, 0, 1)
-    return x * x * (3 - 2 * x)
-
-
-def _mix(colors: np.ndarray, others: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    weight = np.asarray(weight, np.float64)[:, None]
-    return colors * (1 - weight) + others * weight
+def _light(light: Light | None, normal: np.ndarray, neck: np.ndarray) -> np.ndarray:
+    """(N, 3) or (N, 1) factors of the colors."""
+    if light is not None:
+        return light.on(normal, neck)
+    return (0.62 + 0.45 * np.maximum(normal @ LIGHT, 0) - 0.12 * neck)[:, None]
 
 
 def _jitter(rng: np.random.Generator, color: np.ndarray, amount: float) -> np.ndarray:

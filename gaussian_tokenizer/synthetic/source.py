@@ -15,22 +15,29 @@ from gaussian_tokenizer.captures.frame import OPENGL_TO_OPENCV, Frame
 from gaussian_tokenizer.captures.subject import Subject
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.rendering.cameras import portrait_cameras
+from gaussian_tokenizer.rendering.cameras import Cameras, portrait_cameras
 from gaussian_tokenizer.rendering.splatting import render, to_rgba
 from gaussian_tokenizer.synthetic.layout import MAX_POINTS_PER_FACE, MIN_POINTS_PER_FACE
+from gaussian_tokenizer.synthetic.light import LIGHTS
 from gaussian_tokenizer.synthetic.subject import (
+    LOOKS,
     PLACEMENTS,
     SyntheticSubject,
     draw_timesteps,
     portrait_avatar,
     synthesize_subject,
 )
+from gaussian_tokenizer.synthetic.views import random_cameras
 from gaussian_tokenizer.utils.options import option
 
 LICENSE, CONSENT = "CC0-1.0", "synthetic, no person"
 MAX_VIEWS = 12
 DEGREES_BETWEEN_VIEWS = 30.0
 PIXELS_BETWEEN_POINTS = 2.0  # in a portrait
+CAMERAS, PORTRAITS = ("random", "ring"), ("any", "rest")
+# The subjects and captures of before these settings existed, to the last bit.
+PLAIN = {"look": "plain", "light": "plain", "cameras": "ring", "portrait": "rest"}
+TIMESTEPS, VIEWS, EXPRESSION = 1, 4, 5  # numbers of random streams after the seed; 2, 3 are those of `subject`
 
 
 @dataclass(frozen=True)
@@ -40,15 +47,25 @@ class SyntheticSettings:
     seed: int = option(0, "of identities, appearance and motion")
     num_points: int | None = option(None, "Gaussians of an average subject (400 on 600 faces, up to 26,000)", type=int)
     image_size: int = option(128, "pixels, both sides of a portrait")
-    views: int = option(1, f"cameras around a subject, 1 (front) to {MAX_VIEWS}")
-    timesteps: int = option(1, "1 is at rest, further ones have random expressions and turns")
+    views: int = option(1, f"cameras of a timestep, 1 to {MAX_VIEWS}")
+    timesteps: int = option(1, "the first as --portrait says, further ones with random expressions and turns")
     identity_scale: float = option(1.0, "how much heads differ: 1 natural, 2 caricatures")
     min_points_per_face: int = option(MIN_POINTS_PER_FACE, "a smaller number spreads the points over more faces")
     placement: str = option("captured", "points at places of each subject's own, or of all", choices=PLACEMENTS)
 
+    look: str = option("varied", "haircuts, marks, glasses ..., or hair and colors only", choices=LOOKS)
+    light: str = option("varied", "a light for each subject; hard: outside of varied's range", choices=LIGHTS)
+    cameras: str = option("random", "another for each frame, or fixed: front, 30 degrees left ...", choices=CAMERAS)
+    portrait: str = option(
+        "any", "first timestep: half of the subjects with an expression, or at rest", choices=PORTRAITS
+    )
+
     def __post_init__(self) -> None:
-        if self.placement not in PLACEMENTS:
-            raise ValueError(f"placement is {self.placement!r}, expected one of {PLACEMENTS}")
+        for name, known in (
+            ("placement", PLACEMENTS), ("look", LOOKS), ("light", LIGHTS), ("cameras", CAMERAS), ("portrait", PORTRAITS)
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
         for name, low, high in (
             ("seed", 0, 2**63 - 1),
             ("image_size", 16, 2048),
@@ -61,6 +78,11 @@ class SyntheticSettings:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} is {value}, expected {low} to {high}")
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The settings, but for plain ones of PLAIN: files of before those existed are continued."""
+        return {name: value for name, value in asdict(self).items() if PLAIN.get(name) != value}
 
 
 @dataclass(frozen=True)
@@ -77,7 +99,7 @@ class SyntheticSource:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        return asdict(self.settings)
+        return self.settings.recipe
 
     def names(self) -> list[str]:
         return [f"synthetic-{self.settings.seed}-{index:06d}" for index in range(self.num_subjects)]
@@ -104,7 +126,7 @@ class RenderedSubject(Subject):
 def render_subject(name: str, settings: SyntheticSettings, head: HeadModel) -> RenderedSubject:
     """The subject of a name `synthetic-<seed>-<index>` with its images."""
     seed = (settings.seed, int(name.rsplit("-", 1)[1]))
-    same = ("num_points", "identity_scale", "min_points_per_face", "placement")
+    same = ("num_points", "identity_scale", "min_points_per_face", "placement", "look", "light")
     subject = synthesize_subject(head, seed, **{name: getattr(settings, name) for name in same})
     metadata = {
         "avatar_id": name,
@@ -112,34 +134,51 @@ def render_subject(name: str, settings: SyntheticSettings, head: HeadModel) -> R
         "consent": CONSENT,
         "hair_style": subject.appearance.hair_style,
         "beard_style": subject.appearance.beard_style,
-        "recipe": asdict(settings),
+        "recipe": settings.recipe,
         "head_name": head.name,
         "head_hash": head.hash,
     }
-    motion = draw_timesteps(subject, settings.timesteps, (*seed, 1))
-    frames = render_frames(subject, settings.image_size, settings.views, motion)
+    expressive = settings.portrait == "any" and np.random.default_rng((*seed, EXPRESSION)).random() < 0.5
+    motion = draw_timesteps(subject, settings.timesteps, (*seed, TIMESTEPS), at_rest=not expressive)
+    if settings.cameras == "ring":
+        cameras = ring(head, settings.image_size, settings.views, settings.timesteps)
+        pixels_per_meter = float(cameras.Ks[0, 0, 0])  # a meter from the camera
+    else:
+        vertices = head.pose(motion).vertices.repeat_interleave(settings.views, 0)
+        skulls = vertices[:, ~head.regions["neck"]] if "neck" in head.regions else vertices
+        cameras = random_cameras(skulls, settings.image_size, np.random.default_rng((*seed, VIEWS)))
+        distances = (cameras.positions - skulls.mean(1)).norm(dim=1)
+        pixels_per_meter = float((cameras.Ks[:, 0, 0] / distances).max())
+    frames = render_frames(subject, cameras, motion, pixels_per_meter)
     return RenderedSubject(name, Path(name), metadata, subject.avatar, frames)
 
 
-def render_frames(subject: SyntheticSubject, image_size: int, views: int, motion: HeadParameters) -> list[Frame]:
-    """Images and masks of a subject at each timestep from every camera, with transparent background.
-
-    Camera 0 sees the front, the next 30 degrees from its left, from its right, 60, ...
-    """
+def ring(head: HeadModel, image_size: int, views: int, timesteps: int) -> Cameras:
+    """The same cameras for all subjects and timesteps (T * C): the front, 30 degrees from its left, from its right, 60, ..."""
     azimuths = [DEGREES_BETWEEN_VIEWS * ((number + 1) // 2) * (1 if number % 2 else -1) for number in range(views)]
-    cameras = portrait_cameras(subject.head, image_size, azimuths)
-    focal = float(cameras.Ks[0, 0, 0])
-    avatar = portrait_avatar(subject, spacing=PIXELS_BETWEEN_POINTS / focal)  # a meter from the camera
+    return portrait_cameras(head, image_size, azimuths)[list(range(views)) * timesteps]
+
+
+def render_frames(
+    subject: SyntheticSubject, cameras: Cameras, motion: HeadParameters, pixels_per_meter: float
+) -> list[Frame]:
+    """Images and masks of a subject at T timesteps from `cameras` (T * C), with transparent background.
+
+    `pixels_per_meter` at the head, of the closest camera, says how dense the points are.
+    """
+    views = len(cameras) // motion.num_frames
+    avatar = portrait_avatar(subject, spacing=PIXELS_BETWEEN_POINTS / pixels_per_meter)
     gaussians = avatar.posed(motion)
     frames = []
     for timestep in range(motion.num_frames):
-        images = render(gaussians.frames(timestep), cameras, background=0.0)
+        own = cameras[timestep * views : (timestep + 1) * views]
+        images = render(gaussians.frames(timestep), own, background=0.0)
         for camera, (image, alpha) in enumerate(zip(images.image, images.alpha)):
-            viewmat = cameras.viewmats[camera].double().numpy()
-            (fx, _, cx), (_, fy, cy) = cameras.Ks[camera, :2].tolist()
-            rgba, own = to_rgba(image, alpha), motion.frame(timestep)
-            intrinsics = (fx, fy, cx, cy, image_size, image_size)
-            frames.append(Frame(timestep, camera, viewmat, *intrinsics, rgba, own, mask=rgba[..., 3]))
+            viewmat = own.viewmats[camera].double().numpy()
+            (fx, _, cx), (_, fy, cy) = own.Ks[camera, :2].tolist()
+            rgba, params = to_rgba(image, alpha), motion.frame(timestep)
+            intrinsics = (fx, fy, cx, cy, own.width, own.height)
+            frames.append(Frame(timestep, camera, viewmat, *intrinsics, rgba, params, mask=rgba[..., 3]))
     return frames
 
 

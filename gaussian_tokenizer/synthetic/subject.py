@@ -6,7 +6,7 @@ the skin into a smooth volume, long hair falls.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +18,11 @@ from gaussian_tokenizer.avatars.gaussians import SH_DC
 from gaussian_tokenizer.geometry.rotations import matrix_to_quaternion
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
-from gaussian_tokenizer.synthetic.appearance import Appearance, colors_of, draw_appearance, smoothstep
+from gaussian_tokenizer.synthetic.appearance import Appearance, colors_of, detailed, draw_appearance
 from gaussian_tokenizer.synthetic.captured import captured_points
+from gaussian_tokenizer.synthetic.details import Glasses, brow_weights, face_coordinates
+from gaussian_tokenizer.synthetic.glasses import glasses_points
+from gaussian_tokenizer.synthetic.haircuts import bob_length, bun, fringe_offsets, hair_mask, volume
 from gaussian_tokenizer.synthetic.layout import (
     JAW_OPENING,
     MIN_POINTS_PER_FACE,
@@ -31,8 +34,11 @@ from gaussian_tokenizer.synthetic.layout import (
     regular_points,
     sparse_counts,
 )
+from gaussian_tokenizer.synthetic.light import LIGHTS, draw_light
+from gaussian_tokenizer.synthetic.mixing import smoothstep
 
-PLACEMENTS = ("captured", "regular")
+PLACEMENTS, LOOKS = ("captured", "regular"), ("varied", "plain")
+DETAILS, LIGHT = 2, 3  # numbers of the random streams, after the seed
 SHAPE_LIMIT = 2.5  # standard deviations
 ROUNDING = 0.7  # of Phong tessellation: 0 keeps the flat faces, 1 the full tangent planes
 OPACITY = 0.98
@@ -40,6 +46,7 @@ WIDTH, DENSE_WIDTH = 0.85, 0.75  # standard deviation of a Gaussian, relative to
 # Largest turns of a random timestep: axis-angle of the neck (nod, turn, tilt) and of the eyes, radians.
 NECK_TURN, GAZE = np.array((0.15, 0.3, 0.08)), np.array((0.15, 0.3, 0.0))
 EXPRESSIONS_AT_ONCE = 3
+THICK = 0.1  # meters: hair of varied looks this thick would be twice as far apart, and so wide
 FLAT = 0.25  # thickness of a Gaussian on the skin, relative to its width
 
 
@@ -60,6 +67,8 @@ def synthesize_subject(
     identity_scale: float = 1.0,
     min_points_per_face: int = MIN_POINTS_PER_FACE,
     placement: str = "captured",
+    look: str = "plain",
+    light: str = "plain",
 ) -> SyntheticSubject:
     """The subject of `seed` on `head`, the same for the same arguments.
 
@@ -67,14 +76,21 @@ def synthesize_subject(
     subject's own is up to a sixth more or less. Regions that the head lacks (no `scalp`: no hair) are left out.
     `identity_scale` multiplies the identity: 1 gives natural heads, 2 caricatures. `placement`: "captured" puts the points of
     every subject on faces and at places of its own, with noise, as a fit does; "regular" has them where all subjects have them.
+    `look` "varied" adds the details of `details` and haircuts to the plain subject of the seed; `light` "varied" or "hard"
+    lights it by a draw of its own.
     """
-    if placement not in PLACEMENTS:
-        raise ValueError(f"placement is {placement!r}, expected one of {PLACEMENTS}")
+    for name, value, known in (("placement", placement, PLACEMENTS), ("look", look, LOOKS), ("light", light, LIGHTS)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}, expected one of {known}")
     num_points = default_num_points(head.n_faces) if num_points is None else num_points
     if num_points < 1:
         raise ValueError(f"{num_points} points asked for; expected at least 1")
     rng = np.random.default_rng(seed)
     appearance = draw_appearance(rng)
+    own = (*np.atleast_1d(seed).tolist(),)
+    if look == "varied":
+        appearance = detailed(appearance, np.random.default_rng((*own, DETAILS)))
+    appearance = replace(appearance, light=draw_light(np.random.default_rng((*own, LIGHT)), light))
     # After the appearance, so that a seed has the same appearance on head models with any number of shape directions.
     shape = identity_scale * np.clip(rng.standard_normal(head.n_shape), -SHAPE_LIMIT, SHAPE_LIMIT)
     params = HeadParameters.zeros(head.n_shape, head.n_expression)
@@ -96,13 +112,15 @@ def portrait_avatar(subject: SyntheticSubject, spacing: float) -> GaussianAvatar
     return _build_avatar(subject.head, subject.params, subject.appearance, points, DENSE_WIDTH)
 
 
-def draw_timesteps(subject: SyntheticSubject, num_timesteps: int, seed: int | Sequence[int]) -> HeadParameters:
-    """Head parameters: at rest first, then random expressions and small turns of neck, jaw and eyes."""
+def draw_timesteps(
+    subject: SyntheticSubject, num_timesteps: int, seed: int | Sequence[int], at_rest: bool = True
+) -> HeadParameters:
+    """Head parameters: first `at_rest`, or not, then random expressions and small turns of neck, jaw and eyes."""
     rng = np.random.default_rng(seed)
     n_expression = subject.head.n_expression
     motion = HeadParameters.zeros(subject.head.n_shape, n_expression, num_timesteps)
     motion.shape.copy_(subject.params.shape)
-    for timestep in range(1, num_timesteps):
+    for timestep in range(int(at_rest), num_timesteps):
         chosen = rng.choice(n_expression, min(EXPRESSIONS_AT_ONCE, n_expression), replace=False)
         motion.expr[timestep, chosen] = torch.from_numpy(rng.uniform(0.3, 1.0, len(chosen))).float()
         turns = rng.uniform(-1, 1, 3) * NECK_TURN, (max(0.0, rng.uniform(-1, 1)) * JAW_OPENING, 0.0, 0.0)
@@ -142,6 +160,8 @@ def _build_avatar(
     relative = np.stack((1 + 0.5 * lifted + 0.8 * hanging, FLAT + (0.8 - FLAT) * lifted, 1 + 0.2 * lifted), 1)
     offsets += ((1 + lifted) * where.heights)[:, None] * points.normals  # hair and beard are noisier than skin
     widths = width * where.spacing
+    if appearance.details is not None:
+        widths = widths * (1 + np.minimum(length / THICK, 0.6))
     colors = colors_of(appearance, points.weights, points.normals, points.waves, points.depth)
     faces, frames = torch.from_numpy(where.faces), face_frames(vertices, head.faces)
     placed = Placed(
@@ -149,6 +169,9 @@ def _build_avatar(
         torch.from_numpy(widths[:, None] * relative).float(),
         matrix_to_quaternion(torch.from_numpy(_axes(points.normals))).float(),
     )
+    glasses = None if appearance.details is None else appearance.details.glasses
+    if glasses is not None:
+        placed, faces, colors = _with_glasses(head, appearance, glasses, vertices, where, placed, colors)
     local = to_local(placed, faces, frames)
     return GaussianAvatar(
         positions=local.positions,
@@ -159,6 +182,32 @@ def _build_avatar(
         quats=local.quats,
         params=params,
     ).with_head(head)
+
+
+def _with_glasses(
+    head: HeadModel,
+    appearance: Appearance,
+    glasses: Glasses,
+    vertices: torch.Tensor,
+    where: SurfacePoints,
+    placed: Placed,
+    colors: np.ndarray,
+) -> tuple[Placed, torch.Tensor, np.ndarray]:
+    """The points `placed` `where` the placement says, their faces and colors (N, 3), and those of the glasses after them."""
+    layout, faces = face_layout(head), where.faces
+    spacing = 0.6 * float(np.median(where.spacing[layout.zone[faces] == layout.zones.index("skin")]))
+    added = glasses_points(glasses, head, vertices.double().numpy(), layout, faces, spacing)
+    if added is None:
+        return placed, torch.from_numpy(faces), colors
+    shade = appearance.light.on(np.array([[0.0, 0.0, 1.0]]), np.zeros(1)) if appearance.light is not None else 1.0
+    own = np.broadcast_to(np.clip(glasses.color * shade, 0, 1), (len(added.faces), 3))
+    quats = matrix_to_quaternion(torch.from_numpy(added.axes)).float()
+    tensors = torch.from_numpy(added.positions).float(), torch.from_numpy(added.scales).float(), quats
+    return (
+        Placed(*(torch.cat(pair) for pair in zip(placed, tensors, strict=True))),
+        torch.from_numpy(np.concatenate((faces, added.faces))),
+        np.concatenate((colors, own)),
+    )
 
 
 def _contrast(head: HeadModel, params: HeadParameters, appearance: Appearance) -> np.ndarray:
@@ -183,10 +232,18 @@ def _points_on_skin(head: HeadModel, canonical: torch.Tensor, appearance: Appear
     # The walls of the mouth stay on their triangles: at the lips their normals are those of the skin.
     rounding = ROUNDING * (layout.zone[faces] != layout.zones.index("mouth_interior"))
     skin = _rounded_surface(vertices, vertex_normals, corners, barycentrics, rounding)
+    weights, details = _region_weights(head, at_points, len(faces)), appearance.details
+    if details is not None:
+        coordinates = face_coordinates(head, at_points(head.template.double().numpy()))
+        if coordinates:
+            weights["brows"] = brow_weights(details, coordinates, head)
+            weights["scalp"] = weights["scalp"] * hair_mask(details, coordinates)
+            coordinates["blotches"] = np.sin(skin @ details.blotch_vectors.T + details.blotch_phases).mean(1)
+            weights |= coordinates
     return _Points(
         skin=skin,
         normals=_normalized(at_points(vertex_normals)),
-        weights=_region_weights(head, at_points, len(faces)),
+        weights=weights,
         waves=np.sin(skin @ appearance.wave_vectors.T + appearance.wave_phases).mean(1),
         depth=where.depth,
         along=where.along,
@@ -228,7 +285,15 @@ def _hair_offsets(appearance: Appearance, points: _Points, scalp: np.ndarray) ->
     roots, weight = points.skin, points.weights["scalp"]
     roughness = 0.7 if appearance.hair_style == "curly" else 0.35
     lift = appearance.hair_thickness * weight * (1 + roughness * points.waves) * (0.3 + 0.7 * points.depth)
+    details = appearance.details if "across" in points.weights else None
+    if details is not None:
+        lift = lift * volume(details, points.weights)
     offsets = lift[:, None] * _normalized(points.normals + np.array((0, 0.35, 0)))
+    if details is not None and details.cut == "fringe":
+        offsets += weight[:, None] * fringe_offsets(details, points.weights, roots, points.along)
+    if details is not None and details.cut == "bun":
+        ball, inside = bun(details, points.weights, (points.along, points.depth), scalp)
+        return np.where((inside & (weight > 0.5))[:, None], ball - roots, offsets)
     if appearance.hair_style != "long":
         return offsets
     # The lower a root and the farther from the forehead, the farther its hair falls.
@@ -236,7 +301,10 @@ def _hair_offsets(appearance: Appearance, points: _Points, scalp: np.ndarray) ->
     middle, radius = (low + high) / 2, (high - low) / 2
     from_front = np.arctan2(np.abs(roots[:, 0]), roots[:, 2] - middle[2])
     falls = smoothstep((from_front - 0.75) / 0.7) * smoothstep((high[1] - roots[:, 1]) / (1.4 * radius[1])) * weight
-    drop = appearance.hair_length * points.along * falls
+    length: float | np.ndarray = appearance.hair_length
+    if details is not None and details.cut == "bob":
+        length = bob_length(details, points.weights, roots)
+    drop = length * points.along * falls
     offsets[:, 1] -= drop
     # Outside the neck: what has fallen hangs from the widest outline of the skull.
     sideways = (roots + offsets - middle)[:, [0, 2]] / (radius[[0, 2]] + 0.5 * appearance.hair_thickness)

@@ -132,7 +132,7 @@ def all_kinds(work: Path) -> dict[str, Kind]:
     kinds = (
         Kind("synthesize", (*python, "-m", "gaussian_tokenizer.synthesize", "--output_dir", "out", *head, "--num_proc", "2",
                             "--num_subjects", "6", "--image_size", "56", "--num_points", "60", "--views", "2",
-                            "--timesteps", "2")),
+                            "--timesteps", "2", "--plain")),
         Kind("corpus", (*python, "-m", "gaussian_tokenizer.build_corpus", "--avatars", subjects, *head, "--num_proc", "2",
                         "--output_dir", "out/corpus", "--n_bins", "64", "--image_size", "56", "--num_validation", "2",
                         "--shard_size", "60KB"), refusal="out/corpus: exists already"),

@@ -11,6 +11,7 @@ from eval.reenactment.clips import Clip, open_dataset
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import synthesize
+from gaussian_tokenizer.synthetic.source import PLAIN
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
 
@@ -26,7 +27,7 @@ def bench_head() -> HeadModel:
 def subjects(tmp_path_factory) -> Path:
     """Three subjects, four timesteps, two cameras, images of 32 pixels."""
     folder = tmp_path_factory.mktemp("subjects")
-    settings = {"num_points": 40, "views": 2, "timesteps": 4, "seed": 5, "placement": "regular"}
+    settings = {"num_points": 40, "views": 2, "timesteps": 4, "seed": 5, "placement": "regular"} | PLAIN
     synthesize(folder, num_subjects=3, image_size=32, **settings)
     return folder
 

@@ -30,6 +30,7 @@ from gaussian_tokenizer.heads.landmarks import with_landmarks
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.inspect.__main__ import inspect
 from gaussian_tokenizer.synthesize import synthesize
+from gaussian_tokenizer.synthetic.source import PLAIN
 from gaussian_tokenizer.tokenizer.image_files import open_image, verify_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.plain_arrays import FLAME, read_arrays
@@ -62,7 +63,7 @@ def make_formats(folder: Path) -> dict[str, Format]:
     flame.arrays_in_child = _arrays_in_this_process  # type: ignore[assignment]  # the child costs 50 ms a file
     head = build_procedural_head(600)
     head.save(folder / "head.safetensors")
-    options = {"image_size": 32, "views": 2, "timesteps": 2, "num_points": 60}
+    options = {"image_size": 32, "views": 2, "timesteps": 2, "num_points": 60} | PLAIN
     subject, *_ = synthesize(folder / "avatars", 4, **options)
     avatar = GaussianAvatar.load(subject, head=head)
     avatar.save(folder / "avatar.safetensors")

@@ -10,6 +10,7 @@ import pytest
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthesize import synthesize
+from gaussian_tokenizer.synthetic.source import PLAIN
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +22,8 @@ def small_head() -> HeadModel:
 def tracked(tmp_path_factory) -> Path:
     """A subject folder: 4 timesteps from 6 cameras, images of 40 pixels with alpha and masks. Not to be changed."""
     folder = tmp_path_factory.mktemp("tracked")
-    return synthesize(folder, 1, image_size=40, views=6, timesteps=4, num_points=60, seed=3, placement="regular")[0]
+    settings = {"image_size": 40, "views": 6, "timesteps": 4, "num_points": 60, "seed": 3, "placement": "regular"}
+    return synthesize(folder, 1, **settings, **PLAIN)[0]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.synthesize import LOCK_NAME, main, synthesize
-from gaussian_tokenizer.synthetic.source import SyntheticSettings, SyntheticSource
+from gaussian_tokenizer.synthetic.source import PLAIN, SyntheticSettings, SyntheticSource
 from gaussian_tokenizer.synthetic.subject import synthesize_subject
 from gaussian_tokenizer.utils.locks import exclusive
 
@@ -37,7 +37,7 @@ def hashes(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("subjects")
-    synthesize(folder, 3, HEAD, image_size=32, views=3, timesteps=2, seed=5)
+    synthesize(folder, 3, HEAD, image_size=32, views=3, timesteps=2, seed=5, **PLAIN)
     return folder
 
 
@@ -81,7 +81,7 @@ def test_frames_hold_images_of_every_timestep_from_every_camera(written, head):
 
 @pytest.mark.distributed
 def test_the_number_of_processes_changes_no_byte(written, tmp_path):
-    synthesize(tmp_path / "two", 3, HEAD, num_proc=2, image_size=32, views=3, timesteps=2, seed=5)
+    synthesize(tmp_path / "two", 3, HEAD, num_proc=2, image_size=32, views=3, timesteps=2, seed=5, **PLAIN)
     assert hashes(tmp_path / "two") == hashes(written)
 
 
@@ -91,7 +91,7 @@ def test_a_second_run_keeps_what_is_finished_and_makes_the_rest(written, tmp_pat
     shutil.rmtree(folder / "synthetic-5-000001")
     (folder / ".synthetic-5-000001.00ff00ff00ff.tmp").mkdir()  # of a run that was killed
     kept = (folder / "synthetic-5-000000" / "point_cloud.ply").stat()
-    synthesize(folder, 3, HEAD, image_size=32, views=3, timesteps=2, seed=5)
+    synthesize(folder, 3, HEAD, image_size=32, views=3, timesteps=2, seed=5, **PLAIN)
     assert (folder / "synthetic-5-000000" / "point_cloud.ply").stat() == kept
     assert hashes(folder) == hashes(written)
     assert not list(folder.glob(".*"))
@@ -105,9 +105,11 @@ def test_a_folder_of_another_recipe_is_refused_before_anything_is_written(writte
         {"timesteps": 1},
         {"num_points": 300},
         {"placement": "regular"},
+        {"look": "varied"},
+        {"cameras": "random"},
         {"head": "procedural:700"},
     ):
-        arguments = {"head": HEAD, "image_size": 32, "views": 3, "timesteps": 2, "seed": 5} | changed
+        arguments = {"head": HEAD, "image_size": 32, "views": 3, "timesteps": 2, "seed": 5} | PLAIN | changed
         with pytest.raises(ValueError, match=r"synthetic-5-000000.*choose another output folder"):
             synthesize(written, 4, **arguments)
     assert hashes(written) == before
@@ -157,6 +159,15 @@ def test_the_command_writes_subjects(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2 subjects in" in printed
     assert len(find_subjects(tmp_path / "out")) == 2
+
+
+def test_plain_is_short_for_its_four_options(tmp_path):
+    common = ["--num_subjects", "1", "--image_size", "16", "--num_points", "40"]
+    main([*common, "--output_dir", str(tmp_path / "short"), "--plain"])
+    long = [word for name, value in PLAIN.items() for word in (f"--{name}", value)]
+    main([*common, "--output_dir", str(tmp_path / "long"), *long])
+    main([*common, "--output_dir", str(tmp_path / "varied")])
+    assert hashes(tmp_path / "short") == hashes(tmp_path / "long") != hashes(tmp_path / "varied")
 
 
 # ---- straight to a corpus

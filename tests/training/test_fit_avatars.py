@@ -22,6 +22,7 @@ from gaussian_tokenizer.captures.subject import Subject
 from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.synthesize import synthesize
+from gaussian_tokenizer.synthetic.source import PLAIN
 from training import fit_avatars
 from training.common.arguments import exit_on_user_error
 from training.fitting.queue import Job, order_of
@@ -77,7 +78,7 @@ def leftovers(output: Path) -> list[str]:
 def subjects(tmp_path_factory) -> Path:
     """Two synthetic subjects of 32 pixels, three cameras and four moments."""
     folder = tmp_path_factory.mktemp("subjects") / "subjects"
-    synthesize(folder, 2, image_size=32, num_points=60, views=3, timesteps=4)
+    synthesize(folder, 2, image_size=32, num_points=60, views=3, timesteps=4, **PLAIN)
     return folder
 
 

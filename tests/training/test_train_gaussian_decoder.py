@@ -137,6 +137,11 @@ def test_what_does_not_belong_together_is_named(script):
     assert "--num_references must be at least 1, found 0" in script("--num_references", "0")
 
 
+def test_a_cache_of_features_of_augmented_portraits_is_refused(script, tmp_path):
+    line = script("--augment_portraits", "true", "--feature_cache", tmp_path / "cache")
+    assert "--feature_cache with --augment_portraits would fill the disk" in line
+
+
 def test_a_point_model_of_another_vocabulary_is_refused(script, corpus, tmp_path):
     settings = BuildSettings(n_bins=32, image_size=56, num_validation=4)
     build(corpus.path.parent / "avatars", build_procedural_head(600), tmp_path / "corpus", settings, progress=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from gaussian_tokenizer.avatars.avatar_files import check_hash
 from gaussian_tokenizer.corpus.corpus import Corpus
@@ -64,13 +65,32 @@ class AvatarRows:
         rows = self.frame_rows[self.ids[row]]
         return rows[0] if pick is None else rows[int(pick.integers(len(rows)))]
 
-    def condition(self, row: int, pick: np.random.Generator | None, chosen: int | None = None) -> dict[str, Any]:
-        """Portrait (the image in the row `chosen` of `frames`, or else in `portrait_row`) and canonical head mesh."""
+    def image(self, frame_row: int) -> Image.Image:
+        assert self.frames is not None
+        return self.frames[frame_row]["image"]
+
+    def any_image(self, random: np.random.Generator) -> Image.Image:
+        """A random image of a random subject."""
+        assert self.frames is not None
+        return self.image(int(random.integers(len(self.frames))))
+
+    def condition(
+        self,
+        row: int,
+        pick: np.random.Generator | None,
+        chosen: int | None = None,
+        image: Image.Image | None = None,
+    ) -> dict[str, Any]:
+        """Portrait and canonical head mesh. The portrait is the row `chosen` of `frames`, or else `portrait_row`.
+
+        `image`: what the augmentation has made of it.
+        """
         avatar = self.conditions[row]
         condition: dict[str, Any] = {}
         if self.frames is not None:
             chosen = self.portrait_row(row, pick) if chosen is None else chosen
             frame = self.frames[chosen]
+            frame["image"] = frame["image"] if image is None else image
             condition["pixel_values"] = self.tokenizer(images=frame["image"])["pixel_values"][0]
             if self.head is not None:
                 params = {name: torch.from_numpy(np.asarray(avatar[name], np.float32)) for name in self.shapes}

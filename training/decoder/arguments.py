@@ -61,7 +61,13 @@ class FrameArguments:
         "evaluation, which leaves them out (not in the paper)",
         1,
     )
+    augment_portraits: bool = option(
+        "backgrounds, light and flaws of photographs for portraits (not in the paper)", False
+    )
     self_generated_ratio: float = option("share of items whose points the point model generated (the paper: 0)", 0.0)
+    max_self_generated: int | None = option(
+        "subjects whose points the point model generates for it; by default all", None
+    )
     animation: str = option("how Gaussians follow the head: lbs or face_frames", "lbs")
     feature_cache: str | None = option("folder to cache the point model's hidden states between steps and runs", None)
     eval_split: str = option("held-out split", "validation")
@@ -74,6 +80,8 @@ class FrameArguments:
                 raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
         if not 0 <= self.self_generated_ratio <= 1:
             raise ValueError(f"--self_generated_ratio is a share, 0 to 1, found {self.self_generated_ratio}")
+        if self.max_self_generated is not None and self.max_self_generated < 1:
+            raise ValueError(f"--max_self_generated must be at least 1, found {self.max_self_generated}")
         if self.animation not in ANIMATIONS:
             raise ValueError(f"--animation {self.animation}: expected {' or '.join(ANIMATIONS)}")
 

@@ -22,11 +22,11 @@ from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
 from gaussian_tokenizer.rendering.portrait_points import Portrait
 from gaussian_tokenizer.tokenizer.processing_conditions import portrait_rgba
+from training.common.portraits import PortraitAugmentation, laid_on, plain_portraits
 from training.common.rows import AvatarRows, shuffled_row
 
 BACKGROUNDS = (0.0, 0.5, 1.0)  # gray levels of training (LAM)
 PORTRAIT = "portrait_"  # before the names of its camera and head parameters in a batch
-UNKNOWN_ALPHA = 0.25  # share of the portraits of training whose alpha is hidden, as it is in a photograph
 
 
 class SubjectRows:
@@ -55,7 +55,9 @@ class SubjectRows:
         """The rows in `frames` of a subject."""
         return self.rows.frame_rows[self.rows.ids[row]]
 
-    def subject(self, row: int, read: list[int] | None = None) -> dict[str, Any]:
+    def subject(
+        self, row: int, read: list[int] | None = None, augmentation: PortraitAugmentation | None = None
+    ) -> dict[str, Any]:
         """Sequence (L,), condition (source portrait and mesh), shape (S,) and, where there is one, static_offset (V, 3).
 
         `read` are the rows in `frames` of the source, by default the subject's first, and of further images. With `read_portrait`
@@ -63,11 +65,14 @@ class SubjectRows:
         """
         read = read or [self.rows.portrait_row(row, None)]
         shapes = {name: np.asarray(value, np.float32) for name, value in self.shapes[row].items()}
-        subject = {"input_ids": self.rows.sequence(row)} | shapes | self.rows.condition(row, None, read[0])
+        images = [self.frames[each]["image"] for each in read]
+        images = images if augmentation is None else [augmentation(image) for image in images]
+        condition = self.rows.condition(row, None, read[0], images[0])
+        subject = {"input_ids": self.rows.sequence(row)} | shapes | condition
         if self.read_portrait:
             own = self.targets(read)
             height, width = own.pop("images").shape[1:3]
-            portrait = np.stack([portrait_rgba(self.frames[each]["image"], self.tokenizer.image_size) for each in read])
+            portrait = np.stack([portrait_rgba(image, self.tokenizer.image_size) for image in images])
             own["Ks"] *= np.float32([[portrait.shape[3] / width], [portrait.shape[2] / height], [1]])
             subject["portrait"] = portrait
             subject |= {PORTRAIT + name: value for name, value in own.items()}
@@ -105,35 +110,40 @@ class TrainSubjects(Dataset):
     num_targets: int
     seed: int
     random_source: bool  # use a random image of a subject as its portrait instead of the first one
-    generated_sequences: Sequence[np.ndarray] = ()  # one for every subject, see generated_sequences.py
+    generated_sequences: Sequence[np.ndarray] = ()  # of the first subjects, or of all; see generated_sequences.py
     self_generated_ratio: float = 0.0  # share of the items that have it instead of the true sequence
     num_references: int = 1  # images of a subject that are read, its source among them, are 1 to this many
     items_per_step: int = 1
+    augment_portraits: bool = False
 
     def __len__(self) -> int:
         return self.num_items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, random = shuffled_row(index, len(self.subjects), self.seed)
+        generated = np.random.default_rng((self.seed, 4, index)).random() < self.self_generated_ratio
+        if generated:
+            row %= len(self.generated_sequences)
         rows = self.subjects.frame_rows(row)
         read = [self.subjects.rows.portrait_row(row, random if self.random_source else None)]
         if self.num_references > 1:
             step = np.random.default_rng((self.seed, 2, index // self.items_per_step))
-            count, others = (
-                int(step.integers(self.num_references)),
-                [other for other in rows if other != read[0]] or read,
-            )
+            count, others = int(step.integers(self.num_references)), [each for each in rows if each != read[0]] or read
             read += random.choice(others, count, replace=len(others) < count).tolist()
-        item = self.subjects.subject(row, read)
+        augmentation = None
+        if self.augment_portraits:
+            augmentation = PortraitAugmentation(self.seed, index, self.subjects.rows.any_image)
+        item = self.subjects.subject(row, read, augmentation)
+        if generated:
+            item["input_ids"] = self.generated_sequences[row]
         chosen = random.choice(len(rows), self.num_targets, replace=len(rows) < self.num_targets)
         background = random.choice(BACKGROUNDS, self.num_targets).astype(np.float32)
-        if random.random() < self.self_generated_ratio:
-            item["input_ids"] = self.generated_sequences[row]
-        if self.subjects.read_portrait:
-            item["portrait"] = laid_on(item["portrait"], random.random((len(read), 3), np.float32))
-            if random.random() < UNKNOWN_ALPHA:
-                item["portrait"][:, 3] = 1
-        return item | self.subjects.targets([rows[i] for i in chosen]) | {"background": background}
+        targets = self.subjects.targets([rows[i] for i in chosen])
+        if augmentation is not None:  # the color of a pixel stays that of its point
+            targets["images"][..., :3] = augmentation.color(targets["images"][..., :3])
+        elif self.subjects.read_portrait:
+            item["portrait"] = plain_portraits(item["portrait"], random)
+        return item | targets | {"background": background}
 
 
 @dataclass(eq=False)
@@ -189,12 +199,6 @@ def rgba(image: Image.Image) -> np.ndarray:
         gray = np.asarray(image, np.float32) / 65535
         return np.stack((gray, gray, gray, np.ones_like(gray)), -1)
     return np.asarray(image.convert("RGBA"), np.float32) / 255
-
-
-def laid_on(portraits: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Portraits (K, 4, H, W) with their backgrounds, where there are any, of colors (K, 3); alpha stays."""
-    alpha = portraits[:, 3:]
-    return np.concatenate((portraits[:, :3] * alpha + colors[..., None, None] * (1 - alpha), alpha), axis=1)
 
 
 def collate_subjects(items: list[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:

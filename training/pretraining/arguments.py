@@ -82,6 +82,9 @@ class DataArguments:
     head: str | None = option(
         "head model of the corpus, for --read_portrait; built-in ones are found by its name", None
     )
+    augment_portraits: bool = option(
+        "backgrounds, light and flaws of photographs for portraits (not in the paper)", False
+    )
     condition_dropout: float = option("share of windows without condition, for classifier-free guidance", 0.1)
     context_noise: float = option(
         "share of windows read with random x and z, so that the portrait counts (point level)", 0.0

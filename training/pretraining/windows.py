@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from training.common.portraits import PortraitAugmentation
 from training.common.rows import CONDITION, AvatarRows, shuffled_row
 
 
@@ -30,11 +31,16 @@ class TrainWindows(Dataset):
     condition_dropout: float  # share of windows without condition, for classifier-free guidance
     grouped: bool = False  # windows of whole points, as the point level reads them
     context_noise: float = 0.0  # share of windows that are read with random x and z, see `disturbed`
+    augment_portraits: bool = False
 
     def __post_init__(self) -> None:
         if self.context_noise and not self.grouped:
             raise ValueError(
                 "--context_noise needs --level point: the tokens of a point are spelled from its own x and z"
+            )
+        if self.augment_portraits and self.rows.frames is None:
+            raise ValueError(
+                "--augment_portraits needs a model that reads portraits: leave it out, or --use_vision_encoder true"
             )
         if self.window % 4 or self.window < 4:
             raise ValueError(f"window must be a positive multiple of 4 (whole points), found {self.window}")
@@ -48,7 +54,11 @@ class TrainWindows(Dataset):
         start = window_start(len(ids), self.window, random)
         ids = ids[start : start + self.window]
         dropped = random.random() < self.condition_dropout
-        condition = self.rows.condition(row, random)
+        chosen, image = None, None
+        if self.augment_portraits:
+            chosen = self.rows.portrait_row(row, random)
+            image = PortraitAugmentation(self.seed, index, self.rows.any_image)(self.rows.image(chosen))
+        condition = self.rows.condition(row, random, chosen, image)
         read = ids
         if self.context_noise and random.random() < self.context_noise:
             read = disturbed(ids, self.rows.tokenizer.n_bins, random)

@@ -47,6 +47,9 @@ def main() -> None:
     common = {"head": recipe["head"], "num_proc": os.cpu_count() or 1, "seed": recipe["seed"]}
     trained = {"seed": recipe["seed"], "resume_from_checkpoint": True}
     processes = str(recipe["processes"])
+    augmented = recipe["train_decoder"].get(
+        "augment_portraits"
+    )  # no two portraits are then the same, nor their features
     launch = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", processes]
 
     run(1, "synthetic subjects, as a corpus", output / "corpus" / "corpus.json", [
@@ -61,8 +64,8 @@ def main() -> None:
         *launch, "-m", "training.train_gaussian_decoder", *config_of(recipe["train_decoder"]),
         *flags(trained | recipe["train_decoder"] | {
             "point_model": output / "model", "corpus": output / "corpus", "head": recipe["head"],
-            "output_dir": output / "decoder", "feature_cache": output / "features",
-        }),
+            "output_dir": output / "decoder",
+        } | ({} if augmented else {"feature_cache": output / "features"})),
     ])  # fmt: skip
     announce(4, "avatars of held-out subjects, from portrait and head mesh")
     print(summary(evaluate(recipe, output), output))

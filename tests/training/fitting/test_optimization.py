@@ -12,6 +12,7 @@ from gaussian_tokenizer.captures.tracking import Tracking
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.synthesize import synthesize
+from gaussian_tokenizer.synthetic.source import PLAIN
 from training.fitting.arguments import FitSettings
 from training.fitting.images import Images, evenly_spread
 from training.fitting.optimization import (
@@ -41,7 +42,8 @@ def head() -> HeadModel:
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory, head) -> Tracking:
     """A synthetic subject of 36 pixels, three cameras and four moments."""
-    (folder,) = synthesize(tmp_path_factory.mktemp("fit"), 1, image_size=36, num_points=60, views=3, timesteps=4)
+    settings = {"image_size": 36, "num_points": 60, "views": 3, "timesteps": 4}
+    (folder,) = synthesize(tmp_path_factory.mktemp("fit"), 1, **settings, **PLAIN)
     return read_tracking(folder, head)
 
 

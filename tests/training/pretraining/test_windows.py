@@ -28,7 +28,7 @@ class Sequences:
     def sequence(self, row):
         return np.arange(self.lengths[row])
 
-    def condition(self, row, pick):
+    def condition(self, row, pick, chosen=None, image=None):
         return {}
 
 
