@@ -26,6 +26,7 @@ from eval.app.making import Step, Stopped, make
 from eval.app.photograph import CLICKS, OPTIONAL, Photograph
 from gaussian_tokenizer.captures.landmark_files import detect_landmarks, read_landmarks
 from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.landmarks import N_JAW, N_LANDMARKS
 from gaussian_tokenizer.utils.hub import one_line
 from modeling.pipeline import CANDIDATES, SAMPLING, AvatarPipeline
 
@@ -92,7 +93,15 @@ class App:
     """One pipeline for all visitors; `cache` is Gradio's folder for uploads."""
 
     def __init__(self, pipeline: AvatarPipeline, cache: Path, mediapipe: Path | None = None, **limits: Any) -> None:
-        """`mediapipe`: face_landmarker.task, to find landmarks; `limits` of generation, such as max_points."""
+        """`mediapipe`: face_landmarker.task, to find landmarks; `limits` of generation, such as max_points.
+
+        ValueError for a head model without landmarks.
+        """
+        if len(pipeline.head.landmark_faces) not in (N_LANDMARKS, N_LANDMARKS - N_JAW):
+            raise ValueError(
+                f"the pipeline's head model {pipeline.head.name!r} has no landmarks, so it cannot be fitted to photographs; FLAME "
+                "gets them by convert-flame --landmark_embedding"
+            )
         self.pipeline, self.cache, self.mediapipe, self.limits = pipeline, cache, mediapipe, limits
         self.visits: OrderedDict[str, Visit] = OrderedDict()
 
@@ -190,7 +199,7 @@ class App:
             text = f"The head cannot be fitted: {self.sentence(error)}."
         found = photograph.found
         if found is not None:
-            warnings = "".join(f"\n\nNote: {each}." for each in found.warnings)
+            warnings = "".join(f"\n\nNote: {each.rstrip('?')}." for each in found.warnings)
             text = f"The head's landmarks are {found.rms:.1f} pixels from yours (root mean square).{warnings}"
         mesh = None if found is None else visit.show("mesh", photograph.with_head(self.pipeline.head))
         return [
@@ -215,7 +224,7 @@ class App:
                     raise ValueError("There is no head yet: choose a photograph, and click its landmarks")
                 portrait = visit.photograph.portrait(self.pipeline.head)
             visit.stop = Event()
-            settings = {"seed": int(seed), "candidates": int(candidates), "refine_steps": int(refine_steps)}
+            settings = {"seed": int(seed or 0), "candidates": int(candidates), "refine_steps": int(refine_steps)}
             settings |= {"temperature": float(temperature)} | self.limits
             empty = [gr.update(visible=False, value=None)] * 2
             busy = [gr.update(visible=False), gr.update(visible=True)]
@@ -258,8 +267,9 @@ class App:
             with gr.Row():
                 with gr.Column(min_width=320):
                     gr.Markdown("### 1. Photograph")
-                    with gr.Group() as choose:  # `upload_field` must not be updated itself: Gradio would replace it
-                        upload = upload_field()
+                    with gr.Group() as choose:
+                        kinds: Any = ["upload", "webcam", "clipboard"]
+                        upload = as_it_is(gr.Image(sources=kinds, type="filepath", label="Your photograph", height=320))
                     marked = gr.Image(
                         visible=False, interactive=False, show_label=False, buttons=[], elem_id="photograph"
                     )
@@ -268,11 +278,8 @@ class App:
                         undo = gr.Button("Undo the last click", size="sm")
                         again = gr.Button("Another photograph", size="sm")
                     with gr.Accordion("Landmarks from a file", open=False, visible=False) as more:
-                        file = gr.File(
-                            file_types=[".json", ".npz"],
-                            label="68 or 51 iBUG points in pixels, JSON or NPZ",
-                            height=110,
-                        )
+                        gr.Markdown("68 or 51 points in iBUG's order, in pixels of the upright photograph.")
+                        file = as_it_is(gr.File(file_types=[".json", ".npz"], label="JSON or NPZ", height=140))
                 with gr.Column(min_width=320):
                     gr.Markdown("### 2. Head")
                     mesh = gr.Image(interactive=False, show_label=False, buttons=["fullscreen"])
@@ -307,7 +314,7 @@ class App:
     def launch(self, host: str, port: int, max_bytes: int) -> gr.Blocks:
         """Serve the page in the background; the address is its `local_url`."""
         page = self.build()
-        look = {"theme": gr.themes.Soft(font=SANS, font_mono=MONO), "css": CSS, "footer_links": []}
+        look: dict[str, Any] = {"theme": gr.themes.Soft(font=SANS, font_mono=MONO), "css": CSS, "footer_links": []}
         page.launch(
             server_name=host, server_port=port, max_file_size=max_bytes, quiet=True, share=False, ssr_mode=False,
             run_history=False, prevent_thread_lock=True, **look,
@@ -315,10 +322,12 @@ class App:
         return page
 
 
-def upload_field() -> gr.Image:
-    """A field for a photograph. It hands over the file: Gradio would open it without our limits and formats."""
-    field = gr.Image(sources=["upload", "webcam", "clipboard"], type="filepath", label="Your photograph", height=320)
-    field.preprocess = lambda payload: None if payload is None else payload.path  # type: ignore[method-assign]
+def as_it_is(field: Any) -> Any:
+    """Let a field hand over its file: Gradio would open an image without our limits, and copy other files.
+
+    Such a field is given values only: Gradio replaces one whose other properties change.
+    """
+    field.preprocess = lambda payload: None if payload is None else payload.path
     return field
 
 
@@ -351,7 +360,7 @@ def hint(photograph: Photograph, head: HeadModel) -> str:
     points = head.landmarks(head.template).cpu()
     low, high = points.amin(0), points.amax(0)
     drawing = "<svg viewBox='-0.08 -0.08 1.16 1.16' aria-hidden='true'>"
-    for index, (x, y, _) in enumerate(((points - low) / (high - low).amax()).tolist(), 68 - len(points)):
+    for index, (x, y, _) in enumerate(((points - low) / (high - low).amax()).tolist(), N_LANDMARKS - len(points)):
         radius, color = (0.05, "#dc2626") if index == asked else (0.014, "#888")
         drawing += f"<circle cx='{x:.3f}' cy='{1 - y:.3f}' r='{radius}' fill='{color}'/>"
     drawing += "</svg>"

@@ -1,15 +1,18 @@
 """The app end to end: started as a program, used in a real Chromium from upload to download; what it leaves, whom it asks."""
 
+import dataclasses
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -107,6 +110,12 @@ def test_a_portrait_becomes_an_avatar_and_nothing_is_left_of_it(address, browser
     assert pixels is not None and 0 < float(pixels[1]) < 6, "the clicks arrived where they were made"
     assert kept(temporary) == ["mesh", "photograph"]
 
+    (tmp_path / "points.json").write_text(json.dumps(ASTRONAUT[17:].tolist()))
+    page.get_by_text("Landmarks from a file").click()
+    page.locator("input[type=file][accept*=json]").set_input_files(tmp_path / "points.json")
+    page.wait_for_function(f"!document.body.innerText.includes('{pixels[0]}')")
+    until_kept(page, temporary, ["mesh", "photograph"])
+
     make.click()
     with page.expect_download() as waiting:
         page.locator("a[download='avatar.zip']").click()
@@ -124,16 +133,33 @@ def test_a_portrait_becomes_an_avatar_and_nothing_is_left_of_it(address, browser
     assert kept(temporary) == [] and said == [] and hosts == {urlsplit(address).netloc}
 
 
-def test_the_command_says_what_is_wrong_in_one_line(capsys, tmp_path):
-    pytest.importorskip("gradio", reason="needs Gradio: pip install 'avatar-pointillist[app]'")
+@pytest.fixture
+def in_this_process(monkeypatch) -> None:
+    """What the command changes is changed back."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "GRADIO_TEMP_DIR"):
+        monkeypatch.setenv(name, "")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_command_says_what_is_wrong_in_one_line(bench_pipeline, capsys, tmp_path):
+    page = pytest.importorskip("eval.app.page", reason="needs Gradio: pip install 'avatar-pointillist[app]'")
     with pytest.raises(SystemExit) as end:
         main(["--model", str(tmp_path), "--port", "0"])
     assert end.value.code == 1 and "has no pipeline.json" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--model", str(tmp_path), "--port", "70000"])
     assert "expected 0 to 65535" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit):
+        main(["--model", str(tmp_path), "--port", str(taken.getsockname()[1])])
+    assert "choose another --port" in capsys.readouterr().err
+    none = {name: getattr(bench_pipeline.head, name)[:0] for name in ("landmark_faces", "landmark_barycentrics")}
+    faceless = SimpleNamespace(head=dataclasses.replace(bench_pipeline.head, **none))
+    with pytest.raises(ValueError, match="has no landmarks"):
+        page.App(faceless, tmp_path)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "eval.app.page", raising=False)
