@@ -35,7 +35,7 @@ ABOUT = (
     "A portrait becomes a head of 3D Gaussians that turns and talks. Use a photograph of yourself, or of a person who "
     "agreed. It stays on the machine that runs this page and is removed when you leave."
 )
-GIVEN = "Click a landmark's right place to move the nearest one there."
+GIVEN = "To correct a landmark, click where it belongs: the nearest one moves there."
 MAX_VISITS, MAX_WAITING = 32, 16
 REFINE_STEPS = 30
 MAX_SEED = 2**31 - 1

@@ -105,7 +105,7 @@ def test_a_portrait_becomes_an_avatar_and_nothing_is_left_of_it(address, browser
     for number, index in enumerate(CLICKS.values(), 1):
         page.get_by_text(f"({number} of {len(CLICKS)})").wait_for()
         click(page, *ASTRONAUT[index])
-    page.get_by_text("to move the nearest one there").wait_for()
+    page.get_by_text("the nearest one moves there").wait_for()
     pixels = re.search(r"are ([\d.]+) pixels from yours", page.inner_text("body"))
     assert pixels is not None and 0 < float(pixels[1]) < 6, "the clicks arrived where they were made"
     assert kept(temporary) == ["mesh", "photograph"]
