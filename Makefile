@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED) ## synthetic heads -> tokens -> corpus -> two trainings -> avatars that move -> bench, in outputs/demo (seven minutes, CPU)
-	$(BIN)/python -m training.demo --output_dir outputs/demo
+	$(BIN)/python -m training.recipe demo --output_dir outputs/demo
 
 test: $(INSTALLED) ## all tests, two at a time (a quarter of an hour on two cores)
 	$(PYTEST)

@@ -36,8 +36,8 @@ from modeling import AvatarPipeline, GaussianDecoder, PointillistForCausalLM
 from modeling.point_features import fingerprint
 from training.common.rows import HEAD_COLUMNS
 from training.decoder.subjects import SubjectRows, mean_image_metrics, mean_images
-from training.demo.__main__ import reencoded, shape_parameters
-from training.demo.report import image_metrics, images_of, on_white, true_frames
+from training.recipe.evaluation import reencoded, shape_parameters
+from training.recipe.report import image_metrics, images_of, on_white, true_frames
 
 WAYS = {
     "full": ["--mode", "full", "--read_anchors", "false"],

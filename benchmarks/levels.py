@@ -30,9 +30,9 @@ from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianT
 from modeling import PointillistConfig, PointillistForCausalLM
 from modeling.pipeline import SAMPLING
 from training.common.rows import AvatarRows
-from training.demo.report import chamfer, judge
 from training.pretraining.metrics import slot_metrics, slot_sums
 from training.pretraining.windows import EvaluationWindows, TrainWindows, collate_windows
+from training.recipe.report import chamfer, judge
 
 SIZE: dict[str, Any] = dict(
     hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=6, head_dim=32, initializer_range=0.05,

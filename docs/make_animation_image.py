@@ -12,7 +12,7 @@ from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.rendering.cameras import portrait_cameras
 from gaussian_tokenizer.rendering.splatting import render, to_rgba
 from gaussian_tokenizer.synthetic.subject import synthesize_subject
-from training.demo.report import draw_avatars
+from training.recipe.report import draw_avatars
 
 
 def main() -> None:

@@ -52,6 +52,8 @@ def main() -> None:
     add("--flame_position", metavar="DIR", help="decoder of mode flame_position, for a row of its own")
     add("--num_subjects", type=int, help="only the first subjects, sorted by name (default: all)")
     add("--num_frames", type=int, help="only the first frames of each camera (default: all)")
+    references = "frames of a subject that its avatar is made of, evenly spaced, the source among them (default: 1)"
+    add("--num_references", type=int, default=1, help=references)
     add("--camera", type=int, help="number of the only camera to use (default: all cameras)")
     add("--split", default="validation", help="split of a corpus: validation (default) or test")
     add("--seed", type=int, default=0, help="seed of avatars, pairs and intervals (default: 0)")
@@ -76,13 +78,18 @@ def run(arguments: argparse.Namespace) -> None:
     folders = parse_compare(arguments.compare)
     torch.set_num_threads(arguments.num_threads)
     pipeline = AvatarPipeline.from_pretrained(arguments.model, device=arguments.device)
-    chosen = (arguments.split, arguments.camera, arguments.num_subjects, arguments.num_frames)
+    chosen = (arguments.split, arguments.camera, arguments.num_subjects, arguments.num_frames, arguments.num_references)
     clips = open_dataset(arguments.dataset, pipeline.head.to("cpu"), *chosen)
     pairs = make_pairs(clips, arguments.mode, arguments.seed)
     if arguments.export_protocol is not None:
         export_protocol(arguments.export_protocol, pairs, arguments.seed)
         print(f"{len(pairs)} pairs of {len(clips)} subjects in {arguments.export_protocol}")
         return
+    if arguments.num_references > 1 and not pipeline.gaussian_decoder.config.read_portrait:
+        raise ValueError(
+            f"--num_references {arguments.num_references}: the decoder of {arguments.model} does not read the portrait "
+            "(read_portrait is False); give 1, or a pipeline whose decoder was trained with --read_portrait true"
+        )
     networks = open_networks(from_options(NetworkOptions, vars(arguments)))
     decoder = None if arguments.flame_position is None else open_flame_position(arguments.flame_position, pipeline)
     output: Path = arguments.output_dir
@@ -163,7 +170,8 @@ def identity(
     """What determines a run's avatars and frames. Networks and compared folders may change: only scores depend on them."""
     networks = [pipeline.point_model, pipeline.gaussian_decoder]
     settings = [pipeline.tokenizer.to_dict(), *(network.config.to_dict() for network in networks)]
-    names = ("mode", "seed", "batch_size", "candidates", "max_points", "max_points_per_face", "num_frames")
+    names = ["mode", "seed", "batch_size", "candidates", "max_points", "max_points_per_face", "num_frames"]
+    names += ["num_references"] * (arguments.num_references > 1)  # a folder from before does not have it
     return {
         "model": weights_digest(networks, settings, pipeline.head.hash),
         "flame_position": None if decoder is None else weights_digest([decoder], [decoder.config.to_dict()]),

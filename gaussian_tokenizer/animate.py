@@ -3,7 +3,8 @@
     python -m gaussian_tokenizer.animate --avatar subjects/synthetic-0-000000 --motion talk --output talk.gif
 
 The motion is built in, tracked (a flame_param.npz or a folder of them), or a turntable around the head at rest. Output:
-images, the posed Gaussians as a numbered PLY sequence, or the avatar at rest as one file for a splat viewer.
+images, a page that plays by itself in a browser, the posed Gaussians as a numbered PLY sequence, or the avatar at rest as one
+file for a splat viewer.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from gaussian_tokenizer.avatars.avatar import open_avatar
 from gaussian_tokenizer.avatars.export import UP, save_ply_sequence, save_splats, save_video
 from gaussian_tokenizer.avatars.gaussians import Gaussians
 from gaussian_tokenizer.avatars.motions import MOTIONS, load_motion, synthetic_motion
+from gaussian_tokenizer.avatars.moving_page import PageCamera, save_page
 from gaussian_tokenizer.avatars.skinning import ANIMATIONS, Skinning, retarget
 from gaussian_tokenizer.geometry.rotations import quaternion_to_matrix
 from gaussian_tokenizer.heads.head_model import HeadModel
@@ -31,6 +33,7 @@ ROOM = 1.5  # side of the image, in heights of the skull
 BORDER = 1.02  # at least so much more than the extent of skull and hair over all frames
 STRAYS = 0.005  # of the Gaussians may stick out, so that a far one does not make the head small
 FRAMES_AT_ONCE = 4
+LARGE_PAGE = 30e6  # bytes, above which a phone may take long to open it or run out of memory
 
 
 def main() -> None:
@@ -40,13 +43,13 @@ def main() -> None:
     add("--head", help="procedural[:faces], .safetensors, FLAME .pkl, ICT folder (default: the avatar's, if built in)")
     motions = f"{', '.join(MOTIONS)}, turntable, or a flame_param.npz or a folder of them (default: talk)"
     add("--motion", default="talk", help=motions)
-    add("--output", type=Path, help="images: .gif, .mp4, or a folder of PNG (no suffix)")
+    add("--output", type=Path, help="a page: .html; images: .gif, .mp4, or a folder of PNG (no suffix)")
     add("--ply_sequence", type=Path, help="folder for the Gaussians of every frame, 00000.ply, ...")
     add("--export", type=Path, help="the Gaussians at rest for a splat viewer: .ply, .splat or .compressed.ply")
     add("--up", choices=UP, default="y", help="direction of the crown in files; minus_y for SuperSplat (default: y)")
     add("--animation", choices=ANIMATIONS, default="lbs", help="how the Gaussians follow the head")
-    add("--image_size", type=int, default=256, help="width and height of the images")
-    add("--fps", type=float, default=25.0, help="frames per second of .gif and .mp4")
+    add("--image_size", type=int, default=256, help="width and height of the images; a page fills its window")
+    add("--fps", type=float, default=25.0, help="frames per second of .html, .gif and .mp4")
     add("--num_frames", type=int, help="frames of a built-in motion (default: 48), or the first frames of a file")
     add("--azimuth", type=float, default=0.0, help="degrees of the camera to the subject's left")
     add("--background", type=float, default=1.0, help="gray behind the head, 0 black to 1 white")
@@ -74,7 +77,9 @@ def animate(arguments: argparse.Namespace) -> None:
         progress = tqdm(parts, desc="PLY", total=motion.num_frames, unit="frame")
         count = save_ply_sequence(arguments.ply_sequence, progress, arguments.up)
         print(f"{count} frames of {len(avatar):,} Gaussians in {arguments.ply_sequence}")
-    if arguments.output is not None:
+    if arguments.output is not None and arguments.output.suffix == ".html":
+        write_page(bound, motion, arguments)
+    elif arguments.output is not None:
         images = draw(bound, motion, arguments)
         save_video(arguments.output, images, arguments.fps)
         print(f"{len(images)} images of {arguments.image_size} x {arguments.image_size} in {arguments.output}")
@@ -88,12 +93,14 @@ def check(arguments: argparse.Namespace) -> None:
     for path in outputs:
         if not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"{path}: its folder {path.parent} is not there; create it first")
-    if arguments.output is not None and arguments.output.suffix not in ("", ".gif", ".mp4"):
-        raise ValueError(f"--output {arguments.output}: expected .gif, .mp4, or no suffix for a folder of PNG")
+    if arguments.output is not None and arguments.output.suffix not in ("", ".gif", ".mp4", ".html"):
+        raise ValueError(f"--output {arguments.output}: expected .html, .gif, .mp4, or no suffix for a folder of PNG")
     if not 8 <= arguments.image_size <= 8192:
         raise ValueError(f"--image_size {arguments.image_size}: expected 8 to 8192 pixels")
     if arguments.num_frames is not None and arguments.num_frames < 1:
         raise ValueError(f"--num_frames {arguments.num_frames}: expected at least 1")
+    if not 0 < arguments.fps <= 1000:
+        raise ValueError(f"--fps {arguments.fps}: expected more than 0 and at most 1000 frames per second")
     if not 0 <= arguments.background <= 1:
         raise ValueError(f"--background {arguments.background}: expected 0 (black) to 1 (white)")
     try:
@@ -121,12 +128,33 @@ def posed_parts(bound: Skinning, motion: HeadParameters, animation: str, at_once
         yield bound.pose(motion.frame(slice(start, start + at_once)), animation)
 
 
+def write_page(bound: Skinning, motion: HeadParameters, arguments: argparse.Namespace) -> None:
+    """The motion as one HTML file, seen as the images would be."""
+    azimuths, target, extent = viewpoints(bound, motion, arguments)
+    camera = PageCamera(target.tolist(), extent, DISTANCE, arguments.azimuth, 360.0 if len(azimuths) > 1 else 0.0)
+    parts = posed_parts(bound, motion, arguments.animation)
+    progress = tqdm(parts, desc="page", total=motion.num_frames, unit="frame")
+    title = ", ".join(Path(given).absolute().name for given in (arguments.avatar, arguments.motion))
+    size = save_page(arguments.output, progress, camera, title, arguments.fps, arguments.background)
+    print(f"{motion.num_frames} frames in {arguments.output}, {size / 1e6:.1f} MB")
+    if size > LARGE_PAGE:
+        print("A phone may not open a page of this size: give fewer --num_frames, or .mp4 as --output")
+
+
+def viewpoints(
+    bound: Skinning, motion: HeadParameters, arguments: argparse.Namespace
+) -> tuple[list[float], torch.Tensor, float]:
+    """Azimuths of the cameras, of every frame for a turntable, else one; and the `framing` for them."""
+    turntable = arguments.motion == "turntable"
+    steps = motion.num_frames if turntable else 1
+    azimuths = [arguments.azimuth + 360 * index / steps for index in range(steps)]
+    return azimuths, *framing(bound, motion.frame(0) if turntable else motion, azimuths)
+
+
 def draw(bound: Skinning, motion: HeadParameters, arguments: argparse.Namespace) -> np.ndarray:
     """(T, size, size, 3) uint8, the avatar in every frame of the motion."""
     turntable, size = arguments.motion == "turntable", arguments.image_size
-    steps = motion.num_frames if turntable else 1
-    azimuths = [arguments.azimuth + 360 * index / steps for index in range(steps)]
-    target, extent = framing(bound, motion.frame(0) if turntable else motion, azimuths)
+    azimuths, target, extent = viewpoints(bound, motion, arguments)
     cameras = Cameras.orbit(target, DISTANCE, azimuths, 0.0, DISTANCE * size / extent, size, size)
     images = []
     with tqdm(total=motion.num_frames, desc="images", unit="frame") as progress:

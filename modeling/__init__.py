@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import gaussian_tokenizer.tokenizer.registration  # noqa: F401  (AutoProcessor then knows the tokenizer that lies beside the models)
+from gaussian_tokenizer.rendering.portrait_points import Reference
 
 from .conversion import to_gaussians
 from .gaussian_decoder import GaussianDecoder, GaussianDecoderConfig, GaussianDecoderOutput
@@ -40,6 +41,7 @@ __all__ = [
     "PointillistGenerateOutput",
     "PointillistModel",
     "PointillistOutput",
+    "Reference",
     "RingCache",
     "to_gaussians",
 ]

@@ -28,7 +28,7 @@ from gaussian_tokenizer.geometry.triangles import nearest_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
-from gaussian_tokenizer.rendering.portrait_points import Portrait
+from gaussian_tokenizer.rendering.portrait_points import Portrait, Reference, face_pixels
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_folder
 from gaussian_tokenizer.utils.json_files import read_json, write_json
@@ -36,6 +36,7 @@ from gaussian_tokenizer.utils.json_files import read_json, write_json
 from .checks import check_head, check_vocabulary, check_width
 from .conversion import to_gaussians
 from .gaussian_decoder.modeling_gaussian_decoder import GaussianDecoder
+from .pointillist.configuration_pointillist import FACE_INPUTS
 from .pointillist.generation_pointillist import PointillistGenerateOutput
 from .pointillist.modeling_pointillist import PointillistForCausalLM
 from .ranking import likeliest
@@ -88,6 +89,7 @@ class AvatarPipeline:
         head_params: HeadParameters | Sequence[HeadParameters | None] | None = None,
         *,
         camera: Cameras | Sequence[Cameras | None] | None = None,
+        references: Sequence[Reference] | Sequence[Sequence[Reference]] = (),
         seed: int | None = None,
         candidates: int = CANDIDATES,
         refine_steps: int = 0,
@@ -102,6 +104,9 @@ class AvatarPipeline:
                 the portrait's expression and pose.
             camera: of the portrait (C = 1, image size in proportion to the portrait's), or one for each portrait; used by a
                 decoder that reads the portrait and by `refine_steps`. None: that of synthetic portraits is taken, with a warning.
+            references: further images of the subject, `Reference(image, head_params, camera)`, as many as there are and in any
+                order, for a decoder that reads the portrait: a point takes its pixels from those that show it. For a list of
+                portraits, a list of them for each.
             seed: makes the same avatar again; None: torch's generator in its current state.
             candidates: how many clouds are generated for each subject, side by side; the likeliest is decoded.
             refine_steps: steps of rendering the decoded avatar and making it more like the portrait, see `refinement.refine`.
@@ -110,7 +115,8 @@ class AvatarPipeline:
         Returns:
             `GaussianAvatar` in canonical pose with the head model attached: `avatar.posed(motion)` animates it.
 
-        Raises `ValueError` for an image that cannot be read or parameters of another head model.
+        Raises `ValueError` for an image that cannot be read, parameters of another head model, and references that the decoder
+        does not read or that lack camera or parameters.
         """
         check_steps(refine_steps)
         many = isinstance(image, (list, tuple))
@@ -121,22 +127,31 @@ class AvatarPipeline:
             raise ValueError(f"{len(images)} portraits but head parameters of {len(head_params)} subjects")
         mean = HeadParameters.zeros(self.head.n_shape, self.head.n_expression)
         params = [mean if own is None else own for own in head_params]
-        inputs = self.inputs(images, params)
-        output = self.generate(inputs, seed=seed, candidates=candidates, **options)
         cameras = [camera] * len(images) if camera is None or isinstance(camera, Cameras) else list(camera)
-        portraits = self.portraits(images, params, cameras, needed=refine_steps > 0)
+        further = list(references) if many else [references]
+        portraits = self.portraits(images, params, cameras, further, needed=refine_steps > 0)
+        inputs = self.inputs(images, params, portraits)
+        output = self.generate(inputs, seed=seed, candidates=candidates, **options)
         clouds = zip(*self.decode_points(output), inputs["pixel_values"], params, portraits)
         avatars = [self.decode_attributes(*cloud) for cloud in clouds]
         if refine_steps:
             avatars = [refine(avatar, own, refine_steps) for avatar, own in zip(avatars, portraits) if own is not None]
         return avatars if many else avatars[0]
 
-    def inputs(self, images: Sequence[Any], params: Sequence[HeadParameters]) -> dict[str, Tensor]:
-        """Inputs of the networks: pixel_values, head_vertices and head_normals of B portraits and heads."""
+    def inputs(
+        self, images: Sequence[Any], params: Sequence[HeadParameters], portraits: Sequence[Portrait | None] = ()
+    ) -> dict[str, Tensor]:
+        """Inputs of the networks: pixel_values, head_vertices, ... of B portraits and heads.
+
+        `portraits`, as `portraits` makes them, are needed by a point model that reads the portrait.
+        """
         for own in params:
             self.head.check(own)
         vertices = torch.stack([self.head.canonical_vertices(own.to(self.device)) for own in params])
         inputs = self.tokenizer(None, list(images), vertices, self.head.faces, return_tensors="pt")
+        if self.point_model.config.read_portrait:
+            seen = [face_pixels(each, self.head) for each in portraits if each is not None]
+            inputs["face_pixels"] = torch.stack(seen) if seen else torch.zeros(0)
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     def portraits(
@@ -144,15 +159,30 @@ class AvatarPipeline:
         images: Sequence[Any],
         params: Sequence[HeadParameters],
         cameras: Sequence[Cameras | None],
+        references: Sequence[Any] = (),
         needed: bool = False,
     ) -> list[Portrait | None]:
-        """B portraits as `Portrait.of` makes them; None of each if the decoder does not read portraits, unless `needed`."""
+        """B portraits as `Portrait.of` makes them; None of each if no network reads portraits, unless `needed`.
+
+        `references` is empty, or has those of each portrait.
+        """
         if len(cameras) != len(images):
             raise ValueError(f"{len(images)} portraits but {len(cameras)} cameras; give None where one is not known")
-        if not (needed or self.gaussian_decoder.config.read_portrait):
+        references = references or [()] * len(images)
+        if len(references) != len(images):
+            raise ValueError(
+                f"{len(images)} portraits but references of {len(references)}; give a list for each portrait, [] for none"
+            )
+        reads, size = self.gaussian_decoder.config.read_portrait, self.tokenizer.image_size
+        if any(references) and not reads:
+            raise ValueError(
+                "references were given, but this Gaussian decoder does not read the portrait (read_portrait is False); "
+                "use one trained with --read_portrait true, or give no references"
+            )
+        if not (needed or reads or self.point_model.config.read_portrait):
             return [None] * len(images)
-        size = self.tokenizer.image_size
-        return [Portrait.of(*each, self.head, size) for each in zip(images, params, cameras)]
+        every = zip(images, params, cameras, references)
+        return [Portrait.of(image, own, camera, self.head, size, more) for image, own, camera, more in every]
 
     @torch.no_grad()
     def generate(
@@ -172,7 +202,7 @@ class AvatarPipeline:
         )
         if candidates == 1:
             return output
-        faces = {name: condition[name] for name in ("face_centers", "face_normals") if name in condition}
+        faces = {name: condition[name] for name in FACE_INPUTS if name in condition}
         return likeliest(self.point_model, output, candidates, **faces)
 
     def decode_points(self, output: PointillistGenerateOutput) -> tuple[list[dict], list[Tensor]]:

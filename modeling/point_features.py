@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from gaussian_tokenizer.utils.atomic import atomic_file
 
+from .pointillist.configuration_pointillist import FACE_INPUTS
 from .pointillist.modeling_pointillist import PointillistForCausalLM
 from .pointillist.modeling_points import PointEmbedding, SlotHeads, group_tokens
 
@@ -40,6 +41,7 @@ def point_features(
     head_normals: Tensor | None = None,
     face_centers: Tensor | None = None,
     face_normals: Tensor | None = None,
+    face_pixels: Tensor | None = None,
     condition_embeds: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
@@ -49,7 +51,7 @@ def point_features(
 
     Args:
         input_ids: (B, L) whole sequences, bos first, then four tokens a point, then eos (which may be missing), then padding.
-        pixel_values, head_vertices, head_normals, face_centers, face_normals, condition_embeds: the condition, see
+        pixel_values, head_vertices, head_normals, face_centers, face_normals, face_pixels, condition_embeds: the condition, see
             `PointillistForCausalLM.forward`.
         chunk: tokens a pass, default 2,048. The result does not depend on it.
 
@@ -70,7 +72,7 @@ def point_features(
         if condition_embeds is None:
             condition_embeds = model.encode_condition(pixel_values, head_vertices, head_normals)
         condition = model.condition_encoder.or_empty(condition_embeds, len(input_ids), None)
-        faces = {"face_centers": face_centers, "face_normals": face_normals}
+        faces = dict(zip(FACE_INPUTS, (face_centers, face_normals, face_pixels)))
         pieces = list(_pieces(model, input_ids[:, : length + 1], chunk, condition, faces))
     finally:
         for module, training in modes:

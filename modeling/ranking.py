@@ -16,8 +16,8 @@ def mean_log_likelihood(
 ) -> Tensor:
     """(B * C,) nats per token of the points, each token among those of its slot; -inf for a sequence without points.
 
-    `generated` comes from `generate(..., output_point_features=True)` without a prompt; `faces` are `face_centers` and
-    `face_normals`, for a model with mesh-aware faces.
+    `generated` comes from `generate(..., output_point_features=True)` without a prompt; `faces` are `face_centers`,
+    `face_normals` and `face_pixels`, for a model with mesh-aware faces.
     """
     assert generated.point_features is not None and generated.num_points is not None
     count = generated.point_features.shape[1]

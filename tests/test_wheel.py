@@ -72,7 +72,7 @@ def test_the_packages_come_from_the_wheel(installed):
 
 def test_commands_run_and_find_configs_by_name(installed):
     assert "build-corpus" in installed("pointillist")
-    assert "--num_subjects" in installed("pointillist", "demo", "--help")
+    assert "a recipe of the toolkit: debug, demo" in installed("pointillist", "train", "--help")
     subjects = ("--num_subjects", "2", "--num_points", "60", "--image_size", "56", "--views", "1", "--timesteps", "1")
     installed("pointillist", "synthesize", *subjects, "--output_dir", "subjects")
     corpus = ("--head", "procedural:600", "--n_bins", "64", "--image_size", "56", "--num_validation", "1")

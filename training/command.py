@@ -26,7 +26,7 @@ COMMANDS = {
     "view": ("eval.viewer", "show avatars in the browser"),
     "bench": ("eval.reenactment_bench", "measure the reenactment of held-out subjects"),
     "metrics": ("eval.metrics", "list the metrics that can be computed on this machine"),
-    "demo": ("training.demo", "everything from synthetic subjects to animated avatars, in minutes on a CPU"),
+    "train": ("training.recipe", "everything from synthetic subjects to animated avatars, by a recipe"),
     "convert-flame": ("gaussian_tokenizer.flame", "convert a FLAME pickle into a head model file"),
     "convert-x-transformers": ("modeling.convert_x_transformers", "convert weights of an x-transformers decoder"),
 }

@@ -17,6 +17,7 @@ from transformers import Dinov2Model, set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
+from gaussian_tokenizer.heads.loading import load_head
 from modeling import PointillistForCausalLM
 from training.common.arguments import exit_on_user_error, flag_named, parse_arguments
 from training.common.exact_trainer import checkpoint_to_resume
@@ -41,13 +42,16 @@ def main() -> None:
     model = build_model(model_arguments, corpus)
     config = model.config
 
-    train, heldout = (AvatarRows(corpus, split, model.input_names) for split in ("train", data.eval_split))
+    head = load_head(data.head) if data.head else None
+    train, heldout = (AvatarRows(corpus, split, model.input_names, head) for split in ("train", data.eval_split))
     window, grouped = config.window_tokens, config.level == "point"
     num_items = arguments.max_steps * arguments.items_per_step
     trainer = PointillistTrainer(
         model=model,
         args=arguments,
-        train_dataset=TrainWindows(train, window, num_items, arguments.seed, data.condition_dropout, grouped),
+        train_dataset=TrainWindows(
+            train, window, num_items, arguments.seed, data.condition_dropout, grouped, data.context_noise
+        ),
         eval_dataset=EvaluationWindows(heldout, window, data.max_eval_avatars, grouped),
         data_collator=partial(collate_windows, pad_token_id=config.pad_token_id, grouped=grouped),
     )

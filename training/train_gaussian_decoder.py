@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from gaussian_tokenizer.avatars.avatar_files import check_hash
 from gaussian_tokenizer.corpus.corpus import Corpus, load_corpus
+from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.loading import load_head
 from modeling import GaussianDecoder, PointillistForCausalLM
 from modeling.checks import check_width
@@ -59,12 +60,14 @@ def main() -> None:
     perceptual = perceptual_loss(losses)
     model = build_decoder(decoder_arguments, point_model, corpus)
     reads = model.config.read_portrait
-    heldout = SubjectRows(corpus, frames.eval_split, point_model.input_names, frames.max_eval_avatars, reads)
+    if frames.num_references > 1 and not reads:
+        raise ValueError(f"--num_references {frames.num_references} is for a decoder with --read_portrait true")
+    heldout = SubjectRows(corpus, frames.eval_split, point_model.input_names, frames.max_eval_avatars, reads, head)
     trainer = DecoderTrainer(
         model=model,
         args=arguments,
-        train_dataset=train_subjects(corpus, frames, arguments, point_model, reads),
-        eval_dataset=EvaluationSubjects(heldout, frames.max_eval_frames),
+        train_dataset=train_subjects(corpus, frames, arguments, point_model, reads, head),
+        eval_dataset=EvaluationSubjects(heldout, frames.max_eval_frames, frames.num_references),
         data_collator=partial(collate_subjects, pad_token_id=point_model.config.pad_token_id),
         point_model=point_model,
         head=head,
@@ -86,16 +89,18 @@ def train_subjects(
     arguments: DecoderTrainingArguments,
     point_model: PointillistForCausalLM,
     read_portrait: bool,
+    head: HeadModel,
 ) -> TrainSubjects:
     """The training set, with sequences of the point model where the arguments ask for them."""
-    subjects, sequences = SubjectRows(corpus, "train", point_model.input_names, None, read_portrait), []
+    subjects, sequences = SubjectRows(corpus, "train", point_model.input_names, None, read_portrait, head), []
     if frames.self_generated_ratio:
         folder = Path(frames.feature_cache or arguments.output_dir) / "generated_sequences"
         point_model.to(arguments.device)
         sequences = generated_sequences(point_model, subjects, folder, arguments.seed, not arguments.disable_tqdm)
-    num_items = arguments.max_steps * arguments.items_per_step
-    drawn = (num_items, frames.num_targets, arguments.seed, frames.random_source)
-    return TrainSubjects(subjects, *drawn, sequences, frames.self_generated_ratio)
+    each = arguments.items_per_step
+    drawn = (arguments.max_steps * each, frames.num_targets, arguments.seed, frames.random_source)
+    generated = (sequences, frames.self_generated_ratio)
+    return TrainSubjects(subjects, *drawn, *generated, num_references=frames.num_references, items_per_step=each)
 
 
 def perceptual_loss(losses: LossArguments) -> PerceptualLoss | None:

@@ -21,6 +21,7 @@ from gaussian_tokenizer.corpus.corpus import MANIFEST_NAME, is_url, load_corpus
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.portrait_points import Reference
 
 STATIC_KEYS = ("shape", "static_offset")  # of HeadParameters: the same in all frames of a subject
 FILE_NAME = re.compile(r"[^\x00-\x1f/\\.][^\x00-\x1f/\\]*")  # subject ids become names of files and folders
@@ -28,13 +29,14 @@ FILE_NAME = re.compile(r"[^\x00-\x1f/\\.][^\x00-\x1f/\\]*")  # subject ids becom
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """T frames of one subject, in order of camera, then time. The first is the bench's source frame."""
+    """T frames of one subject, in order of camera, then time, but for those that avatars are made of, which come first."""
 
     subject_id: str
     numbers: list[int]  # camera number of each frame
     cameras: Cameras  # T, float64
     params: HeadParameters  # T rows
-    read: Callable[[int], Image.Image]  # row -> image as stored, RGBA; avatars are made of that of row 0
+    read: Callable[[int], Image.Image]  # row -> image as stored, RGBA
+    num_references: int = 1  # frames that avatars are made of: the source in row 0 and those after it
 
     def __len__(self) -> int:
         return len(self.cameras)
@@ -56,6 +58,25 @@ class Clip:
         """(N, H, W) uint8, 255 everywhere in an image without alpha."""
         return np.stack([np.asarray(self.read(row).convert("RGBA"))[..., 3] for row in rows])
 
+    def references(self) -> list[Reference]:
+        """What a pipeline reads besides the source."""
+        rows = range(1, self.num_references)
+        return [Reference(self.read(row), self.params.frame(row), self.cameras[row]) for row in rows]
+
+    def with_references(self, count: int) -> "Clip":
+        """The same frames, `count` of them, evenly spaced, moved to the beginning."""
+        first = [i * len(self) // count for i in range(count)]
+        rows = first + [row for row in range(len(self)) if row not in first]
+        params: dict[str, Any] = {name: value[rows] for name, value in self.params.per_frame().items()}
+        return Clip(
+            self.subject_id,
+            [self.numbers[row] for row in rows],
+            self.cameras[rows],
+            replace(self.params, layout=None, **params),
+            lambda row: self.read(rows[row]),
+            count,
+        )
+
 
 def open_dataset(
     path: str | os.PathLike,
@@ -64,12 +85,14 @@ def open_dataset(
     camera: int | None = None,
     num_subjects: int | None = None,
     num_frames: int | None = None,
+    num_references: int = 1,
 ) -> list[Clip]:
     """The clips of a dataset, one per subject, sorted by subject id.
 
     `camera` is the number of the only camera to take, `num_subjects` takes the first subjects, `num_frames` the first frames of
-    each camera. ValueError or FileNotFoundError that names the subject for unreadable data, another head model, images of several
-    sizes (distances in pixels would not be comparable), fewer than two frames, and a subject id that cannot name a file.
+    each camera; `num_references` frames of each clip are for its avatar. ValueError or FileNotFoundError that names the subject
+    for unreadable data, another head model, images of several sizes (distances in pixels would not be comparable), no frame
+    besides those of the avatar, and a subject id that cannot name a file.
     """
     if is_url(str(path)) or (Path(path) / MANIFEST_NAME).is_file():
         clips = _corpus_clips(path, head, split, camera, num_frames)
@@ -80,13 +103,15 @@ def open_dataset(
     for clip in clips:
         if not FILE_NAME.fullmatch(clip.subject_id):
             raise ValueError(f"{path}: subject id {clip.subject_id!r} cannot name a file; use another avatar_id")
-        if len(clip) < 2:
-            wanted = "expected at least 2: the first is the source, the others drive"
-            raise ValueError(f"{path}: subject {clip.subject_id!r} has {len(clip)} frame, {wanted}")
+        if len(clip) <= num_references:
+            are = "the first is the source" if num_references == 1 else f"{num_references} are read for the avatar"
+            wanted = f"expected at least {num_references + 1}: {are}, the others drive"
+            found = f"{len(clip)} frame" + ("" if len(clip) == 1 else "s")
+            raise ValueError(f"{path}: subject {clip.subject_id!r} has {found}, {wanted}")
         if clip.size != clips[0].size:
             others = f"those of {clips[0].subject_id!r} {clips[0].size}; resize them to one size"
             raise ValueError(f"{path}: images of {clip.subject_id!r} are {clip.size} pixels (width, height), {others}")
-    return clips
+    return clips if num_references == 1 else [clip.with_references(num_references) for clip in clips]
 
 
 def digest(clips: Sequence[Clip]) -> str:

@@ -182,8 +182,9 @@ def ours_maker(pipeline: AvatarPipeline, seed: int, **generate: Any) -> Maker:
 
     def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
         params, images = [clip.params.frame(0) for clip in clips], [clip.read(0) for clip in clips]
-        inputs = pipeline.inputs(images, params)
-        portraits = pipeline.portraits(images, params, [clip.cameras[0] for clip in clips])
+        cameras = [clip.cameras[0] for clip in clips]
+        portraits = pipeline.portraits(images, params, cameras, [clip.references() for clip in clips])
+        inputs = pipeline.inputs(images, params, portraits)
         written = pipeline.generate(inputs, seed=seed, **generate)
         parts = zip(*pipeline.decode_points(written), inputs["pixel_values"], params, portraits)
         tokens = (written.sequences < pipeline.point_model.config.bos_token_id).sum(1).tolist()
@@ -197,11 +198,14 @@ def flame_position_maker(pipeline: AvatarPipeline, decoder: GaussianDecoder) -> 
 
     def make(clips: Sequence[Clip]) -> list[tuple[GaussianAvatar, int]]:
         params, images = [clip.params.frame(0) for clip in clips], [clip.read(0) for clip in clips]
-        pixels = pipeline.inputs(images, params)["pixel_values"]
+        pixels = torch.from_numpy(pipeline.tokenizer(images=images)["pixel_values"]).to(pipeline.device)
         portraits: list[Portrait | None] = [None] * len(clips)
         if decoder.config.read_portrait:
-            of, size = zip(images, params, [clip.cameras[0] for clip in clips]), pipeline.tokenizer.image_size
-            portraits = [Portrait.of(*each, pipeline.head, size) for each in of]
+            head, size = pipeline.head, pipeline.tokenizer.image_size
+            portraits = [
+                Portrait.of(image, own, clip.cameras[0], head, size, clip.references())
+                for image, own, clip in zip(images, params, clips)
+            ]
         return [(vertex_avatar(pipeline.head, decoder, *each), 0) for each in zip(pixels, params, portraits)]
 
     return make

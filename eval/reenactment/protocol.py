@@ -25,7 +25,7 @@ CAMERAS = "viewmat: world to camera, meters, OpenCV axes (x right, y down, z for
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A source and its driver, of which every frame but the first is reenacted."""
+    """A source and its driver, of which every frame is reenacted but those its own avatar is made of."""
 
     mode: str
     source: Clip
@@ -38,7 +38,7 @@ class Pair:
     @property
     def rows(self) -> range:
         """The driver's frames that are reenacted."""
-        return range(1, len(self.driver))
+        return range(self.driver.num_references, len(self.driver))
 
     def path(self, folder: Path) -> Path:
         """The folder of this pair's frames."""
@@ -80,6 +80,7 @@ def export_protocol(folder: Path, pairs: Sequence[Pair], seed: int) -> None:
     """Write what another method needs to be compared, atomically.
 
     sources/<subject>.png, .npz        the source portrait on white and the head parameters of that frame
+    references/<subject>/00001.png ... with several reference frames: the further ones; their rows are in the driver's files
     drivers/<subject>/00001.png, ...   the driving frames on white; flame_param.npz, cameras.json: one row per frame, from 0
     protocol.json                      the pairs, and the names of the frames expected of each
     """
@@ -94,10 +95,13 @@ def export_protocol(folder: Path, pairs: Sequence[Pair], seed: int) -> None:
         for name, clip in sources.items():
             Image.fromarray(clip.image(0)).save(new / "sources" / f"{name}.png")
             clip.params.frame(0).save(new / "sources" / f"{name}.npz")
+            for row in range(1, clip.num_references):
+                (new / "references" / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(clip.image(row)).save(new / "references" / name / frame_name(row))
         for name, clip in tqdm(drivers.items(), desc="writing drivers", unit="subject"):
             own = new / "drivers" / name
             own.mkdir(parents=True)
-            for row in range(1, len(clip)):
+            for row in range(clip.num_references, len(clip)):
                 Image.fromarray(clip.image(row)).save(own / frame_name(row))
             clip.params.save(own / "flame_param.npz")
             cameras = zip(clip.cameras.viewmats.tolist(), clip.cameras.Ks.tolist())
@@ -114,6 +118,7 @@ def describe(pair: Pair) -> dict:
         "name": pair.name,
         "source": pair.source.subject_id,
         "source_camera": pair.source.numbers[0],
+        "reference_cameras": pair.source.numbers[1 : pair.source.num_references],
         "driver": pair.driver.subject_id,
         "driver_cameras": [pair.driver.numbers[row] for row in pair.rows],
         "frames": [frame_name(row) for row in pair.rows],
@@ -122,13 +127,17 @@ def describe(pair: Pair) -> dict:
 
 def describe_protocol(settings: Mapping[str, Any]) -> dict[str, str]:
     """Every choice that a number depends on; `settings` are the flags of the bench."""
+    more = settings["num_references"] - 1
+    others = "but for the frames read for its avatar" if more else "from its second frame on"
+    further = f"; {more} more of its clip, evenly spaced over cameras and time, are read with it" if more else ""
     return {
         "frames": "as in the dataset, whole images, no mask, on white, 8 bits; frames of compared methods likewise",
         "subjects": "sorted by name" + (f", the first {settings['num_subjects']}" if settings['num_subjects'] else ""),
         "camera": "all, in order of their numbers" if settings['camera'] is None else f"camera {settings['camera']}",
-        "source": "the first timestep of the camera with the lowest number, with its tracked shape and static offset",
-        "self": "driven by the same clip from its second frame on, in all its cameras, which is also the truth",
-        "cross": "driven by another subject's clip from its second frame on: its expression, joint rotations, translation and "
+        "source": "the first timestep of the camera with the lowest number, with its tracked shape and static offset"
+        + further,
+        "self": f"driven by the same clip {others}, in all its cameras, which is also the truth",
+        "cross": f"driven by another subject's clip {others}: its expression, joint rotations, translation and "
         "camera on the source's shape; the pairing is a random cycle through all subjects, drawn with the seed",
         "avatar": f"one per source, generated {settings['batch_size']} at a time with seed {settings['seed']}, the most likely of "
         f"{settings['candidates']} point clouds, at most {settings['max_points'] or 'any number of'} points, "
@@ -139,8 +148,8 @@ def describe_protocol(settings: Mapping[str, Any]) -> dict[str, str]:
         "SSIM": "Gaussian window of 11 pixels, sigma 1.5, mean of three channels",
         "Coverage": "share of the true subject's pixels (alpha above 1/2) that are opaque in the frame; needs images with alpha",
         "LPIPS": "version 0.1, backbone as listed under networks, images on -1..1",
-        "FID": "2,048 Inception features of all frames; self: against the true frames; cross: against the source's own frames from "
-        "its second on. It falls with the number of frames: compare only equal numbers",
+        "FID": "2,048 Inception features of all frames; self: against the true frames; cross: against the source's own frames "
+        f"{others}. It falls with the number of frames: compare only equal numbers",
         "CLIP": "cosine of image features; self: with the true frame; cross: with the source portrait",
         "CSIM": "cosine of ArcFace features; self: with the true frame; cross: with the source portrait",
         "AKD": "mean distance of landmarks to those of the driver's frame, in pixels, scaled to images whose longer side is 512",

@@ -210,7 +210,7 @@ def summarize(
             table[metric.key] = {"na": missing[metric.network], "network": metric.network}
         elif metric.key == "fid":
             # Against the source's own frames: cross-reenactment has no true ones.
-            real = [source["inception"][1 : len(pair.source)] for pair, source in zip(pairs, sources)]
+            real = [source["inception"][pair.source.num_references :] for pair, source in zip(pairs, sources)]
             table["fid"] = fid_with_interval([own["inception"] for own in frames], real)
         elif metric.key == "coverage" and metric.key not in values[0]:
             table[metric.key] = {"na": "the frames have no alpha"}

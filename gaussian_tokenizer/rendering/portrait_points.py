@@ -11,15 +11,18 @@ Axes: N points, M of them and of their mirror images together, F faces, V vertic
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gaussian_tokenizer.avatars.anchoring import Placed
-from gaussian_tokenizer.avatars.skinning import Skinning
+from gaussian_tokenizer.avatars.skinning import Skinning, retarget
+from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix
 from gaussian_tokenizer.geometry.triangles import nearest_on_faces
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -40,20 +43,37 @@ ROWS_AT_ONCE = 1024
 SAGITTAL = (-1.0, 1.0, 1.0)  # times a canonical position: its mirror image
 
 
+class Reference(NamedTuple):
+    """A further image of the subject of a portrait: another view, another expression."""
+
+    image: Any  # as the tokenizer takes it
+    head_params: HeadParameters  # of the image in the first frame; shape and static offset are the portrait's instead
+    camera: Cameras  # C = 1; its size is in proportion to the image's
+
+
 @dataclass(frozen=True, eq=False)
 class Portrait:
-    """An image of a subject, with what it takes to find the points of the subject in it."""
+    """An image of a subject, with what it takes to find the points of the subject in it, and further ones to read."""
 
     image: Tensor  # (4, H, W) float32: red, green, blue and alpha in 0..1; alpha is 1 everywhere if it is not known
     camera: Cameras  # C = 1; its size is in proportion to the image's
     params: HeadParameters  # T = 1: shape and static offset of the subject, expression and pose of this moment
+    references: tuple["Portrait", ...] = ()  # in any order; of their `params`, shape and static offset are not used
 
     @classmethod
-    def of(cls, image: Any, params: HeadParameters, camera: Cameras | None, head: HeadModel, size: int) -> "Portrait":
+    def of(
+        cls,
+        image: Any,
+        params: HeadParameters,
+        camera: Cameras | None,
+        head: HeadModel,
+        size: int,
+        references: Sequence[Reference] = (),
+    ) -> "Portrait":
         """The portrait of any image, its longer side resized to `size` pixels, at the first frame of `params`.
 
         `camera` (C = 1) is that of the image, or None: then `default_camera`, with a warning. `ValueError` for one of another
-        aspect than the image's.
+        aspect than the image's, and for a reference that is none, lacks a camera or has parameters of another head model.
         """
         pixels = torch.from_numpy(portrait_rgba(image, size)).to(head.device)
         pixels[:3] = pixels[:3] * pixels[3] + 1 - pixels[3]  # on white, as the decoder's evaluation has it
@@ -70,15 +90,46 @@ class Portrait:
                 f"the camera is for images of {camera.width} x {camera.height} pixels, the portrait has the aspect of {width} x "
                 f"{height}; crop portrait and camera alike"
             )
-        return cls(pixels, camera, params.frame(0).to(head.device))
+        further = [cls._of_reference(i, each, head, size) for i, each in enumerate(references)]
+        return cls(pixels, camera, params.frame(0).to(head.device), tuple(further))
+
+    @classmethod
+    def _of_reference(cls, index: int, reference: Any, head: HeadModel, size: int) -> "Portrait":
+        if not isinstance(reference, tuple) or len(reference) != len(Reference._fields):
+            found = type(reference).__name__
+            raise ValueError(f"reference {index} is a {found}, expected Reference(image, head_params, camera)")
+        image, own, camera = reference
+        if own is None or camera is None:
+            raise ValueError(
+                f"reference {index} has no {'head_params' if own is None else 'camera'}: a point is found in it only by both; "
+                "track the image together with the portrait, or leave it out"
+            )
+        try:
+            head.check(own)
+            return cls.of(image, own, camera, head, size)
+        except ValueError as error:
+            raise ValueError(f"reference {index}: {error}") from None
 
     def inputs(self, positions: Tensor, faces: Tensor, head: HeadModel) -> dict[str, Tensor]:
-        """`portrait` (4, H, W), `portrait_points` and `mirror_points` (N, 8) for a decoder with `read_portrait`."""
-        points, mirror = portrait_points(positions, faces, self.params, head, self.camera)
-        return {"portrait": self.image.to(positions.device), "portrait_points": points, "mirror_points": mirror}
+        """`portrait` (K, 4, H, W), `portrait_points` and `mirror_points` (N, K, 8) for a decoder with `read_portrait`.
+
+        Of the portrait and its references, which are stretched to its size: places in an image are shares of its sides.
+        """
+        every, size = (self, *self.references), list(self.image.shape[1:])
+        bound = _bound(positions, faces, self.params, head)
+        read = [_seen(bound, own.params, own.camera) for own in every]
+        points, mirror = (torch.stack(each, dim=1) for each in zip(*read))
+        images = [own.image for own in every]
+        for i, image in enumerate(images):
+            if list(image.shape[1:]) != size:
+                images[i] = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        return {
+            "portrait": torch.stack(images).to(positions.device),
+            "portrait_points": points,
+            "mirror_points": mirror,
+        }
 
 
-@torch.no_grad()
 def portrait_points(
     positions: Tensor, faces: Tensor, params: HeadParameters, head: HeadModel, camera: Cameras
 ) -> tuple[Tensor, Tensor]:
@@ -87,20 +138,70 @@ def portrait_points(
     `positions` (N, 3) meters and `faces` (N,) on the canonical head of `params`, of whose one frame the portrait is. ValueError
     for more frames or cameras, or parameters of another head model.
     """
-    if (params.num_frames, len(camera)) != (1, 1):
-        raise ValueError(f"a portrait has 1 frame and 1 camera, found {params.num_frames} and {len(camera)}")
+    return _seen(_bound(positions, faces, params, head), params, camera)
+
+
+@torch.no_grad()
+def _bound(positions: Tensor, faces: Tensor, params: HeadParameters, head: HeadModel) -> Skinning:
+    """Canonical points and, after them, their mirror images, on the head of `params`."""
     params, points = params.to(positions.device).to(torch.float64), positions.double()
     mirrored, mirrored_faces = mirror_images(points, faces, params, head)
     both, both_faces = torch.cat((points, mirrored)), torch.cat((faces, mirrored_faces))
-    bound = Skinning(
+    return Skinning(
         Placed(both, torch.ones_like(both), both.new_zeros(len(both), 4)), both_faces, params, head,
         opacities=both.new_zeros(len(both)), sh=both.new_zeros(len(both), 1, 3),
     )  # fmt: skip
-    camera = camera.to(both.device, torch.float64)
+
+
+@torch.no_grad()
+def _seen(bound: Skinning, params: HeadParameters, camera: Cameras) -> tuple[Tensor, Tensor]:
+    if (params.num_frames, len(camera)) != (1, 1):
+        raise ValueError(f"a portrait has 1 frame and 1 camera, found {params.num_frames} and {len(camera)}")
+    device, count = bound.faces.device, len(bound.faces) // 2
+    params, camera = params.to(device).to(torch.float64), camera.to(device, torch.float64)
     seen = _project(bound.positions(params)[0], camera)
-    mesh = _project(head.pose(params).vertices[0], camera)
-    columns = _columns(seen, both_faces, mesh, head.faces.to(both.device), camera, len(points)).float()
-    return columns[: len(points)], columns[len(points) :]
+    mesh = _project(bound.head.pose(retarget(bound.own, params, bound.head)).vertices[0], camera)
+    columns = _columns(seen, bound.faces, mesh, bound.head_faces, camera, count).float()
+    return columns[:count], columns[count:]
+
+
+# Places where a face reads the portrait: meters above it along its normal, and below that on the upright head. Hair stands off
+# the skin, long hair hangs from it.
+PLACES = ((0.0, 0.0), (0.01, 0.0), (0.025, 0.0), (0.045, 0.0), (0.01, 0.04), (0.01, 0.08), (0.01, 0.13))
+
+
+@torch.no_grad()
+def face_pixels(portrait: Portrait, head: HeadModel) -> Tensor:
+    """What a point model with `read_portrait` is told of each face: (F, 74) float32.
+
+    At each of `PLACES` above the posed face: red, green and blue times alpha, alpha, and how far the place lies behind the posed
+    head mesh there in units of `LIMIT`. Then the cosine between the face's normal and the direction to the camera, and whether
+    nothing hides the face. Then all of it for the mirrored face. Places outside the image read zeros.
+    """
+    params, camera = portrait.params.to(torch.float64), portrait.camera.to(head.device, torch.float64)
+    faces = head.faces.to(head.device)
+    vertices = head.pose(params).vertices[0]
+    corners = vertices[faces]
+    normals = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals = normals / normals.norm(dim=-1, keepdim=True).clamp(min=1e-20)
+    up = axis_angle_to_matrix(params.rotation[0])[:, 1]
+    places = [corners.mean(1) + height * normals - below * up for height, below in PLACES]
+    seen, mesh = _project(torch.cat(places), camera), _project(vertices, camera)
+    surface = mesh_depths(seen.pixels, mesh.pixels[faces], mesh.depths[faces])
+    behind = ((seen.depths - surface).clamp(-LIMIT, LIMIT) / LIMIT)[:, None]
+    size = seen.pixels.new_tensor((camera.width, camera.height))
+    where = (2 * seen.pixels / size - 1).where(seen.depths[:, None] > NEAREST, -2.0)
+    image = portrait.image.to(where)
+    read = F.grid_sample(
+        torch.cat((image[:3] * image[3:], image[3:]))[None], where[None, :, None], align_corners=False
+    )[0, :, :, 0].T  # fmt: skip
+    columns = torch.cat((read, behind), 1).unflatten(0, (len(PLACES), -1)).transpose(0, 1).flatten(1)
+    to_camera = -seen.in_camera[: len(faces)] @ camera.viewmats[0, :3, :3]
+    facing = F.cosine_similarity(normals, to_camera, dim=-1, eps=1e-30)
+    inside = (where[: len(faces)].abs() < 1).all(1)
+    visible = inside & (facing > 0) & (behind[: len(faces), 0] < TOLERANCE / LIMIT)
+    own = torch.cat((columns, facing[:, None], visible[:, None].to(columns)), 1)
+    return torch.cat((own, own[mirrored_faces(head).to(own.device)]), 1).float()
 
 
 def mirror_images(positions: Tensor, faces: Tensor, params: HeadParameters, head: HeadModel) -> tuple[Tensor, Tensor]:
@@ -146,7 +247,7 @@ def _columns(
     """(M, 8) of M points, the first `count` of which are the avatar's and hide others."""
     corners = mesh.in_camera[head_faces[faces]]
     normals = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-    facing = -torch.nn.functional.cosine_similarity(normals, seen.in_camera, dim=-1, eps=1e-30)
+    facing = -F.cosine_similarity(normals, seen.in_camera, dim=-1, eps=1e-30)
     surface = mesh_depths(seen.pixels, mesh.pixels[head_faces], mesh.depths[head_faces])
     behind_head = (seen.depths - surface).clamp(-LIMIT, LIMIT)
     behind_points = (seen.depths - _foremost(seen, count)).clamp(-LIMIT, LIMIT)

@@ -151,10 +151,12 @@ class GaussianDecoder(PreTrainedModel):
             point_mask: (B, N) bool, False on padding, which does not affect the other points.
             anchors: (B, N, 3) meters, canonical space: the nearest point on the face of each point, on the subject's own head;
                 read with `read_anchors` only.
-            portrait: (B, 4, H, W) the portrait as it is, red, green, blue and alpha (1 where it is not known) in 0..1; this and
-                the next two are read with `read_portrait` only.
-            portrait_points, mirror_points: (B, N, 8) where the points and their mirror images are in it, see
-                `modeling_portrait.COLUMNS`; `gaussian_tokenizer.rendering.portrait_points` computes them.
+            portrait: (B, 4, H, W) the portrait as it is, red, green, blue and alpha (1 where it is not known) in 0..1; or
+                (B, K, 4, H, W), the portrait and K - 1 further images of the same person, in any order. This and the next two are
+                read with `read_portrait` only.
+            portrait_points, mirror_points: (B, N, 8), or (B, N, K, 8), where the points and their mirror images are in it, see
+                `modeling_portrait.COLUMNS`; `gaussian_tokenizer.rendering.portrait_points` computes them. A row of zeros says that
+                an image does not show a point; it is then not read there.
         """
         self._check(positions, point_features, pixel_values, image_embeds, point_mask, anchors)
         self._check_portrait(positions, portrait, portrait_points, mirror_points)
@@ -171,16 +173,28 @@ class GaussianDecoder(PreTrainedModel):
             padding = ~point_mask[..., None]
             positions = positions.masked_fill(padding, 0)
             point_features = None if point_features is None else point_features.masked_fill(padding[..., None], 0)
-            anchors, portrait_points, mirror_points = (
-                None if x is None else x.masked_fill(padding, 0) for x in (anchors, portrait_points, mirror_points)
-            )
-        reading = self.reader(portrait, portrait_points, mirror_points) if self.config.read_portrait else None
+            anchors = None if anchors is None else anchors.masked_fill(padding, 0)
+        reading = self._read(portrait, portrait_points, mirror_points, point_mask)
         points = self.embed(positions, point_features, anchors, reading)
 
         mask = self._attention_mask(point_mask, context)
         for block in self.blocks:
             points, context = block(points, context, mask)
         return self.head(self.norm(points), positions.float(), anchors, reading, point_mask)
+
+    def _read(self, portrait, portrait_points, mirror_points, point_mask: Tensor | None) -> Reading | None:
+        if not self.config.read_portrait:
+            return None
+        if portrait.ndim == 4:  # K = 1
+            portrait, portrait_points, mirror_points = (
+                portrait[:, None],
+                portrait_points[:, :, None],
+                mirror_points[:, :, None],
+            )
+        if point_mask is not None:
+            padding = ~point_mask[..., None, None]
+            portrait_points, mirror_points = (x.masked_fill(padding, 0) for x in (portrait_points, mirror_points))
+        return self.reader(portrait, portrait_points, mirror_points)
 
     def _attention_mask(self, point_mask: Tensor | None, context: Tensor) -> Tensor | None:
         if point_mask is None:
@@ -225,8 +239,10 @@ class GaussianDecoder(PreTrainedModel):
         if not self.config.read_portrait:
             return
         batch, count, _ = positions.shape
-        size = (batch, 4) + (("H", "W") if portrait is None or portrait.ndim != 4 else tuple(portrait.shape[2:]))
-        points = (batch, count, len(COLUMNS))
+        given = None if portrait is None or portrait.ndim not in (4, 5) else tuple(portrait.shape)
+        images = () if given is None else tuple(max(1, each) for each in given[1:-3])  # (K,) or ()
+        size = (batch, *images, 4, *(("H", "W") if given is None else given[-2:]))
+        points = (batch, count, *images, len(COLUMNS))
         for name, value, expected in (
             ("portrait", portrait, size),
             ("portrait_points", portrait_points, points),

@@ -1,6 +1,8 @@
 """Reading the portrait where the points are in it: colors and shallow features, at each point and at its mirror image.
 
-Axes: B batch, N points, D width, C channels of a feature map, H W pixels.
+Of several images of a person, the portrait first, each is read alike, and a point takes from each its share of `view_shares`.
+
+Axes: B batch, K images of a person, N points, D width, C channels of a feature map, H W pixels.
 """
 
 from typing import NamedTuple
@@ -15,9 +17,11 @@ from .configuration_gaussian_decoder import GaussianDecoderConfig
 # meters, cosine between normal and view, meters behind the head mesh and behind other points, and whether the pixel shows the
 # head, and the point.
 COLUMNS = ("u", "v", "depth", "facing", "behind_head", "behind_points", "on_head", "visible")
-VISIBLE = COLUMNS.index("visible")
+FACING, VISIBLE = COLUMNS.index("facing"), COLUMNS.index("visible")
 UNITS = (1.0, 1.0, 1.0, 1.0, 0.05, 0.05, 1.0, 1.0)  # what the network takes for 1
 DARKEST = 0.01  # a color read is kept this far from 0 and 1, where the inverse of the sigmoid is infinite
+SHARPNESS = 8.0  # how much an image that shows a point from the front counts more than one from the side
+HIDDEN = 1e-9  # weight of the portrait where it does not show the point: all that is left where no other image does
 
 
 class Reading(NamedTuple):
@@ -30,7 +34,7 @@ class Reading(NamedTuple):
 
 
 class PortraitReader(nn.Module):
-    """Convolutions over the portrait at full, half and quarter resolution, sampled bilinearly. Linear in points."""
+    """Convolutions over the images at full, half and quarter resolution, sampled bilinearly. Linear in points and images."""
 
     def __init__(self, config: GaussianDecoderConfig):
         super().__init__()
@@ -50,22 +54,34 @@ class PortraitReader(nn.Module):
         return 2 * (len(COLUMNS) + 4 + 3 * config.portrait_channels)
 
     def forward(self, portrait: Tensor, portrait_points: Tensor, mirror_points: Tensor) -> Reading:
-        """`portrait` (B, 4, H, W), points (B, N, 8) twice, see `COLUMNS`."""
-        portrait = portrait.float()
-        seen = torch.cat((portrait_points, mirror_points), dim=1).float()
-        color, alpha = portrait.split((3, 1), dim=1)
+        """`portrait` (B, K, 4, H, W), points (B, N, K, 8) twice, see `COLUMNS`."""
+        seen = torch.cat((portrait_points, mirror_points), dim=1).float().transpose(1, 2)
+        images, places = portrait.float().flatten(0, 1), seen.flatten(0, 1)
+        color, alpha = images.split((3, 1), dim=1)
         # Weighted by alpha, so that the background does not bleed into the color of an edge.
-        read = sample(torch.cat((color * alpha, portrait), dim=1), seen)
-        maps, inner = [read[..., 3:]], portrait.to(next(self.parameters()).dtype)
+        maps = [sample(torch.cat((color * alpha, images), dim=1), places)]
+        inner = images.to(next(self.parameters()).dtype)
         for convolution in self.convolutions:
             inner = F.gelu(convolution(inner), approximate="tanh")
-            maps.append(sample(inner, seen))
-        features = torch.cat((*maps, seen / seen.new_tensor(UNITS)), dim=-1)
-        colors, alphas = read[..., :3] / read[..., 6:].clamp(min=1e-6), read[..., 6]
-        halves = [torch.stack(x.chunk(2, dim=1), dim=2) for x in (features, colors, alphas, seen[..., VISIBLE])]
+            maps.append(sample(inner, places))
+        each = torch.cat((*maps, places / places.new_tensor(UNITS)), dim=-1).unflatten(0, seen.shape[:2])
+        read = (view_shares(seen)[..., None] * each).sum(1)
+        features, alphas, visible = read[..., 3:], read[..., 6], read[..., VISIBLE - len(COLUMNS)]
+        colors = read[..., :3] / alphas[..., None].clamp(min=1e-6)
+        halves = [torch.stack(x.chunk(2, dim=1), dim=2) for x in (features, colors, alphas, visible)]
         features, colors, alphas, visible = halves
         real = torch.stack((torch.ones_like(visible[..., 0]), visible[..., 1]), dim=-1)
         return Reading((features * real[..., None]).flatten(2), colors, alphas * real, visible)
+
+
+def view_shares(seen: Tensor) -> Tensor:
+    """(B, K, M) the share of each image in what is read at a point seen as (B, K, M, 8); their sum is 1.
+
+    In proportion to e^(SHARPNESS facing) of those that show the point, exactly 0 of others; where none shows it, the first has all.
+    """
+    weights = seen[..., VISIBLE] * (SHARPNESS * seen[..., FACING]).exp()
+    weights = torch.cat((weights[:, :1].clamp(min=HIDDEN), weights[:, 1:]), dim=1)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:

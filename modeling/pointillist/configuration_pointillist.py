@@ -24,6 +24,12 @@ LIMITS = {
 }
 
 
+# What a face reads of the portrait: red, green, blue and alpha at seven places on and above the face, how far the head mesh lies
+# before each, and two numbers more; all of it twice, for the mirrored face too.
+FACE_PIXELS = 2 * (7 * 5 + 2)
+FACE_INPUTS = ("face_centers", "face_normals", "face_pixels")  # what describes the faces of a mesh
+
+
 def check_fields(config: PreTrainedConfig, limits: Mapping[str, tuple[float, float]]) -> None:
     """Raise `ValueError` for an unknown dtype, a field outside its limits (NaN is outside of all), or a center that is no point."""
     if isinstance(config.dtype, str) and not isinstance(getattr(torch, config.dtype, None), torch.dtype):
@@ -63,6 +69,8 @@ class PointillistConfig(PreTrainedConfig):
         level: "token" (the paper), or "point": one position of the decoder a point, whose tokens small heads spell.
         mesh_aware_faces: at the point level, whether a face is described by its center and normal on the subject's mesh; what is
             spelled of a point after its face are offsets from that center.
+        read_portrait: with mesh-aware faces, whether a face is also described by what the portrait shows at its place and above it
+            on the posed head, for which the portrait's camera and head parameters must be known (not in the paper).
         slot_order: at the point level, the order in which x, y, z and the face (f) of a point are spelled (default "yfxz" with
             mesh-aware faces, else "yzxf").
         slot_head: at the point level, what spells a point: "mlp", one a slot, or "attention", one transformer block for all slots.
@@ -95,6 +103,7 @@ class PointillistConfig(PreTrainedConfig):
     token_order: str = "xyzf"
     level: str = "token"
     mesh_aware_faces: bool = False
+    read_portrait: bool = False
     slot_order: str | None = None
     slot_head: str = "mlp"
 
@@ -194,6 +203,8 @@ class PointillistConfig(PreTrainedConfig):
             raise ValueError(f'slot_head is {self.slot_head!r}, expected "mlp" or "attention"')
         if self.level == "token" and (self.mesh_aware_faces or self.slot_order is not None or self.slot_head != "mlp"):
             raise ValueError('mesh_aware_faces, slot_order and slot_head="attention" need level="point"')
+        if self.read_portrait and not self.mesh_aware_faces:
+            raise ValueError("read_portrait needs mesh_aware_faces=True: it is the faces that read")
         for name, order in (("slot_order", self.slot_order), ("token_order", self.token_order)):
             if order is not None and sorted(order) != sorted("xyzf"):
                 raise ValueError(f'{name} is {order!r}, expected the letters x, y, z, f in some order, as "yfxz"')

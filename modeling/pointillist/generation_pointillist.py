@@ -19,7 +19,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .configuration_pointillist import PointillistConfig
+from .configuration_pointillist import FACE_INPUTS, PointillistConfig
 from .generation_grammar import PointGrammar
 from .generation_progress import GenerationProgress
 from .generation_ring_cache import RingCache, self_attention_mask
@@ -37,7 +37,7 @@ from .modeling_condition import ConditionEncoder
 
 PROGRESS_FROM = 2_000  # new tokens from which a progress bar is shown unless told otherwise
 STOP_CHECK_EVERY = 16  # steps between checks whether every row is finished: each waits for the device
-SHARED = ("condition_embeds", "face_centers", "face_normals")  # of all sequences of one condition
+SHARED = ("condition_embeds", *FACE_INPUTS)  # of all sequences of one condition
 
 
 @dataclass
@@ -72,6 +72,7 @@ class PointillistGenerationMixin(GenerationMixin):
         head_normals: Tensor | None = None,
         face_centers: Tensor | None = None,
         face_normals: Tensor | None = None,
+        face_pixels: Tensor | None = None,
         condition_embeds: Tensor | None = None,
         guidance_scale: float | None = None,
         grammar: bool = True,
@@ -107,7 +108,8 @@ class PointillistGenerationMixin(GenerationMixin):
             with torch.no_grad():
                 condition_embeds = self.condition_encoder(pixel_values, head_vertices, head_normals)
         if face_centers is not None and self.config.mesh_aware_faces:
-            kwargs |= {"face_centers": face_centers, "face_normals": face_normals}
+            of_faces = dict(zip(FACE_INPUTS, (face_centers, face_normals, face_pixels)))
+            kwargs |= {name: value for name, value in of_faces.items() if value is not None}
         inputs, kwargs["condition_embeds"] = self._prompts(inputs, condition_embeds, kwargs)
         limits = PointGrammar(self.config, sorted_points, min_points, max_points, max_points_per_face)
         if grammar:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
+from .configuration_pointillist import FACE_INPUTS
 from .generation_pointillist import (
     STOP_CHECK_EVERY,
     PointillistGenerateOutput,
@@ -120,7 +121,7 @@ class PointLevelLoop(PointLoop):
         return int((self.ids != self.model.config.pad_token_id).any(0).nonzero().max()) + 1
 
     def prepare(self, model, prompt: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        self.faces = model.model.embed_tokens.faces(model_kwargs.get("face_centers"), model_kwargs.get("face_normals"))
+        self.faces = model.model.embed_tokens.faces(*(model_kwargs.get(name) for name in FACE_INPUTS))
         self.slot_faces = self.faces if self.guidance_scale is None else twice(self.faces)
         self.keys = model.lm_head.heads[FACE].keys(self.slot_faces.embeds)
         real = prompt[:, :, FACE] != model.config.pad_token_id

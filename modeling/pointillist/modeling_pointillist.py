@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_pointillist import PointillistConfig
+from .configuration_pointillist import FACE_INPUTS, PointillistConfig
 from .generation_pointillist import PointillistGenerationMixin, PointLoop
 from .generation_points import PointLevelLoop
 from .generation_ring_cache import additive_mask, self_attention_mask
@@ -250,6 +250,7 @@ class PointillistModel(PointillistPreTrainedModel):
         use_cache: bool | None = None,
         face_centers: Tensor | None = None,
         face_normals: Tensor | None = None,
+        face_pixels: Tensor | None = None,
         faces: Faces | None = None,
         **kwargs,
     ) -> PointillistOutput:
@@ -259,7 +260,7 @@ class PointillistModel(PointillistPreTrainedModel):
             x = inputs_embeds
         elif isinstance(self.embed_tokens, PointEmbedding):
             assert input_ids is not None
-            faces = faces or self.embed_tokens.faces(face_centers, face_normals)
+            faces = faces or self.embed_tokens.faces(face_centers, face_normals, face_pixels)
             x = self.embed_tokens(
                 group_tokens(input_ids, self.config.first_special + 2, self.config.first_special), faces
             )
@@ -326,10 +327,11 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """What this model reads beside ids: pixel_values, head_vertices and head_normals, face_centers and face_normals."""
+        """What this model reads beside ids, of pixel_values, head_vertices, head_normals and those of the faces."""
         names = ("pixel_values",) * self.config.use_vision_encoder
         names += ("head_vertices", "head_normals") * self.config.use_point_encoder
-        return names + ("face_centers", "face_normals") * self.config.mesh_aware_faces
+        faces = FACE_INPUTS[: 3 if self.config.read_portrait else 2]
+        return names + faces * self.config.mesh_aware_faces
 
     def select_inputs(self, inputs: Mapping[str, T]) -> dict[str, T]:
         """Those of `inputs` that this model reads."""
@@ -359,6 +361,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         head_normals: Tensor | None = None,
         face_centers: Tensor | None = None,
         face_normals: Tensor | None = None,
+        face_pixels: Tensor | None = None,
         condition_embeds: Tensor | None = None,
         condition_mask: Tensor | None = None,
         drop_condition: Tensor | None = None,
@@ -377,8 +380,10 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             labels: (B, L) ids, -100 where there is nothing to learn; shifted here.
             pixel_values: (B, 3, h, w) portrait, ImageNet-normalized. head_vertices, head_normals: (B, V, 3), meters.
             face_centers, face_normals: (B, F, 3), bins and unit vectors; what `mesh_aware_faces` reads.
+            face_pixels: (B, F, 74) what the portrait shows at the faces and above them, see
+                `gaussian_tokenizer.rendering.face_pixels`; what `read_portrait` reads.
             condition_embeds: (B, M, D) from `encode_condition`; condition_mask: (B, M), 0 on padding. Of fewer rows S of any of
-                these five, B / S successive sequences share each, without copies of it.
+                these six, B / S successive sequences share each, without copies of it.
             drop_condition: (B,) bool, True for rows that read the empty condition instead (training of guidance).
             cache: keys and values of the tokens before, from the output of the last pass; also as `past_key_values`.
             logits_to_keep: how many last positions to keep (0: all), or which.
@@ -395,7 +400,8 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         inputs = input_ids, attention_mask, position_ids
         kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if isinstance(self.lm_head, SlotHeads):
-            return self.forward_points(inputs, labels, face_centers, face_normals, kept, **options, **kwargs)
+            of_faces = face_centers, face_normals, face_pixels
+            return self.forward_points(inputs, labels, of_faces, kept, **options, **kwargs)
         outputs = self.model(*inputs, inputs_embeds=inputs_embeds, **options, **kwargs)
         outputs["last_hidden_state"] = hidden = outputs.last_hidden_state[:, kept]
         if labels is not None and self.config.loss_within_slot:
@@ -410,8 +416,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         self,
         inputs: tuple,
         labels: Tensor | None,
-        face_centers: Tensor | None,
-        face_normals: Tensor | None,
+        of_faces: tuple[Tensor | None, ...],
         kept: slice | Tensor,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
@@ -424,10 +429,13 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
                 'level="point" reads input_ids: their embedding (B, L, D) does not tell which faces they name'
             )
         embed: Any = self.model.embed_tokens
-        faces = embed.faces(face_centers, face_normals)
+        faces = embed.faces(*of_faces)
         outputs = self.model(*inputs, faces=faces, **kwargs)
         groups = group_tokens(ids, pad)
-        targets = heads.targets(F.pad(groups[:, 1:], (0, 0, 0, 1), value=pad), groups)
+        # What is spelled of a point before its other slots comes from the labels: the ids that are read may be disturbed.
+        known = groups if labels is None else group_tokens(labels, -100)
+        known = torch.where(known < 0, groups, known)
+        targets = heads.targets(F.pad(known[:, 1:], (0, 0, 0, 1), value=pad), known)
         states = heads.states(outputs.last_hidden_state, targets, faces)
 
         def of_tokens(x: Tensor) -> Tensor:
@@ -467,6 +475,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
         points: Tensor,
         face_centers: Tensor | None = None,
         face_normals: Tensor | None = None,
+        face_pixels: Tensor | None = None,
     ) -> Tensor:
         """Nats (B, N, 4) of the ids of points (B, N, 4), given the features (B, N, 4, D) that predicted them; zero where negative.
 
@@ -477,7 +486,7 @@ class PointillistForCausalLM(PointillistPreTrainedModel, PointillistGenerationMi
             embed: Any = self.model.embed_tokens
             known = torch.where(points < 0, self.config.first_special + 2, points)
             own = self.lm_head.targets(known, F.pad(known[:, :-1], (0, 0, 1, 0), value=self.config.first_special))
-            return self.lm_head.nll(features, own.classes, own, embed.faces(face_centers, face_normals))
+            return self.lm_head.nll(features, own.classes, own, embed.faces(face_centers, face_normals, face_pixels))
         config, nll = self.config, []
         for rows, slots in (
             (slice(0, config.n_bins), slice(0, 3)),

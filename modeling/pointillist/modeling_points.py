@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
-from .configuration_pointillist import PointillistConfig
+from .configuration_pointillist import FACE_PIXELS, PointillistConfig
 
 Y, FACE = 1, 3  # slots are x, y, z, face
 LARGE = 2**26  # scores over faces beyond which they are computed row by row, and again for the gradient
@@ -90,14 +90,19 @@ class PointEmbedding(nn.Module):
         self.coordinates = network(6 * self.octaves * parts, width)
         self.coordinate_norm = nn.RMSNorm(width, eps=1e-6)
         if config.mesh_aware_faces:
-            self.face_network = network(6 * self.octaves + 6, width)
+            self.face_network = network(6 * self.octaves + 6 + FACE_PIXELS * config.read_portrait, width)
 
     def init_weights(self, std: float) -> None:
         init.normal_(self.bos)
         init.normal_(self.face_rows, std=std)
 
-    def faces(self, face_centers: Tensor | None, face_normals: Tensor | None) -> Faces:
-        """The faces of meshes with centers (S, F, 3) in bins and unit normals (S, F, 3); both None unless `mesh_aware_faces`."""
+    def faces(
+        self, face_centers: Tensor | None, face_normals: Tensor | None, face_pixels: Tensor | None = None
+    ) -> Faces:
+        """The faces of meshes with centers (S, F, 3) in bins and unit normals (S, F, 3); both None unless `mesh_aware_faces`.
+
+        `face_pixels` (S, F, FACE_PIXELS): what they read of the portrait, with `read_portrait`.
+        """
         rows = self.face_rows[None]
         if not self.config.mesh_aware_faces:
             return Faces(self.face_norm(rows), None)
@@ -114,6 +119,14 @@ class PointEmbedding(nn.Module):
             )
         unit = face_centers.float() * (2 / self.config.n_bins) - 1
         described = torch.cat((fourier(unit, self.octaves), unit, face_normals.float()), dim=-1)
+        if self.config.read_portrait:
+            if face_pixels is None or tuple(face_pixels.shape) != (*expected[:2], FACE_PIXELS):
+                found = None if face_pixels is None else tuple(face_pixels.shape)
+                raise ValueError(
+                    f"this model reads the portrait at the faces: give face_pixels {(*expected[:2], FACE_PIXELS)}, which "
+                    f"gaussian_tokenizer.rendering.face_pixels makes, found {found}"
+                )
+            described = torch.cat((described, face_pixels.float()), dim=-1)
         bins = face_centers.floor().long().clamp(0, self.config.n_bins - 1)
         return Faces(self.face_norm(rows + self.face_network(described.to(rows.dtype))), bins)
 

@@ -135,6 +135,7 @@ def test_one_subject_in_cross_mode_is_refused_before_anything_is_written(bench_w
         (["--compare", "ours=."], "the name is taken"),
         (["--compare", "peer=nowhere"], "no such folder"),
         (["--num_frames", "0"], "expected at least 1"),
+        (["--num_references", "2"], "does not read the portrait (read_portrait is False)"),
         (["--flame_position", "nowhere"], "--flame_position nowhere"),
         (["--camera", "5"], "has no camera 5"),
         (["--dataset", "nowhere"], "nowhere"),

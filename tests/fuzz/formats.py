@@ -79,7 +79,7 @@ def make_formats(folder: Path) -> dict[str, Format]:
     }
     np.save(folder / "embedding.npy", embedding | {"dynamic_lmk_faces_idx": head.landmark_faces}, allow_pickle=True)
     landmarks = folder / "landmarks.json"
-    landmarks.write_bytes(Path("training/demo/astronaut.json").read_bytes())
+    landmarks.write_bytes(Path("training/recipe/astronaut.json").read_bytes())
     corpus = folder / "corpus"
     settings = BuildSettings(n_bins=32, image_size=28, num_validation=1, allow_unknown_license=True)
     build(folder / "avatars", head, corpus, settings, progress=False)

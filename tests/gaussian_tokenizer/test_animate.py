@@ -1,5 +1,6 @@
 """`python -m gaussian_tokenizer.animate`: files of a moving head from the command line, errors in one line."""
 
+import io
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.motions import synthetic_motion
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
+from gaussian_tokenizer.rendering.image_metrics import psnr
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.synthetic.subject import synthesize_subject
 
@@ -152,6 +154,33 @@ def test_exports_are_turned_for_viewers_whose_y_points_down(command, tmp_path, a
         np.testing.assert_allclose(table["z"], -upright.positions[0, :, 2], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options", [{"motion": "look_around", "azimuth": 30, "background": 0.25}, {"motion": "turntable"}]
+)
+def test_a_page_shows_what_the_images_do(command, tmp_path, browser, options):
+    command(output="frames", image_size=128, **options)
+    assert "4 frames in a.html, 0.0 MB" in command(output="a.html", **options)
+    page = browser.new_page()
+    page.goto((tmp_path / "a.html").as_uri())
+    for _ in range(2):  # the footer is higher in a narrow window
+        footer = page.locator("footer").bounding_box()
+        page.set_viewport_size({"width": 128, "height": 128 + int(footer["height"])})
+    page.locator("input").fill("1")
+    page.locator("output", has_text="2 / 4").wait_for()
+    page.wait_for_timeout(300)
+    with Image.open(io.BytesIO(page.locator("canvas").screenshot())) as image:
+        shown = torch.from_numpy(np.array(image.convert("RGB"))) / 255
+    images = torch.from_numpy(read_images(tmp_path / "frames")) / 255
+    found = psnr(shown.expand_as(images), images)
+    assert found[1] > 47 and all(found[frame] < 35 for frame in (0, 2, 3))
+    page.close()
+
+
+def test_a_large_page_is_warned_about(command, monkeypatch):
+    monkeypatch.setattr(animate, "LARGE_PAGE", 1000)
+    assert "give fewer --num_frames" in command(output="a.html")
+
+
 def test_a_second_run_gives_the_same_bytes(command, tmp_path):
     command(output="a.gif")
     command(output="b.gif")
@@ -186,7 +215,7 @@ def test_on_another_device_the_same_files_come_out(command, tmp_path):
     ("options", "line"),
     [
         ({}, "nothing to write: give --output, --ply_sequence or --export"),
-        ({"output": "a.avi"}, "--output a.avi: expected .gif, .mp4"),
+        ({"output": "a.avi"}, "--output a.avi: expected .html, .gif, .mp4"),
         ({"output": "nowhere/a.gif"}, "nowhere/a.gif: its folder nowhere is not there"),
         ({"output": "a.gif", "motion": "dance"}, "--motion dance: no such file or folder; built in are talk, nod"),
         ({"output": "a.gif", "avatar": "nobody"}, "nobody: no such avatar"),
@@ -196,7 +225,7 @@ def test_on_another_device_the_same_files_come_out(command, tmp_path):
         ({"output": "a.gif", "image_size": 0}, "--image_size 0: expected 8 to 8192"),
         ({"output": "a.gif", "background": 3}, "--background 3.0: expected 0 (black) to 1 (white)"),
         ({"output": "a.gif", "device": "abacus"}, "--device abacus: not usable here"),
-        ({"output": "a.gif", "fps": 0}, "0.0 frames per second"),
+        ({"output": "a.gif", "fps": 0}, "--fps 0.0: expected more than 0"),
         ({"export": "a.obj"}, "a.obj: unknown kind of file"),
     ],
 )

@@ -12,7 +12,7 @@ from gaussian_tokenizer import portrait
 from gaussian_tokenizer.captures.loading import load_tracking
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
-MARKS = ROOT / "training/demo/astronaut.json"
+MARKS = ROOT / "training/recipe/astronaut.json"
 POINTS = np.array(json.loads(MARKS.read_text())["landmarks"]) - (100, 20)
 WIDTH, HEIGHT = 200, 260
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -22,9 +23,17 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.cameras import Cameras, default_camera, portrait_cameras
+from gaussian_tokenizer.rendering.portrait_points import portrait_points
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
-from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistConfig, PointillistForCausalLM
+from modeling import (
+    AvatarPipeline,
+    GaussianDecoder,
+    GaussianDecoderConfig,
+    PointillistConfig,
+    PointillistForCausalLM,
+    Reference,
+)
 from modeling.pipeline import SAMPLING
 from modeling.ranking import likeliest
 from modeling.refinement import refine
@@ -205,11 +214,17 @@ def reader(head) -> AvatarPipeline:
     return AvatarPipeline(**components(head, decoder__read_portrait=True, decoder__portrait_channels=4))
 
 
-def colors_of_head(reader: AvatarPipeline, image: Image.Image, params: HeadParameters, camera: Cameras) -> torch.Tensor:
+def colors_of_head(
+    reader: AvatarPipeline,
+    image: Image.Image,
+    params: HeadParameters,
+    camera: Cameras,
+    references: Sequence[Reference] = (),
+) -> torch.Tensor:
     """(F, 3) of the avatar with a point in the middle of each face."""
     head, pixels = reader.head, reader.inputs([image], [params])["pixel_values"][0]
     points = {"positions": head.canonical_vertices(params)[head.faces].mean(1), "faces": torch.arange(head.n_faces)}
-    (read,) = reader.portraits([image], [params], [camera])
+    (read,) = reader.portraits([image], [params], [camera], [references])
     avatar = reader.decode_attributes(points, torch.zeros(head.n_faces, 4, 32), pixels, params, read)
     return avatar.canonical_gaussians().colors
 
@@ -242,6 +257,70 @@ def test_a_camera_that_does_not_fit_its_portrait_is_refused(reader, head):
         reader(portrait(), camera=square, max_points=3)
     with pytest.raises(ValueError, match="2 portraits but 1 cameras"):
         reader([portrait(), portrait()], camera=[square], max_points=3)
+
+
+def test_what_the_portrait_does_not_show_is_read_in_the_references(reader, head):
+    """A red person from the front, blue from behind; without the second image the back is like the front."""
+    params = HeadParameters.zeros(head.n_shape, head.n_expression)
+    red, blue = (Image.new("RGB", (30, 30), name) for name in ("red", "blue"))
+    front, back = (Cameras.orbit((0.0, 0.0, 0.0), 1.0, [yaw], 0.0, 100.0, 30, 30) for yaw in (0.0, 180.0))
+    alone = colors_of_head(reader, red, params, front)
+    both = colors_of_head(reader, red, params, front, [Reference(blue, params, back)])
+    centers, faces = head.template[head.faces].mean(1), torch.arange(head.n_faces)
+    seen = [portrait_points(centers, faces, params, head, camera)[0][:, -1] > 0 for camera in (front, back)]
+    only = [seen[0] & ~seen[1], seen[1] & ~seen[0]]
+    assert all(each.sum() > 100 for each in only)
+    assert (both.argmax(1) == 0)[only[0]].float().mean() > 0.95 and (both.argmax(1) == 2)[only[1]].float().mean() > 0.95
+    assert (alone.argmax(1) == 2)[only[1]].float().mean() < 0.5
+
+
+def test_references_are_given_to_one_portrait_or_as_a_list_for_each(reader, head):
+    params, cameras = (
+        HeadParameters.zeros(head.n_shape, head.n_expression),
+        portrait_cameras(head, 28, [0.0, 60.0, -60.0]),
+    )
+    images = [portrait("L", (28, 28)), portrait("RGB", (28, 28)), portrait("P", (28, 28))]
+    more = [Reference(image, params, camera) for image, camera in zip(images[1:], (cameras[1], cameras[2]))]
+    options = dict(camera=cameras[0], seed=0, max_points=12)
+    alone, found = reader(images[0], params, **options), reader(images[0], params, references=more, **options)
+    assert torch.equal(alone.positions.round(decimals=2), found.positions.round(decimals=2)) and not same(alone, found)
+    turned = reader(images[0], params, references=[tuple(each) for each in more[::-1]], **options)
+    for name, value in found.tensors().items():
+        torch.testing.assert_close(turned.tensors()[name], value, atol=1e-5, rtol=1e-4)
+    (listed,) = reader([images[0]], [params], references=[more], **options)
+    assert same(listed, found)
+    every = reader([images[0]] * 2, [params] * 2, references=[[], more], **options | {"camera": [cameras[0]] * 2})
+    inputs = reader.portraits([images[0]] * 2, [params] * 2, [cameras[0]] * 2, [[], more])
+    assert len(every) == 2 and [len(each.references) for each in inputs] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: own._replace(camera=None), "reference 1 has no camera: a point is found in it only by both"),
+        (lambda own: own._replace(head_params=None), "reference 1 has no head_params"),
+        (lambda own: own._replace(head_params=HeadParameters.zeros(3, 5)), "reference 1: head parameters have shape of size 3"),
+        (lambda own: own._replace(image=portrait("RGB", (60, 20))), "reference 1: the camera is for images of 28 x 28 pixels"),
+        (lambda own: own.image, r"reference 1 is a Image, expected Reference\(image, head_params, camera\)"),
+    ],
+)  # fmt: skip
+def test_a_reference_that_cannot_be_read_is_refused_before_anything_is_generated(
+    reader, head, monkeypatch, change, message
+):
+    monkeypatch.setattr(reader, "generate", None)
+    params, camera = HeadParameters.zeros(head.n_shape, head.n_expression), portrait_cameras(head, 28)[0]
+    own = Reference(portrait("RGB", (28, 28)), params, camera)
+    with pytest.raises(ValueError, match=message):
+        reader(own.image, params, camera=camera, references=[own, change(own)])
+
+
+def test_references_of_too_few_portraits_or_for_a_decoder_that_reads_none_are_refused(pipeline, reader, head):
+    params, camera = HeadParameters.zeros(head.n_shape, head.n_expression), portrait_cameras(head, 28)[0]
+    own = Reference(portrait("RGB", (28, 28)), params, camera)
+    with pytest.raises(ValueError, match="2 portraits but references of 1; give a list for each portrait"):
+        reader([own.image] * 2, [params] * 2, camera=camera, references=[[own]])
+    with pytest.raises(ValueError, match="this Gaussian decoder does not read the portrait"):
+        pipeline(own.image, params, camera=camera, references=[own])
 
 
 def test_without_a_camera_the_framing_of_synthetic_portraits_is_assumed_and_said(reader, head):

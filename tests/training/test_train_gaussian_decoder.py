@@ -91,7 +91,7 @@ def test_training_goes_on_from_a_decoder(decoder_launcher, reference, tmp_path):
 
 def test_a_decoder_that_reads_the_portrait_is_trained_and_comes_back(decoder_launcher, tmp_path):
     words = ["--read_portrait", "true", "--portrait_channels", "4", "--attention", "portrait", "--max_steps", "2"]
-    words += ["--gaussians_per_point", "2"]
+    words += ["--gaussians_per_point", "2", "--num_references", "3"]
     decoder_launcher.run(tmp_path / "run", *words, processes="python")
     config = GaussianDecoder.from_pretrained(tmp_path / "run").config
     assert (config.read_portrait, config.portrait_channels, config.attention) == (True, 4, "portrait")
@@ -133,6 +133,8 @@ def test_what_does_not_belong_together_is_named(script):
     assert "mode must be one of full" in script("--mode", "color")
     assert "no such model here" in script(point_model="some/repo")
     assert "animation" in script("--animation", "spline")
+    assert "--num_references 2 is for a decoder with --read_portrait true" in script("--num_references", "2")
+    assert "--num_references must be at least 1, found 0" in script("--num_references", "0")
 
 
 def test_a_point_model_of_another_vocabulary_is_refused(script, corpus, tmp_path):

@@ -5,18 +5,30 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 
+from gaussian_tokenizer.avatars.avatar_files import check_hash
 from gaussian_tokenizer.corpus.corpus import Corpus
+from gaussian_tokenizer.heads.head_model import HeadModel
+from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
+from gaussian_tokenizer.heads.loading import load_head
+from gaussian_tokenizer.rendering.cameras import Cameras
+from gaussian_tokenizer.rendering.portrait_points import Portrait, face_pixels
 
 HEAD_COLUMNS = ("head_vertices", "head_normals")
-CONDITION = ("pixel_values", *HEAD_COLUMNS, "face_centers", "face_normals")
+CONDITION = ("pixel_values", *HEAD_COLUMNS, "face_centers", "face_normals", "face_pixels")
+CAMERA_COLUMNS = ("viewmat", "fx", "fy", "cx", "cy")
 
 
 class AvatarRows:
-    """The sequences of one split of a corpus, and those of the `CONDITION` that `inputs` names."""
+    """The sequences of one split of a corpus, and those of the `CONDITION` that `inputs` names.
 
-    def __init__(self, corpus: Corpus, split: str, inputs: Iterable[str]):
+    `head` is needed for face_pixels; None: the built-in head model of the corpus' name. ValueError where there is none.
+    """
+
+    def __init__(self, corpus: Corpus, split: str, inputs: Iterable[str], head: HeadModel | None = None):
         self.tokenizer, inputs = corpus.tokenizer, set(inputs)
+        self.head = head_of(corpus, head) if "face_pixels" in inputs else None
         self.faces = corpus.head_faces() if "face_centers" in inputs else None
         self.avatars = corpus.avatars(split).with_format("numpy")
         self.frames, self.frame_rows = None, {}
@@ -28,11 +40,14 @@ class AvatarRows:
                     f"{corpus.path}: {len(without)} avatars of {split!r} have no images, first {without[0]!r}, but the model "
                     "reads a portrait; build the corpus with frames, or train with --use_vision_encoder false"
                 )
-            self.frames = corpus.frames(split).select_columns(["image"])
+            of_portrait = (*CAMERA_COLUMNS, *FRAME_KEYS) if self.head is not None else ()
+            self.frames = corpus.frames(split).select_columns(["image", *of_portrait])
         # Every column that is read costs a fifth of a millisecond a row.
         self.sequences = self.avatars.select_columns(["input_ids"])
         self.head_columns = HEAD_COLUMNS if inputs - {"pixel_values"} else ()
-        self.conditions = self.avatars.select_columns(["avatar_id", *self.head_columns])
+        shapes = [name for name in ("shape", "static_offset") if name in self.avatars.column_names]
+        self.shapes = shapes if self.head is not None else []
+        self.conditions = self.avatars.select_columns(["avatar_id", *self.head_columns, *self.shapes])
         # A point has four tokens; bos and eos enclose the sequence.
         self.lengths = 4 * np.asarray(self.avatars["num_points"], dtype=np.int64) + 2
         self.ids = [str(avatar_id) for avatar_id in self.avatars["avatar_id"]]
@@ -55,12 +70,41 @@ class AvatarRows:
         condition: dict[str, Any] = {}
         if self.frames is not None:
             chosen = self.portrait_row(row, pick) if chosen is None else chosen
-            condition["pixel_values"] = self.tokenizer(images=self.frames[chosen]["image"])["pixel_values"][0]
+            frame = self.frames[chosen]
+            condition["pixel_values"] = self.tokenizer(images=frame["image"])["pixel_values"][0]
+            if self.head is not None:
+                params = {name: torch.from_numpy(np.asarray(avatar[name], np.float32)) for name in self.shapes}
+                condition["face_pixels"] = face_pixels(self.portrait(frame, params), self.head).numpy()
         condition |= {name: np.asarray(avatar[name], np.float32) for name in self.head_columns}
         if self.faces is not None:
             of_faces = self.tokenizer.face_condition(condition["head_vertices"][None], self.faces)
             condition |= {name: value[0] for name, value in of_faces.items()}
         return condition
+
+    def portrait(self, frame: dict[str, Any], shape: dict[str, torch.Tensor]) -> Portrait:
+        """A row of `frames` as the portrait of a subject, of whose head parameters `shape` are those that do not change."""
+        assert self.head is not None
+        K = [[frame["fx"], 0, frame["cx"]], [0, frame["fy"], frame["cy"]], [0, 0, 1]]
+        width, height = frame["image"].size
+        camera = Cameras(torch.tensor(frame["viewmat"])[None].float(), torch.tensor(K)[None].float(), width, height)
+        pose = {name: torch.tensor(frame[name])[None].float() for name in FRAME_KEYS}
+        return Portrait.of(
+            frame["image"], HeadParameters(**shape, **pose), camera, self.head, self.tokenizer.image_size
+        )
+
+
+def head_of(corpus: Corpus, head: HeadModel | None) -> HeadModel:
+    """The head model of a corpus; `ValueError` if it is not the one given, or none is given and it is not built in."""
+    made_on = corpus.manifest["head"]
+    if head is None:
+        if not str(made_on["name"]).startswith("procedural:"):
+            raise ValueError(
+                f"{corpus.path}: this model reads the portrait at the faces of the posed head, and the corpus does not hold its "
+                f"head model {made_on['name']!r}; give it with --head"
+            )
+        head = load_head(made_on["name"])
+    check_hash(f"the corpus {corpus.path}", made_on["name"], made_on["hash"], head)
+    return head
 
 
 def shuffled_row(index: int, num_rows: int, seed: int) -> tuple[int, np.random.Generator]:

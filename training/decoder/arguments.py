@@ -56,6 +56,11 @@ class FrameArguments:
     head: str = option("head model of the corpus: procedural:600, a .safetensors, a FLAME .pkl, an ICT folder")
     num_targets: int = option("frames of a subject that are rendered in a step", 4)
     random_source: bool = option("use a random image of a subject as its portrait instead of the first one", False)
+    num_references: int = option(
+        "with read_portrait: 1 to this many images of a subject, the source among them, are read in a step, and this many in "
+        "evaluation, which leaves them out (not in the paper)",
+        1,
+    )
     self_generated_ratio: float = option("share of items whose points the point model generated (the paper: 0)", 0.0)
     animation: str = option("how Gaussians follow the head: lbs or face_frames", "lbs")
     feature_cache: str | None = option("folder to cache the point model's hidden states between steps and runs", None)
@@ -64,8 +69,9 @@ class FrameArguments:
     max_eval_frames: int = option("frames of a held-out subject to evaluate, evenly spaced", 16)
 
     def __post_init__(self) -> None:
-        if self.num_targets < 1:
-            raise ValueError(f"--num_targets must be at least 1, found {self.num_targets}")
+        for name in ("num_targets", "num_references"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, found {getattr(self, name)}")
         if not 0 <= self.self_generated_ratio <= 1:
             raise ValueError(f"--self_generated_ratio is a share, 0 to 1, found {self.self_generated_ratio}")
         if self.animation not in ANIMATIONS:

@@ -1,12 +1,12 @@
 """Subjects with images, for the Gaussian decoder: a source portrait as input, and several frames as targets.
 
-The source is the subject's first image, or a random one. Each target comes with its camera, the expression and pose of its
-timestep, and a background for both the true and the rendered image, so that opacity is learned.
-Axes: B subjects, C target frames, H W pixels, S shape, E expression.
+The source is the subject's first image, or a random one; further images may be read with it. Each target comes with its camera,
+the expression and pose of its timestep, and a background for both the true and the rendered image, so that opacity is learned.
+Axes: B subjects, C target frames, K images that are read, H W pixels, S shape, E expression.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from gaussian_tokenizer.corpus.corpus import Corpus
+from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import FRAME_KEYS, HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.image_metrics import psnr, ssim
@@ -38,8 +39,9 @@ class SubjectRows:
         inputs: Iterable[str] = (),
         max_subjects: int | None = None,
         read_portrait: bool = False,
+        head: HeadModel | None = None,
     ):
-        self.rows = AvatarRows(corpus, split, {"pixel_values", *inputs})
+        self.rows = AvatarRows(corpus, split, {"pixel_values", *inputs}, head)
         self.tokenizer = self.rows.tokenizer
         self.frames = corpus.frames(split)
         shapes = [name for name in ("shape", "static_offset") if name in self.rows.avatars.column_names]
@@ -53,19 +55,20 @@ class SubjectRows:
         """The rows in `frames` of a subject."""
         return self.rows.frame_rows[self.rows.ids[row]]
 
-    def subject(self, row: int, pick: np.random.Generator | None) -> dict[str, Any]:
+    def subject(self, row: int, read: list[int] | None = None) -> dict[str, Any]:
         """Sequence (L,), condition (source portrait and mesh), shape (S,) and, where there is one, static_offset (V, 3).
 
-        With `read_portrait` also the portrait (4, H, W) as the pipeline would give it, and its camera and head parameters (1, ...).
+        `read` are the rows in `frames` of the source, by default the subject's first, and of further images. With `read_portrait`
+        also all of these (K, 4, H, W) as the pipeline would give them, and their cameras and head parameters (K, ...).
         """
+        read = read or [self.rows.portrait_row(row, None)]
         shapes = {name: np.asarray(value, np.float32) for name, value in self.shapes[row].items()}
-        chosen = self.rows.portrait_row(row, pick)
-        subject = {"input_ids": self.rows.sequence(row)} | shapes | self.rows.condition(row, pick, chosen)
+        subject = {"input_ids": self.rows.sequence(row)} | shapes | self.rows.condition(row, None, read[0])
         if self.read_portrait:
-            own = self.targets([chosen])
+            own = self.targets(read)
             height, width = own.pop("images").shape[1:3]
-            portrait = portrait_rgba(self.frames[chosen]["image"], self.tokenizer.image_size)
-            own["Ks"] *= np.float32([[portrait.shape[2] / width], [portrait.shape[1] / height], [1]])
+            portrait = np.stack([portrait_rgba(self.frames[each]["image"], self.tokenizer.image_size) for each in read])
+            own["Ks"] *= np.float32([[portrait.shape[3] / width], [portrait.shape[2] / height], [1]])
             subject["portrait"] = portrait
             subject |= {PORTRAIT + name: value for name, value in own.items()}
         return subject
@@ -94,7 +97,7 @@ class SubjectRows:
 class TrainSubjects(Dataset):
     """`num_items` subjects with `num_targets` of their frames each; each epoch has every subject once.
 
-    Item i depends only on the seed and on i, so a resumed run sees the same items.
+    Item i depends only on the seed and on i, so a resumed run sees the same items. Those of a step read equally many images.
     """
 
     subjects: SubjectRows
@@ -104,31 +107,45 @@ class TrainSubjects(Dataset):
     random_source: bool  # use a random image of a subject as its portrait instead of the first one
     generated_sequences: Sequence[np.ndarray] = ()  # one for every subject, see generated_sequences.py
     self_generated_ratio: float = 0.0  # share of the items that have it instead of the true sequence
+    num_references: int = 1  # images of a subject that are read, its source among them, are 1 to this many
+    items_per_step: int = 1
 
     def __len__(self) -> int:
         return self.num_items
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, random = shuffled_row(index, len(self.subjects), self.seed)
-        item = self.subjects.subject(row, random if self.random_source else None)
         rows = self.subjects.frame_rows(row)
+        read = [self.subjects.rows.portrait_row(row, random if self.random_source else None)]
+        if self.num_references > 1:
+            step = np.random.default_rng((self.seed, 2, index // self.items_per_step))
+            count, others = (
+                int(step.integers(self.num_references)),
+                [other for other in rows if other != read[0]] or read,
+            )
+            read += random.choice(others, count, replace=len(others) < count).tolist()
+        item = self.subjects.subject(row, read)
         chosen = random.choice(len(rows), self.num_targets, replace=len(rows) < self.num_targets)
         background = random.choice(BACKGROUNDS, self.num_targets).astype(np.float32)
         if random.random() < self.self_generated_ratio:
             item["input_ids"] = self.generated_sequences[row]
         if self.subjects.read_portrait:
-            item["portrait"] = laid_on(item["portrait"], random.random(3, np.float32))
+            item["portrait"] = laid_on(item["portrait"], random.random((len(read), 3), np.float32))
             if random.random() < UNKNOWN_ALPHA:
-                item["portrait"][3] = 1
+                item["portrait"][:, 3] = 1
         return item | self.subjects.targets([rows[i] for i in chosen]) | {"background": background}
 
 
 @dataclass(eq=False)
 class EvaluationSubjects(Dataset):
-    """Every subject once with its frames, or `max_frames` of them, evenly spaced, on white."""
+    """Every subject once with its frames, or `max_frames` of them, evenly spaced, on white.
+
+    If several images are read (`num_references`, evenly spaced, the first among them), the others are evaluated.
+    """
 
     subjects: SubjectRows
     max_frames: int
+    num_references: int = 1
 
     def __len__(self) -> int:
         return len(self.subjects)
@@ -136,16 +153,34 @@ class EvaluationSubjects(Dataset):
     def __getitem__(self, row: int) -> dict[str, Any]:
         rows = self.frame_rows(row)
         background = np.ones(len(rows), np.float32)
-        item = self.subjects.subject(row, None)
+        item = self.subjects.subject(row, self.read_rows(row))
         if self.subjects.read_portrait:
-            item["portrait"] = laid_on(item["portrait"], np.ones(3, np.float32))
+            item["portrait"] = laid_on(item["portrait"], np.ones((self.num_references, 3), np.float32))
         return item | self.subjects.targets(rows) | {"background": background}
 
     def frame_rows(self, row: int) -> list[int]:
-        """The rows in `frames` of a subject's frames."""
-        rows = self.subjects.frame_rows(row)
-        count = min(len(rows), self.max_frames)
-        return [rows[i * len(rows) // count] for i in range(count)]
+        """The rows in `frames` of a subject's frames that are evaluated; ValueError if all are read."""
+        rows: Sequence[int] = self.subjects.frame_rows(row)
+        if self.num_references > 1:
+            found, rows = len(rows), sorted(set(rows) - set(self.read_rows(row)))
+            if not rows:
+                raise ValueError(
+                    f"subject {self.subjects.rows.ids[row]!r} has {found} images, of which --num_references "
+                    f"{self.num_references} leaves none to evaluate; give a smaller number"
+                )
+        return evenly_spaced(rows, min(len(rows), self.max_frames))
+
+    def read_rows(self, row: int) -> list[int]:
+        """The rows in `frames` of the images of a subject that are read: the first, and of the others by camera, then time."""
+        first, *others = self.subjects.frame_rows(row)
+        if self.num_references == 1:
+            return [first]
+        cameras = dict(zip(others, self.subjects.frames.select_columns("camera")[others]["camera"]))
+        return evenly_spaced([first, *sorted(others, key=cameras.__getitem__)], self.num_references)
+
+
+def evenly_spaced(rows: Sequence[int], count: int) -> list[int]:
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def rgba(image: Image.Image) -> np.ndarray:
@@ -156,10 +191,10 @@ def rgba(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGBA"), np.float32) / 255
 
 
-def laid_on(portrait: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """A portrait (4, H, W) with its background, where there is one, of a color (3,); alpha stays."""
-    alpha = portrait[3:]
-    return np.concatenate((portrait[:3] * alpha + color[:, None, None] * (1 - alpha), alpha))
+def laid_on(portraits: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Portraits (K, 4, H, W) with their backgrounds, where there are any, of colors (K, 3); alpha stays."""
+    alpha = portraits[:, 3:]
+    return np.concatenate((portraits[:, :3] * alpha + colors[..., None, None] * (1 - alpha), alpha), axis=1)
 
 
 def collate_subjects(items: list[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -189,12 +224,13 @@ def motion_of(batch: Mapping[str, torch.Tensor], row: int) -> HeadParameters:
 
 
 def portrait_of(batch: Mapping[str, torch.Tensor], row: int) -> Portrait:
-    """The source portrait of one subject, of a batch that has it."""
+    """The source portrait of one subject, with its references, of a batch that has it."""
     own = {name.removeprefix(PORTRAIT): value for name, value in batch.items() if name.startswith(PORTRAIT)}
     own |= {name: batch[name] for name in ("shape", "static_offset") if name in batch}
-    image = batch["portrait"][row]
-    camera = Cameras(own["viewmats"][row], own["Ks"][row], width=image.shape[2], height=image.shape[1])
-    return Portrait(image, camera, motion_of(own, row))
+    images, motion = batch["portrait"][row], motion_of(own, row)
+    cameras = Cameras(own["viewmats"][row], own["Ks"][row], width=images.shape[3], height=images.shape[2])
+    first, *others = (Portrait(image, cameras[i], motion.frame(i)) for i, image in enumerate(images))
+    return replace(first, references=tuple(others))
 
 
 def on_background(images: torch.Tensor, background: torch.Tensor) -> torch.Tensor:

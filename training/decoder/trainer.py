@@ -126,7 +126,7 @@ class DecoderTrainer(ExactTrainer):
         return torch.stack([nearest_on_faces(*row, self.head.faces) for row in rows])
 
     def portrait_inputs(self, batch: Mapping[str, Tensor], points: Points) -> dict[str, Tensor]:
-        """The portraits (B, 4, H, W), and where the points and their mirror images (B, N, 8) are in them."""
+        """The portraits (B, K, 4, H, W), and where the points and their mirror images (B, N, K, 8) are in them."""
         clouds = zip(points.positions, points.faces, points.counts)
         rows = [
             portrait_of(batch, row).inputs(positions[:count], faces[:count], self.head)

@@ -18,6 +18,7 @@ class ModelArguments:
     model: str | None = option("checkpoint folder or Hub id to start from; its sizes override those given here", None)
     level: str = option('"token", or "point": one pass of the decoder a point', "token")
     mesh_aware_faces: bool = option("describe faces by their place on the subject's mesh (point level)", False)
+    read_portrait: bool = option("describe faces by what the portrait shows there too (with --mesh_aware_faces)", False)
     slot_order: str | None = option("order in which x, y, z and f of a point are spelled (point level), as yfxz", None)
     slot_head: str = option('"mlp", or "attention": a transformer block spells a point (point level)', "mlp")
     hidden_size: int = option("width of the decoder", 1024)
@@ -78,6 +79,12 @@ class DataArguments:
     """The corpus."""
 
     corpus: str = option("folder made by `python -m gaussian_tokenizer.build_corpus`")
+    head: str | None = option(
+        "head model of the corpus, for --read_portrait; built-in ones are found by its name", None
+    )
     condition_dropout: float = option("share of windows without condition, for classifier-free guidance", 0.1)
+    context_noise: float = option(
+        "share of windows read with random x and z, so that the portrait counts (point level)", 0.0
+    )
     eval_split: str = option("held-out split", "validation")
     max_eval_avatars: int | None = option("held-out avatars to evaluate; by default all", None)

@@ -29,8 +29,13 @@ class TrainWindows(Dataset):
     seed: int  # decides order, cut, image and dropped conditions
     condition_dropout: float  # share of windows without condition, for classifier-free guidance
     grouped: bool = False  # windows of whole points, as the point level reads them
+    context_noise: float = 0.0  # share of windows that are read with random x and z, see `disturbed`
 
     def __post_init__(self) -> None:
+        if self.context_noise and not self.grouped:
+            raise ValueError(
+                "--context_noise needs --level point: the tokens of a point are spelled from its own x and z"
+            )
         if self.window % 4 or self.window < 4:
             raise ValueError(f"window must be a positive multiple of 4 (whole points), found {self.window}")
 
@@ -43,7 +48,11 @@ class TrainWindows(Dataset):
         start = window_start(len(ids), self.window, random)
         ids = ids[start : start + self.window]
         dropped = random.random() < self.condition_dropout
-        return {"input_ids": ids, "labels": ids, "drop_condition": dropped, **self.rows.condition(row, random)}
+        condition = self.rows.condition(row, random)
+        read = ids
+        if self.context_noise and random.random() < self.context_noise:
+            read = disturbed(ids, self.rows.tokenizer.n_bins, random)
+        return {"input_ids": read, "labels": ids, "drop_condition": dropped, **condition}
 
 
 def lead(ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
@@ -52,6 +61,19 @@ def lead(ids: np.ndarray, pad_token_id: int | None) -> np.ndarray:
     Every fourth token then ends a group, bos or a face, as `modeling_points.group_tokens` has them.
     """
     return ids if pad_token_id is None else np.concatenate((np.full(3, pad_token_id), ids))
+
+
+def disturbed(ids: np.ndarray, n_bins: int, random: np.random.Generator) -> np.ndarray:
+    """Whole points (L,), perhaps with an end behind, with random x and z in a share of them, itself random from 0 to 1.
+
+    Neighbors tell almost all about the next point, so a model that can rely on them learns nothing from the portrait, and when it
+    generates, what the first points say of hair and beard is what the whole cloud says.
+    """
+    read = ids.copy()
+    groups = read[: len(ids) // 4 * 4].reshape(-1, 4)
+    chosen = (groups[:, 0] < n_bins) & (random.random(len(groups)) < random.random())
+    groups[chosen, 0], groups[chosen, 2] = random.integers(n_bins, size=(2, int(chosen.sum())))
+    return read
 
 
 def window_start(length: int, window: int, random: np.random.Generator) -> int:

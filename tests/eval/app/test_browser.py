@@ -25,7 +25,7 @@ from eval.app.photograph import CLICKS
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 
 SIZE = 512
-ASTRONAUT = np.array(json.loads((ROOT / "training/demo/astronaut.json").read_text())["landmarks"])
+ASTRONAUT = np.array(json.loads((ROOT / "training/recipe/astronaut.json").read_text())["landmarks"])
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from eval.app.photograph import CLICKS, MAX_SIDE, OPTIONAL, Photograph
 
-ASTRONAUT = np.array(json.loads((ROOT / "training/demo/astronaut.json").read_text())["landmarks"])
+ASTRONAUT = np.array(json.loads((ROOT / "training/recipe/astronaut.json").read_text())["landmarks"])
 
 
 @pytest.fixture

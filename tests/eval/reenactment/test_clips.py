@@ -11,6 +11,7 @@ from bench import repainted
 from PIL import Image
 
 from eval.reenactment.clips import digest, on_white, open_dataset
+from eval.reenactment.protocol import make_pairs
 from gaussian_tokenizer.captures.loading import load_tracking
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
@@ -49,6 +50,26 @@ def test_the_first_subjects_and_frames_can_be_chosen(subjects, bench_head, clips
     chosen = open_dataset(subjects, bench_head, num_subjects=2, num_frames=3)
     assert [clip.subject_id for clip in chosen] == [clip.subject_id for clip in clips[:2]]
     assert [clip.numbers for clip in chosen] == [[0, 0, 0, 1, 1, 1]] * 2 and chosen[0].params.num_frames == 6
+
+
+def test_reference_frames_come_first_and_are_not_reenacted(subjects, bench_head):
+    plain, moved = (open_dataset(subjects, bench_head, num_references=count)[1] for count in (1, 3))
+    order = [0, 2, 5, 1, 3, 4, 6, 7]  # of eight: a third and two thirds along
+    assert np.array_equal(moved.images(range(8)), plain.images(order))
+    assert moved.numbers == [plain.numbers[row] for row in order]
+    assert torch.equal(moved.cameras.viewmats, plain.cameras.viewmats[order])
+    for name, value in moved.params.per_frame().items():
+        assert torch.equal(value, plain.params.per_frame()[name][order])
+    for index, reference in enumerate(moved.references(), start=1):
+        assert np.array_equal(on_white(reference.image), plain.image(order[index]))
+        assert torch.equal(reference.head_params.expr[0], plain.params.expr[order[index]])
+        assert torch.equal(reference.camera.viewmats[0], plain.cameras.viewmats[order[index]])
+    assert (index, plain.references()) == (2, [])
+    assert [list(pair.rows) for pair in make_pairs([moved], "self", 0)] == [[3, 4, 5, 6, 7]]
+    with pytest.raises(
+        ValueError, match="has 8 frames, expected at least 9: 8 are read for the avatar, the others drive"
+    ):
+        open_dataset(subjects, bench_head, num_references=8)
 
 
 def test_a_corpus_gives_the_clips_of_the_folders_it_was_made_of(tiny_corpus, bench_head):

@@ -9,6 +9,7 @@ import torch
 from bench import repainted, same_avatar
 from PIL import Image
 
+from eval.reenactment.clips import open_dataset
 from eval.reenactment.methods import (
     compared,
     copy_source,
@@ -24,7 +25,7 @@ from eval.reenactment.methods import (
 from eval.reenactment.protocol import frame_name, make_pairs
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.rendering.splatting import render
-from modeling import GaussianDecoder, GaussianDecoderConfig
+from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig
 
 LIMITS = dict(max_points=12, max_points_per_face=15)
 
@@ -69,6 +70,29 @@ def test_an_avatar_made_alone_is_the_one_that_the_pipeline_makes(bench_pipeline,
     kept = GaussianAvatar.load(tmp_path / "avatars" / "ours" / clips[0].subject_id, head=bench_pipeline.head)
     direct = bench_pipeline(clips[0].read(0), clips[0].params.frame(0), seed=3, **LIMITS)
     assert same_avatar(kept, direct)
+
+
+@pytest.mark.parametrize("mode", ["full", "flame_position"])
+def test_reference_frames_are_read_for_the_avatar_and_nothing_else_of_the_clip(
+    bench_pipeline, subjects, bench_head, mode
+):
+    torch.manual_seed(0)
+    config = bench_pipeline.gaussian_decoder.config.to_dict() | {"read_portrait": True, "mode": mode}
+    decoder = GaussianDecoder(GaussianDecoderConfig.from_dict(config)).eval()
+    if mode == "full":
+        parts = bench_pipeline.tokenizer, bench_pipeline.point_model, decoder, bench_head
+        make = ours_maker(AvatarPipeline(*parts), 3, **LIMITS)
+    else:
+        make = flame_position_maker(bench_pipeline, decoder)
+    (clip,) = open_dataset(subjects, bench_head, num_subjects=1, num_references=3)
+
+    def avatar(black: tuple[int, ...] = ()) -> GaussianAvatar:
+        read = lambda row: Image.new("RGBA", (32, 32), "black") if row in black else clip.read(row)  # noqa: E731
+        return make([replace(clip, read=read)])[0][0]
+
+    base = avatar()
+    assert same_avatar(base, avatar(black=(3, 4, 5, 6, 7))) and not same_avatar(base, avatar(black=(2,)))
+    assert not same_avatar(base, make([replace(clip, num_references=1)])[0][0])
 
 
 def test_tokens_and_points_of_an_avatar_are_recorded(ours, clips, bench_pipeline):

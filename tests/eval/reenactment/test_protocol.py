@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.reenactment.protocol import check_frames, export_protocol, frame_name, make_pairs, read_frames
+from eval.reenactment.clips import open_dataset
+from eval.reenactment.protocol import (
+    check_frames,
+    describe_protocol,
+    export_protocol,
+    frame_name,
+    make_pairs,
+    read_frames,
+)
 from gaussian_tokenizer.avatars.export import save_video
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 
@@ -64,6 +72,27 @@ def test_the_exported_protocol_holds_what_the_pairs_are_made_of(clips, tmp_path)
         assert np.array_equal(drawn, pair.driver.image(row))
         assert np.array_equal(motion.expr[row], pair.driver.params.expr[row])
         assert np.array_equal(cameras[row]["viewmat"], pair.driver.cameras.viewmats[row])
+
+
+def test_the_protocol_says_which_frames_are_read_and_exports_them(subjects, bench_head, tmp_path):
+    clips = open_dataset(subjects, bench_head, num_subjects=2, num_references=3)
+    pairs = make_pairs(clips, "cross", 0)
+    export_protocol(tmp_path / "protocol", pairs, 0)
+    folder, name = tmp_path / "protocol", clips[0].subject_id
+    for row in (1, 2):
+        image = Image.open(folder / "references" / name / frame_name(row))
+        assert np.array_equal(np.asarray(image), clips[0].image(row))
+    assert sorted(path.name for path in (folder / "drivers" / name).glob("*.png")) == [
+        frame_name(row) for row in range(3, 8)
+    ]
+    (first, _) = json.loads((folder / "protocol.json").read_text())["pairs"]
+    assert first["reference_cameras"] == [0, 1] and first["frames"] == [frame_name(row) for row in range(3, 8)]
+    settings = dict.fromkeys(
+        ("num_subjects", "camera", "batch_size", "seed", "candidates", "max_points", "max_points_per_face")
+    )
+    several, one = (describe_protocol(settings | {"num_references": count}) for count in (3, 1))
+    assert "2 more of its clip, evenly spaced" in several["source"] and "but for the frames read" in several["self"]
+    assert "more of its clip" not in one["source"] and "from its second frame on" in one["self"]
 
 
 def test_a_protocol_is_not_written_over_something_else(clips, tmp_path):

@@ -13,7 +13,7 @@ from gaussian_tokenizer.captures.portrait import fit_portrait
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 
-ASTRONAUT = np.array(json.loads((ROOT / "training/demo/astronaut.json").read_text())["landmarks"])
+ASTRONAUT = np.array(json.loads((ROOT / "training/recipe/astronaut.json").read_text())["landmarks"])
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
 """Points in a portrait: their places against the pinhole formula, what hides them against rays, their mirror images."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 
 from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
@@ -13,13 +15,18 @@ from gaussian_tokenizer.rendering.cameras import Cameras, portrait_cameras
 from gaussian_tokenizer.rendering.portrait_points import (
     COLUMNS,
     LIMIT,
+    PLACES,
     TOLERANCE,
+    Portrait,
+    Reference,
+    face_pixels,
     mesh_depths,
     mirror_images,
     mirrored_faces,
     portrait_points,
 )
 from modeling.gaussian_decoder import modeling_portrait
+from modeling.pointillist.configuration_pointillist import FACE_PIXELS
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +200,63 @@ def test_depths_between_triangles_are_infinite_and_triangles_behind_the_camera_a
     assert len(mesh_depths(pixels[:0], triangle, depths)) == 0
 
 
+def test_each_reference_is_read_as_if_it_were_the_portrait_on_the_portraits_shape(head, params, camera):
+    still = HeadParameters.zeros(head.n_shape, head.n_expression)  # of another shape, which is not used
+    wide = Cameras.look_at([-0.5, 0.0, 0.8], (0.0, 0.0, 0.0), 200.0, 320, 120)
+    images = [np.full((120, 160, 3), 200, np.uint8), np.tile((np.arange(320) // 2).astype(np.uint8), (120, 1))]
+    read = Portrait.of(images[0], params, camera, head, 80, [Reference(images[1], still, wide)])
+    positions, faces = scattered(head, params, 50)
+    inputs = read.inputs(positions, faces, head)
+    assert inputs["portrait"].shape == (2, 4, 60, 80) and inputs["portrait_points"].shape == (50, 2, len(COLUMNS))
+    on_shape = replace(still, shape=params.shape)
+    for index, (moment, view) in enumerate(((params, camera), (on_shape, wide))):
+        points, mirror = portrait_points(positions, faces, moment, head, view)
+        assert torch.equal(inputs["portrait_points"][:, index], points)
+        assert torch.equal(inputs["mirror_points"][:, index], mirror)
+    ramp = inputs["portrait"][1, 0] * 255  # 320 columns of 0 to 159 have become 80: u is the same share of the width
+    torch.testing.assert_close(ramp, (2 * torch.arange(80.0) + 0.75).expand(60, 80), atol=1.0, rtol=0)
+
+
 def test_several_frames_are_no_portrait(head, camera):
     motion = HeadParameters.zeros(head.n_shape, head.n_expression, 2)
     with pytest.raises(ValueError, match="1 frame and 1 camera, found 2 and 1"):
         portrait_points(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), motion, head, camera)
+
+
+def test_faces_read_the_portrait_where_points_above_them_are_seen(head, params, camera):
+    """Against the places of points that are bound to the head, and bilinear sampling by scipy."""
+    shape = params.shape  # with an expression, points bound to a face do not stay above it along its normal
+    params = HeadParameters.zeros(head.n_shape, head.n_expression)
+    params.shape.copy_(shape)
+    params.rotation.copy_(torch.tensor([[0.1, -0.4, 0.05]]))
+    image = torch.rand(4, camera.height, camera.width, generator=torch.Generator().manual_seed(2))
+    found = face_pixels(Portrait(image, camera, params), head)
+    assert found.shape == (head.n_faces, FACE_PIXELS) and found.dtype == torch.float32
+    vertices = head.canonical_vertices(params).double()
+    corners = vertices[head.faces]
+    normals = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals /= normals.norm(dim=1, keepdim=True)
+    faces = torch.arange(head.n_faces)
+    premultiplied = np.concatenate((image[:3] * image[3:], image[3:]))
+    for place, (height, below) in enumerate(PLACES):
+        points = corners.mean(1) + height * normals - torch.tensor([0.0, below, 0.0])
+        seen = portrait_points(points.float(), faces, params, head, camera)[0]
+        pixels = (seen[:, :2].numpy() + 1) / 2 * (camera.width, camera.height) - 0.5
+        near = (np.abs(seen[:, :2].numpy()) < 0.98).all(1)
+        expected = [map_coordinates(channel, pixels[near, ::-1].T, order=1) for channel in premultiplied]
+        own = found[near, 5 * place : 5 * place + 5].numpy()
+        np.testing.assert_allclose(own[:, :4], np.stack(expected, 1), atol=2e-3)
+        behind = (seen[:, COLUMNS.index("behind_head")].numpy() / LIMIT)[near]
+        assert np.quantile(np.abs(own[:, 4] - behind), 0.99) < 0.01  # edges of triangles fall to either side
+        if place == 0:
+            for column, name in ((35, "facing"), (36, "visible")):
+                assert (found[:, column] - seen[:, COLUMNS.index(name)]).abs().mean() < 0.01
+    half = FACE_PIXELS // 2
+    assert torch.equal(found[:, half:], found[mirrored_faces(head), :half])
+
+
+def test_faces_outside_the_portrait_read_nothing(head, params):
+    behind = Cameras.look_at([0.0, 0.0, 0.9], (0.0, 0.0, 2.0), 300.0, 160, 120)  # looks away from the head
+    found = face_pixels(Portrait(torch.ones(4, 120, 160), behind, params), head)
+    colors = found[:, :35].unflatten(1, (7, 5))[:, :, :4]
+    assert (colors == 0).all() and (found[:, 36] == 0).all() and found.isfinite().all()

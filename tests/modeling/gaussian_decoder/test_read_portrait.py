@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gaussian_tokenizer.avatars.gaussians import SH_DC
 from modeling import GaussianDecoder, GaussianDecoderConfig
-from modeling.gaussian_decoder.modeling_portrait import COLUMNS, sample
+from modeling.gaussian_decoder.modeling_portrait import COLUMNS, VISIBLE, sample
 
 VISION = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=28, patch_size=14)
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, point_feature_size=20, portrait_channels=8,
@@ -158,6 +158,103 @@ def test_recoloring_the_portrait_recolors_the_gaussians():
         loss(step).backward()
         optimizer.step()
     assert float(loss(10**6).detach()) < first / 3
+
+
+# ---- several images of a person ----
+
+
+def batch_of_several(images: int = 4) -> dict[str, torch.Tensor]:
+    """Each point is hidden in about half of the images, and seen from any side."""
+    batches, random = [batch_of() for _ in range(images)], torch.Generator().manual_seed(2)
+    several = dict(batches[0], portrait=torch.rand(2, images, 4, 28, 28, generator=random))
+    for name in ("portrait_points", "mirror_points"):
+        places = torch.stack([batch[name] for batch in batches], 2)
+        places[..., :2] = 2 * torch.rand(places[..., :2].shape, generator=random) - 1
+        places[..., COLUMNS.index("facing")] = 2 * torch.rand(places.shape[:-1], generator=random) - 1
+        places[..., VISIBLE] = (torch.rand(places.shape[:-1], generator=random) > 0.5).float()
+        several[name] = places
+    return several
+
+
+def images_of(batch: dict[str, torch.Tensor], chosen: list[int]) -> dict[str, torch.Tensor]:
+    axes = dict(portrait=1, portrait_points=2, mirror_points=2)
+    return {n: v.index_select(axes[n], torch.tensor(chosen)) if n in axes else v for n, v in batch.items()}
+
+
+@torch.no_grad()
+def test_a_point_takes_its_color_from_the_images_that_show_it_those_from_the_front_first():
+    tones, facing, visible = [0.2, 0.5, 0.9], [0.9, 0.1, 0.6], [[1, 1, 0], [0, 1, 1], [0, 0, 0]]  # of three points
+    portrait = torch.ones(1, 3, 4, 8, 8)
+    portrait[0, :, :3] = torch.tensor(tones)[:, None, None, None]
+    places = seen(torch.zeros(1, 3, 3), torch.zeros(1, 3, 3), torch.tensor([visible]).float())
+    places[..., COLUMNS.index("facing")] = torch.tensor(facing)
+    hidden = places * (torch.arange(len(COLUMNS)) != VISIBLE)
+    found = colors(build()(**batch_of(1, 3) | dict(portrait=portrait, portrait_points=places, mirror_points=hidden)))
+    for point, shown in enumerate(visible):
+        weights = [math.exp(8 * cosine) if yes else 0.0 for cosine, yes in zip(facing, shown)]
+        if not any(shown):  # the portrait alone, as if there were no other
+            weights = [1.0, 0.0, 0.0]
+        tone = sum(weight * each for weight, each in zip(weights, tones)) / sum(weights)
+        trusted = math.exp(3) if any(shown) else math.exp(-3)
+        expected = 1 / (1 + math.exp(-trusted / (1 + trusted) * math.log(tone / (1 - tone))))
+        torch.testing.assert_close(found[0, point], torch.full((3,), expected), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["joint", "portrait"])
+def test_the_order_of_the_further_images_does_not_matter(attention):
+    decoder, batch = stir(build(attention=attention)), batch_of_several()
+    expected = decoder(**batch)
+    for order in ([0, 2, 3, 1], [0, 3, 2, 1]):
+        for name, value in decoder(**images_of(batch, order)).items():
+            torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
+    assert (decoder(**images_of(batch, [0, 1, 2])).sh - expected.sh).abs().max() > 1e-2, "all are read"
+
+
+@torch.no_grad()
+def test_an_image_changes_only_the_points_that_it_shows():
+    """Also an image and places of zeros, which is what fills a batch of subjects with unequal numbers of images."""
+    decoder, several = stir(build(attention="portrait")), batch_of_several()
+    base, more = decoder(**images_of(several, [0, 1, 2])), decoder(**several)
+    shown = torch.stack([several[name][:, :, 3, VISIBLE] for name in ("portrait_points", "mirror_points")]).any(0)
+    assert 2 < shown.sum() < 14
+    for name, value in more.items():
+        torch.testing.assert_close(value[~shown], base[name][~shown], atol=1e-6, rtol=1e-6)
+    assert ((more.sh - base.sh).abs().amax((2, 3)) > 1e-4)[shown].all()
+    for name in ("portrait_points", "mirror_points"):
+        several[name][:, :, 3] = 0
+    several["portrait"][:, 3] = 0
+    for name, value in decoder(**several).items():
+        torch.testing.assert_close(value, base[name], atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_one_image_is_the_portrait_bit_for_bit():
+    decoder, batch = stir(build()), batch_of()
+    several = dict(batch, portrait=batch["portrait"][:, None])
+    several |= {name: batch[name][:, :, None] for name in ("portrait_points", "mirror_points")}
+    expected = decoder(**batch)
+    assert all(torch.equal(value, expected[name]) for name, value in decoder(**several).items())
+
+
+def test_gradients_of_a_point_reach_the_shared_weights_through_the_image_that_shows_it_and_no_other():
+    decoder, batch = stir(build(attention="portrait")), images_of(batch_of_several(), [0, 1])
+    batch["portrait"].requires_grad_()
+    for name in ("portrait_points", "mirror_points"):
+        batch[name][:, :, :, VISIBLE] = torch.tensor([0.0, 1.0])
+    (decoder(**batch).sh ** 2).sum().backward()
+    portrait, further = batch["portrait"].grad.abs().sum((0, 2, 3, 4))
+    assert further > 0 and portrait < 1e-4 * further
+    assert all(weight.grad.abs().sum() > 0 for weight in decoder.reader.parameters())
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"), [(2, r"needs portrait_points \(2, 7, 2, 8\)"), (0, r"needs portrait \(2, 1, 4")]
+)
+def test_places_for_another_number_of_images_are_refused(images, expected):
+    with pytest.raises(ValueError, match=expected):
+        several = batch_of_several()
+        build()(**{**several, "portrait": several["portrait"][:, :images]})
 
 
 # ---- what does not matter ----

@@ -13,6 +13,7 @@ from without_host import WithoutHost
 from modeling import PointGrammar, PointillistConfig, PointillistForCausalLM, PointStreamer
 from modeling.point_features import point_features
 from modeling.pointillist import modeling_points
+from modeling.pointillist.configuration_pointillist import FACE_PIXELS
 from modeling.pointillist.generation_points import PointLevelLoop
 from modeling.ranking import mean_log_likelihood
 
@@ -550,3 +551,55 @@ def test_what_does_not_work_is_said(inputs, ids):
             PointillistConfig(**fields)
     with pytest.raises(ValueError, match="whole points"):
         model.generate(ids[:, :7], **inputs, output_point_features=True)
+
+
+@pytest.fixture
+def reading(inputs):
+    """A model that reads the portrait at the faces, and its inputs."""
+    pixels = torch.rand(2, TINY["n_faces"], FACE_PIXELS, generator=torch.Generator().manual_seed(3))
+    return make_model(True, "yfxz", read_portrait=True), inputs | {"face_pixels": pixels}
+
+
+@torch.no_grad()
+def test_a_model_that_reads_the_portrait_at_its_faces_generates_what_it_predicts(reading):
+    model, inputs = reading
+    torch.manual_seed(0)
+    options = dict(min_points=POINTS, max_points=POINTS, output_point_features=True, do_sample=False)
+    found = model.generate(**inputs, **options)
+    torch.testing.assert_close(
+        point_features(model, found.sequences, **inputs), found.point_features, atol=1e-5, rtol=1e-4
+    )
+    scores = model(found.sequences, **inputs).logits
+    other = model(found.sequences, **inputs | {"face_pixels": inputs["face_pixels"].flip(0)}).logits
+    assert (scores - other).nan_to_num(posinf=0, neginf=0).abs().max() > 1e-3
+    assert set(model.input_names) >= {"face_centers", "face_normals", "face_pixels"}
+
+
+@torch.no_grad()
+def test_sequences_of_one_portrait_share_what_its_faces_read(reading):
+    model, inputs = reading
+    one = {name: value[:1] for name, value in inputs.items()}
+    options = dict(min_points=POINTS, max_points=POINTS, do_sample=False)
+    many = model.generate(torch.full((3, 1), model.config.bos_token_id), **one, **options)
+    assert (many == model.generate(**one, **options)).all()
+
+
+def test_a_missing_portrait_at_the_faces_is_said(reading, inputs):
+    model, _ = reading
+    with pytest.raises(ValueError, match=r"give face_pixels \(2, 20, 74\).*found None"):
+        model.generate(**inputs)
+    with pytest.raises(ValueError, match=r"found \(2, 20, 4\)"):
+        model.generate(**inputs, face_pixels=torch.zeros(2, 20, 4))
+    with pytest.raises(StrictDataclassClassValidationError, match="read_portrait needs mesh_aware_faces"):
+        PointillistConfig(level="point", read_portrait=True)
+
+
+def test_what_is_learned_of_a_point_does_not_depend_on_disturbed_ids_of_its_own(model, ids, inputs):
+    """The last point is read by no other: its disturbed x and z change nothing if the labels are as before."""
+    read = ids[:, : 1 + 4 * POINTS].clone()
+    labels = read.clone()
+    read[:, -4], read[:, -2] = (read[:, -4] + 3) % model.config.n_bins, (read[:, -2] + 5) % model.config.n_bins
+    clean, disturbed = (model(each, labels=labels, **inputs).loss for each in (labels, read))
+    torch.testing.assert_close(disturbed, clean)
+    read[:, -8] = (read[:, -8] + 3) % model.config.n_bins  # but the point before it is read
+    assert (model(read, labels=labels, **inputs).loss - clean).abs() > 1e-6

@@ -21,6 +21,7 @@ from training.decoder.subjects import (
     mean_images,
     motion_of,
     on_background,
+    portrait_of,
     rgba,
 )
 
@@ -108,6 +109,46 @@ def test_held_out_frames_are_evenly_spread_and_on_white(subjects):
     assert heldout.frame_rows(0) == [rows[0], rows[len(rows) // 2]]
     assert (heldout[0]["background"] == 1).all()
     assert EvaluationSubjects(subjects, 99).frame_rows(0) == rows
+
+
+def test_one_to_several_images_are_read_as_many_in_each_item_of_a_step(corpus):
+    subjects = SubjectRows(corpus, "train", HEAD_COLUMNS, None, True)
+    plain = TrainSubjects(subjects, 40, 2, seed=0, random_source=True)
+    train, again = (TrainSubjects(subjects, 40, 2, 0, True, num_references=3, items_per_step=2) for _ in range(2))
+    items = [train[index] for index in range(40)]
+    counts = [len(item["portrait"]) for item in items]
+    assert counts[::2] == counts[1::2] and set(counts) == {1, 2, 3}
+    for index in (31, 4):
+        for name, value in again[index].items():
+            np.testing.assert_array_equal(value, items[index][name])
+    for index, item in enumerate(items):
+        assert {len(item["portrait_" + name]) for name in ("viewmats", "Ks", "expr")} == {counts[index]}
+        np.testing.assert_array_equal(item["pixel_values"], plain[index]["pixel_values"])  # of the source, as before
+        shown = list(zip(item["portrait_viewmats"].tolist(), item["portrait_expr"].tolist()))
+        assert all(shown.count(each) == 1 for each in shown), "each image once, while there are enough"
+    alone = TrainSubjects(subjects, 40, 2, 0, True, num_references=1)
+    for name, value in plain[5].items():
+        np.testing.assert_array_equal(alone[5][name], value)
+    many = TrainSubjects(subjects, 40, 1, 0, False, num_references=9)  # of four images, some again and again
+    assert max(len(many[index]["portrait"]) for index in range(20)) > 4
+
+
+def test_images_that_are_read_are_not_evaluated(corpus):
+    subjects = SubjectRows(corpus, "train", HEAD_COLUMNS, None, True)
+    rows = list(subjects.frame_rows(1))
+    heldout = EvaluationSubjects(subjects, 16, num_references=3)
+    assert subjects.frames.select_columns("camera")[rows]["camera"] == [0, 1, 0, 1]
+    read = [rows[0], rows[2], rows[1]]  # by camera, then time: 0, 2, 1, 3
+    assert heldout.read_rows(1) == read and heldout.frame_rows(1) == [row for row in rows if row not in read]
+    first, *others = (batch := portrait_of(collate_subjects([heldout[0], heldout[1]], 0), 1)), *batch.references
+    truth = subjects.targets(read)
+    for index, portrait in enumerate((first, *others)):
+        np.testing.assert_allclose(portrait.camera.viewmats[0], truth["viewmats"][index])
+        np.testing.assert_allclose(portrait.params.expr[0], truth["expr"][index])
+        expected = on_background(torch.from_numpy(truth["images"][index : index + 1]), torch.ones(1))[0]
+        assert (portrait.image[:3].permute(1, 2, 0) - expected).abs().max() < 0.02  # rounded to bytes
+    with pytest.raises(ValueError, match="has 4 images, of which --num_references 4 leaves none to evaluate"):
+        EvaluationSubjects(subjects, 16, num_references=4).frame_rows(1)
 
 
 def test_images_of_two_sizes_are_refused_with_both(subjects, monkeypatch):

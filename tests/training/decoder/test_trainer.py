@@ -196,18 +196,30 @@ def test_the_portrait_is_read_where_its_own_camera_and_moment_put_each_point(mak
         x, y, z = (at @ view[:3, :3].T + view[:3, 3]).unbind(-1)
         u = 2 * (frame["fx"] * x / z + frame["cx"]) / frame["width"] - 1
         v = 2 * (frame["fy"] * y / z + frame["cy"]) / frame["height"] - 1
-        found = inputs["portrait_points"][row, :count, :3]
+        found = inputs["portrait_points"][row, :count, 0, :3]
         torch.testing.assert_close(found, torch.stack((u, v, z), -1).float(), atol=1e-4, rtol=0)
     expected = on_background(batch["images"][:, 0], torch.ones(2))
-    shown = inputs["portrait"][:, :3].permute(0, 2, 3, 1)
+    shown = inputs["portrait"][:, 0, :3].permute(0, 2, 3, 1)
     assert (shown - expected).abs().max() < 0.02  # resized from 56 to 56 pixels: rounded to bytes
+
+
+def test_the_gradient_of_a_step_reaches_the_reader_through_every_image(make_trainer):
+    trainer = make_trainer("position", **READ)
+    trainer.train_dataset.num_references = trainer.train_dataset.items_per_step = 3
+    batches = [batch_of(trainer, (2 * i, 2 * i + 1)) for i in (0, 3, 6, 9)]
+    batch = max(batches, key=lambda batch: batch["portrait"].shape[1])
+    assert batch["portrait"].shape[:2] == (2, 3)
+    batch["portrait"].requires_grad_()
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert (batch["portrait"].grad.abs().sum((2, 3, 4)) > 0).all()
+    assert all(parameter.grad is not None for parameter in trainer.model.reader.parameters())
 
 
 def test_portraits_of_training_stand_before_random_colors_and_some_without_alpha(make_trainer):
     dataset = make_trainer(max_steps=40, **READ).train_dataset
     items = [dataset[index] for index in range(40)]
-    corners = {tuple(item["portrait"][:3, 0, 0].tolist()) for item in items}
-    hidden = [bool((item["portrait"][3] == 1).all()) for item in items]
+    corners = {tuple(item["portrait"][0, :3, 0, 0].tolist()) for item in items}
+    hidden = [bool((item["portrait"][0, 3] == 1).all()) for item in items]
     assert len(corners) == 40 and 0 < sum(hidden) < 20
     for name, value in dataset[7].items():
         assert (value == items[7][name]).all(), name

@@ -13,7 +13,7 @@ from gaussian_tokenizer.corpus.options import BuildSettings
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.synthetic.subject import synthesize_subject
 from training.common.rows import CONDITION, HEAD_COLUMNS, AvatarRows
-from training.pretraining.windows import EvaluationWindows, TrainWindows, collate_windows, window_start
+from training.pretraining.windows import EvaluationWindows, TrainWindows, collate_windows, disturbed, window_start
 
 
 class Sequences:
@@ -216,3 +216,38 @@ def test_avatars_without_images_are_refused_where_the_model_reads_a_portrait(tmp
     with pytest.raises(ValueError, match=r"2 avatars of 'train' have no images.*--use_vision_encoder false"):
         AvatarRows(corpus, "train", CONDITION[:3])
     assert len(AvatarRows(corpus, "train", HEAD_COLUMNS)) == 2
+
+
+def test_disturbed_windows_have_random_x_and_z_in_a_random_share_of_their_points(train_rows):
+    tokenizer = train_rows.tokenizer
+    options = dict(window=64, num_items=60, seed=3, condition_dropout=0.5, grouped=True)
+    clean, noisy = (TrainWindows(train_rows, **options, context_noise=share) for share in (0.0, 0.5))
+    shares = []
+    for i in range(60):
+        was, item = clean[i], noisy[i]
+        assert all(np.array_equal(item[name], was[name]) for name in was if name != "input_ids")
+        assert np.array_equal(item["labels"], was["input_ids"]) and len(item["input_ids"]) == len(item["labels"])
+        before, after = (
+            np.resize(each["input_ids"], len(was["labels"]) // 4 * 4).reshape(-1, 4) for each in (was, item)
+        )
+        assert np.array_equal(before[:, 1::2], after[:, 1::2])  # y and face
+        points = before[:, 3] < tokenizer.bos_token_id
+        assert np.array_equal(before[~points], after[~points]) and (after[points][:, ::2] < tokenizer.n_bins).all()
+        shares.append((before != after).any(1)[points].mean())
+    shares = np.array(shares)
+    assert 0.3 < (shares == 0).mean() < 0.7 and 0.25 < shares[shares > 0].mean() < 0.75
+    same(noisy[7], TrainWindows(train_rows, **options, context_noise=0.5)[7])
+
+
+def test_noise_is_spread_over_all_bins():
+    ids = np.tile([3, 1, 4, 20], (4000, 1))
+    found = disturbed(ids.ravel(), 16, np.random.default_rng(0)).reshape(-1, 4)
+    changed = (found != ids).any(1)
+    for column in (0, 2):
+        counts = np.bincount(found[changed, column], minlength=16)
+        assert (counts > 0.5 * counts.mean()).all()
+
+
+def test_noise_needs_whole_points(train_rows):
+    with pytest.raises(ValueError, match="--context_noise needs --level point"):
+        TrainWindows(train_rows, 64, 4, seed=0, condition_dropout=0.0, context_noise=0.5)

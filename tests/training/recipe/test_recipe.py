@@ -1,4 +1,4 @@
-"""The demo: its measures against independent ones, a miniature of all of it, and the documentation's examples on what it leaves."""
+"""Recipes: their measures against independent ones, the smallest one, and the documentation's examples on what it leaves."""
 
 import json
 import os
@@ -20,10 +20,12 @@ from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, PointillistForCausalLM
+from training.common.arguments import read_yaml
 from training.common.rows import HEAD_COLUMNS
 from training.decoder.subjects import SubjectRows, mean_image_metrics
-from training.demo.__main__ import generate
-from training.demo.report import chamfer, image_metrics, judge, true_frames
+from training.recipe.__main__ import RECIPES, change, check
+from training.recipe.evaluation import generate
+from training.recipe.report import chamfer, image_metrics, judge, true_frames
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 40), (300, 120), (50, 50)])
@@ -92,18 +94,10 @@ def test_every_token_that_the_tokenizer_would_not_have_given_counts(ids, points,
 def miniature(tmp_path_factory, datasets_cache) -> tuple[Path, dict[str, str], str]:
     """A folder in which a tiny demo left `outputs/demo`, the environment that it ran in, and what it printed."""
     folder = tmp_path_factory.mktemp("miniature")
-    settings = {
-        "output_dir": folder / "outputs" / "demo", "config": "training/configs/debug.yaml",
-        "decoder_config": "training/configs/decoder_debug.yaml", "num_subjects": 6, "num_heldout": 2, "num_generated": 2,
-        "num_bench": 2, "image_size": 28, "n_bins": 16, "views": 2, "max_steps": 2, "save_steps": 2, "decoder_steps": 2,
-        "num_threads": 1,
-    }  # fmt: skip
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(datasets_cache), "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    command = [sys.executable, "-m", "training.demo"] + [
-        word for name, value in settings.items() for word in (f"--{name}", str(value))
-    ]
+    command = [sys.executable, "-m", "training.recipe", "debug", "--output_dir", str(folder / "outputs" / "demo")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder, environment, done.stdout
@@ -113,7 +107,7 @@ def miniature(tmp_path_factory, datasets_cache) -> tuple[Path, dict[str, str], s
 def test_a_miniature_of_the_demo_leaves_its_report_and_images(miniature):
     folder, _, printed = miniature
     output = folder / "outputs" / "demo"
-    assert all(f"=== {step}/6" in printed for step in range(1, 7))
+    assert all(f"=== {step}/5" in printed for step in range(1, 6))
     report = json.loads((output / "report.json").read_text())
     numbers = ("num_tokens", "train_loss_first", "train_loss_last", "heldout_nll", "unigram_nll", "uniform_nll")
     assert report["num_subjects"] == 6 and all(report[name] > 0 for name in numbers)
@@ -139,6 +133,62 @@ def test_a_miniature_of_the_demo_leaves_its_report_and_images(miniature):
     assert len(bench["subjects"]) == 2 and bench["methods"]["ours"]["self"]["metrics"]["psnr"]["frames"] == 30
     assert "copy-source" in printed and (output / "bench" / "report.html").is_file()
     assert (output / "model" / "model.safetensors").is_file() and (output / "model" / "processor_config.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_recipe_that_is_run_again_does_nothing_again_and_another_one_is_refused(miniature):
+    folder, environment, _ = miniature
+    output = folder / "outputs" / "demo"
+    before = {
+        path: path.stat().st_mtime_ns
+        for part in ("corpus", "model", "decoder", "bench")
+        for path in (output / part).rglob("*")
+    }
+    command = [sys.executable, "-m", "training.recipe", "debug", "--output_dir", str(output)]
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0 and again.stdout.count("done before") == 5
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    other = subprocess.run(
+        [*command, "--seed", "1"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert other.returncode == 1 and "begun with another recipe" in other.stderr
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_options_of_every_recipe_exist(path):
+    check(read_yaml(path), str(path))
+
+
+def test_options_of_the_command_line_replace_those_of_the_recipe():
+    recipe = {"head": "procedural:600", "pretrain": {"max_steps": 5, "level": "token"}, "bench": {"views": 2}}
+    change(
+        recipe,
+        ["--pretrain.max_steps", "7", "--seed=3", "--bench", "null", "--synthesize.bounds", "[[0, 0, 0], [1, 1, 1]]"],
+    )
+    assert recipe == {
+        "head": "procedural:600", "pretrain": {"max_steps": 7, "level": "token"}, "bench": None, "seed": 3,
+        "synthesize": {"bounds": [[0, 0, 0], [1, 1, 1]]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pretrian.max_steps", "7"], "did you mean 'pretrain'"),
+        (["--pretrain.max_step", "7"], "pretrain has no option 'max_step'; did you mean 'max_steps'"),
+        (["--train_decoder.modes", "7"], "train_decoder has no option 'modes'; did you mean 'mode'"),
+        (["--sed", "1"], "no section or option 'sed'; did you mean 'seed'"),
+        (["--pretrain.max_steps"], "has no value"),
+        (["pretrain.max_steps", "1"], "expected --option"),
+        (["--seed", "[1"], "not a value"),
+        (["--synthesize", "3"], "synthesize is 3, expected options and their values"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named_before_anything_runs(words, message):
+    recipe = read_yaml(RECIPES / "debug.yaml")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        change(recipe, words)
+        check(recipe, "debug.yaml")
 
 
 EXAMPLES = [

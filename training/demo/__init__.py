@@ -1,1 +1,0 @@
-"""Everything on two CPU cores: `python -m training.demo`."""

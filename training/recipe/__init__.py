@@ -1,0 +1,1 @@
+"""Everything from nothing by one recipe: `pointillist train`."""
