@@ -22,6 +22,7 @@ COMMANDS = {
     "train-decoder": ("training.train_gaussian_decoder", "train the Gaussian decoder on a point model"),
     "generate": ("modeling.generate", "generate the points of a portrait"),
     "animate": ("gaussian_tokenizer.animate", "render an avatar in motion, or export it"),
+    "app": ("eval.app", "make an avatar from a portrait in the browser"),
     "view": ("eval.viewer", "show avatars in the browser"),
     "bench": ("eval.reenactment_bench", "measure the reenactment of held-out subjects"),
     "metrics": ("eval.metrics", "list the metrics that can be computed on this machine"),

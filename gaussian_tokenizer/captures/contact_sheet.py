@@ -64,13 +64,9 @@ def _image(tracking: Tracking, sample: Sample) -> Image.Image:
 
 def draw_fit(frame: Frame, head: HeadModel, given: np.ndarray, found: np.ndarray) -> Image.Image:
     """RGB: the `given` landmarks (K, 2) in pixels, and beside them the head over the image with those that were `found`."""
-    vertices = head.pose(frame.load_params().to(head.device)).vertices[0].double().cpu().numpy()
-    corner, frame = _around_head(frame, vertices)
+    corner, frame = _around_head(frame, _posed(frame, head))
+    image, mesh = _on_gray(frame, FIT), draw_head(frame, head)
     width, height, scale = size_within(frame, FIT)
-    rgba = load_image(frame.image).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*GRAY, 255)), rgba).convert("RGB")
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    mesh = _draw_head(image, Sample(0, frame, vertices), head.faces.cpu().numpy(), frame.viewmat, FIT)
     both = Image.new("RGB", (2 * width + GAP, height), "white")
     for left, panel, points, color in ((0, image, given, GIVEN), (width + GAP, mesh, found, FOUND)):
         draw = ImageDraw.Draw(panel)
@@ -78,6 +74,25 @@ def draw_fit(frame: Frame, head: HeadModel, given: np.ndarray, found: np.ndarray
             draw.ellipse((x - DOT, y - DOT, x + DOT, y + DOT), fill=color)
         both.paste(panel, (left, 0))
     return both
+
+
+def draw_head(frame: Frame, head: HeadModel, longest: int = FIT) -> Image.Image:
+    """RGB, its longer side of `longest` pixels: the head over the whole image of a frame."""
+    sample = Sample(0, frame, _posed(frame, head))
+    return _draw_head(_on_gray(frame, longest), sample, head.faces.cpu().numpy(), frame.viewmat, longest)
+
+
+def _posed(frame: Frame, head: HeadModel) -> np.ndarray:
+    """Vertices (V, 3) float64 of the head in a frame."""
+    return head.pose(frame.load_params().to(head.device)).vertices[0].double().cpu().numpy()
+
+
+def _on_gray(frame: Frame, longest: int) -> Image.Image:
+    """The image of a frame, RGB, its longer side of `longest` pixels, transparent parts in gray."""
+    width, height, _ = size_within(frame, longest)
+    rgba = load_image(frame.image).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*GRAY, 255)), rgba).convert("RGB")
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _around_head(frame: Frame, vertices: np.ndarray) -> tuple[np.ndarray, Frame]:

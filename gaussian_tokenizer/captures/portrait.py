@@ -31,7 +31,7 @@ EXPRESSION_SPREAD, NEGATIVE_SPREAD = 0.5, 0.1  # of weights that mean 0 (none) t
 ROW = np.linspace(0.5, 0.95, 10)  # where a jaw landmark may slide: from the nose (0) to its own place (1)
 SMALL_FACE = 48  # pixels
 FAR_OUTSIDE = 1.0  # widths of the image
-FEWEST = 12  # landmarks, beside those of the jaw
+FEWEST = 6  # landmarks, beside those of the jaw: eyes, nose and mouth
 LARGE_ERROR = 0.045  # root mean square, in units of the size of the face
 SLIDES = 3  # times that the places of the jaw's landmarks are chosen, each time followed by a fit
 POSE = 7  # unknowns of the camera: turn (3), shift (2), logarithms of scale (pixels per meter) and distance (meters)
@@ -63,7 +63,8 @@ def fit_portrait(
 
     landmarks: (68, 2) pixels x, y in iBUG's order, or the (51, 2) without the jaw; pixel centers are at + 0.5.
     image_size: height and width. focal: pixels; None estimates it, which one image determines only roughly.
-    confidences: (68,) or (51,) weights from 0, such as a detector's.
+    confidences: (68,) or (51,) weights from 0, such as a detector's. A landmark with confidence 0 may be anywhere: corners of
+    eyes and mouth, the tip of the nose and the chin are enough for pose and proportions.
     ValueError for landmarks that cannot be those of a face in this image. A fit that converged but looks wrong is returned
     with `warnings`.
     """
@@ -209,7 +210,9 @@ class _Problem:
         points = self.project(x)
         indices = torch.cat((torch.arange(N_JAW)[:, None], torch.arange(N_LANDMARKS, len(points)).view(N_JAW, -1)), 1)
         rows, jaw = points[indices], self.pixels[:N_JAW]  # (17, R, 2)
-        outward = jaw - self.pixels[N_JAW:].mean(0)
+        inner = slice(N_JAW, None)
+        seen = self.weights[inner] > 0
+        outward = jaw - self.pixels[inner][seen].mean(0)
         outline = torch.einsum("jrc,jc->jr", rows, outward).argmax(1)
         every = torch.arange(N_JAW)
         nearer = (rows[every, outline] - jaw).norm(dim=1) < (rows[:, 0] - jaw).norm(dim=1)

@@ -117,6 +117,39 @@ def test_one_wrong_landmark_does_not_move_the_others(head):
     assert without.residuals[30] > 50 and without.rms < 1.2 * right.rms
 
 
+CLICKED = [36, 39, 42, 45, 30, 48, 54, 8]  # corners of eyes and mouth, tip of the nose, chin
+
+
+@pytest.mark.parametrize("yaw", [0, 20])
+def test_eight_landmarks_give_pose_and_face_better_than_the_mean_head(head, yaw):
+    skin = head.regions["face"].numpy()
+    confidences = np.isin(np.arange(68), CLICKED).astype(float)
+    turns, found_mm, mean_mm = [], [], []
+    for seed in range(4):
+        face = random_face(head, seed, 1.0, yaw)
+        marks = noisy_landmarks(head, face, seed, noise=2.0)
+        found = fit_portrait(marks, head, (512, 512), confidences=confidences)
+        assert found.warnings == () and found.residuals[CLICKED].max() < 10
+        turns.append(angle_degrees(found.camera.viewmats[0, :3, :3].double().numpy(), face.rotation))
+        own, true, mean = (
+            vertices.double().numpy()[skin]
+            for vertices in (*map(head.canonical_vertices, (found.params, face.params)), head.template)
+        )
+        found_mm.append(median_distance_mm(own, true))
+        mean_mm.append(median_distance_mm(mean, true))
+    assert max(turns) < 10 and np.mean(found_mm) < 0.9 * np.mean(mean_mm)
+
+
+def test_where_landmarks_without_confidence_are_does_not_matter(head):
+    """Nor to the landmarks of the jaw, which slide away from the others."""
+    face = random_face(head, 4, 1.0, 35)
+    marks = outline_of_the_far_side(head, face, noisy_landmarks(head, face, 4), 35)
+    confidences = ((np.arange(68) < 17) | np.isin(np.arange(68), CLICKED)).astype(float)
+    elsewhere = np.where(confidences[:, None] > 0, marks, (3000.0, 7.0))
+    one, other = (fit_portrait(each, head, (512, 512), confidences=confidences) for each in (marks, elsewhere))
+    assert torch.equal(one.params.shape, other.params.shape) and torch.equal(one.camera.viewmats, other.camera.viewmats)
+
+
 @pytest.mark.parametrize("yaw", [-30, 0, 30])
 def test_mirrored_landmarks_are_noticed(head, yaw):
     marks = noisy_landmarks(head, random_face(head, 7, 2.5, yaw), 7)
@@ -186,6 +219,10 @@ def test_other_arguments_that_are_wrong_are_refused(head):
         fit_portrait(ASTRONAUT, head, (512, 512), confidences=np.ones(67))
     with pytest.raises(ValueError, match="0 of the 51 landmarks without the jaw have a confidence"):
         fit_portrait(ASTRONAUT, head, (512, 512), confidences=np.arange(68) < 17)
+    with pytest.raises(
+        ValueError, match="5 of the 51 landmarks without the jaw have a confidence, expected at least 6"
+    ):
+        fit_portrait(ASTRONAUT, head, (512, 512), confidences=np.arange(68) < 22)
 
 
 def test_a_photograph_is_fitted_to_a_few_pixels(head):

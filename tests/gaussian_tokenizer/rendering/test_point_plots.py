@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gaussian_tokenizer.rendering.point_plots import draw_comparison, view
+from gaussian_tokenizer.rendering.point_plots import draw_comparison, draw_points, view
 
 
 def rows_and_columns(pixels):
@@ -85,3 +85,16 @@ def test_empty_and_single_point_clouds_and_several_rows_are_drawn(tmp_path):
     draw_comparison(tmp_path / "none.png", [("a", None, {"generated": np.zeros((0, 3))})])
     sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("one", "two")]
     assert sizes[0][0] == sizes[1][0] and sizes[1][1] > 1.5 * sizes[0][1]
+
+
+def test_points_are_drawn_over_their_head_at_their_place_near_over_far():
+    """A head of 2 x 2 x 0 m in 100 pixels: 95 pixels are the diagonal of its base, 2 m; colors by height, bright above."""
+    vertices = np.array([(-1, -1, 0), (1, -1, 0), (-1, 1, 0), (1, 1, 0)], float)
+    image = np.array(draw_points(np.array([(0.5, 1.0, 0.1), (0.5, -1.0, 0.2)]), vertices, 0.0, 100)).astype(int)
+    left, top = int((0.5 * 0.95 / 2 + 0.5) * 100), int((-1 * 0.95 / 2 + 0.5) * 100)
+    assert image[top, left].tolist() == [253, 231, 37] and image[100 - top - 1, left].tolist() == [68, 1, 84]
+    assert (image[50, 50] == 255).all() and (image[top, int((1 * 0.95 / 2 + 0.5) * 100)] == 205).all()
+    behind = np.array(draw_points(np.array([(0.0, 0.0, 0.5), (0.3, 1.0, 0.0)]), vertices, 90.0, 100))
+    other = np.array(draw_points(np.array([(0.3, 1.0, 0.0), (0.0, 0.0, 0.5)]), vertices, 90.0, 100))
+    np.testing.assert_array_equal(behind, other)  # the order of the points does not matter
+    assert draw_points(np.zeros((0, 3)), vertices, 0.0, 100).size == (100, 100)

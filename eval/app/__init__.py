@@ -1,0 +1,1 @@
+"""An avatar from one portrait in the browser: `python -m eval.app`."""
