@@ -14,7 +14,7 @@ MINUTES ?= 10
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast gpu newest fuzz chaos check format wheel clean
+.PHONY: help install demo train test test-fast gpu newest fuzz chaos check format wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## synthetic heads -> tokens -> corpus -> two trainings -> avatars that move -> bench, in outputs/demo (seven minutes, CPU)
 	$(BIN)/python -m training.recipe demo --output_dir outputs/demo
+
+train: $(INSTALLED) ## from nothing to heads of 2,000 Gaussians that read their portrait, in outputs/twenty-minutes (twenty minutes, CPU)
+	$(BIN)/python -m training.recipe twenty-minutes --output_dir outputs/twenty-minutes
 
 test: $(INSTALLED) ## all tests, two at a time (a quarter of an hour on two cores)
 	$(PYTEST)

@@ -18,6 +18,7 @@ from gaussian_tokenizer.animate import DISTANCE, FRAMES_AT_ONCE, framing, posed_
 from gaussian_tokenizer.avatars.avatar import GaussianAvatar
 from gaussian_tokenizer.avatars.export import save_video
 from gaussian_tokenizer.avatars.motions import synthetic_motion
+from gaussian_tokenizer.avatars.moving_page import PageCamera, save_page
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.point_plots import draw_points
@@ -124,8 +125,13 @@ def animation(avatar: GaussianAvatar) -> Iterator[np.ndarray]:
 
 def write_files(avatar: GaussianAvatar, images: np.ndarray, folder: Path) -> tuple[Path, ...]:
     """What can be downloaded, the animation first."""
+    assert avatar.head is not None
+    bound, motion = avatar.bind(), synthetic_motion("talk", avatar.head, NUM_FRAMES)
+    target, extent = framing(bound, motion, (0.0,))
+    camera = PageCamera(target.tolist(), extent)
     writers: dict[str, Callable[[Path], object]] = {  # one line for each further kind of file
         "talking.gif": lambda path: save_video(path, images, FPS),
+        "talking.html": lambda path: save_page(path, posed_parts(bound, motion, "lbs"), camera, "avatar", FPS),
         "avatar.zip": lambda path: path.write_bytes(folder_bytes(avatar, "avatar")),
         "avatar.ply": lambda path: avatar.save_world_ply(path, frame=None),
     }

@@ -30,7 +30,7 @@ def test_the_last_step_has_the_files_of_the_avatar_that_the_pipeline_makes(
 ):
     *steps, last = make(bench_pipeline, portrait, tmp_path, Event(), **SETTINGS)
     assert all(step.files == () for step in steps) and last.share == 1
-    assert [path.name for path in last.files] == ["talking.gif", "avatar.zip", "avatar.ply"]
+    assert [path.name for path in last.files] == ["talking.gif", "talking.html", "avatar.zip", "avatar.ply"]
     image, params, camera = portrait
     expected = bench_pipeline(image, params, camera=camera, **SETTINGS)
     zipfile.ZipFile(tmp_path / "avatar.zip").extractall(tmp_path)
