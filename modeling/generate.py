@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.numpy import save as safetensors_bytes
 from transformers import CompileConfig, TorchAoConfig, set_seed
 
 from gaussian_tokenizer.avatars.ply import write_point_ply
+from gaussian_tokenizer.captures.loading import load_tracking
+from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.loading import load_head
+from gaussian_tokenizer.rendering.cameras import Cameras
 from gaussian_tokenizer.rendering.point_plots import draw_comparison
+from gaussian_tokenizer.rendering.portrait_points import Portrait, face_pixels
 from gaussian_tokenizer.tokenizer.image_files import open_image
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils.atomic import atomic_file
@@ -37,6 +42,12 @@ def main() -> None:
     add("--head", required=True, help="head model: procedural:600, .safetensors, FLAME .pkl, ICT folder")
     add("--portrait", type=Path, help="image of the subject, face in the center")
     add("--params", type=Path, help="flame_param.npz with the subject's shape (default: the mean head)")
+    add(
+        "--tracking",
+        type=Path,
+        help="folder of a tracked subject, as fit-portrait leaves: its first image, with camera and head parameters, instead of "
+        "--portrait and --params; what a model that reads the portrait at its faces needs",
+    )
     add("--output_dir", type=Path, required=True, help="folder for points.safetensors, .ply and .png")
     add("--max_points", type=int, help="generate no more points than this (default: 32,768)")
     add("--max_points_per_face", type=int, help="most points on a face")
@@ -73,8 +84,7 @@ def generate(arguments: argparse.Namespace) -> None:
     model = model.to(arguments.device)
     head = load_head(arguments.head)
     check_head(tokenizer, head, f"--head {arguments.head}")
-    params = HeadParameters.load(arguments.params) if arguments.params else None
-    portrait = open_image(arguments.portrait) if arguments.portrait else None
+    portrait, params, camera = subject_of(arguments, head)
 
     set_seed(arguments.seed)
     if portrait is None and model.config.use_vision_encoder:
@@ -85,6 +95,12 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ValueError("this model reads no head mesh (use_point_encoder is false): leave --params out")
     vertices = head.template if params is None else head.canonical_vertices(params)
     inputs = tokenizer(images=portrait, head_vertices=vertices, head_faces=head.faces, return_tensors="pt")
+    if model.config.read_portrait:
+        if portrait is None:
+            raise ValueError("this model reads the portrait at its faces: give --tracking, or --portrait and --params")
+        own = HeadParameters.zeros(head.n_shape, head.n_expression) if params is None else params
+        seen = Portrait.of(portrait, own, camera, head, tokenizer.image_size)
+        inputs["face_pixels"] = face_pixels(seen, head)[None]
     condition = {name: value.to(model.device) for name, value in model.select_inputs(inputs).items()}
     sampling = {name: getattr(arguments, name) for name in OPTIONS} | (compiled_steps() if arguments.quantize else {})
     ids = model.generate(**condition, **sampling, progress=True)[0].cpu()
@@ -95,6 +111,20 @@ def generate(arguments: argparse.Namespace) -> None:
     write_point_ply(arguments.output_dir / "points.ply", points["positions"], points["faces"])
     draw_comparison(arguments.output_dir / "points.png", [("portrait", portrait, {"generated": points["positions"]})])
     print(f"{len(points['faces']):,} points in {arguments.output_dir}: points.safetensors, points.ply, points.png")
+
+
+def subject_of(
+    arguments: argparse.Namespace, head: HeadModel
+) -> tuple[Image.Image | None, HeadParameters | None, Cameras | None]:
+    """Portrait, head parameters and camera of the command line; None where it names none."""
+    if arguments.tracking is None:
+        params = HeadParameters.load(arguments.params) if arguments.params else None
+        return open_image(arguments.portrait) if arguments.portrait else None, params, None
+    if arguments.portrait or arguments.params:
+        raise ValueError("--tracking has portrait and head parameters: leave --portrait and --params out")
+    tracking = load_tracking(arguments.tracking, head)
+    portrait = Image.fromarray((255 * tracking.image(0)).round().to(torch.uint8).numpy())
+    return portrait, tracking.params.frame(0), tracking.cameras([0]).to(torch.float32)
 
 
 def dtype_for(name: str | None, device: str) -> torch.dtype | None:

@@ -13,6 +13,7 @@ from transformers import Dinov2Config
 
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
+from gaussian_tokenizer.synthesize import synthesize
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from gaussian_tokenizer.utils import precision
 from modeling import PointillistConfig, PointillistForCausalLM, generate
@@ -20,7 +21,7 @@ from modeling import PointillistConfig, PointillistForCausalLM, generate
 HEAD = build_procedural_head(600)
 
 
-def save_model(folder, head_hash=HEAD.hash):
+def save_model(folder, head_hash=HEAD.hash, **changes):
     torch.manual_seed(0)
     tokenizer = GaussianTokenizer(
         n_bins=32, n_faces=HEAD.n_faces, image_size=28, head_name=HEAD.name, head_hash=head_hash
@@ -29,7 +30,7 @@ def save_model(folder, head_hash=HEAD.hash):
         n_bins=32, n_faces=HEAD.n_faces, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         head_dim=16, sliding_window=64, point_latents=4, point_hidden_size=16, point_layers=1, point_attention_heads=2,
         vision_config=Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14),
-        initializer_range=0.5,
+        initializer_range=0.5, **changes,
     )  # fmt: skip
     PointillistForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -188,3 +189,21 @@ def test_the_precision_is_that_of_the_device_or_the_flag(command, image, monkeyp
         "note: float32 (--dtype auto: this CPU has neither AMX nor AVX-512 bf16)",
         "note: bfloat16 (--dtype bfloat16: slow, this CPU has neither AMX nor AVX-512 bf16)",
     ]
+
+
+def test_a_model_that_reads_the_portrait_at_its_faces_takes_a_tracked_subject(command, image, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reading")
+    (subject,) = synthesize(
+        folder / "subjects", 1, "procedural:600", num_points=60, views=2, timesteps=1, image_size=56
+    )
+    reading = {"level": "point", "mesh_aware_faces": True, "read_portrait": True}
+    model = save_model(folder / "model", **reading)
+    found = command(model=model, tracking=subject)
+    assert len(found) > 1 and (found == command(model=model, tracking=subject, output="again")).all()
+    with pytest.warns(UserWarning, match="no camera was given"):
+        command(model=model, portrait=image(), output="framed")
+    assert "give --tracking" in command(model=model, output="blind")
+    assert "leave --portrait and --params out" in command(
+        model=model, tracking=subject, portrait=image(), output="both"
+    )
+    assert "nowhere" in command(model=model, tracking=folder / "nowhere", output="none")
