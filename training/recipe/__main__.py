@@ -47,9 +47,8 @@ def main() -> None:
     common = {"head": recipe["head"], "num_proc": os.cpu_count() or 1, "seed": recipe["seed"]}
     trained = {"seed": recipe["seed"], "resume_from_checkpoint": True}
     processes = str(recipe["processes"])
-    augmented = recipe["train_decoder"].get(
-        "augment_portraits"
-    )  # no two portraits are then the same, nor their features
+    # No two augmented portraits are the same, nor the hidden states they give.
+    augmented = recipe["train_decoder"].get("augment_portraits")
     launch = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", processes]
 
     run(1, "synthetic subjects, as a corpus", output / "corpus" / "corpus.json", [
