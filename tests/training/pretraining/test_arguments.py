@@ -179,7 +179,7 @@ def test_every_configuration_parses_and_gives_a_valid_model(path, monkeypatch):
     config = model.config(tokenizer)
     config.validate_architecture()
     assert config.vocab_size == tokenizer.vocab_size
-    assert config.hidden_size == settings["hidden_size"] and config.sliding_window == settings["sliding_window"]
+    assert config.hidden_size == settings["hidden_size"] and config.window_tokens == settings["sliding_window"]
     assert config.freeze_vision_encoder == bool(model.vision_model)
     assert training.max_steps == settings["max_steps"]
 
