@@ -64,7 +64,8 @@ def synthesize(
     return folders
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def options_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m gaussian_tokenizer.synthesize",
         description="Make synthetic subjects (avatars with portraits) as GaussianAvatars folders or as a corpus.",
@@ -84,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # The rest of what build_corpus asks for follows from the subjects.
     add_options(corpus, BuildSettings, skip=("image_size", "seed", "skip_bad", "allow_unknown_license"))
     corpus.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = options_parser()
     options = parser.parse_args(arguments)
     vars(options).update(PLAIN if options.plain else {})
     if (options.output_dir is None) == (options.corpus is None):

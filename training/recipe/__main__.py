@@ -30,11 +30,12 @@ from gaussian_tokenizer.corpus.corpus import load_corpus
 from gaussian_tokenizer.heads.loading import load_head
 from gaussian_tokenizer.utils.atomic import atomic_file
 from gaussian_tokenizer.utils.json_files import read_json
-from training.common.arguments import CONFIGS, exit_on_user_error, nearest, read_yaml
+from training.common.arguments import CONFIGS, exit_on_user_error, find_config, nearest, read_yaml
 
 SECTIONS = ("synthesize", "pretrain", "train_decoder", "bench")
-OPTIONS = ("head", "seed", "processes", "num_generated", "license")
+OPTIONS = ("head", "seed", "processes", "num_generated")
 RECIPES = CONFIGS / "recipes"
+OWN = ("head", "corpus", "point_model", "output_dir")  # options of the commands that follow from the recipe's
 STEPS = 5
 
 
@@ -45,15 +46,15 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_recipe(recipe, output)
     common = {"head": recipe["head"], "num_proc": os.cpu_count() or 1, "seed": recipe["seed"]}
-    trained = {"seed": recipe["seed"], "resume_from_checkpoint": True}
-    processes = str(recipe["processes"])
+    trained = {"head": recipe["head"], "seed": recipe["seed"], "resume_from_checkpoint": True}
     # No two augmented portraits are the same, nor the hidden states they give.
-    augmented = recipe["train_decoder"].get("augment_portraits")
+    cached = {} if augmented(recipe["train_decoder"]) else {"feature_cache": output / "features"}
+    processes = str(recipe["processes"])
     launch = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", processes]
 
     run(1, "synthetic subjects, as a corpus", output / "corpus" / "corpus.json", [
         sys.executable, "-m", "gaussian_tokenizer.synthesize",
-        *flags(common | recipe["synthesize"] | {"corpus": output / "corpus"}),
+        *flags(common | recipe["synthesize"] | {"corpus": output / "corpus"}, switches=True),
     ])  # fmt: skip
     run(2, "training of the point model", output / "model" / "training_report.json", [
         *launch, "-m", "training.pretrain", *config_of(recipe["pretrain"]),
@@ -61,17 +62,16 @@ def main() -> None:
     ])  # fmt: skip
     run(3, "training of the Gaussian decoder", output / "decoder" / "training_report.json", [
         *launch, "-m", "training.train_gaussian_decoder", *config_of(recipe["train_decoder"]),
-        *flags(trained | recipe["train_decoder"] | {
-            "point_model": output / "model", "corpus": output / "corpus", "head": recipe["head"],
-            "output_dir": output / "decoder",
-        } | ({} if augmented else {"feature_cache": output / "features"})),
+        *flags(trained | cached | recipe["train_decoder"] | {
+            "point_model": output / "model", "corpus": output / "corpus", "output_dir": output / "decoder",
+        }),
     ])  # fmt: skip
     announce(4, "avatars of held-out subjects, from portrait and head mesh")
     print(summary(evaluate(recipe, output), output))
     if recipe.get("bench"):
         subjects = common | recipe["bench"] | {"output_dir": output / "bench_subjects"}
         run(5, "reenactment bench: subjects of the bench", output / "bench" / "results.json", [
-            sys.executable, "-m", "gaussian_tokenizer.synthesize", *flags(subjects),
+            sys.executable, "-m", "gaussian_tokenizer.synthesize", *flags(subjects, switches=True),
         ])  # fmt: skip
         run(5, "reenactment bench", output / "bench" / "results.json", [sys.executable, "-m", "eval.reenactment_bench", *flags({
             "model": output / "pipeline", "dataset": output / "bench_subjects", "output_dir": output / "bench",
@@ -126,21 +126,43 @@ def check(recipe: dict[str, Any], where: str) -> None:
     for name in ("head", *SECTIONS[:3]):
         if name not in recipe:
             raise ValueError(f"{where}: lacks {name}; a recipe has head, {', '.join(SECTIONS[:3])} and may have bench")
-        if name in SECTIONS and not isinstance(recipe[name], dict):
+    for name in SECTIONS:
+        if not isinstance(recipe.get(name), dict | None if name == "bench" else dict):
             raise ValueError(f"{where}: {name} is {recipe[name]!r}, expected options and their values")
+    for name in ("processes", "num_generated"):
+        if not isinstance(recipe[name], int) or recipe[name] < 1:
+            raise ValueError(f"{where}: {name} is {recipe[name]!r}, expected a number from 1 on")
+    from gaussian_tokenizer.synthesize import options_parser
     from training.common.training_arguments import PretrainArguments
     from training.decoder.arguments import DecoderArguments, DecoderTrainingArguments, FrameArguments, LossArguments
     from training.pretraining.arguments import DataArguments, ModelArguments
 
-    known = {
+    classes = {
         "pretrain": (ModelArguments, DataArguments, PretrainArguments),
         "train_decoder": (DecoderArguments, FrameArguments, LossArguments, DecoderTrainingArguments),
     }
-    for section, classes in known.items():
-        names = ["config", *(field.name for cls in classes for field in fields(cls) if field.init)]
-        for name in recipe[section]:
+    of_subjects = [action.dest for action in options_parser()._actions]
+    known = {"synthesize": of_subjects, "bench": of_subjects}
+    for section, of in classes.items():
+        known[section] = ["config", *(field.name for cls in of for field in fields(cls) if field.init)]
+    for section, names in known.items():
+        for name in recipe.get(section) or ():
             if name not in names:
                 raise ValueError(f"{where}: {section} has no option {name!r}{nearest(name, names)}")
+            if name in OWN:
+                raise ValueError(
+                    f"{where}: {section} has {name}, which the recipe sets; give --head and --output_dir without a section"
+                )
+    for section in ("synthesize", "bench"):
+        if recipe.get(section) and "num_subjects" not in recipe[section]:
+            raise ValueError(f"{where}: {section} lacks num_subjects")
+    if recipe.get("bench"):
+        seeds = [recipe[section].get("seed", recipe["seed"]) for section in ("synthesize", "bench")]
+        if seeds[0] == seeds[1]:
+            raise ValueError(
+                f"{where}: seed {seeds[0]} makes the subjects of synthesize and those of bench, which training must not have "
+                "seen; give bench another seed"
+            )
 
 
 def keep_recipe(recipe: dict[str, Any], output: Path) -> None:
@@ -160,8 +182,20 @@ def config_of(section: dict[str, Any]) -> list[str]:
     return [section["config"]] if "config" in section else []
 
 
-def flags(options: dict[str, Any]) -> list[str]:
-    return [word for name, value in options.items() if name != "config" for word in (f"--{name}", str(value))]
+def augmented(section: dict[str, Any]) -> bool:
+    """Whether a training augments portraits, by its section or the config that this names."""
+    config = read_yaml(find_config(section["config"])) if "config" in section else {}
+    return bool((config | section).get("augment_portraits"))
+
+
+def flags(options: dict[str, Any], switches: bool = False) -> list[str]:
+    """Words of a command line. None leaves an option out; with `switches`, one that is true or false takes no value."""
+    words = []
+    for name, value in options.items():
+        if name == "config" or value is None or (switches and value is False):
+            continue
+        words += [f"--{name}"] if switches and value is True else [f"--{name}", str(value)]
+    return words
 
 
 def announce(number: int, title: str) -> None:

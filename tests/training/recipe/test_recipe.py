@@ -23,7 +23,7 @@ from modeling import AvatarPipeline, GaussianDecoder, GaussianDecoderConfig, Poi
 from training.common.arguments import read_yaml
 from training.common.rows import HEAD_COLUMNS
 from training.decoder.subjects import SubjectRows, mean_image_metrics
-from training.recipe.__main__ import RECIPES, change, check
+from training.recipe.__main__ import RECIPES, augmented, change, check, flags
 from training.recipe.evaluation import generate
 from training.recipe.report import chamfer, image_metrics, judge, true_frames
 
@@ -182,6 +182,14 @@ def test_options_of_the_command_line_replace_those_of_the_recipe():
         (["pretrain.max_steps", "1"], "expected --option"),
         (["--seed", "[1"], "not a value"),
         (["--synthesize", "3"], "synthesize is 3, expected options and their values"),
+        (["--bench", "3"], "bench is 3, expected options and their values"),
+        (["--synthesize.view", "3"], "synthesize has no option 'view'; did you mean 'views'"),
+        (["--bench.timestep", "3"], "bench has no option 'timestep'; did you mean 'timesteps'"),
+        (["--train_decoder.output_dir", "x"], "train_decoder has output_dir, which the recipe sets"),
+        (["--bench.head", "procedural:2000"], "bench has head, which the recipe sets"),
+        (["--bench", "{views: 2}"], "bench lacks num_subjects"),
+        (["--seed", "77"], "seed 77 makes the subjects of synthesize and those of bench"),
+        (["--num_generated", "0"], "num_generated is 0, expected a number from 1 on"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_named_before_anything_runs(words, message):
@@ -189,6 +197,20 @@ def test_a_mistake_in_a_recipe_is_named_before_anything_runs(words, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         change(recipe, words)
         check(recipe, "debug.yaml")
+
+
+def test_options_become_words_of_each_kind_of_command():
+    options = {"config": "demo", "plain": True, "overwrite": False, "num_test": None, "views": 2}
+    assert flags(options) == ["--plain", "True", "--overwrite", "False", "--views", "2"]
+    assert flags(options, switches=True) == ["--plain", "--views", "2"]
+
+
+def test_a_config_that_augments_portraits_counts_unless_the_section_says_otherwise(tmp_path):
+    (tmp_path / "mine.yaml").write_text("augment_portraits: true\n")
+    section = {"config": str(tmp_path / "mine.yaml")}
+    assert augmented(section) and augmented({"augment_portraits": True})
+    assert not augmented(section | {"augment_portraits": False})
+    assert not augmented({"config": "decoder_demo"}) and not augmented({})
 
 
 EXAMPLES = [
