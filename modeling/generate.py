@@ -85,17 +85,18 @@ def generate(arguments: argparse.Namespace) -> None:
     head = load_head(arguments.head)
     check_head(tokenizer, head, f"--head {arguments.head}")
     portrait, params, camera = subject_of(arguments, head)
+    config = model.config
 
     set_seed(arguments.seed)
-    if portrait is None and model.config.use_vision_encoder:
+    if portrait is None and config.use_vision_encoder:
         print("note: without --portrait the model reads only the head, which it was not trained for", file=sys.stderr)
-    if portrait is not None and not model.config.use_vision_encoder:
+    if arguments.portrait and not (config.use_vision_encoder or config.read_portrait):
         raise ValueError("this model reads no portrait (use_vision_encoder is false): leave --portrait out")
-    if params is not None and not model.config.use_point_encoder:
+    if arguments.params and not (config.use_point_encoder or config.mesh_aware_faces):
         raise ValueError("this model reads no head mesh (use_point_encoder is false): leave --params out")
     vertices = head.template if params is None else head.canonical_vertices(params)
     inputs = tokenizer(images=portrait, head_vertices=vertices, head_faces=head.faces, return_tensors="pt")
-    if model.config.read_portrait:
+    if config.read_portrait:
         if portrait is None:
             raise ValueError("this model reads the portrait at its faces: give --tracking, or --portrait and --params")
         own = HeadParameters.zeros(head.n_shape, head.n_expression) if params is None else params

@@ -58,7 +58,8 @@ def main() -> None:
     made_on = corpus.manifest["head"]
     check_hash(f"--head {frames.head}: the corpus {corpus.path}", made_on["name"], made_on["hash"], head)
     point_model = open_point_model("--point_model", decoder_arguments.point_model, corpus)
-    if frames.augment_portraits and frames.feature_cache and "pixel_values" in point_model.input_names:
+    reads_portrait = {"pixel_values", "face_pixels"} & set(point_model.input_names)
+    if frames.augment_portraits and frames.feature_cache and reads_portrait:
         raise ValueError(
             "--feature_cache with --augment_portraits would fill the disk: the point model reads the portrait, which is another "
             "one in every item; leave out one of the two"

@@ -207,3 +207,5 @@ def test_a_model_that_reads_the_portrait_at_its_faces_takes_a_tracked_subject(co
         model=model, tracking=subject, portrait=image(), output="both"
     )
     assert "nowhere" in command(model=model, tracking=folder / "nowhere", output="none")
+    only_faces = save_model(folder / "faces", **reading, use_vision_encoder=False, use_point_encoder=False)
+    assert len(command(model=only_faces, tracking=subject, output="faces")) > 1

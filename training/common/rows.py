@@ -29,23 +29,25 @@ class AvatarRows:
 
     def __init__(self, corpus: Corpus, split: str, inputs: Iterable[str], head: HeadModel | None = None):
         self.tokenizer, inputs = corpus.tokenizer, set(inputs)
+        self.reads_image = "pixel_values" in inputs
         self.head = head_of(corpus, head) if "face_pixels" in inputs else None
         self.faces = corpus.head_faces() if "face_centers" in inputs else None
         self.avatars = corpus.avatars(split).with_format("numpy")
         self.frames, self.frame_rows = None, {}
-        if "pixel_values" in inputs:
+        if self.reads_image or self.head is not None:
             self.frame_rows = corpus.frame_rows(split)
             without = [avatar_id for avatar_id, rows in self.frame_rows.items() if not rows]
             if without:
                 raise ValueError(
                     f"{corpus.path}: {len(without)} avatars of {split!r} have no images, first {without[0]!r}, but the model "
-                    "reads a portrait; build the corpus with frames, or train with --use_vision_encoder false"
+                    "reads a portrait; build the corpus with frames, or train with --use_vision_encoder false and without "
+                    "--read_portrait"
                 )
             of_portrait = (*CAMERA_COLUMNS, *FRAME_KEYS) if self.head is not None else ()
             self.frames = corpus.frames(split).select_columns(["image", *of_portrait])
         # Every column that is read costs a fifth of a millisecond a row.
         self.sequences = self.avatars.select_columns(["input_ids"])
-        self.head_columns = HEAD_COLUMNS if inputs - {"pixel_values"} else ()
+        self.head_columns = HEAD_COLUMNS if inputs - {"pixel_values", "face_pixels"} else ()
         shapes = [name for name in ("shape", "static_offset") if name in self.avatars.column_names]
         self.shapes = shapes if self.head is not None else []
         self.conditions = self.avatars.select_columns(["avatar_id", *self.head_columns, *self.shapes])
@@ -91,7 +93,8 @@ class AvatarRows:
             chosen = self.portrait_row(row, pick) if chosen is None else chosen
             frame = self.frames[chosen]
             frame["image"] = frame["image"] if image is None else image
-            condition["pixel_values"] = self.tokenizer(images=frame["image"])["pixel_values"][0]
+            if self.reads_image:
+                condition["pixel_values"] = self.tokenizer(images=frame["image"])["pixel_values"][0]
             if self.head is not None:
                 params = {name: torch.from_numpy(np.asarray(avatar[name], np.float32)) for name in self.shapes}
                 condition["face_pixels"] = face_pixels(self.portrait(frame, params), self.head).numpy()
