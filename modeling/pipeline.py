@@ -100,10 +100,10 @@ class AvatarPipeline:
         Args:
             image: the portrait, as the tokenizer takes it (PIL image, array, tensor or file), or a list of portraits.
             head_params: the subject's head parameters, of which shape and static offset are used (None: the mean head), or a list
-                of them for a list of portraits. A decoder that reads the portrait and `refine_steps` also use their first frame:
-                the portrait's expression and pose.
-            camera: of the portrait (C = 1, image size in proportion to the portrait's), or one for each portrait; used by a
-                decoder that reads the portrait and by `refine_steps`. None: that of synthetic portraits is taken, with a warning.
+                of them for a list of portraits. Networks that read the portrait (`read_portrait`) and `refine_steps` also use their
+                first frame: the portrait's expression and pose.
+            camera: of the portrait (C = 1, image size in proportion to the portrait's), or one for each portrait; used by networks
+                that read the portrait and by `refine_steps`. None: `default_camera` is taken, with a warning.
             references: further images of the subject, `Reference(image, head_params, camera)`, as many as there are and in any
                 order, for a decoder that reads the portrait: a point takes its pixels from those that show it. For a list of
                 portraits, a list of them for each.

@@ -159,7 +159,7 @@ def portrait_cameras(head: HeadModel, size: int, azimuths: Sequence[float] = (0.
 
 
 def default_camera(head: HeadModel, width: int, height: int) -> Cameras:
-    """The camera that a portrait is taken to have when nothing is known: that of synthetic portraits, in the square around it."""
+    """The camera that a portrait is taken to have when nothing is known: that of `portrait_cameras`, in the square around it."""
     square = portrait_cameras(head, max(width, height))
     Ks = square.Ks.clone()
     Ks[:, 0, 2], Ks[:, 1, 2] = width / 2, height / 2

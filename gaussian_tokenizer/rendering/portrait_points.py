@@ -80,8 +80,8 @@ class Portrait:
         height, width = pixels.shape[1:]
         if camera is None:
             warnings.warn(
-                "no camera was given for the portrait: the framing of synthetic portraits is assumed (from a meter before the "
-                "head, two thirds of the height); where the head is elsewhere, colors come from the wrong pixels",
+                "no camera was given for the portrait: a head that fills two thirds of its height, seen from a meter in front, is "
+                "assumed; where the head is elsewhere, colors come from the wrong pixels",
                 stacklevel=2,
             )
             camera = default_camera(head, width, height)
