@@ -138,6 +138,7 @@ class TrainSubjects(Dataset):
             item["input_ids"] = self.generated_sequences[row]
         chosen = random.choice(len(rows), self.num_targets, replace=len(rows) < self.num_targets)
         background = random.choice(BACKGROUNDS, self.num_targets).astype(np.float32)
+        random.random()  # unused: once the draw of `generated`; without it the portraits' colors would change
         targets = self.subjects.targets([rows[i] for i in chosen])
         if augmentation is not None:  # the color of a pixel stays that of its point
             targets["images"][..., :3] = augmentation.color(targets["images"][..., :3])

@@ -10,7 +10,8 @@ from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.synthetic.source import PIXELS_BETWEEN_POINTS
 from gaussian_tokenizer.synthetic.subject import portrait_avatar, synthesize_subject
-from training.common.rows import HEAD_COLUMNS
+from training.common.portraits import UNKNOWN_ALPHA
+from training.common.rows import HEAD_COLUMNS, shuffled_row
 from training.decoder.subjects import (
     BACKGROUNDS,
     EvaluationSubjects,
@@ -101,6 +102,23 @@ def test_the_source_is_the_first_image_unless_it_is_to_be_random(subjects):
     first = subjects.frames[subjects.frame_rows(row)[0]]["image"]
     expected = subjects.tokenizer(images=first)["pixel_values"][0]
     np.testing.assert_array_equal(fixed[0]["pixel_values"], expected)
+
+
+def test_the_color_behind_a_portrait_is_the_draw_after_those_of_the_targets(corpus):
+    """In the order of earlier versions, whose runs are resumed."""
+    subjects = SubjectRows(corpus, "train", read_portrait=True)
+    hidden = []
+    for index in range(8):
+        found = TrainSubjects(subjects, 8, 3, seed=5, random_source=False)[index]["portrait"]
+        row, random = shuffled_row(index, len(subjects), 5)
+        random.choice(4, 3, replace=False), random.choice(BACKGROUNDS, 3), random.random()
+        color, hides = random.random(3, np.float32), random.random() < UNKNOWN_ALPHA
+        portrait = subjects.subject(row)["portrait"]
+        alpha = portrait[:, 3:]
+        np.testing.assert_array_equal(found[:, :3], portrait[:, :3] * alpha + color[:, None, None] * (1 - alpha))
+        np.testing.assert_array_equal(found[:, 3:], np.ones_like(alpha) if hides else alpha)
+        hidden.append(hides)
+    assert 0 < sum(hidden) < 8
 
 
 def test_held_out_frames_are_evenly_spread_and_on_white(subjects):
