@@ -43,8 +43,9 @@ class AvatarRows:
                     "reads a portrait; build the corpus with frames, or train with --use_vision_encoder false and without "
                     "--read_portrait"
                 )
-            of_portrait = (*CAMERA_COLUMNS, *FRAME_KEYS) if self.head is not None else ()
-            self.frames = corpus.frames(split).select_columns(["image", *of_portrait])
+            frames = corpus.frames(split)
+            self.frames = frames.select_columns(["image"])
+            self.moments = frames.select_columns([*CAMERA_COLUMNS, *FRAME_KEYS])
         # Every column that is read costs a fifth of a millisecond a row.
         self.sequences = self.avatars.select_columns(["input_ids"])
         self.head_columns = HEAD_COLUMNS if inputs - {"pixel_values", "face_pixels"} else ()
@@ -91,29 +92,26 @@ class AvatarRows:
         condition: dict[str, Any] = {}
         if self.frames is not None:
             chosen = self.portrait_row(row, pick) if chosen is None else chosen
-            frame = self.frames[chosen]
-            frame["image"] = frame["image"] if image is None else image
+            image = self.image(chosen) if image is None else image
             if self.reads_image:
-                condition["pixel_values"] = self.tokenizer(images=frame["image"])["pixel_values"][0]
+                condition["pixel_values"] = self.tokenizer(images=image)["pixel_values"][0]
             if self.head is not None:
                 params = {name: torch.from_numpy(np.asarray(avatar[name], np.float32)) for name in self.shapes}
-                condition["face_pixels"] = face_pixels(self.portrait(frame, params), self.head).numpy()
+                seen = self.portrait(image, self.moments[chosen], params)
+                condition["face_pixels"] = face_pixels(seen, self.head).numpy()
         condition |= {name: np.asarray(avatar[name], np.float32) for name in self.head_columns}
         if self.faces is not None:
             of_faces = self.tokenizer.face_condition(condition["head_vertices"][None], self.faces)
             condition |= {name: value[0] for name, value in of_faces.items()}
         return condition
 
-    def portrait(self, frame: dict[str, Any], shape: dict[str, torch.Tensor]) -> Portrait:
-        """A row of `frames` as the portrait of a subject, of whose head parameters `shape` are those that do not change."""
+    def portrait(self, image: Image.Image, moment: dict[str, Any], shape: dict[str, torch.Tensor]) -> Portrait:
+        """The portrait of a subject at a row of `moments`; `shape` are the head parameters that do not change."""
         assert self.head is not None
-        K = [[frame["fx"], 0, frame["cx"]], [0, frame["fy"], frame["cy"]], [0, 0, 1]]
-        width, height = frame["image"].size
-        camera = Cameras(torch.tensor(frame["viewmat"])[None].float(), torch.tensor(K)[None].float(), width, height)
-        pose = {name: torch.tensor(frame[name])[None].float() for name in FRAME_KEYS}
-        return Portrait.of(
-            frame["image"], HeadParameters(**shape, **pose), camera, self.head, self.tokenizer.image_size
-        )
+        K = [[moment["fx"], 0, moment["cx"]], [0, moment["fy"], moment["cy"]], [0, 0, 1]]
+        camera = Cameras(torch.tensor(moment["viewmat"])[None].float(), torch.tensor(K)[None].float(), *image.size)
+        pose = {name: torch.tensor(moment[name])[None].float() for name in FRAME_KEYS}
+        return Portrait.of(image, HeadParameters(**shape, **pose), camera, self.head, self.tokenizer.image_size)
 
 
 def head_of(corpus: Corpus, head: HeadModel | None) -> HeadModel:

@@ -38,6 +38,8 @@ class TrainWindows(Dataset):
             raise ValueError(
                 "--context_noise needs --level point: the tokens of a point are spelled from its own x and z"
             )
+        if not 0 <= self.context_noise <= 1:
+            raise ValueError(f"--context_noise is a share, 0 to 1, found {self.context_noise}")
         if self.augment_portraits and self.rows.frames is None:
             raise ValueError(
                 "--augment_portraits needs a model that reads portraits: leave it out, or --use_vision_encoder true"

@@ -251,3 +251,5 @@ def test_noise_is_spread_over_all_bins():
 def test_noise_needs_whole_points(train_rows):
     with pytest.raises(ValueError, match="--context_noise needs --level point"):
         TrainWindows(train_rows, 64, 4, seed=0, condition_dropout=0.0, context_noise=0.5)
+    with pytest.raises(ValueError, match="--context_noise is a share, 0 to 1, found 30"):
+        TrainWindows(train_rows, 64, 4, seed=0, condition_dropout=0.0, grouped=True, context_noise=30)
