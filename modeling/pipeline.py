@@ -151,7 +151,12 @@ class AvatarPipeline:
         inputs = self.tokenizer(None, list(images), vertices, self.head.faces, return_tensors="pt")
         if self.point_model.config.read_portrait:
             seen = [face_pixels(each, self.head) for each in portraits if each is not None]
-            inputs["face_pixels"] = torch.stack(seen) if seen else torch.zeros(0)
+            if len(seen) != len(images):
+                raise ValueError(
+                    f"the point model reads the portrait at the faces, but {len(images)} images came with {len(seen)} portraits; "
+                    "give inputs(images, params, portraits) those of portraits(images, params, cameras)"
+                )
+            inputs["face_pixels"] = torch.stack(seen)
         return {name: value.to(self.device) for name, value in inputs.items()}
 
     def portraits(

@@ -23,7 +23,7 @@ from gaussian_tokenizer.heads.head_model import HeadModel
 from gaussian_tokenizer.heads.head_parameters import HeadParameters
 from gaussian_tokenizer.heads.procedural_head import build_procedural_head
 from gaussian_tokenizer.rendering.cameras import Cameras, default_camera, portrait_cameras
-from gaussian_tokenizer.rendering.portrait_points import portrait_points
+from gaussian_tokenizer.rendering.portrait_points import Portrait, face_pixels, portrait_points
 from gaussian_tokenizer.rendering.splatting import render
 from gaussian_tokenizer.tokenizer.processing_gaussian_tokenizer import GaussianTokenizer
 from modeling import (
@@ -327,6 +327,27 @@ def test_without_a_camera_the_framing_of_synthetic_portraits_is_assumed_and_said
     with pytest.warns(UserWarning, match="no camera was given for the portrait"):
         found = reader(portrait(), seed=0, max_points=8)
     assert same(found, reader(portrait(), camera=default_camera(head, 40, 30), seed=0, max_points=8))
+
+
+def test_a_point_model_reads_each_subjects_portrait_at_its_faces(head):
+    reads = {"point__level": "point", "point__mesh_aware_faces": True, "point__read_portrait": True}
+    pipeline = AvatarPipeline(**components(head, **reads))
+    images, params = (
+        [portrait(), portrait("RGBA", (28, 28))],
+        [HeadParameters.zeros(head.n_shape, head.n_expression) for _ in range(2)],
+    )
+    params[1].jaw_pose[0, 0] = 0.3
+    cameras = [default_camera(head, 40, 30), portrait_cameras(head, 28, [25.0])[0]]
+    seen = pipeline.portraits(images, params, cameras)
+    inputs = pipeline.inputs(images, params, seen)
+    for found, image, own, camera in zip(inputs["face_pixels"], images, params, cameras):
+        assert torch.equal(found, face_pixels(Portrait.of(image, own, camera, head, 28), head))
+    both = pipeline(images, params, camera=cameras, seed=0, max_points=8, candidates=2)
+    again = pipeline.generate(inputs, seed=0, max_points=8, candidates=2)
+    for avatar, points in zip(both, pipeline.decode_points(again)[0]):
+        assert torch.equal(avatar.faces, torch.as_tensor(points["faces"]))
+    with pytest.raises(ValueError, match="2 images came with 0 portraits"):
+        pipeline.inputs(images, params)
 
 
 @torch.no_grad()
