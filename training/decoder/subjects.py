@@ -151,12 +151,22 @@ class TrainSubjects(Dataset):
 class EvaluationSubjects(Dataset):
     """Every subject once with its frames, or `max_frames` of them, evenly spaced, on white.
 
-    If several images are read (`num_references`, evenly spaced, the first among them), the others are evaluated.
+    If several images are read (`num_references`, evenly spaced, the first among them), the others are evaluated; ValueError if a
+    subject has no others.
     """
 
     subjects: SubjectRows
     max_frames: int
     num_references: int = 1
+
+    def __post_init__(self) -> None:
+        for row in range(len(self) if self.num_references > 1 else 0):
+            found = len(self.subjects.frame_rows(row))
+            if found <= self.num_references:
+                raise ValueError(
+                    f"subject {self.subjects.rows.ids[row]!r} has {found} images, of which --num_references "
+                    f"{self.num_references} leaves none to evaluate; give a smaller number"
+                )
 
     def __len__(self) -> int:
         return len(self.subjects)
@@ -170,15 +180,10 @@ class EvaluationSubjects(Dataset):
         return item | self.subjects.targets(rows) | {"background": background}
 
     def frame_rows(self, row: int) -> list[int]:
-        """The rows in `frames` of a subject's frames that are evaluated; ValueError if all are read."""
+        """The rows in `frames` of a subject's frames that are evaluated."""
         rows: Sequence[int] = self.subjects.frame_rows(row)
         if self.num_references > 1:
-            found, rows = len(rows), sorted(set(rows) - set(self.read_rows(row)))
-            if not rows:
-                raise ValueError(
-                    f"subject {self.subjects.rows.ids[row]!r} has {found} images, of which --num_references "
-                    f"{self.num_references} leaves none to evaluate; give a smaller number"
-                )
+            rows = sorted(set(rows) - set(self.read_rows(row)))
         return evenly_spaced(rows, min(len(rows), self.max_frames))
 
     def read_rows(self, row: int) -> list[int]:

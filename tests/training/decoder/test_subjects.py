@@ -166,7 +166,7 @@ def test_images_that_are_read_are_not_evaluated(corpus):
         expected = on_background(torch.from_numpy(truth["images"][index : index + 1]), torch.ones(1))[0]
         assert (portrait.image[:3].permute(1, 2, 0) - expected).abs().max() < 0.02  # rounded to bytes
     with pytest.raises(ValueError, match="has 4 images, of which --num_references 4 leaves none to evaluate"):
-        EvaluationSubjects(subjects, 16, num_references=4).frame_rows(1)
+        EvaluationSubjects(subjects, 16, num_references=4)
 
 
 def test_images_of_two_sizes_are_refused_with_both(subjects, monkeypatch):
