@@ -102,7 +102,8 @@ class SubjectRows:
 class TrainSubjects(Dataset):
     """`num_items` subjects with `num_targets` of their frames each; each epoch has every subject once.
 
-    Item i depends only on the seed and on i, so a resumed run sees the same items. Those of a step read equally many images.
+    An item with a generated sequence is of a subject that has one, which need not be all (`generated_sequences`). Item i depends
+    only on the seed and on i, so a resumed run sees the same items. Those of a step read equally many images.
     """
 
     subjects: SubjectRows
