@@ -3,7 +3,6 @@
 The landmarks come from a file, from MediaPipe, or one by one from clicks; any of them can be moved afterwards.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,6 @@ CLICKS = {
     "middle of the lower lip's lower edge": 57,
 }
 OPTIONAL = 2  # the last ones, for better proportions
-ROOM = 1.5  # side of the portrait, in heights of the skull, as of the portraits that models are trained on
 
 
 class Photograph:
@@ -106,16 +104,5 @@ class Photograph:
     def portrait(self, head: HeadModel) -> tuple[Image.Image, HeadParameters, Cameras]:
         """What the pipeline is given: a square around the head, framed as in training, with head parameters and camera."""
         assert self.found is not None
-        camera, params = self.found.camera, self.found.params
-        skull = ~head.regions["neck"].cpu() if "neck" in head.regions else slice(None)
-        vertices = head.canonical_vertices(params.to(head.device)).cpu()[skull]
-        low, high = vertices.amin(0), vertices.amax(0)
-        seen = camera.viewmats[0, :3, :3] @ ((low + high) / 2) + camera.viewmats[0, :3, 3]
-        x, y, _ = (camera.Ks[0] @ seen / seen[2]).tolist()
-        side = max(8, round(ROOM * float((high[1] - low[1]) * camera.Ks[0, 1, 1] / seen[2])))
-        left, top = round(x - side / 2), round(y - side / 2)
-        square = Image.new("RGBA", (side, side), (255, 255, 255, 255 if self.image.mode == "RGB" else 0))
-        square.paste(self.image, (-left, -top))
-        Ks = camera.Ks.clone()
-        Ks[0, :2, 2] -= Ks.new_tensor((left, top))
-        return square.convert(self.image.mode), params, replace(camera, Ks=Ks, width=side, height=side)
+        image, camera = self.found.crop(self.image, head)
+        return image, self.found.params, camera

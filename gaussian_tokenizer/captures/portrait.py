@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from gaussian_tokenizer.geometry.rotations import axis_angle_to_matrix
@@ -34,6 +35,7 @@ FAR_OUTSIDE = 1.0  # widths of the image
 FEWEST = 6  # landmarks, beside those of the jaw: eyes, nose and mouth
 LARGE_ERROR = 0.045  # root mean square, in units of the size of the face
 SLIDES = 3  # times that the places of the jaw's landmarks are chosen, each time followed by a fit
+ROOM = 1.5  # side of the square around a head, in heights of the skull
 POSE = 7  # unknowns of the camera: turn (3), shift (2), logarithms of scale (pixels per meter) and distance (meters)
 
 
@@ -50,6 +52,25 @@ class PortraitFit:
     residuals: Tensor  # (K,) pixels from the given landmarks
     rms: float  # pixels, root mean square of those with a confidence
     warnings: tuple[str, ...]  # empty if the fit is plausible
+
+    def crop(self, image: Image.Image, head: HeadModel) -> tuple[Image.Image, Cameras]:
+        """The square around the head in the image that was fitted, framed as portraits of training are, and its camera.
+
+        What lies outside the image is transparent, or white if the image has no alpha.
+        """
+        skull = ~head.regions["neck"].cpu() if "neck" in head.regions else slice(None)
+        vertices = head.canonical_vertices(self.params.to(head.device)).cpu()[skull]
+        low, high = vertices.amin(0), vertices.amax(0)
+        seen = self.camera.viewmats[0, :3, :3] @ ((low + high) / 2) + self.camera.viewmats[0, :3, 3]
+        x, y, _ = (self.camera.Ks[0] @ seen / seen[2]).tolist()
+        side = max(8, round(ROOM * float((high[1] - low[1]) * self.camera.Ks[0, 1, 1] / seen[2])))
+        left, top = round(x - side / 2), round(y - side / 2)
+        square = Image.new("RGBA", (side, side), (255, 255, 255, 0 if image.has_transparency_data else 255))
+        square.paste(image, (-left, -top))
+        Ks = self.camera.Ks.clone()
+        Ks[0, :2, 2] -= Ks.new_tensor((left, top))
+        camera = dataclasses.replace(self.camera, Ks=Ks, width=side, height=side)
+        return square if image.has_transparency_data else square.convert("RGB"), camera
 
 
 def fit_portrait(
